@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up everything they need on a fresh machine.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+DEMO ?= runs/demo
+
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.PHONY: help demo test lint learn install clean clean-demo
+
+help:
+	@echo "make demo    videos -> pre-training -> fine-tuning -> evaluation -> report, in $(DEMO)"
+	@echo "make test    run the tests"
+	@echo "make learn   learning check on the toy env, results in results/ (15 minutes)"
+	@echo "make lint    ruff: rules and format"
+	@echo "make clean   remove $(VENV), $(DEMO) and caches"
+	@echo "Each sets up $(VENV) first if needed. Another interpreter: make PYTHON=python3.12 ..."
+
+$(PY):
+	@command -v "$(PYTHON)" >/dev/null || { echo "$(PYTHON) not found: give an interpreter, e.g. make PYTHON=python3.11"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$$("$(PYTHON)" -V) is too old: Python 3.11 or later is needed, e.g. make PYTHON=python3.11"; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV): on Debian, apt-get install python3-venv"; exit 1; }
+
+# torch comes first and by its exact version: a later, unpinned install may take another build.
+$(STAMP): setup.cfg pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --quiet -c constraints.txt setuptools "$(TORCH)"
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,loggers]'
+	@touch $(STAMP)
+
+install: $(STAMP)
+	@scripts/check_rendering.sh $(PY)
+
+test: install
+	$(PY) -m pytest
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+demo: install
+	@scripts/demo.sh $(PY) $(DEMO)
+
+learn: install
+	$(PY) benchmarks/learn_toy.py
+
+clean-demo:
+	rm -rf $(DEMO)
+
+clean: clean-demo
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

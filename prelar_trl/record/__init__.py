@@ -1,0 +1,1 @@
+"""What a run leaves behind: folders, logs, videos, curves and reports."""

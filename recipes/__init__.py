@@ -1,0 +1,1 @@
+"""Scripts that train, evaluate and report: one for each phase."""

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole path on simulator videos, small enough for two cores:
+# videos -> pre-training -> fine-tuning -> evaluation -> report.
+# Usage: scripts/demo.sh PYTHON FOLDER. Run again, it goes on after the last finished step.
+set -euo pipefail
+python=$1
+demo=$2
+task=metaworld/drawer-open
+mkdir -p "$demo"
+
+# step NAME FOLDER RECIPE ARGS...: run a recipe once; an unfinished step starts anew.
+step() {
+    local name=$1 folder=$2 recipe=$3
+    shift 3
+    if [ -e "$demo/.done-$name" ]; then
+        echo "== $name: done before (make clean-demo starts over)"
+        return
+    fi
+    echo "== $name"
+    [ -z "$folder" ] || rm -rf "$folder"
+    "$python" "recipes/$recipe.py" "$@"
+    touch "$demo/.done-$name"
+}
+
+step videos "" collect_videos data="$demo/videos" env="$task" episodes=20
+step pretrain "$demo/pretrain" pretrain data="$demo/videos" run="$demo/pretrain" \
+    method=prelar size=tiny updates=400
+step finetune "$demo/finetune" finetune pretrained="$demo/pretrain" run="$demo/finetune" \
+    method=prelar size=tiny env="$task" env_steps=3000
+step evaluate "" evaluate run="$demo/finetune" episodes=2
+"$python" recipes/plot.py runs="[$demo/pretrain,$demo/finetune]" out="$demo/report.html" \
+    title="PreLAR demo: ${task#metaworld/}"
