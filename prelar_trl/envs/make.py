@@ -1,0 +1,177 @@
+"""``make_env``: every environment of the project through one door, with the same keys."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torchrl.envs import (
+    ActionScaling,
+    Compose,
+    EnvBase,
+    InitTracker,
+    ParallelEnv,
+    RewardSum,
+    StepCounter,
+    TransformedEnv,
+)
+
+from prelar_trl.envs.backend import rendering_error
+from prelar_trl.envs.toy import EPISODE_STEPS, ToyEnv
+from prelar_trl.envs.transforms import ActionRepeat, NoSuccess
+
+# Modules that import MuJoCo: loaded when asked for, as they take seconds and need OpenGL.
+_FAMILIES = {
+    "metaworld": ("prelar_trl.envs.metaworld", "make_metaworld"),
+    "gym": ("prelar_trl.envs.wrappers", "make_gym"),
+    "dm_control": ("prelar_trl.envs.wrappers", "make_dm_control"),
+}
+
+
+def make_env(
+    name_or_env: str | EnvBase | Callable[[], EnvBase],
+    *,
+    seed: int = 0,
+    pixels: int | None = 64,
+    camera: str | None = None,
+    render_quality: str = "fast",
+    action_repeat: int = 1,
+    max_steps: int | None = None,
+    num_workers: int = 1,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> EnvBase:
+    """Build an environment from its name, or give a TorchRL environment the same form.
+
+    Whatever the environment, a reset gives at the root, and a step under ``next``:
+
+    - ``pixels``: uint8 [3, pixels, pixels]
+    - ``is_first``: bool [1], the first frame of an episode
+    - ``success``: bool [1], False where the environment does not know success
+    - ``state``: float32 [S], the simulator's state, never read by an agent (where there is one)
+    - ``step_count`` int64 [1] and ``episode_reward`` float32 [1], since the reset
+    - after a step also ``reward`` float32 [1] and ``done``, ``terminated``, ``truncated`` bool [1]
+
+    It takes ``action``, float32 [A] in [-1, 1], stretched to the environment's own bounds.
+
+    Args:
+        name_or_env: ``metaworld/<task>``, ``gym/<id>``, ``dm_control/<domain>/<task>``, ``toy``, a
+            TorchRL environment that gives ``pixels``, or a function that makes one.
+        seed: of the initial states; worker ``i`` gets ``seed + i``.
+        pixels: height and width of the picture; ``None`` leaves the picture out (much faster).
+        camera: a camera of the simulation. Default: ``corner`` in Meta-world, else the first.
+        render_quality: ``fast`` or ``full`` (docs/rendering.md shows both).
+        action_repeat: apply each action this many times; rewards are summed, success is any.
+        max_steps: truncate episodes after this many steps, counted after ``action_repeat``.
+            Default: the environment's own limit; 50 for ``toy``.
+        num_workers: more than 1 gives a ``ParallelEnv`` of that many processes.
+        device: where the tensors are put.
+        **kwargs: passed on to ``gymnasium.make`` or ``dm_control.suite.load``.
+
+    Raises:
+        ValueError: unknown name, camera, quality, or an environment without what is needed.
+        ImportError: an optional package is missing.
+        RuntimeError: this machine cannot draw MuJoCo's pictures.
+    """
+    if num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1, got {num_workers}")
+    build = partial(
+        _make_one,
+        name_or_env,
+        pixels=pixels,
+        camera=camera,
+        render_quality=render_quality,
+        action_repeat=action_repeat,
+        max_steps=max_steps,
+        **kwargs,
+    )
+    if num_workers == 1:
+        return build(seed=seed).to(device)
+    if isinstance(name_or_env, EnvBase):
+        raise ValueError("num_workers > 1 needs a function that makes the environment, not one env")
+    seeds = [{"seed": seed + worker} for worker in range(num_workers)]
+    return ParallelEnv(num_workers, build, create_env_kwargs=seeds, device=device)
+
+
+def _make_one(
+    name_or_env: str | EnvBase | Callable[[], EnvBase],
+    *,
+    seed: int,
+    pixels: int | None,
+    camera: str | None,
+    render_quality: str,
+    action_repeat: int,
+    max_steps: int | None,
+    **kwargs: Any,
+) -> EnvBase:
+    if isinstance(name_or_env, str):
+        env = _from_name(
+            name_or_env,
+            pixels=pixels,
+            camera=camera,
+            render_quality=render_quality,
+            action_repeat=action_repeat,
+            **kwargs,
+        )
+        if name_or_env == "toy":
+            max_steps = max_steps or EPISODE_STEPS
+    else:
+        env = name_or_env if isinstance(name_or_env, EnvBase) else name_or_env()
+        env = _adopt(env, pixels, action_repeat)
+    if _needs_scaling(env):
+        env = TransformedEnv(env, ActionScaling())
+    env = TransformedEnv(
+        env,
+        Compose(InitTracker(init_key="is_first"), StepCounter(max_steps=max_steps), RewardSum()),
+    )
+    env.set_seed(seed)
+    return env
+
+
+def _from_name(name: str, **options: Any) -> EnvBase:
+    family, _, rest = name.partition("/")
+    if family == "toy" and not rest:
+        if options.pop("camera") is not None:
+            raise ValueError("toy has no cameras")
+        repeat = ActionRepeat(options.pop("action_repeat"))
+        options.pop("render_quality")
+        return TransformedEnv(ToyEnv(size=options.pop("pixels"), **options), repeat)
+    if family not in _FAMILIES or not rest:
+        raise ValueError(
+            f"unknown environment {name!r}; write metaworld/<task>, gym/<id>, "
+            "dm_control/<domain>/<task> or toy, or give a TorchRL environment"
+        )
+    module, function = _FAMILIES[family]
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError:
+        raise
+    except (ImportError, AttributeError) as error:  # OpenGL's library is missing or broken
+        raise rendering_error(error) from error
+    return make(rest, **options)
+
+
+def _adopt(env: EnvBase, pixels: int | None, action_repeat: int) -> EnvBase:
+    """A user's own environment: check what it gives, add what it lacks."""
+    keys = [str(key) for key in env.observation_spec.keys(True, True)]
+    if "pixels" not in keys:
+        raise ValueError(f"the environment gives no 'pixels', only {', '.join(keys) or 'nothing'}")
+    spec = env.observation_spec["pixels"]
+    expected = (3, pixels, pixels)
+    if spec.dtype != torch.uint8 or tuple(spec.shape[-3:]) != expected:
+        raise ValueError(
+            f"pixels must be uint8 {list(expected)}, channels first; the environment gives "
+            f"{spec.dtype} {list(spec.shape)}"
+        )
+    env = TransformedEnv(env, ActionRepeat(action_repeat), auto_unwrap=False)
+    if "success" not in keys:
+        env.append_transform(NoSuccess())
+    return env
+
+
+def _needs_scaling(env: EnvBase) -> bool:
+    space = env.action_spec.space
+    return not (bool((space.low == -1).all()) and bool((space.high == 1).all()))

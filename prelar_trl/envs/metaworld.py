@@ -1,0 +1,109 @@
+"""Meta-world v3 manipulation tasks."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from torchrl.data import Binary
+from torchrl.envs import EnvBase, GymWrapper, RenameTransform, TransformedEnv
+from torchrl.envs.gym_like import default_info_dict_reader
+
+from prelar_trl.envs.camera import Camera, RenderQuality
+from prelar_trl.envs.transforms import ActionRepeat, Pixels
+
+METAWORLD_TASKS: tuple[str, ...] = tuple(
+    sorted(name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS)
+)
+# Mounted the wrong way up. The published agents saw the vertical flip, as here.
+_UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
+
+
+def task_name(name: str) -> str:
+    """The task's name in Meta-world: ``drawer_open``, ``drawer-open-v3`` give ``drawer-open``.
+
+    Raises:
+        ValueError: no such task; the message names the nearest ones.
+    """
+    task = name.replace("_", "-").removesuffix("-v3").removesuffix("-v2")
+    if task not in METAWORLD_TASKS:
+        near = difflib.get_close_matches(task, METAWORLD_TASKS, n=3, cutoff=0.3)
+        raise ValueError(f"unknown Meta-world task {name!r}; the nearest are {', '.join(near)}")
+    return task
+
+
+class MetaworldTask(gymnasium.Env):
+    """One task with new object and goal positions at each reset, drawn from the seed.
+
+    Observations: float32 [39], the goal included. Actions: float32 [4] in [-1, 1]. Step 500 is
+    truncated. ``info["success"]`` is a bool array [1], at reset too.
+    """
+
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,), np.float32)
+
+    def __init__(self, task: str) -> None:
+        self.sim = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
+        self.sim._freeze_rand_vec = False  # draw new positions at each reset
+        self.sim.seeded_rand_vec = True  # from the seed
+        self.sim._set_task_called = True
+        self.sim._partially_observable = False  # the goal is part of the observation
+        del self.sim.sawyer_observation_space  # cached while the goal was hidden: would clip it
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        if seed is not None:
+            self.sim.seed(seed)
+        observation, _ = self.sim.reset()
+        # reset() draws the positions twice and observes the first draw: observe the second.
+        mujoco.mj_forward(self.sim.model, self.sim.data)
+        current = self.sim._get_curr_obs_combined_no_goal()
+        self.sim._prev_obs = current
+        observation = np.concatenate([current, current, observation[36:]], dtype=np.float32)
+        return observation, {"success": np.array([False])}
+
+    def step(
+        self, action: np.ndarray
+    ) -> tuple[np.ndarray, float, bool, bool, dict[str, np.ndarray]]:
+        observation, reward, _, truncated, info = self.sim.step(action)
+        success = np.array([bool(info["success"])])
+        return observation.astype(np.float32), float(reward), False, truncated, {"success": success}
+
+    def close(self) -> None:
+        self.sim.close()
+
+
+def make_metaworld(
+    name: str,
+    *,
+    pixels: int | None,
+    camera: str | None,
+    render_quality: RenderQuality,
+    action_repeat: int,
+) -> EnvBase:
+    """A task as a TorchRL environment; see :func:`prelar_trl.envs.make_env`."""
+    task = MetaworldTask(task_name(name))
+    base = GymWrapper(task)
+    base.set_info_dict_reader(
+        default_info_dict_reader(["success"], {"success": Binary(1, dtype=torch.bool)})
+    )
+    env = TransformedEnv(base, ActionRepeat(action_repeat))
+    env.append_transform(RenameTransform(["observation"], ["state"]))
+    if pixels is not None:
+        view = camera or "corner"
+        draw = Camera(
+            task.sim.model,
+            task.sim.data,
+            camera=view,
+            size=pixels,
+            quality=render_quality,
+            flip=view in _UPSIDE_DOWN,
+        )
+        env.append_transform(Pixels(draw, pixels, draw.close))
+    return env

@@ -1,0 +1,147 @@
+"""A tiny pixel task that a small agent learns in minutes: steer a disc onto a square.
+
+Both lie in the square [-1, 1]^2. An action is a velocity in [-1, 1]^2; one step moves the disc by
+``SPEED`` times it. With ``gap`` = the distance beyond ``RADIUS`` between the two centres,
+
+    reward = 1 / (1 + (gap / SCALE)^2)        1 on the target, 0.5 at gap = SCALE, never 0
+
+and ``success`` means ``gap = 0``. Disc and target are drawn anew, uniformly, at each reset. The
+best policy goes straight to the target and stays; :func:`toy_return` measures it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+SPEED = 0.2
+RADIUS = 0.15
+SCALE = 0.3
+EPISODE_STEPS = 50
+_DISC, _SQUARE = 0.24, 0.26  # radius and half side, in world units
+_BACKGROUND, _RED, _GREEN = (32.0, 32.0, 48.0), (255.0, 64.0, 64.0), (64.0, 224.0, 96.0)
+
+
+def toy_dynamics(
+    position: torch.Tensor, target: torch.Tensor, action: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One step. All inputs float32 [..., 2].
+
+    Returns:
+        the new position [..., 2], reward [..., 1] and success, bool [..., 1].
+    """
+    position = (position + SPEED * action.clamp(-1, 1)).clamp(-1, 1)
+    gap = (torch.linalg.vector_norm(position - target, dim=-1, keepdim=True) - RADIUS).clamp(min=0)
+    return position, 1 / (1 + (gap / SCALE) ** 2), gap == 0
+
+
+def toy_expert(tensordict: TensorDictBase) -> TensorDictBase:
+    """The best policy: reads ``state`` [..., 4], writes ``action`` [..., 2]."""
+    position, target = tensordict["state"].split(2, dim=-1)
+    return tensordict.set("action", _straight_to(position, target))
+
+
+def _straight_to(position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The velocity along the straight line that gets nearest to the target in one step."""
+    velocity = (target - position) / SPEED
+    return velocity / velocity.abs().amax(-1, keepdim=True).clamp(min=1)
+
+
+def toy_return(
+    policy: Literal["expert", "random"],
+    *,
+    steps: int = EPISODE_STEPS,
+    episodes: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """Mean episode return of the best or of the uniformly random policy, without any pictures.
+
+    With the defaults: expert 48.3 of at most 50, random 13.9.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    position, target = _uniform((2, episodes, 2), generator)
+    total = torch.zeros(episodes, 1)
+    for _ in range(steps):
+        if policy == "expert":
+            action = _straight_to(position, target)
+        else:
+            action = _uniform((episodes, 2), generator)
+        position, reward, _ = toy_dynamics(position, target, action)
+        total += reward
+    return total.mean().item()
+
+
+def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(shape, generator=generator) * 2 - 1
+
+
+class ToyEnv(EnvBase):
+    """The toy task as a TorchRL environment without batch size; it never ends by itself.
+
+    Gives ``pixels`` uint8 [3, size, size], ``state`` float32 [4] (disc x, y, target x, y),
+    ``success`` and ``reward``; takes ``action`` float32 [2] in [-1, 1].
+
+    Args:
+        size: height and width of the picture; ``None`` draws none.
+    """
+
+    def __init__(self, size: int | None = 64) -> None:
+        super().__init__(device="cpu", batch_size=[])
+        self._generator = torch.Generator().manual_seed(0)
+        self._size = size
+        observation = {
+            "state": Bounded(-1, 1, (4,), dtype=torch.float32),
+            "success": Binary(1, (1,), dtype=torch.bool),
+        }
+        if size is not None:
+            observation["pixels"] = Bounded(0, 255, (3, size, size), dtype=torch.uint8)
+            margin = 1 + _SQUARE  # both shapes stay inside the picture
+            centres = (torch.arange(size) + 0.5) / size * 2 * margin - margin
+            self._y, self._x = -centres[:, None], centres[None, :]  # y points up
+            self._pixel = 2 * margin / size
+        self.observation_spec = Composite(observation)
+        self.action_spec = Bounded(-1, 1, (2,), dtype=torch.float32)
+        self.reward_spec = Unbounded((1,), dtype=torch.float32)
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._generator.manual_seed(seed)
+
+    def _reset(self, tensordict: TensorDictBase | None, **kwargs) -> TensorDictBase:
+        self._position, self._target = _uniform((2, 2), self._generator)
+        return TensorDict({**self._observe(), "success": torch.zeros(1, dtype=torch.bool)})
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self._position, reward, success = toy_dynamics(
+            self._position, self._target, tensordict["action"]
+        )
+        over = torch.zeros(1, dtype=torch.bool)
+        return TensorDict(
+            {
+                **self._observe(),
+                "success": success,
+                "reward": reward,
+                "done": over,
+                "terminated": over.clone(),
+            }
+        )
+
+    def _observe(self) -> dict[str, torch.Tensor]:
+        observation = {"state": torch.cat([self._position, self._target])}
+        if self._size is not None:
+            observation["pixels"] = self._draw()
+        return observation
+
+    def _draw(self) -> torch.Tensor:
+        """The picture, edges smoothed over one pixel so that it shows positions exactly."""
+        (x, y), (tx, ty) = self._position.tolist(), self._target.tolist()
+        square = _SQUARE - torch.maximum((self._x - tx).abs(), (self._y - ty).abs())
+        disc = _DISC - torch.sqrt((self._x - x) ** 2 + (self._y - y) ** 2)
+        image = torch.tensor(_BACKGROUND)[:, None, None]
+        for depth, colour in ((square, _GREEN), (disc, _RED)):
+            cover = (depth / self._pixel + 0.5).clamp(0, 1)  # [H, W]
+            image = image + cover * (torch.tensor(colour)[:, None, None] - image)
+        return image.to(torch.uint8)
