@@ -1,0 +1,18 @@
+"""Video clips for pre-training, the replay for fine-tuning, and the law that draws windows."""
+
+from __future__ import annotations
+
+from prelar_trl.data.clips import VideoClips
+from prelar_trl.data.replay import EpisodeReplay
+from prelar_trl.data.store import ClipStore, StoreError
+from prelar_trl.data.windows import WindowSampler
+from prelar_trl.data.writer import ClipWriter
+
+__all__ = [
+    "ClipStore",
+    "ClipWriter",
+    "EpisodeReplay",
+    "StoreError",
+    "VideoClips",
+    "WindowSampler",
+]

@@ -1,0 +1,227 @@
+"""The clip store: the folder that training reads, and its reader.
+
+::
+
+    <store>/
+      store.json             format, version, source, decoder, resize, streams, shards + checksums
+      clips/000000.jsonl     one line a clip: name, frames, label, split, crc32 of each stream
+      pixels/000000.bin      uint8   [frames, 3, H, W], clip after clip, nothing between
+      <image>/000000.bin     uint8   [frames, 3, H, W], further image streams, e.g. ``flow``
+      actions/000000.bin     float32 [frames, A], only if known, for probes only
+
+Files with one number are one shard. The bytes depend on nothing but the clips, their order and the
+settings: no date, no path, no machine. A shard is sealed in ``store.json`` with the SHA-256 of each
+of its files; while it is open, its ``.jsonl`` is the journal by which `ClipWriter` resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "prelar-clips"
+VERSION = 1
+ACTIONS = "actions"
+CLIPS = "clips"
+VERIFY_ON_OPEN_BYTES = 64 * 2**20
+
+
+class StoreError(ValueError):
+    """A clip store that cannot be read or continued; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a store keeps for every frame under one name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def frame_bytes(self) -> int:
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def is_image(self) -> bool:
+        return self.dtype == "uint8" and len(self.shape) == 3
+
+
+def shard_file(path: Path, stream: str, shard: int) -> Path:
+    """The file of one stream (or of ``clips``) of one shard."""
+    return path / stream / f"{shard:06d}.{'jsonl' if stream == CLIPS else 'bin'}"
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Reads ``store.json``.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        StoreError: damaged, foreign, or of another version.
+    """
+    file = path / "store.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"no clip store at {str(path)!r} (no store.json): make one with collect_videos or "
+            "prepare_videos"
+        )
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{str(file)!r} is damaged ({error}): make the store again") from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise StoreError(f"{str(file)!r} is not a clip store of this project: use another folder")
+    if meta.get("version") != VERSION:
+        raise StoreError(
+            f"{str(path)!r} has store version {meta.get('version')}, this code reads {VERSION}: "
+            "make the store again"
+        )
+    return meta
+
+
+def streams_of(meta: dict[str, Any]) -> dict[str, Stream]:
+    """The streams that ``store.json`` declares."""
+    return {
+        name: Stream(name, spec["dtype"], tuple(spec["shape"]))
+        for name, spec in meta["streams"].items()
+    }
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+class ClipStore:
+    """Reads a finished clip store.
+
+    Sizes and the clip lists are always checked. The pixels' checksums are checked on opening when
+    the store is at most 64 MiB, else by `verify`.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        meta: contents of ``store.json``.
+        streams: name -> `Stream`.
+        names, labels, splits: per clip; label and split may be None.
+        frames, shard, offset: int64 ``[N]``: length, shard, first frame within the shard.
+
+    Raises:
+        FileNotFoundError: there is no store.
+        StoreError: unfinished, damaged, foreign or of another version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.meta = read_meta(self.path)
+        if not self.meta["complete"]:
+            raise StoreError(
+                f"clip store {str(path)!r} is unfinished: run the command that makes it "
+                f"({self.meta['source']}) once more, it continues where it stopped"
+            )
+        self.streams = streams_of(self.meta)
+        self._maps: dict[tuple[str, int], np.memmap] = {}
+        self._read_clips()
+        if self.num_bytes <= VERIFY_ON_OPEN_BYTES:
+            self.verify()
+
+    def _read_clips(self) -> None:
+        records: list[dict[str, Any]] = []
+        shard: list[int] = []
+        offset: list[int] = []
+        for number, seal in enumerate(self.meta["shards"]):
+            self._check_sizes(number, seal)
+            file = shard_file(self.path, CLIPS, number)
+            if sha256(file) != seal["sha256"][CLIPS]:
+                raise self._damaged(file, "its checksum differs")
+            position = 0
+            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
+                record = json.loads(line)
+                records.append(record)
+                shard.append(number)
+                offset.append(position)
+                position += record["frames"]
+        self.names: list[str] = [r["name"] for r in records]
+        self.labels: list[str | int | None] = [r["label"] for r in records]
+        self.splits: list[str | None] = [r["split"] for r in records]
+        self.frames = np.array([r["frames"] for r in records], dtype=np.int64)
+        self.shard = np.array(shard, dtype=np.int64)
+        self.offset = np.array(offset, dtype=np.int64)
+
+    def _check_sizes(self, number: int, seal: dict[str, Any]) -> None:
+        for name in (CLIPS, *self.streams):
+            file = shard_file(self.path, name, number)
+            if not file.is_file():
+                raise self._damaged(file, "it is missing")
+            if name == CLIPS:
+                continue
+            size, expected = file.stat().st_size, seal["frames"] * self.streams[name].frame_bytes
+            if size != expected:
+                raise self._damaged(file, f"it has {size} bytes, not {expected}")
+
+    def _damaged(self, file: Path, why: str) -> StoreError:
+        return StoreError(
+            f"clip store is damaged at {str(file)!r} ({why}): delete the folder "
+            f"{str(self.path)!r} and make it again, or restore that file"
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of all clips together."""
+        return int(self.frames.sum())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all streams together."""
+        return self.num_frames * sum(s.frame_bytes for s in self.streams.values())
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a frame, in pixels."""
+        _, height, width = self.streams["pixels"].shape
+        return height, width
+
+    def verify(self) -> None:
+        """Compares every file with its checksum. Reads the whole store.
+
+        Raises:
+            StoreError: naming the first file that differs.
+        """
+        for number, seal in enumerate(self.meta["shards"]):
+            for name, digest in seal["sha256"].items():
+                file = shard_file(self.path, name, number)
+                if sha256(file) != digest:
+                    raise self._damaged(file, "its checksum differs")
+
+    def map(self, stream: str, shard: int) -> np.memmap:
+        """The memory-mapped frames ``[frames, *shape]`` of one stream of one shard, read-only."""
+        key = (stream, shard)
+        if key not in self._maps:
+            spec = self.streams[stream]
+            self._maps[key] = np.memmap(
+                shard_file(self.path, stream, shard), dtype=spec.dtype, mode="r"
+            ).reshape(-1, *spec.shape)
+        return self._maps[key]
+
+    def read(self, clip: int, stream: str = "pixels", start: int = 0, frames: int | None = None):
+        """A read-only view ``[frames, *shape]`` of one clip, by default of all its frames."""
+        frames = int(self.frames[clip]) - start if frames is None else frames
+        first = int(self.offset[clip]) + start
+        return self.map(stream, int(self.shard[clip]))[first : first + frames]
+
+    def __repr__(self) -> str:
+        height, width = self.size
+        return (
+            f"ClipStore({str(self.path)!r}: {len(self)} clips, {self.num_frames} frames of "
+            f"{height}x{width}, source={self.meta['source']!r})"
+        )

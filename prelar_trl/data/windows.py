@@ -1,0 +1,288 @@
+"""The one law by which windows of T frames are drawn from episodes of given lengths.
+
+Both `VideoClips` (pre-training video) and `EpisodeReplay` (fine-tuning) draw with the class here,
+so every law means the same thing in both.
+
+Laws, for an episode of ``L`` frames and a window of ``T``::
+
+    episodes         an episode uniformly, then one of its L - T + 1 starts uniformly
+    frames           every window of the data is equally likely: an episode with weight L - T + 1
+    epoch            every episode once in a shuffled order, then the next order; start uniform
+    prioritize_ends  the official replay's: an episode uniformly; a length uniform in
+                     (M - m, M], at least m, where M = min(L, max_length), m = min_length;
+                     start = min(uniform{0 .. L - length + m}, L - length), so that the last
+                     start holds m + 1 of the L - length + 1 + m tickets
+
+                     start    0   1   2  ...  L-length-1   L-length
+                     tickets  1   1   1  ...      1         1 + m
+
+With ``prioritize_ends`` and a ``min_length`` below T a row may be shorter than T; it is then filled
+with further windows, and each of them starts with ``is_first``. What does not fit is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.storages import Storage
+
+Law = Literal["episodes", "frames", "epoch", "prioritize_ends"]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Contiguous pieces that fill ``rows`` rows of ``length`` frames, in row-major order.
+
+    All tensors are int64 ``[M]``, M >= rows (M == rows unless rows are filled by several windows).
+
+    Args:
+        episode: which episode a piece comes from.
+        start: its first frame, counted from the episode's beginning.
+        frames: its number of frames.
+        offset: where it lies in the flattened ``[rows * length]`` batch.
+    """
+
+    episode: Tensor
+    start: Tensor
+    frames: Tensor
+    offset: Tensor
+
+
+class WindowSampler(Sampler):
+    """Draws windows of ``length`` frames; a TorchRL sampler with its own random generator.
+
+    A draw costs O(rows * log episodes), never O(frames).
+
+    Args:
+        length: frames T of a row.
+        law: see the module docstring.
+        seed: seed of the generator.
+        min_length, max_length: for ``prioritize_ends`` only; both default to ``length``.
+        rank, world_size: this process's share of one global stream. Row ``k`` of the stream goes to
+            process ``k % world_size``, so processes with the same seed never share a row.
+
+    Raises:
+        ValueError: for an unknown law or impossible lengths.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        law: Law = "episodes",
+        seed: int = 0,
+        min_length: int | None = None,
+        max_length: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if law not in get_args(Law):
+            raise ValueError(f"law={law!r} is unknown: choose one of {', '.join(get_args(Law))}")
+        if length < 1:
+            raise ValueError(f"window length {length} must be at least 1 frame")
+        if law != "prioritize_ends" and (min_length is not None or max_length is not None):
+            raise ValueError(f"min_length and max_length belong to prioritize_ends, not to {law!r}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} must lie in 0..{world_size - 1} (world_size - 1)")
+        self.length = length
+        self.law = law
+        self.min_length = length if min_length is None else min_length
+        self.max_length = length if max_length is None else max_length
+        if not 1 <= self.min_length <= self.max_length:
+            raise ValueError(
+                f"min_length={self.min_length} must lie in 1..max_length={self.max_length}"
+            )
+        self.rank, self.world_size = rank, world_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self._order: Tensor | None = None
+        self._order_rng: Tensor | None = None
+        self._position = 0
+        empty = torch.zeros(0, dtype=torch.int64)
+        self.set_episodes(empty)
+
+    def set_episodes(
+        self,
+        lengths: Tensor,
+        *,
+        starts: Tensor | None = None,
+        capacity: int | None = None,
+        groups: Tensor | None = None,
+        group_weights: Tensor | None = None,
+    ) -> None:
+        """Declares the episodes to draw from. O(episodes).
+
+        Args:
+            lengths: int64 ``[E]`` frames of each episode. Too short ones are never drawn.
+            starts: int64 ``[E]`` storage index of each episode's first frame (for `sample`).
+            capacity: the storage is a ring of that many frames (for `sample`).
+            groups: int64 ``[E]`` group of each episode, e.g. its store.
+            group_weights: ``[G]`` how often each group is drawn, in any unit; not for ``epoch``.
+        """
+        counts = (lengths - self.length + 1).clamp(min=0)
+        if self.law == "frames":
+            weights = counts.double()
+        else:
+            weights = (lengths >= min(self.length, self.min_length)).double()
+        if groups is not None and group_weights is not None:
+            if self.law == "epoch":
+                raise ValueError("law='epoch' takes every clip once: leave out the weights")
+            share = torch.zeros(len(group_weights), dtype=torch.float64)
+            share.index_add_(0, groups, weights)
+            weights = weights * (group_weights.double() / share.clamp(min=1e-300))[groups]
+        self._lengths, self._counts = lengths, counts
+        self._starts, self._capacity = starts, capacity
+        self._cumulative = weights.cumsum(0)
+        self._eligible = weights.nonzero().squeeze(-1)
+        if self._order is not None and len(self._order) != len(self._eligible):
+            self._order = None  # the episodes have changed: the epoch begins anew
+
+    @property
+    def num_eligible(self) -> int:
+        """Episodes that are long enough to be drawn."""
+        return len(self._eligible)
+
+    def draw(self, rows: int) -> Windows:
+        """Draws ``rows`` rows.
+
+        Raises:
+            RuntimeError: when no episode is long enough.
+        """
+        if not len(self._eligible):
+            longest = int(self._lengths.max()) if len(self._lengths) else 0
+            need = min(self.length, self.min_length)
+            raise RuntimeError(
+                f"no episode has {need} frames: {len(self._lengths)} episodes, longest {longest}"
+            )
+        drawn = self._draw_all(rows * self.world_size)
+        return drawn if self.world_size == 1 else self._own_rows(drawn, rows)
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
+        """TorchRL's sampler interface.
+
+        Args:
+            storage: unused, the episodes are known by `set_episodes`.
+            batch_size: frames of the whole batch, a multiple of ``length``.
+
+        Returns:
+            Storage indices int64 ``[batch_size]`` and ``{"is_first": bool [batch_size]}``.
+        """
+        if batch_size % self.length:
+            raise ValueError(f"batch_size={batch_size} is no multiple of the window {self.length}")
+        windows = self.draw(batch_size // self.length)
+        first = self._starts[windows.episode] + windows.start - windows.offset
+        index = first.repeat_interleave(windows.frames) + torch.arange(batch_size)
+        if self._capacity is not None:
+            index %= self._capacity
+        is_first = torch.zeros(batch_size, dtype=torch.bool)
+        is_first[windows.offset] = True
+        return index, {"is_first": is_first}
+
+    def _uniform(self, upper: Tensor) -> Tensor:
+        """One uniform integer in ``0 .. upper - 1`` each."""
+        u = torch.rand(len(upper), dtype=torch.float64, generator=self.generator)
+        return torch.minimum((u * upper).long(), upper - 1)
+
+    def _draw_all(self, rows: int) -> Windows:
+        if self.law == "prioritize_ends":
+            return self._draw_prioritized(rows)
+        episode = self._next_in_epoch(rows) if self.law == "epoch" else self._weighted(rows)
+        start = self._uniform(self._counts[episode])
+        frames = torch.full((rows,), self.length)
+        return Windows(episode, start, frames, torch.arange(rows) * self.length)
+
+    def _weighted(self, rows: int) -> Tensor:
+        u = torch.rand(rows, dtype=torch.float64, generator=self.generator)
+        episode = torch.searchsorted(self._cumulative, u * self._cumulative[-1], right=True)
+        return episode.clamp(max=int(self._eligible[-1]))
+
+    def _next_in_epoch(self, rows: int) -> Tensor:
+        parts: list[Tensor] = []
+        while rows:
+            if self._order is None or self._position == len(self._order):
+                self._order_rng, self._position = self.generator.get_state(), 0
+                self._order = self._shuffled()
+            part = self._order[self._position : self._position + rows]
+            self._position += len(part)
+            rows -= len(part)
+            parts.append(part)
+        return torch.cat(parts)
+
+    def _shuffled(self) -> Tensor:
+        return self._eligible[torch.randperm(len(self._eligible), generator=self.generator)]
+
+    def _draw_prioritized(self, rows: int) -> Windows:
+        if self.min_length >= self.length:  # one window fills a row
+            windows = self._prioritized(rows)
+            frames = windows[2].clamp(max=self.length)
+            return Windows(windows[0], windows[1], frames, torch.arange(rows) * self.length)
+        pieces: list[tuple[int, int, int, int]] = []
+        end = rows * self.length
+        offset = 0
+        while offset < end:
+            for episode, start, frames in zip(*(x.tolist() for x in self._prioritized(rows))):
+                frames = min(frames, self.length - offset % self.length)
+                pieces.append((episode, start, frames, offset))
+                offset += frames
+                if offset == end:
+                    break
+        return Windows(*torch.tensor(pieces).T.contiguous().unbind(0))
+
+    def _prioritized(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        episode = self._weighted(count)
+        total = self._lengths[episode]
+        frames = total.clamp(max=self.max_length)
+        frames = frames - self._uniform(torch.full((count,), self.min_length))
+        frames = frames.clamp(min=self.min_length)
+        last = total - frames
+        start = torch.minimum(self._uniform(last + 1 + self.min_length), last)
+        return episode, start, frames
+
+    def _own_rows(self, windows: Windows, rows: int) -> Windows:
+        row = windows.offset // self.length
+        keep = row % self.world_size == self.rank
+        column = windows.offset[keep] % self.length
+        offset = row[keep] // self.world_size * self.length + column
+        return Windows(windows.episode[keep], windows.start[keep], windows.frames[keep], offset)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next draws depend on, the episodes apart."""
+        return {
+            "rng": self.generator.get_state(),
+            "order_rng": None if self._order is None else self._order_rng.clone(),
+            "position": self._position,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken; the same episodes must be declared."""
+        self._order, self._order_rng = None, None
+        if state_dict["order_rng"] is not None:
+            self._order_rng = state_dict["order_rng"].clone()
+            self.generator.set_state(self._order_rng)
+            self._order = self._shuffled()
+        self._position = state_dict["position"]
+        self.generator.set_state(state_dict["rng"])
+
+    def _empty(self) -> None:
+        self.set_episodes(torch.zeros(0, dtype=torch.int64))
+
+    def dumps(self, path: str | Path) -> None:
+        """Writes `state_dict` as ``sampler.json`` into the folder ``path``."""
+        state = {
+            k: v.tolist() if isinstance(v, Tensor) else v for k, v in self.state_dict().items()
+        }
+        Path(path).mkdir(parents=True, exist_ok=True)
+        Path(path, "sampler.json").write_text(json.dumps(state))
+
+    def loads(self, path: str | Path) -> None:
+        """Reads what `dumps` wrote."""
+        state = json.loads(Path(path, "sampler.json").read_text())
+        for key in ("rng", "order_rng"):
+            if state[key] is not None:
+                state[key] = torch.tensor(state[key], dtype=torch.uint8)
+        self.load_state_dict(state)
