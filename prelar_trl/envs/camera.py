@@ -22,9 +22,9 @@ class Camera:
     Args:
         model: the MuJoCo model. With ``fast`` its visual quality settings are changed.
         data: the MuJoCo data that is drawn.
-        camera: a camera of the model; ``None`` takes its first one, or a free view if it has none.
+        camera: a camera of the model; ``None`` takes the first, or a free view where there is none.
         size: height and width of the picture in pixels.
-        quality: ``fast`` has no shadows, anti-aliasing or reflections; ``full`` is MuJoCo's default.
+        quality: ``fast`` leaves out shadows, anti-aliasing and reflections; ``full`` has them.
         flip: turn the picture upside down (for cameras that are mounted the wrong way up).
 
     Raises:

@@ -16,11 +16,12 @@ from torchrl.envs import (
     ParallelEnv,
     RewardSum,
     StepCounter,
+    Transform,
     TransformedEnv,
 )
 
 from prelar_trl.envs.backend import rendering_error
-from prelar_trl.envs.toy import EPISODE_STEPS, ToyEnv
+from prelar_trl.envs.toy import EPISODE_STEPS, make_toy
 from prelar_trl.envs.transforms import ActionRepeat, NoSuccess
 
 # Modules that import MuJoCo: loaded when asked for, as they take seconds and need OpenGL.
@@ -108,37 +109,29 @@ def _make_one(
     **kwargs: Any,
 ) -> EnvBase:
     if isinstance(name_or_env, str):
-        env = _from_name(
-            name_or_env,
-            pixels=pixels,
-            camera=camera,
-            render_quality=render_quality,
-            action_repeat=action_repeat,
-            **kwargs,
-        )
+        view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
+        base, transforms = _from_name(name_or_env, **view, **kwargs)
         if name_or_env == "toy":
             max_steps = max_steps or EPISODE_STEPS
     else:
-        env = name_or_env if isinstance(name_or_env, EnvBase) else name_or_env()
-        env = _adopt(env, pixels, action_repeat)
-    if _needs_scaling(env):
-        env = TransformedEnv(env, ActionScaling())
-    env = TransformedEnv(
-        env,
-        Compose(InitTracker(init_key="is_first"), StepCounter(max_steps=max_steps), RewardSum()),
-    )
+        base = name_or_env if isinstance(name_or_env, EnvBase) else name_or_env()
+        transforms = _adopt(base, pixels)
+    repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
+    env = TransformedEnv(base, Compose(*repeat, *transforms), auto_unwrap=False)
+    space = env.action_spec.space
+    if (space.low != -1).any() or (space.high != 1).any():
+        env.append_transform(ActionScaling())
+    env.append_transform(InitTracker(init_key="is_first"))
+    env.append_transform(StepCounter(max_steps=max_steps))
+    env.append_transform(RewardSum())
     env.set_seed(seed)
     return env
 
 
-def _from_name(name: str, **options: Any) -> EnvBase:
+def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
     family, _, rest = name.partition("/")
-    if family == "toy" and not rest:
-        if options.pop("camera") is not None:
-            raise ValueError("toy has no cameras")
-        repeat = ActionRepeat(options.pop("action_repeat"))
-        options.pop("render_quality")
-        return TransformedEnv(ToyEnv(size=options.pop("pixels"), **options), repeat)
+    if name == "toy":
+        return make_toy(**options)
     if family not in _FAMILIES or not rest:
         raise ValueError(
             f"unknown environment {name!r}; write metaworld/<task>, gym/<id>, "
@@ -154,24 +147,16 @@ def _from_name(name: str, **options: Any) -> EnvBase:
     return make(rest, **options)
 
 
-def _adopt(env: EnvBase, pixels: int | None, action_repeat: int) -> EnvBase:
-    """A user's own environment: check what it gives, add what it lacks."""
+def _adopt(env: EnvBase, pixels: int | None) -> list[Transform]:
+    """Check a user's own environment; the transforms add what it lacks."""
     keys = [str(key) for key in env.observation_spec.keys(True, True)]
     if "pixels" not in keys:
         raise ValueError(f"the environment gives no 'pixels', only {', '.join(keys) or 'nothing'}")
     spec = env.observation_spec["pixels"]
-    expected = (3, pixels, pixels)
-    if spec.dtype != torch.uint8 or tuple(spec.shape[-3:]) != expected:
+    expected = (*env.batch_size, 3, pixels, pixels)
+    if spec.dtype != torch.uint8 or spec.shape != expected:
         raise ValueError(
             f"pixels must be uint8 {list(expected)}, channels first; the environment gives "
             f"{spec.dtype} {list(spec.shape)}"
         )
-    env = TransformedEnv(env, ActionRepeat(action_repeat), auto_unwrap=False)
-    if "success" not in keys:
-        env.append_transform(NoSuccess())
-    return env
-
-
-def _needs_scaling(env: EnvBase) -> bool:
-    space = env.action_spec.space
-    return not (bool((space.low == -1).all()) and bool((space.high == 1).all()))
+    return [] if "success" in keys else [NoSuccess()]

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from torchrl.data import Binary
-from torchrl.envs import EnvBase, GymWrapper, RenameTransform, TransformedEnv
+from torchrl.envs import EnvBase, GymWrapper, RenameTransform, Transform
 from torchrl.envs.gym_like import default_info_dict_reader
 
 from prelar_trl.envs.camera import Camera, RenderQuality
-from prelar_trl.envs.transforms import ActionRepeat, Pixels
+from prelar_trl.envs.transforms import Pixels
 
 METAWORLD_TASKS: tuple[str, ...] = tuple(
     sorted(name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS)
@@ -80,21 +80,15 @@ class MetaworldTask(gymnasium.Env):
 
 
 def make_metaworld(
-    name: str,
-    *,
-    pixels: int | None,
-    camera: str | None,
-    render_quality: RenderQuality,
-    action_repeat: int,
-) -> EnvBase:
-    """A task as a TorchRL environment; see :func:`prelar_trl.envs.make_env`."""
+    name: str, *, pixels: int | None, camera: str | None, render_quality: RenderQuality
+) -> tuple[EnvBase, list[Transform]]:
+    """A task and the transforms that give it the project's keys; see :func:`make_env`."""
     task = MetaworldTask(task_name(name))
-    base = GymWrapper(task)
-    base.set_info_dict_reader(
+    env = GymWrapper(task)
+    env.set_info_dict_reader(
         default_info_dict_reader(["success"], {"success": Binary(1, dtype=torch.bool)})
     )
-    env = TransformedEnv(base, ActionRepeat(action_repeat))
-    env.append_transform(RenameTransform(["observation"], ["state"]))
+    transforms: list[Transform] = [RenameTransform(["observation"], ["state"])]
     if pixels is not None:
         view = camera or "corner"
         draw = Camera(
@@ -105,5 +99,5 @@ def make_metaworld(
             quality=render_quality,
             flip=view in _UPSIDE_DOWN,
         )
-        env.append_transform(Pixels(draw, pixels, draw.close))
-    return env
+        transforms.append(Pixels(draw, pixels, draw.close))
+    return env, transforms

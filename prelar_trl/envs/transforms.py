@@ -33,9 +33,7 @@ class ActionRepeat(Transform):
             raise ValueError(f"action_repeat must be at least 1, got {repeat}")
         self.repeat = repeat
 
-    def _step(
-        self, tensordict: TensorDictBase, next_tensordict: TensorDictBase
-    ) -> TensorDictBase:
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         env = self.parent.base_env
         for _ in range(self.repeat - 1):
             if next_tensordict["done"].all():
@@ -60,7 +58,10 @@ class Pixels(Transform):
     """
 
     def __init__(
-        self, picture: Callable[[], torch.Tensor], size: int, close: Callable[[], None]
+        self,
+        picture: Callable[[], torch.Tensor],
+        size: int,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(out_keys=["pixels"])
         self._picture, self._size, self._close = picture, size, close

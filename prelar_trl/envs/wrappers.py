@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from functools import partial
 from typing import Any
 
 import gymnasium
+import mujoco
 import numpy as np
 import torch
 from gymnasium.envs.mujoco import MujocoEnv
@@ -17,11 +19,11 @@ from torchrl.envs import (
     EnvBase,
     GymWrapper,
     RenameTransform,
-    TransformedEnv,
+    Transform,
 )
 
 from prelar_trl.envs.camera import Camera, RenderQuality
-from prelar_trl.envs.transforms import ActionRepeat, NoSuccess, Pixels, to_pixels
+from prelar_trl.envs.transforms import NoSuccess, Pixels, to_pixels
 
 
 class _ImageObservation(gymnasium.ObservationWrapper):
@@ -43,52 +45,48 @@ def make_gym(
     pixels: int | None,
     camera: str | None,
     render_quality: RenderQuality,
-    action_repeat: int,
     **kwargs: Any,
-) -> EnvBase:
-    """A gymnasium environment as a TorchRL one; see :func:`prelar_trl.envs.make_env`.
+) -> tuple[EnvBase, list[Transform]]:
+    """A gymnasium environment and the transforms that give it the project's keys.
 
-    ``kwargs`` go to ``gymnasium.make``.
+    Pictures come from the simulation (MuJoCo environments), from image observations, or from
+    ``render()``, averaged over areas to the asked size. ``kwargs`` go to ``gymnasium.make``.
     """
     try:
         env = gymnasium.make(name, render_mode=None if pixels is None else "rgb_array", **kwargs)
-    except gymnasium.error.UnregisteredEnv as error:
-        near = difflib.get_close_matches(name, gymnasium.registry, n=3)
-        raise ValueError(
-            f"unknown gymnasium environment {name!r}; the nearest are {', '.join(near)}"
-        ) from error
+        simulation = env.unwrapped
+        is_mujoco = isinstance(simulation, MujocoEnv)
+        if pixels is not None and not is_mujoco:
+            env.reset()
+            env.render()
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"gym/{name} needs another package: {error}") from error
+    except gymnasium.error.Error as error:
+        near = difflib.get_close_matches(name, gymnasium.registry, n=3)
+        raise ValueError(
+            f"gymnasium cannot make {name!r} ({error}); the nearest are {', '.join(near)}"
+        ) from error
     if not isinstance(env.action_space, gymnasium.spaces.Box):
         raise ValueError(f"gym/{name} has actions {env.action_space}; only continuous ones work")
-    space = env.observation_space
-    is_image = space.shape is not None and len(space.shape) == 3 and space.dtype == np.uint8
-    simulation = env.unwrapped
-    if camera is not None and (is_image or not isinstance(simulation, MujocoEnv)):
+    if camera is not None and not is_mujoco:
         raise ValueError(f"gym/{name} has no cameras to choose from, got camera={camera!r}")
 
-    if is_image:
+    space = env.observation_space
+    if space.shape is not None and len(space.shape) == 3 and space.dtype == np.uint8:
         env = _ImageObservation(env, pixels or space.shape[0])
-    base = TransformedEnv(GymWrapper(env), ActionRepeat(action_repeat))
-    if not is_image:
-        base.append_transform(DoubleToFloat(in_keys=["observation"]))
-        base.append_transform(RenameTransform(["observation"], ["state"]))
-        if pixels is not None and isinstance(simulation, MujocoEnv):
-            draw = Camera(
-                simulation.model,
-                simulation.data,
-                camera=camera,
-                size=pixels,
-                quality=render_quality,
-            )
-            base.append_transform(Pixels(draw, pixels, draw.close))
-        elif pixels is not None:
-            base.append_transform(Pixels(lambda: _rendered(env, pixels), pixels))
-    return base.append_transform(NoSuccess())
-
-
-def _rendered(env: gymnasium.Env, size: int) -> torch.Tensor:
-    return to_pixels(torch.from_numpy(env.render()), size)
+        return GymWrapper(env), [NoSuccess()]
+    transforms = [
+        DoubleToFloat(in_keys=["observation"]),
+        RenameTransform(["observation"], ["state"]),
+        NoSuccess(),
+    ]
+    if pixels is not None and is_mujoco:
+        transforms.append(
+            _camera(simulation.model, simulation.data, camera, pixels, render_quality)
+        )
+    elif pixels is not None:
+        transforms.append(Pixels(partial(_rendered, env, pixels), pixels))
+    return GymWrapper(env), transforms
 
 
 def make_dm_control(
@@ -97,10 +95,9 @@ def make_dm_control(
     pixels: int | None,
     camera: str | None,
     render_quality: RenderQuality,
-    action_repeat: int,
     **kwargs: Any,
-) -> EnvBase:
-    """A DeepMind control task ``<domain>/<task>``; see :func:`prelar_trl.envs.make_env`.
+) -> tuple[EnvBase, list[Transform]]:
+    """A DeepMind control task ``<domain>/<task>`` and the transforms that give it the keys.
 
     ``kwargs`` go to ``dm_control.suite.load``.
     """
@@ -110,20 +107,31 @@ def make_dm_control(
         )
     if name.count("/") != 1:
         raise ValueError(f"write dm_control/<domain>/<task>, got dm_control/{name}")
-    domain, task = name.split("/")
-    base = DMControlEnv(domain, task, **kwargs)
-    observations = list(base.observation_spec.keys())
-    env = TransformedEnv(base, ActionRepeat(action_repeat))
-    env.append_transform(DoubleToFloat(in_keys=observations, in_keys_inv=["action"]))
-    env.append_transform(CatTensors(observations, "state", unsqueeze_if_oor=True))
+    env = DMControlEnv(*name.split("/"), **kwargs)
+    observations = list(env.observation_spec.keys())
+    transforms = [
+        DoubleToFloat(in_keys=[*observations, "reward"], in_keys_inv=["action"]),
+        CatTensors(observations, "state"),
+        NoSuccess(),
+    ]
     if pixels is not None:
-        physics = base._env.physics
-        draw = Camera(
-            physics.model.ptr,
-            physics.data.ptr,
-            camera=camera,
-            size=pixels,
-            quality=render_quality,
+        physics = env.physics
+        transforms.append(
+            _camera(physics.model.ptr, physics.data.ptr, camera, pixels, render_quality)
         )
-        env.append_transform(Pixels(draw, pixels, draw.close))
-    return env.append_transform(NoSuccess())
+    return env, transforms
+
+
+def _camera(
+    model: mujoco.MjModel,
+    data: mujoco.MjData,
+    camera: str | None,
+    size: int,
+    quality: RenderQuality,
+) -> Pixels:
+    draw = Camera(model, data, camera=camera, size=size, quality=quality)
+    return Pixels(draw, size, draw.close)
+
+
+def _rendered(env: gymnasium.Env, size: int) -> torch.Tensor:
+    return to_pixels(torch.from_numpy(np.ascontiguousarray(env.render())), size)
