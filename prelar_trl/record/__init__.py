@@ -1,1 +1,44 @@
 """What a run leaves behind: folders, logs, videos, curves and reports."""
+
+from __future__ import annotations
+
+from prelar_trl.record.logger import Logger, check_backends
+from prelar_trl.record.plots import plot_curves, plot_psnr_by_step, read_metrics
+from prelar_trl.record.progress import Progress, progress
+from prelar_trl.record.report import html_report
+from prelar_trl.record.run import RunFolder, check_space
+from prelar_trl.record.statistics import bootstrap_interval, interquartile_mean, wilson_interval
+from prelar_trl.record.video import (
+    contact_sheet,
+    film_strip,
+    psnr,
+    read_video,
+    to_uint8,
+    video_grid,
+    write_picture,
+    write_video,
+)
+
+__all__ = [
+    "Logger",
+    "Progress",
+    "RunFolder",
+    "bootstrap_interval",
+    "check_backends",
+    "check_space",
+    "contact_sheet",
+    "film_strip",
+    "html_report",
+    "interquartile_mean",
+    "plot_curves",
+    "plot_psnr_by_step",
+    "progress",
+    "psnr",
+    "read_metrics",
+    "read_video",
+    "to_uint8",
+    "video_grid",
+    "wilson_interval",
+    "write_picture",
+    "write_video",
+]

@@ -1,0 +1,182 @@
+"""Curves from ``metrics.csv``: smoothed, with a band, one or several runs."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+# Okabe and Ito's colours, told apart by colour-blind readers; yellow left out.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
+STYLE = ("-", "--", ":", "-.")
+FEW_POINTS = 12  # up to here points are shown as they are, unsmoothed
+PANEL = (3.6, 2.5)  # inches
+
+
+class Series(NamedTuple):
+    """One metric of one run: ``steps`` [n] and ``values`` [n], in the order logged."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:
+    """Every metric of a ``metrics.csv``, by name; empty cells are left out, NaN is kept.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it has no column "step".
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: the run has logged nothing yet")
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = list(reader.fieldnames or [])
+        rows = list(reader)
+    if "step" not in names:
+        raise ValueError(f"{path} is not a file of metrics: it has no column step")
+    metrics = {}
+    for name in names:
+        pairs = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
+        if name != "step" and pairs:
+            steps, values = np.array(pairs).T
+            metrics[name] = Series(steps, values)
+    return metrics
+
+
+def smooth(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Centred moving mean and standard deviation, [n] each; the window is cut at the ends."""
+    kernel = np.ones(window)
+    count = np.convolve(np.ones(len(values)), kernel, "same")
+    mean = np.convolve(values, kernel, "same") / count
+    shifted = values - values.mean()  # keeps the difference of squares exact enough
+    second = np.convolve(shifted**2, kernel, "same") / count
+    first = np.convolve(shifted, kernel, "same") / count
+    return mean, np.sqrt(np.maximum(second - first**2, 0))
+
+
+def plot_curves(
+    runs: Mapping[str, Mapping[str, Series]],
+    path: str | os.PathLike[str],
+    metrics: Sequence[str],
+    *,
+    columns: int = 3,
+    step_name: str = "step",
+) -> Path:
+    """Draw one panel a metric with one line a run: moving mean, a band of one deviation.
+
+    Args:
+        runs: label -> metrics, as :func:`read_metrics` returns them.
+        path: the picture, png or svg.
+        metrics: what to draw; a run without one is left out of its panel.
+        columns: panels in a row. Default: 3.
+        step_name: what the horizontal axis counts. Default: "step".
+
+    Raises:
+        ValueError: a metric that no run has.
+    """
+    for metric in metrics:
+        if not any(metric in run for run in runs.values()):
+            known = sorted({name for run in runs.values() for name in run})
+            raise ValueError(f"no run has the metric {metric!r}: there are {', '.join(known)}")
+    columns = min(columns, len(metrics))
+    figure, axes = _figure(math.ceil(len(metrics) / columns), columns)
+    for axis, metric in zip(axes, metrics, strict=False):
+        axis.set_title(metric, fontsize=9, loc="left")
+        for i, (label, run) in enumerate(runs.items()):
+            if metric in run:
+                _draw(axis, run[metric], label, COLORS[i % 7], STYLE[i // 7 % 4])
+        _scale(axis, metric, [run[metric].values for run in runs.values() if metric in run])
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_xlabel(step_name, fontsize=8)
+    for axis in axes[len(metrics) :]:
+        axis.set_axis_off()
+    if len(runs) > 1:
+        for axis in axes[: len(metrics)]:
+            axis.legend(fontsize=7, frameon=False)
+    return _save(figure, path)
+
+
+def plot_psnr_by_step(
+    curves: Mapping[str, Sequence[float]], path: str | os.PathLike[str], *, context: int
+) -> Path:
+    """Draw PSNR over the frames of an open-loop prediction.
+
+    Args:
+        curves: label -> dB of each frame [T].
+        path: the picture, png or svg.
+        context: number of frames seen; the rest is imagined.
+    """
+    figure, (axis,) = _figure(1, 1, panel=(5.4, 3.0))
+    axis.axvspan(0.5, context + 0.5, color="#eef2f4", lw=0)
+    for i, (label, values) in enumerate(curves.items()):
+        frames = np.arange(1, len(values) + 1)
+        axis.plot(frames, values, label=label, color=COLORS[i % 7], marker="o", ms=3, lw=1.5)
+    axis.set_xlim(0.5, max(len(values) for values in curves.values()) + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axis.text(0.7, 1.02, "seen", transform=axis.get_xaxis_transform(), fontsize=8, color="#555")
+    axis.text(
+        context + 0.7,
+        1.02,
+        "imagined",
+        transform=axis.get_xaxis_transform(),
+        fontsize=8,
+        color="#555",
+    )
+    axis.set_xlabel("frame", fontsize=8)
+    axis.set_ylabel("PSNR (dB)", fontsize=8)
+    if len(curves) > 1:
+        axis.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def _figure(
+    rows: int, columns: int, panel: tuple[float, float] = PANEL
+) -> tuple[Figure, list[Axes]]:
+    # Figure without pyplot: no global state, no display.
+    figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained", dpi=150)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#e4e7ea", lw=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8, colors="#444", length=2)
+    return figure, axes
+
+
+def _draw(axis: Axes, series: Series, label: str, color: str, style: str) -> None:
+    finite = np.isfinite(series.values)
+    steps, values = series.steps[finite], series.values[finite]
+    if len(values) <= FEW_POINTS:
+        axis.plot(steps, values, style, label=label, color=color, marker="o", ms=3.5, lw=1.5)
+        return
+    mean, deviation = smooth(values, max(3, len(values) // 20) | 1)
+    axis.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.18, lw=0)
+    axis.plot(steps, mean, style, label=label, color=color, lw=1.5)
+
+
+def _scale(axis: Axes, metric: str, values: Sequence[np.ndarray]) -> None:
+    """A logarithmic axis where positive values span so much that a linear one hides the end."""
+    together = np.concatenate(values)
+    together = together[np.isfinite(together)]
+    if "success" in metric or "accuracy" in metric:
+        axis.set_ylim(-0.03, 1.03)
+    elif len(together) and together.min() > 0 and together.max() > 20 * np.median(together):
+        axis.set_yscale("log")
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white")
+    return path

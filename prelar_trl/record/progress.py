@@ -1,0 +1,128 @@
+"""A progress bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TextIO
+
+from torch import Tensor
+from tqdm import tqdm
+
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+
+
+class Progress:
+    """Shows how far a loop is, updates a second, frames a second and the newest metrics.
+
+    On a terminal a bar that is redrawn at most twice a second; elsewhere (a file, CI) one line
+    every ``every`` seconds and one at the end. Metrics become numbers only when shown, so that
+    a tensor on a GPU is not waited for at each update.
+
+    Args:
+        total: the number of updates at the end.
+        initial: the number already done. Default: 0.
+        name: what is going on, e.g. "pretrain".
+        unit: what is counted, in the plural. Default: "updates".
+        every: seconds between lines without a terminal. Default: 30.
+        stream: default: ``sys.stderr``.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        initial: int = 0,
+        name: str = "",
+        unit: str = "updates",
+        every: float = 30.0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.total = total
+        self.count = initial
+        self.name = name
+        self.unit = unit
+        self.stream = sys.stderr if stream is None else stream
+        terminal = self.stream.isatty()
+        self._every = 0.5 if terminal else every
+        self._bar = None
+        if terminal:
+            self._bar = tqdm(
+                total=total,
+                initial=initial,
+                desc=name,
+                file=self.stream,
+                bar_format=BAR,
+                dynamic_ncols=True,
+                unit=unit,
+            )
+        self._frames = 0
+        self._metrics: Mapping[str, float | Tensor] = {}
+        self._start = self._shown_at = time.monotonic()
+        self._start_count = self._shown_count = initial
+        self._shown_frames = 0
+
+    def update(
+        self,
+        count: int = 1,
+        *,
+        frames: int = 0,
+        metrics: Mapping[str, float | Tensor] | None = None,
+    ) -> None:
+        """Count ``count`` more updates, which took ``frames`` frames, and note new metrics."""
+        self.count += count
+        self._frames += frames
+        if metrics is not None:
+            self._metrics = {**self._metrics, **metrics}
+        if time.monotonic() - self._shown_at >= self._every:
+            self._show()
+
+    def close(self) -> None:
+        """Show the last state and end."""
+        self._show(last=True)
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, last: bool = False) -> None:
+        now = time.monotonic()
+        since = (self._shown_at, self._shown_count, self._shown_frames)
+        if last:  # the mean over the whole loop
+            since = (self._start, self._start_count, 0)
+        seconds = max(now - since[0], 1e-9)
+        parts = [f"{_number((self.count - since[1]) / seconds)} {self.unit}/s"]
+        if self._frames:
+            parts.append(f"{_number((self._frames - since[2]) / seconds)} frames/s")
+        parts += [f"{key} {_number(float(value))}" for key, value in self._metrics.items()]
+        text = ", ".join(parts)
+        if self._bar is not None:
+            self._bar.n = self.count
+            self._bar.set_postfix_str(text, refresh=True)
+        else:
+            name = f"{self.name}: " if self.name else ""
+            clock = time.strftime("%H:%M:%S", time.gmtime(now - self._start))
+            line = f"{name}{self.count}/{self.total} {self.unit} after {clock}, {text}\n"
+            self.stream.write(line)
+            self.stream.flush()
+        self._shown_at, self._shown_count, self._shown_frames = now, self.count, self._frames
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def progress(total: int, **options: object) -> Progress:
+    """A :class:`Progress`, for use in a ``with`` statement."""
+    return Progress(total, **options)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"

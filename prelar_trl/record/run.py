@@ -1,0 +1,224 @@
+"""The folder of one run: where it lies, what made it, and what it needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGES = (
+    "prelar_trl",
+    "torch",
+    "torchrl",
+    "tensordict",
+    "numpy",
+    "gymnasium",
+    "metaworld",
+    "mujoco",
+    "dm_control",
+    "hydra-core",
+    "wandb",
+)
+MEBIBYTE = 2**20
+
+
+class RunFolder:
+    """The folder of one run.
+
+    ``config.yaml``, ``versions.json``, ``metrics.csv``, ``checkpoints/``, ``videos/`` and
+    ``pictures/``. Make one with :meth:`create`, open an existing one with :meth:`load`.
+
+    Attributes:
+        path: the folder.
+        config: the configuration that the run was started with.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        seed: int | None = None,
+        need_bytes: int = 256 * MEBIBYTE,
+    ) -> RunFolder:
+        """Make a new run folder and write what identifies the run.
+
+        Args:
+            path: the folder; it must not exist or be empty.
+            config: plain values only (numbers, strings, lists, dicts), fully resolved.
+            seed: noted in ``versions.json``; default: ``config["seed"]`` if there is one.
+            need_bytes: free space that the run will need. Default: 256 MiB.
+
+        Raises:
+            FileExistsError: the folder holds a run or other files.
+            NotADirectoryError: the path, or one above it, is a file.
+            OSError: it cannot be written, or the disk has too little space.
+            ValueError: the config holds something that YAML cannot.
+        """
+        path = Path(path).expanduser()
+        _check_free(path)
+        check_space(path, need_bytes)
+        config = dict(config)
+        try:
+            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"config of run {path} holds a value that is not plain: {_one_line(error)}"
+            ) from None
+        record = describe_session(config.get("seed") if seed is None else seed)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with open(path / "config.yaml", "x", encoding="utf-8") as file:
+                file.write(text)
+            for folder in ("checkpoints", "videos", "pictures"):
+                (path / folder).mkdir()
+            _write_json(path / "versions.json", record)
+        except FileExistsError:
+            raise FileExistsError(f"run folder {path} was taken by another run just now") from None
+        except OSError as error:
+            raise type(error)(
+                f"run folder {path} cannot be written ({error.strerror}): choose another folder"
+            ) from None
+        return cls(path, config)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Open the folder of an existing run; nothing is written.
+
+        Raises:
+            FileNotFoundError: no folder, or no ``config.yaml`` in it.
+        """
+        path = Path(path).expanduser()
+        if not path.is_dir():
+            raise FileNotFoundError(f"run folder {path} does not exist")
+        if not (path / "config.yaml").is_file():
+            raise FileNotFoundError(f"{path} is not a run folder: it has no config.yaml")
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        return cls(path, config or {})
+
+    def note_continuation(self, step: int) -> None:
+        """Add to ``versions.json`` that a session continues this run after ``step`` steps."""
+        record = self.versions
+        session = describe_session(record.get("seed"))
+        record.setdefault("continued", []).append({"step": step, **session})
+        _write_json(self.path / "versions.json", record)
+
+    @property
+    def versions(self) -> dict[str, Any]:
+        """Package versions, git state, seed, command and start time of the run."""
+        return json.loads((self.path / "versions.json").read_text(encoding="utf-8"))
+
+    @property
+    def metrics(self) -> Path:
+        """The CSV file of metrics."""
+        return self.path / "metrics.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def videos(self) -> Path:
+        """The folder of mp4 videos."""
+        return self.path / "videos"
+
+    @property
+    def pictures(self) -> Path:
+        """The folder of png pictures."""
+        return self.path / "pictures"
+
+
+def describe_session(seed: int | None = None) -> dict[str, Any]:
+    """What made this process: versions, git state, command line, machine, seed, UTC time."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "seed": seed,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": git_state(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "packages": packages,
+    }
+
+
+def git_state(source: str | os.PathLike[str] = __file__) -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout that tracks ``source``.
+
+    None when ``source`` is not tracked: an installed wheel may lie inside a checkout of
+    something else, whose commit says nothing about this code.
+    """
+    source = Path(source).resolve()
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(source.parent), *args],
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+            )
+        except OSError:  # git is not installed
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", source.name) is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": git("status", "--porcelain") != ""}
+
+
+def check_space(path: str | os.PathLike[str], need_bytes: int) -> None:
+    """Raise OSError when the disk under ``path`` (which need not exist) has less free space."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    have = shutil.disk_usage(place).free
+    if have < need_bytes:
+        raise OSError(
+            f"not enough space for {path}: need {need_bytes / MEBIBYTE:.0f} MiB, have "
+            f"{have / MEBIBYTE:.0f} MiB; free some or choose another disk"
+        )
+
+
+def _check_free(path: Path) -> None:
+    for place in (path, *path.absolute().parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"run folder {path}: {place} is a file; choose another path")
+    if (path / "config.yaml").exists():
+        raise FileExistsError(f"run folder {path} already holds a run: choose another folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"folder {path} holds files of something else: choose another one")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,309 @@
+"""Videos and pictures: comparison grids, contact sheets, PSNR, mp4 files.
+
+Shapes: T time, B batch, H W height and width. Frames are uint8, channels first.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+BACKGROUND = (255, 255, 255)
+INK = (40, 44, 52)
+SEEN = (0, 121, 140)
+IMAGINED = (209, 73, 91)
+GAP = 4  # pixels between the tiles of a picture
+MAX_PSNR = 100.0
+
+
+def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each frame, in dB; higher is better.
+
+    ``10 log10(1 / mse)`` with pixel values in [0, 1] and the mean over C, H, W; at most 100
+    (equal frames).
+
+    Args:
+        prediction: uint8, or float in [0, 1]; [..., C, H, W].
+        truth: the same shape; the type may differ.
+
+    Returns:
+        float32 [...]: ``psnr(...).mean(0)`` of [B, T, C, H, W] is the curve by step.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(
+            f"psnr: shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}"
+        )
+    error = _unit(prediction) - _unit(truth)
+    mse = error.square().mean(dim=(-3, -2, -1))
+    return -10 * torch.log10(mse.clamp_min(10 ** (-MAX_PSNR / 10)))
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float images in [0, 1] to uint8, rounded; values outside are clipped."""
+    return images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def video_grid(
+    truth: Tensor,
+    model: Tensor,
+    *,
+    context: int | None = None,
+    max_sequences: int = 6,
+    scale: int = 2,
+) -> Tensor:
+    """Rows truth | model | error, one column a sequence, as a video.
+
+    The error row is the absolute difference. With ``context``, the frame round the model's
+    row and the caption tell the frames that were seen from those that were imagined.
+
+    Args:
+        truth: uint8 [B, T, 3, H, W] or [T, 3, H, W].
+        model: the same shape; uint8, or float in [0, 1].
+        context: number of frames that the model has seen; None: no such mark.
+        max_sequences: at most this many columns. Default: 6.
+        scale: nearest-neighbour enlargement of each tile. Default: 2.
+
+    Returns:
+        uint8 [T, 3, h, w].
+    """
+    truth, model = _pair(truth, model)
+    truth, model = truth[:max_sequences], model[:max_sequences]
+    values = psnr(model, truth).mean(0)
+    rows = (truth, model, _error(model, truth))
+    frames = []
+    for t in range(truth.shape[1]):
+        seen = context is not None and t < context
+        state = "" if context is None else ("  seen" if seen else "  imagined")
+        frames.append(
+            _tile(
+                [[sequence[t] for sequence in row] for row in rows],
+                row_labels=("truth", "model", "error"),
+                caption=f"frame {t + 1:2d}{state}   model {values[t]:.1f} dB",
+                frame_row=None if context is None else 1,
+                frame_colors=[SEEN if seen else IMAGINED] * truth.shape[0],
+                scale=scale,
+            )
+        )
+    return torch.stack(frames)
+
+
+def film_strip(
+    truth: Tensor,
+    model: Tensor,
+    *,
+    context: int | None = None,
+    columns: int = 12,
+    scale: int = 2,
+) -> Tensor:
+    """One sequence as a picture: rows truth | model | error, time from left to right.
+
+    Args:
+        truth: uint8 [T, 3, H, W].
+        model: the same shape; uint8, or float in [0, 1].
+        context: as in :func:`video_grid`.
+        columns: number of evenly spaced frames shown; the first and last always are.
+        scale: nearest-neighbour enlargement of each tile. Default: 2.
+
+    Returns:
+        uint8 [3, h, w].
+    """
+    if truth.ndim != 4:
+        raise ValueError(f"film_strip: one sequence [T, 3, H, W] is needed, got {truth.ndim} dims")
+    truth, model = (video[0] for video in _pair(truth, model))
+    length = truth.shape[0]
+    times = np.unique(np.linspace(0, length - 1, min(columns, length)).round().astype(int))
+    values = psnr(model, truth)
+    error = _error(model, truth)
+    return _tile(
+        [[video[t] for t in times] for video in (truth, model, error)],
+        row_labels=("truth", "model", "error"),
+        column_labels=[f"{t + 1}: {values[t]:.1f} dB" for t in times],
+        caption="" if context is None else f"{context} frames seen, the rest imagined",
+        frame_row=None if context is None else 1,
+        frame_colors=[SEEN if context is not None and t < context else IMAGINED for t in times],
+        scale=scale,
+    )
+
+
+def contact_sheet(
+    pictures: Sequence[Tensor],
+    *,
+    labels: Sequence[str] | None = None,
+    columns: int | None = None,
+    caption: str = "",
+    scale: int = 1,
+) -> Tensor:
+    """Many pictures of one size as one.
+
+    Args:
+        pictures: uint8 [3, H, W] each, or one tensor [N, 3, H, W].
+        labels: one a picture, written under it.
+        columns: default: a sheet slightly wider than high.
+        caption: a line above.
+        scale: nearest-neighbour enlargement. Default: 1.
+
+    Returns:
+        uint8 [3, h, w].
+    """
+    pictures = list(pictures)
+    if not pictures:
+        raise ValueError("contact_sheet: no pictures")
+    columns = columns or max(1, math.ceil(math.sqrt(1.4 * len(pictures))))
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
+    if labels is None:
+        return _tile(rows, caption=caption, scale=scale)
+    bands = [
+        _tile([row], column_labels=labels[i * columns : i * columns + len(row)], scale=scale)
+        for i, row in enumerate(rows)
+    ]
+    height = sum(band.shape[1] for band in bands)
+    top = _line_height() if caption else 0
+    sheet = torch.full((3, top + height, bands[0].shape[2]), 255, dtype=torch.uint8)
+    for band in bands:
+        sheet[:, top : top + band.shape[1], : band.shape[2]] = band
+        top += band.shape[1]
+    if caption:
+        image = Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
+        ImageDraw.Draw(image).text((GAP, GAP), caption, fill=INK, font=_font())
+        sheet = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return sheet
+
+
+def write_video(
+    path: str | os.PathLike[str], frames: Tensor, fps: float = 10.0, *, scale: int | None = None
+) -> Path:
+    """Write an mp4 that browsers play (H.264, yuv420p). An existing file is replaced at the end.
+
+    Args:
+        path: must end in ``.mp4``; its folder is made.
+        frames: uint8 [T, 3, H, W], T >= 1.
+        fps: frames a second. Default: 10.
+        scale: nearest-neighbour enlargement. Default: the least one, up to 4, that makes the
+            smaller side at least 256.
+    """
+    path = Path(path)
+    if path.suffix != ".mp4":
+        raise ValueError(f"write_video: path must end in .mp4, got {path}")
+    if frames.ndim != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8 or not len(frames):
+        raise ValueError(
+            f"write_video: uint8 frames [T, 3, H, W] are needed, got {frames.dtype} "
+            f"{list(frames.shape)}"
+        )
+    if scale is None:
+        scale = min(4, math.ceil(256 / min(frames.shape[-2:])))
+    array = _enlarge(frames.cpu(), scale).permute(0, 2, 3, 1).numpy()  # [T, h, w, 3]
+    pad_height, pad_width = array.shape[1] % 2, array.shape[2] % 2  # yuv420p needs even sides
+    array = np.pad(array, ((0, 0), (0, pad_height), (0, pad_width), (0, 0)), mode="edge")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.stem + ".part.mp4")
+    rate = Fraction(fps).limit_denominator(1000)
+    with av.open(str(part), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
+        stream.height, stream.width = array.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for image in array:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    os.replace(part, path)
+    return path
+
+
+def read_video(path: str | os.PathLike[str]) -> Tensor:
+    """The frames of a video file, uint8 [T, 3, h, w]."""
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def write_picture(path: str | os.PathLike[str], picture: Tensor) -> Path:
+    """Write a picture, uint8 [3, h, w], in the format of the path's ending (png, jpg, ...)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.cpu().permute(1, 2, 0).contiguous().numpy()).save(path)
+    return path
+
+
+def _unit(images: Tensor) -> Tensor:
+    images = images.detach()
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def _pair(truth: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as uint8 [B, T, 3, H, W] on the CPU."""
+    if truth.shape != model.shape or truth.ndim not in (4, 5) or truth.shape[-3] != 3:
+        raise ValueError(
+            "truth and model must both be [B, T, 3, H, W] or [T, 3, H, W], got "
+            f"{list(truth.shape)} and {list(model.shape)}"
+        )
+    truth, model = (
+        (video if video.dtype == torch.uint8 else to_uint8(video)).cpu() for video in (truth, model)
+    )
+    return (truth[None], model[None]) if truth.ndim == 4 else (truth, model)
+
+
+def _error(model: Tensor, truth: Tensor) -> Tensor:
+    return (model.short() - truth.short()).abs().to(torch.uint8)
+
+
+def _enlarge(images: Tensor, scale: int) -> Tensor:
+    return images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=13)
+
+
+def _line_height() -> int:
+    return 22
+
+
+def _tile(
+    rows: Sequence[Sequence[Tensor]],
+    *,
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    caption: str = "",
+    frame_row: int | None = None,
+    frame_colors: Sequence[tuple[int, int, int]] = (),
+    scale: int = 1,
+) -> Tensor:
+    """Pictures uint8 [3, H, W] on a white sheet, with labels; uint8 [3, h, w]."""
+    font = _font()
+    height, width = (side * scale for side in rows[0][0].shape[-2:])
+    left = GAP + (max(int(font.getlength(label)) for label in row_labels) + 8 if row_labels else 0)
+    top = GAP + (_line_height() if caption else 0)
+    bottom = _line_height() if column_labels else GAP
+    columns = max(len(row) for row in rows)
+    sheet_size = (
+        left + columns * (width + GAP),
+        top + len(rows) * (height + GAP) - GAP + bottom,
+    )
+    sheet = Image.new("RGB", sheet_size, BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    if caption:
+        draw.text((left, GAP), caption, fill=INK, font=font)
+    for i, row in enumerate(rows):
+        y = top + i * (height + GAP)
+        if row_labels:
+            draw.text((GAP, y + height // 2), row_labels[i], fill=INK, font=font, anchor="lm")
+        for j, picture in enumerate(row):
+            x = left + j * (width + GAP)
+            array = _enlarge(picture, scale).permute(1, 2, 0).contiguous().numpy()
+            sheet.paste(Image.fromarray(array), (x, y))
+            if i == frame_row:
+                box = (x - 2, y - 2, x + width + 1, y + height + 1)
+                draw.rectangle(box, outline=frame_colors[j], width=2)
+    for j, label in enumerate(column_labels):
+        x = left + j * (width + GAP) + width // 2
+        draw.text((x, sheet_size[1] - 5), label, fill=INK, font=font, anchor="ms")
+    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
