@@ -171,7 +171,7 @@ class VideoClips:
         clips: list[np.ndarray] = [_clips_of(store, split, heldout) for store in self.stores]
         self._clip = torch.from_numpy(np.concatenate(clips))
         self._store = torch.cat([torch.full((len(c),), i) for i, c in enumerate(clips)])
-        lengths = [store.frames[c] for store, c in zip(self.stores, clips)]
+        lengths = [store.frames[c] for store, c in zip(self.stores, clips, strict=True)]
         self._lengths = torch.from_numpy(np.concatenate(lengths))
         if not len(self._lengths):
             raise ValueError(f"split={split!r} of {self._where()} holds no clip")
@@ -187,7 +187,7 @@ class VideoClips:
             dtype = getattr(torch, spec.dtype)
             out = torch.empty(rows * steps, *spec.shape, dtype=dtype, pin_memory=pinned)
             array = out.numpy()
-            for store, clip, start, frames, offset in zip(*source, *pieces):
+            for store, clip, start, frames, offset in zip(*source, *pieces, strict=True):
                 view = self.stores[store].read(clip, name, start, frames)
                 array[offset : offset + frames] = view
             batch[name] = out.unflatten(0, (rows, steps))  # [B, T, ...]

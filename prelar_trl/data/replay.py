@@ -333,7 +333,7 @@ def _pieces(done: Tensor, first: Tensor) -> list[tuple[int, int]]:
     ends = (cut.nonzero().squeeze(-1) + 1).tolist()
     if not ends or ends[-1] != len(done):
         ends.append(len(done))
-    return list(zip([0, *ends[:-1]], ends))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def _rows(steps: TensorDictBase, new: bool) -> TensorDict:

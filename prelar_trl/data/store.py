@@ -4,7 +4,7 @@
 
     <store>/
       store.json             format, version, source, decoder, resize, streams, shards + checksums
-      clips/000000.jsonl     one line a clip: name, frames, label, split, crc32 of each stream
+      clips/000000.jsonl     one line a clip: name, frames, label, split, info, crc32s
       pixels/000000.bin      uint8   [frames, 3, H, W], clip after clip, nothing between
       <image>/000000.bin     uint8   [frames, 3, H, W], further image streams, e.g. ``flow``
       actions/000000.bin     float32 [frames, A], only if known, for probes only
@@ -110,7 +110,7 @@ class ClipStore:
     Attributes:
         meta: contents of ``store.json``.
         streams: name -> `Stream`.
-        names, labels, splits: per clip; label and split may be None.
+        names, labels, splits, infos: per clip; all but the name may be None.
         frames, shard, offset: int64 ``[N]``: length, shard, first frame within the shard.
 
     Raises:
@@ -151,6 +151,7 @@ class ClipStore:
         self.names: list[str] = [r["name"] for r in records]
         self.labels: list[str | int | None] = [r["label"] for r in records]
         self.splits: list[str | None] = [r["split"] for r in records]
+        self.infos: list[dict[str, Any] | None] = [r["info"] for r in records]
         self.frames = np.array([r["frames"] for r in records], dtype=np.int64)
         self.shard = np.array(shard, dtype=np.int64)
         self.offset = np.array(offset, dtype=np.int64)

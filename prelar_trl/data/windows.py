@@ -225,7 +225,8 @@ class WindowSampler(Sampler):
         end = rows * self.length
         offset = 0
         while offset < end:
-            for episode, start, frames in zip(*(x.tolist() for x in self._prioritized(rows))):
+            drawn = torch.stack(self._prioritized(rows), -1).tolist()
+            for episode, start, frames in drawn:
                 frames = min(frames, self.length - offset % self.length)
                 pieces.append((episode, start, frames, offset))
                 offset += frames

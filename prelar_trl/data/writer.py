@@ -108,6 +108,7 @@ class ClipWriter:
         name: str | None = None,
         label: str | int | None = None,
         split: str | None = None,
+        info: dict[str, Any] | None = None,
         **images: Array,
     ) -> None:
         """Appends one clip.
@@ -119,6 +120,7 @@ class ClipWriter:
             name: unique; default is the clip's number.
             label: class, task or the like.
             split: e.g. ``train`` or ``heldout``.
+            info: anything else worth keeping about the clip (JSON).
             images: further image streams, uint8 ``[T, 3, H, W]``, e.g. ``flow=``.
 
         Raises:
@@ -146,6 +148,7 @@ class ClipWriter:
             "frames": length,
             "label": label,
             "split": split,
+            "info": info,
             "crc32": {key: zlib.crc32(value) for key, value in data.items()},
         }
         line = json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"

@@ -1,0 +1,254 @@
+"""Roll out scripted experts into a clip store: video for pre-training, true actions kept apart.
+
+python recipes/collect_videos.py data=videos/metaworld episodes=100
+
+Episode i depends on the seed and on i alone, so that collecting can be interrupted, continued and
+spread over processes without a difference in the result.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hydra
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+
+from prelar_trl.data import ClipStore, ClipWriter
+from prelar_trl.envs import make_env, metaworld_tasks, toy_expert
+from prelar_trl.record import (
+    Progress,
+    check_space,
+    contact_sheet,
+    wilson_interval,
+    write_picture,
+)
+
+EVALUATION_TASKS = (
+    "lever-pull",
+    "drawer-open",
+    "door-lock",
+    "button-press-topdown-wall",
+    "reach",
+    "dial-turn",
+)
+SHEET_EPISODES, SHEET_FRAMES = 8, 8
+Expert = Callable[[TensorDictBase], np.ndarray]
+
+
+class Episode(NamedTuple):
+    """One rollout: frames uint8 [T,3,H,W], actions float32 [T,A] (that led to each frame)."""
+
+    frames: np.ndarray
+    actions: np.ndarray
+    label: str
+    success: bool
+    expert: bool
+
+
+def env_names(env: str, tasks: str | list[str]) -> list[str]:
+    """The environments to collect from, by their names for ``make_env``.
+
+    Raises:
+        ValueError: unknown or no tasks.
+    """
+    if env != "metaworld":
+        return [env]
+    if tasks == "evaluation":
+        chosen = list(EVALUATION_TASKS)
+    elif tasks == "all":
+        chosen = list(metaworld_tasks())
+    else:
+        chosen = [tasks] if isinstance(tasks, str) else list(tasks)
+    if not chosen:
+        raise ValueError("tasks is empty: write evaluation, all, or a list of Meta-world tasks")
+    known = metaworld_tasks()
+    for task in chosen:
+        if task.replace("_", "-").removesuffix("-v3") not in known:
+            raise ValueError(f"unknown Meta-world task {task!r}; there are {', '.join(known)}")
+    return [f"metaworld/{t.replace('_', '-').removesuffix('-v3')}" for t in chosen]
+
+
+def expert_for(name: str) -> Expert | None:
+    """The scripted expert of an environment, None where there is none."""
+    if name.startswith("metaworld/"):
+        from metaworld.policies import ENV_POLICY_MAP  # imports MuJoCo: seconds, so on demand
+
+        policy = ENV_POLICY_MAP[name.removeprefix("metaworld/") + "-v3"]()
+        warnings.filterwarnings("ignore", "Constant.s. may be too high", module="metaworld")
+        return lambda td: policy.get_action(td["state"].double().numpy())
+    if name == "toy":
+        return lambda td: toy_expert(td.clone())["action"].numpy()
+    return None
+
+
+@cache
+def cached_env(name: str, **options: Any) -> EnvBase:
+    """One environment of a kind a process: making one takes half a second."""
+    return make_env(name, **options)
+
+
+def collect_episode(number: int, *, names: list[str], cfg: dict[str, Any]) -> Episode:
+    """Rolls out episode ``number``. A pure function of its arguments."""
+    rng = np.random.default_rng([cfg["seed"], number])
+    index = rng.integers(len(names)) if cfg["random_tasks"] else number % len(names)
+    name = names[int(index)]
+    options = ("camera", "render_quality", "pixels", "max_steps")
+    env = cached_env(name, **{key: cfg[key] for key in options})
+    env.set_seed(int(rng.integers(2**31)))
+    expert = expert_for(name)
+    if rng.random() < cfg["random_fraction"]:
+        expert = None
+    size = env.action_spec.shape[-1]
+    step = env.reset()
+    frames, actions = [step["pixels"].numpy().copy()], [np.zeros(size, np.float32)]
+    success, left = False, None
+    for _ in range(cfg["max_steps"]):
+        if expert is None:
+            action = rng.uniform(-1, 1, size)
+        else:
+            action = expert(step) + cfg["noise"] * rng.standard_normal(size)
+        action = np.clip(action, -1, 1).astype(np.float32)
+        step = env.step(step.set("action", torch.from_numpy(action)))["next"]
+        frames.append(step["pixels"].numpy().copy())
+        actions.append(action)
+        if bool(step["success"]) and not success:
+            success, left = True, cfg["after_success"]
+        if bool(step["done"]) or left == 0:
+            break
+        left = None if left is None else left - 1
+    label = name.removeprefix("metaworld/")
+    return Episode(np.stack(frames), np.stack(actions), label, success, expert is not None)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def episode_stream(
+    numbers: range, collect: Callable[[int], Episode], workers: int
+) -> Iterator[Iterator[Episode]]:
+    """The episodes in order, rolled out by ``workers`` processes."""
+    if workers == 1 or len(numbers) < 2:
+        yield map(collect, numbers)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(workers, len(numbers)), initializer=_start_worker) as pool:
+        yield pool.imap(collect, numbers)
+
+
+def check(cfg: dict[str, Any]) -> None:
+    """Raises ValueError for settings that cannot work."""
+    for key, low in (("episodes", 1), ("max_steps", 1), ("workers", 1), ("pixels", 8)):
+        if cfg[key] < low:
+            raise ValueError(f"{key}={cfg[key]} must be at least {low}")
+    if cfg["noise"] < 0:
+        raise ValueError(f"noise={cfg['noise']} must not be negative")
+    if not 0 <= cfg["random_fraction"] <= 1:
+        raise ValueError(f"random_fraction={cfg['random_fraction']} must lie in 0..1")
+    if cfg["after_success"] is not None and cfg["after_success"] < 0:
+        raise ValueError(f"after_success={cfg['after_success']} must be null or not negative")
+
+
+def collect(cfg: dict[str, Any]) -> ClipStore:
+    """Brings the store to ``episodes`` episodes and returns it.
+
+    Raises:
+        ValueError, OSError, RuntimeError: bad settings, no space, no renderer: before any work.
+    """
+    check(cfg)
+    names = env_names(cfg["env"], cfg["tasks"])
+    not_settings = ("data", "episodes", "workers")
+    info = {k: v for k, v in cfg.items() if k not in not_settings} | {"envs": names}
+    size = cfg["pixels"]
+    writer = ClipWriter(
+        cfg["data"],
+        source="collect_videos",
+        height=size,
+        width=size,
+        decoder="simulator",
+        info=info,
+    )
+    with writer:
+        numbers = range(writer.num_clips, cfg["episodes"])
+        check_space(cfg["data"], len(numbers) * (cfg["max_steps"] + 1) * 3 * size * size)
+        job = partial(collect_episode, names=names, cfg=cfg)
+        bar = Progress(cfg["episodes"], initial=numbers.start, name="collect", unit="episodes")
+        with episode_stream(numbers, job, cfg["workers"]) as episodes:
+            for number, episode in zip(numbers, episodes, strict=True):
+                writer.add(
+                    episode.frames,
+                    episode.actions,
+                    name=f"{number:06d}-{episode.label.replace('/', '-')}",
+                    label=episode.label,
+                    info={"success": episode.success, "expert": episode.expert},
+                )
+                bar.update(frames=len(episode.frames))
+        bar.close()
+    return ClipStore(cfg["data"])
+
+
+def draw_sheet(store: ClipStore) -> Path:
+    """Writes ``contact_sheet.png`` into the store: a row of frames for some of the episodes."""
+    count = min(SHEET_EPISODES, len(store))
+    episodes = np.linspace(0, len(store) - 1, count).round().astype(int)
+    pictures, labels = [], []
+    for episode in episodes:
+        frames = store.read(int(episode))
+        for t in np.linspace(0, len(frames) - 1, SHEET_FRAMES).round().astype(int):
+            pictures.append(torch.from_numpy(frames[t].copy()))
+            labels.append(f"{store.names[episode][:6]} t={t}")
+    tasks = ", ".join(sorted({str(label) for label in store.labels}))
+    caption = f"{len(store)} episodes: {tasks if len(tasks) < 90 else 'many tasks'}"
+    sheet = contact_sheet(pictures, labels=labels, columns=SHEET_FRAMES, caption=caption, scale=2)
+    return write_picture(store.path / "contact_sheet.png", sheet)
+
+
+def summary(store: ClipStore) -> str:
+    """Success rate of the experts' episodes, in all and by task."""
+    expert = [
+        (str(label), info["success"])
+        for label, info in zip(store.labels, store.infos, strict=True)
+        if info["expert"]
+    ]
+    lines = [f"{len(store)} episodes, {store.num_frames} frames, {store.num_bytes / 2**20:.0f} MiB"]
+    if expert:
+        wins, total = sum(s for _, s in expert), len(expert)
+        low, high = wilson_interval(wins, total)
+        lines.append(f"expert success {wins}/{total} = {wins / total:.2f} [{low:.2f}, {high:.2f}]")
+        counts, successes = Counter(t for t, _ in expert), Counter(t for t, s in expert if s)
+        if len(counts) > 1:
+            lines += [f"  {task:<28} {successes[task]}/{n}" for task, n in sorted(counts.items())]
+    return "\n".join(lines)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="collect_videos")
+def main(config: DictConfig) -> None:
+    """Collect, then say what there is."""
+    try:
+        cfg = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        store = collect(cfg)
+    except KeyboardInterrupt:
+        sys.exit("stopped: every finished episode is safe, run the same command to continue")
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(summary(store))
+    print(f"clip store: {store.path}, contact sheet: {draw_sheet(store)}")
+
+
+if __name__ == "__main__":
+    main()
