@@ -229,7 +229,7 @@ class ClipWriter:
         return np.ascontiguousarray(array)
 
     def _declare(self, arrays: dict[str, np.ndarray], name: str) -> None:
-        """The first clip decides which streams the store has; the first change opens the shard."""
+        """The first clip decides which streams the store has."""
         streams = {k: Stream(k, str(a.dtype), a.shape[1:]) for k, a in sorted(arrays.items())}
         if not self.streams:
             self.streams = streams
@@ -242,17 +242,20 @@ class ClipWriter:
         if not self._dirty:
             self._dirty = True
             self._write_meta(complete=False)
-        if not self._files:
-            for key in (CLIPS, *self.streams):
-                file = shard_file(self.path, key, len(self._seals))
-                file.parent.mkdir(exist_ok=True)
-                self._files[key] = file.open("ab", buffering=0)
+
+    def _open_files(self) -> None:
+        for key in (CLIPS, *self.streams):
+            file = shard_file(self.path, key, len(self._seals))
+            file.parent.mkdir(exist_ok=True)
+            self._files[key] = file.open("ab", buffering=0)
 
     def _frames_bytes(self, frames: int) -> int:
         return frames * self.streams["pixels"].frame_bytes
 
     def _append(self, data: dict[str, bytes], line: bytes) -> None:
         try:
+            if not self._files:
+                self._open_files()
             for key, value in (*data.items(), (CLIPS, line)):
                 view = memoryview(value)
                 while view:

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from prelar_trl.data import WindowSampler
+
+LENGTHS = torch.tensor([5, 9, 3, 20])  # the third is too short for a window of 4
+ROWS = 20_000
+
+
+def sampler(law: str, length: int = 4, **options: int) -> WindowSampler:
+    made = WindowSampler(length, law=law, **options)
+    made.set_episodes(LENGTHS)
+    return made
+
+
+def assert_close_to(counts: Counter, expected: dict) -> None:
+    """Every frequency within five standard deviations, nothing unexpected."""
+    assert set(counts) == {key for key, p in expected.items() if p > 0}
+    for key, p in expected.items():
+        deviation = (ROWS * p * (1 - p)) ** 0.5
+        assert abs(counts[key] - ROWS * p) <= 5 * deviation, (key, counts[key], ROWS * p)
+
+
+def draw(law: str, **options: int) -> list[tuple[int, int]]:
+    windows = sampler(law, **options).draw(ROWS)
+    return list(zip(windows.episode.tolist(), windows.start.tolist(), strict=True))
+
+
+def test_episodes_law_is_uniform_over_episodes_then_over_starts() -> None:
+    expected = {(e, s): 1 / 3 / n for e, n in ((0, 2), (1, 6), (3, 17)) for s in range(n)}
+    assert_close_to(Counter(draw("episodes")), expected)
+
+
+def test_frames_law_is_uniform_over_all_windows() -> None:
+    expected = {(e, s): 1 / 25 for e, n in ((0, 2), (1, 6), (3, 17)) for s in range(n)}
+    assert_close_to(Counter(draw("frames")), expected)
+
+
+def test_prioritize_ends_folds_the_last_starts_onto_the_end() -> None:
+    # 4 extra tickets (the window's length) fall onto each episode's last start
+    expected = {}
+    for episode, starts in ((0, 2), (1, 6), (3, 17)):
+        for start in range(starts):
+            tickets = 5 if start == starts - 1 else 1
+            expected[episode, start] = tickets / (starts + 4) / 3
+    assert_close_to(Counter(draw("prioritize_ends")), expected)
+
+
+def test_prioritize_ends_lengths_lie_above_maxlen_minus_minlen() -> None:
+    made = WindowSampler(8, law="prioritize_ends", min_length=3, max_length=8)
+    made.set_episodes(torch.tensor([30]))
+    _, start, frames = made._prioritized(ROWS)
+    expected = {6: 1 / 3, 7: 1 / 3, 8: 1 / 3}  # 8 - {0, 1, 2}
+    assert_close_to(Counter(frames.tolist()), expected)
+    assert int((start + frames).max()) == 30
+
+
+def test_rows_are_filled_by_several_windows_without_a_gap() -> None:
+    made = sampler("prioritize_ends", length=10, min_length=3)
+    windows = made.draw(50)
+    ends = windows.offset + windows.frames
+    assert windows.offset[0] == 0 and ends[-1] == 500
+    assert torch.equal(windows.offset[1:], ends[:-1])
+    assert set(range(0, 500, 10)) <= set(windows.offset.tolist())
+    assert bool((windows.start + windows.frames <= LENGTHS[windows.episode]).all())
+    assert len(windows.offset) > 50
+
+
+@pytest.mark.parametrize("law", ["episodes", "frames", "epoch", "prioritize_ends"])
+def test_windows_never_leave_their_episode(law: str) -> None:
+    windows = sampler(law).draw(2000)
+    assert bool((windows.start >= 0).all())
+    assert bool((windows.start + windows.frames <= LENGTHS[windows.episode]).all())
+    assert 2 not in windows.episode
+
+
+def test_epoch_law_takes_every_episode_once_before_any_twice() -> None:
+    made = WindowSampler(4, law="epoch", seed=3)
+    made.set_episodes(torch.full((10,), 6))
+    orders = [made.draw(10).episode.tolist() for _ in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert orders[0] != orders[1]
+
+
+def test_group_weights_decide_how_often_a_group_is_drawn() -> None:
+    made = WindowSampler(4, law="frames")
+    groups = torch.tensor([0, 0, 1, 1])
+    made.set_episodes(LENGTHS, groups=groups, group_weights=torch.tensor([3.0, 1.0]))
+    counts = Counter(made.draw(ROWS).episode.tolist())
+    assert_close_to(counts, {0: 0.75 * 2 / 8, 1: 0.75 * 6 / 8, 3: 0.25})
+
+
+@pytest.mark.parametrize("law", ["episodes", "frames", "epoch", "prioritize_ends"])
+def test_same_seed_same_draws_and_state_continues_mid_epoch(law: str) -> None:
+    one, other = sampler(law, seed=5), sampler(law, seed=5)
+    for _ in range(4):
+        a, b = one.draw(2), other.draw(2)
+        assert torch.equal(a.episode, b.episode) and torch.equal(a.start, b.start)
+    resumed = sampler(law, seed=99)
+    resumed.load_state_dict(one.state_dict())
+    for _ in range(7):
+        a, b = one.draw(2), resumed.draw(2)
+        assert torch.equal(a.episode, b.episode) and torch.equal(a.start, b.start)
+
+
+def test_sampler_state_survives_a_file(tmp_path) -> None:
+    one = sampler("epoch", seed=1)
+    one.draw(2)
+    one.dumps(tmp_path)
+    other = sampler("epoch", seed=2)
+    other.loads(tmp_path)
+    assert torch.equal(one.draw(9).episode, other.draw(9).episode)
+
+
+@pytest.mark.parametrize("law", ["episodes", "epoch", "prioritize_ends"])
+def test_processes_read_disjoint_rows_of_one_stream(law: str) -> None:
+    whole = sampler(law, seed=4).draw(12)
+    shares = [sampler(law, seed=4, rank=r, world_size=3).draw(4) for r in range(3)]
+    for rank, share in enumerate(shares):
+        assert torch.equal(share.episode, whole.episode[rank::3])
+        assert torch.equal(share.start, whole.start[rank::3])
+        assert torch.equal(share.offset, torch.arange(4) * 4)
+
+
+def test_processes_share_rows_of_several_windows_too() -> None:
+    options = {"length": 10, "min_length": 3, "seed": 4}
+    whole = sampler("prioritize_ends", **options).draw(6)
+    share = sampler("prioritize_ends", rank=1, world_size=2, **options).draw(3)
+    own = (whole.offset // 10) % 2 == 1
+    assert torch.equal(share.start, whole.start[own])
+    assert int(share.frames.sum()) == 30
+
+
+def test_sample_wraps_around_the_ring() -> None:
+    made = WindowSampler(4)
+    made.set_episodes(torch.tensor([4]), starts=torch.tensor([18]), capacity=20)
+    index, info = made.sample(None, 8)
+    assert index.tolist() == [18, 19, 0, 1] * 2
+    assert info["is_first"].tolist() == [True, False, False, False] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"length": 4, "law": "weird"}, "law='weird' is unknown"),
+        ({"length": 0}, "window length 0"),
+        ({"length": 4, "min_length": 2}, "belong to prioritize_ends"),
+        ({"length": 4, "law": "prioritize_ends", "min_length": 9}, "min_length=9"),
+        ({"length": 4, "rank": 2, "world_size": 2}, "rank=2"),
+    ],
+)
+def test_impossible_settings_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WindowSampler(**options)
+
+
+def test_no_episode_long_enough_says_the_longest() -> None:
+    made = WindowSampler(50)
+    made.set_episodes(LENGTHS)
+    with pytest.raises(RuntimeError, match="50 frames: 4 episodes, longest 20"):
+        made.draw(1)
