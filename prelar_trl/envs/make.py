@@ -114,14 +114,16 @@ def _make_one(
         if name_or_env == "toy":
             max_steps = max_steps or EPISODE_STEPS
     else:
-        base = name_or_env if isinstance(name_or_env, EnvBase) else name_or_env()
-        transforms = _adopt(base, pixels)
+        env = name_or_env if isinstance(name_or_env, EnvBase) else name_or_env()
+        base, transforms = _adopt(env, pixels)
     repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
-    env = TransformedEnv(base, Compose(*repeat, *transforms), auto_unwrap=False)
+    env = TransformedEnv(base, Compose(*repeat, *transforms))
     space = env.action_spec.space
     if (space.low != -1).any() or (space.high != 1).any():
         env.append_transform(ActionScaling())
     env.append_transform(InitTracker(init_key="is_first"))
+    if "truncated" not in env.done_spec.keys():  # StepCounter adds it when it has a limit
+        max_steps = max_steps or torch.iinfo(torch.int64).max
     env.append_transform(StepCounter(max_steps=max_steps))
     env.append_transform(RewardSum())
     env.set_seed(seed)
@@ -147,7 +149,7 @@ def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
     return make(rest, **options)
 
 
-def _adopt(env: EnvBase, pixels: int | None) -> list[Transform]:
+def _adopt(env: EnvBase, pixels: int | None) -> tuple[EnvBase, list[Transform]]:
     """Check a user's own environment; the transforms add what it lacks."""
     keys = [str(key) for key in env.observation_spec.keys(True, True)]
     if "pixels" not in keys:
@@ -159,4 +161,7 @@ def _adopt(env: EnvBase, pixels: int | None) -> list[Transform]:
             f"pixels must be uint8 {list(expected)}, channels first; the environment gives "
             f"{spec.dtype} {list(spec.shape)}"
         )
-    return [] if "success" in keys else [NoSuccess()]
+    transforms = [] if "success" in keys else [NoSuccess()]
+    if isinstance(env, TransformedEnv):  # taken apart, so that the action repeat comes first
+        return env.base_env, [env.transform.clone(), *transforms]
+    return env, transforms

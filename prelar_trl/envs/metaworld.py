@@ -32,7 +32,7 @@ def task_name(name: str) -> str:
     """
     task = name.replace("_", "-").removesuffix("-v3").removesuffix("-v2")
     if task not in METAWORLD_TASKS:
-        near = difflib.get_close_matches(task, METAWORLD_TASKS, n=3, cutoff=0.3)
+        near = difflib.get_close_matches(task, METAWORLD_TASKS, n=3, cutoff=0.0)
         raise ValueError(f"unknown Meta-world task {name!r}; the nearest are {', '.join(near)}")
     return task
 

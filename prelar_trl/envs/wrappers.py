@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from functools import partial
 from typing import Any
@@ -18,7 +17,6 @@ from torchrl.envs import (
     DoubleToFloat,
     EnvBase,
     GymWrapper,
-    RenameTransform,
     Transform,
 )
 
@@ -54,39 +52,32 @@ def make_gym(
     """
     try:
         env = gymnasium.make(name, render_mode=None if pixels is None else "rgb_array", **kwargs)
-        simulation = env.unwrapped
-        is_mujoco = isinstance(simulation, MujocoEnv)
-        if pixels is not None and not is_mujoco:
-            env.reset()
-            env.render()
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"gym/{name} needs another package: {error}") from error
     except gymnasium.error.Error as error:
-        near = difflib.get_close_matches(name, gymnasium.registry, n=3)
-        raise ValueError(
-            f"gymnasium cannot make {name!r} ({error}); the nearest are {', '.join(near)}"
-        ) from error
+        raise ValueError(f"gymnasium cannot make {name!r}: {error}") from error
+    simulation, space = env.unwrapped, env.observation_space
     if not isinstance(env.action_space, gymnasium.spaces.Box):
         raise ValueError(f"gym/{name} has actions {env.action_space}; only continuous ones work")
-    if camera is not None and not is_mujoco:
+    if camera is not None and not isinstance(simulation, MujocoEnv):
         raise ValueError(f"gym/{name} has no cameras to choose from, got camera={camera!r}")
 
-    space = env.observation_space
     if space.shape is not None and len(space.shape) == 3 and space.dtype == np.uint8:
-        env = _ImageObservation(env, pixels or space.shape[0])
-        return GymWrapper(env), [NoSuccess()]
-    transforms = [
-        DoubleToFloat(in_keys=["observation"]),
-        RenameTransform(["observation"], ["state"]),
-        NoSuccess(),
-    ]
-    if pixels is not None and is_mujoco:
+        return GymWrapper(_ImageObservation(env, pixels or space.shape[0])), [NoSuccess()]
+    base = GymWrapper(env)
+    transforms = [*_state(base), NoSuccess()]
+    if pixels is not None and isinstance(simulation, MujocoEnv):
         transforms.append(
             _camera(simulation.model, simulation.data, camera, pixels, render_quality)
         )
     elif pixels is not None:
+        try:
+            env.reset()
+            env.render()
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise ImportError(f"gym/{name} needs another package: {error}") from error
         transforms.append(Pixels(partial(_rendered, env, pixels), pixels))
-    return GymWrapper(env), transforms
+    return base, transforms
 
 
 def make_dm_control(
@@ -108,10 +99,9 @@ def make_dm_control(
     if name.count("/") != 1:
         raise ValueError(f"write dm_control/<domain>/<task>, got dm_control/{name}")
     env = DMControlEnv(*name.split("/"), **kwargs)
-    observations = list(env.observation_spec.keys())
     transforms = [
-        DoubleToFloat(in_keys=[*observations, "reward"], in_keys_inv=["action"]),
-        CatTensors(observations, "state"),
+        DoubleToFloat(in_keys=["reward"], in_keys_inv=["action"]),
+        *_state(env),
         NoSuccess(),
     ]
     if pixels is not None:
@@ -120,6 +110,16 @@ def make_dm_control(
             _camera(physics.model.ptr, physics.data.ptr, camera, pixels, render_quality)
         )
     return env, transforms
+
+
+def _state(env: EnvBase) -> list[Transform]:
+    """Gather all observations in ``state``, float32 [S]."""
+    specs = dict(env.observation_spec.items(True, True))
+    doubles = [key for key, spec in specs.items() if spec.dtype == torch.float64]
+    return [
+        DoubleToFloat(in_keys=doubles),
+        CatTensors(list(specs), "state", unsqueeze_if_oor=True),
+    ]
 
 
 def _camera(

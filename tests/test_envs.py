@@ -1,0 +1,287 @@
+"""Environments: what make_env promises for every family."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase, RewardSum, TransformedEnv
+from torchrl.envs.utils import check_env_specs
+
+from prelar_trl.envs import make_env, rendering, toy_expert, toy_return
+
+KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward", "done", "terminated"}
+
+
+class Counter(EnvBase):
+    """A user's environment: the picture shows the step, the reward is the action, ends at 5.
+
+    With ``success_at`` it also gives ``success`` at that step alone.
+    """
+
+    def __init__(self, with_pixels: bool = True, success_at: int | None = None) -> None:
+        super().__init__(batch_size=[])
+        pixels = Bounded(0, 255, (3, 64, 64), dtype=torch.uint8)
+        other = Unbounded((2,))
+        self.success_at = success_at
+        self.observation_spec = Composite({"pixels": pixels} if with_pixels else {"height": other})
+        if success_at is not None:
+            self.observation_spec["success"] = Binary(1, (1,), dtype=torch.bool)
+        self.action_spec = Bounded(-3, 5, (1,), dtype=torch.float32)
+        self.reward_spec = Unbounded((1,))
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.seed = seed
+
+    def _observe(self) -> dict[str, torch.Tensor]:
+        observation = {"pixels": torch.full((3, 64, 64), self.count, dtype=torch.uint8)}
+        if self.success_at is not None:
+            observation["success"] = torch.tensor([self.count == self.success_at])
+        return observation
+
+    def _reset(self, tensordict, **kwargs):
+        self.count = 0
+        return TensorDict(self._observe())
+
+    def _step(self, tensordict):
+        self.count += 1
+        over = torch.tensor([self.count >= 5])
+        reward = tensordict["action"].clone()
+        end = {"done": over, "terminated": over.clone()}
+        return TensorDict({**self._observe(), "reward": reward, **end})
+
+
+class Painter(gymnasium.Env):
+    """A gymnasium environment whose observation is a picture: left half red, right half blue."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (96, 128, 3), np.uint8)
+    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    metadata = {"render_modes": ["rgb_array"]}
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def _observation(self) -> np.ndarray:
+        picture = np.zeros((96, 128, 3), np.uint8)
+        picture[:, :64, 0] = picture[:, 64:, 2] = 200
+        return picture
+
+    def reset(self, *, seed=None, options=None):
+        return self._observation(), {}
+
+    def step(self, action):
+        return self._observation(), 1.0, False, False, {}
+
+
+gymnasium.register("test/Painter-v0", Painter, max_episode_steps=4)
+
+
+def assert_keys(env: EnvBase) -> None:
+    start = env.reset()
+    step = env.rand_step(start)
+    for tensordict in (start, step["next"]):
+        assert KEYS <= set(tensordict.keys())
+        assert tensordict["pixels"].dtype == torch.uint8
+        assert tensordict["pixels"].shape == (3, 64, 64)
+        for key in ("is_first", "success", "done", "terminated", "truncated"):
+            assert tensordict[key].dtype == torch.bool and tensordict[key].shape == (1,)
+    assert start["is_first"].item() and not step["next", "is_first"].item()
+    assert step["next", "reward"].dtype == torch.float32 and step["next", "reward"].shape == (1,)
+    assert step["action"].dtype == torch.float32
+    assert (env.action_spec.space.low == -1).all() and (env.action_spec.space.high == 1).all()
+
+
+@pytest.mark.parametrize("name", ["toy", "gym/HalfCheetah-v5", "gym/test/Painter-v0"])
+def test_every_family_passes_check_env_specs_and_gives_the_same_keys(name):
+    env = make_env(name)
+    check_env_specs(env)
+    assert_keys(env)
+    env.close()
+
+
+def test_pendulum_is_rendered_by_gymnasium_and_resized():
+    pytest.importorskip("pygame")
+    env = make_env("gym/Pendulum-v1")
+    check_env_specs(env)
+    assert_keys(env)
+    picture = env.reset()["pixels"].float()
+    assert picture.mean() > 200 and picture.std() > 5  # a red rod on white
+    env.close()
+
+
+def test_dm_control_gives_the_same_keys():
+    pytest.importorskip("dm_control")
+    env = make_env("dm_control/cheetah/run")
+    check_env_specs(env)
+    assert_keys(env)
+    env.close()
+
+
+def test_missing_dm_control_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dm_control", None)
+    with pytest.raises(ImportError, match=r"prelar_trl\[dm_control\]"):
+        make_env("dm_control/cheetah/run")
+
+
+def test_picture_observations_keep_their_layout():
+    env = make_env("gym/test/Painter-v0")
+    picture = env.reset()["pixels"]
+    assert picture[0, :, :32].eq(200).all() and picture[0, :, 32:].eq(0).all()
+    assert picture[2, :, 32:].eq(200).all() and picture[1].eq(0).all()
+    assert env.rollout(10)["next", "truncated"].squeeze(-1).tolist() == [False] * 3 + [True]
+
+
+def test_a_users_environment_is_adopted():
+    env = make_env(Counter())
+    check_env_specs(env)
+    assert_keys(env)
+    assert env.rollout(10)["next", "pixels"][:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
+
+
+def test_actions_are_stretched_to_the_environments_bounds():
+    env = make_env(Counter())
+    for action, reward in ((-1.0, -3.0), (0.0, 1.0), (1.0, 5.0)):
+        step = env.step(env.reset().set("action", torch.tensor([action])))
+        assert step["next", "reward"].item() == pytest.approx(reward)
+        assert step["action"].item() == action
+
+
+def test_action_repeat_sums_rewards_and_stops_at_the_end():
+    env = make_env(Counter(), action_repeat=2)
+    start = env.reset()
+    rollout = env.rollout(
+        10, policy=lambda td: td.set("action", torch.zeros(1)), auto_reset=False, tensordict=start
+    )
+    assert rollout["next", "reward"].squeeze(-1).tolist() == [2, 2, 1]
+    assert rollout["next", "pixels"][:, 0, 0, 0].tolist() == [2, 4, 5]
+    assert rollout["next", "episode_reward"][-1].item() == 5
+
+
+def test_success_within_a_repeated_action_counts():
+    rollout = make_env(Counter(success_at=3), action_repeat=2).rollout(10)
+    assert rollout["next", "success"].squeeze(-1).tolist() == [False, True, False]
+
+
+def test_action_repeat_keeps_the_transforms_of_a_users_environment():
+    env = make_env(TransformedEnv(Counter(), RewardSum(["reward"], ["total"])), action_repeat=2)
+    rollout = env.rollout(10)
+    assert torch.allclose(rollout["next", "total"], rollout["next", "episode_reward"])
+
+
+def test_max_steps_truncates():
+    last = make_env(Counter(), max_steps=3).rollout(10)[-1]["next"]
+    assert last["step_count"].item() == 3
+    assert last["truncated"].item() and not last["terminated"].item()
+
+
+def test_toy_expert_reaches_the_target_and_its_return_is_the_documented_one():
+    env = make_env("toy", pixels=None)
+    rollouts = [env.rollout(60, policy=toy_expert) for _ in range(30)]
+    for rollout in rollouts:
+        assert len(rollout) == 50 and rollout["next", "truncated"][-1].item()
+        assert rollout["next", "success"][-1].item()
+        assert 0 < rollout["next", "reward"].min() and rollout["next", "reward"].max() <= 1
+    mean = torch.stack([rollout["next", "reward"].sum() for rollout in rollouts]).mean().item()
+    assert mean == pytest.approx(toy_return("expert"), abs=1.0)
+    assert toy_return("expert") == pytest.approx(47.9, abs=0.1)
+    assert toy_return("random") == pytest.approx(10.5, abs=0.3)
+
+
+def test_toy_picture_shows_disc_and_target_where_the_state_says():
+    env = make_env("toy", seed=1)
+    pixels_per_unit = 64 / (2 * 1.26)
+    checked = 0
+    while checked < 5:
+        start = env.reset()
+        disc, target = start["state"].split(2)
+        if torch.linalg.vector_norm(disc - target) < 0.8:  # the disc may hide the square
+            continue
+        red, green, _ = start["pixels"].float()
+        for mask, (x, y) in ((red > green + 60, disc), (green > red + 60, target)):
+            row, column = torch.nonzero(mask).float().mean(0) + 0.5
+            assert column.item() == pytest.approx(32 + pixels_per_unit * x.item(), abs=0.7)
+            assert row.item() == pytest.approx(32 - pixels_per_unit * y.item(), abs=0.7)
+        checked += 1
+
+
+def test_same_seed_gives_the_same_episodes_and_another_seed_others():
+    def states(seed: int) -> torch.Tensor:
+        env = make_env("toy", seed=seed, pixels=None)
+        return torch.stack([env.reset()["state"] for _ in range(3)])
+
+    assert torch.equal(states(1), states(1))
+    assert not torch.isclose(states(1), states(2)).any()
+    first = states(1)
+    assert not torch.isclose(first[0], first[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name_or_env": "nonsense"}, "write metaworld/<task>"),
+        ({"name_or_env": "gym/Pendulun-v1"}, "Pendulum"),
+        ({"name_or_env": "gym/CartPole-v1"}, "only continuous"),
+        ({"name_or_env": "gym/HalfCheetah-v5", "camera": "up"}, "this environment has track"),
+        ({"name_or_env": "toy", "camera": "corner"}, "no cameras"),
+        ({"name_or_env": "toy", "num_workers": 0}, "at least 1"),
+        ({"name_or_env": "toy", "action_repeat": 0}, "at least 1"),
+        ({"name_or_env": Counter(with_pixels=False)}, "no 'pixels', only height"),
+        ({"name_or_env": Counter(), "pixels": 32}, r"uint8 \[3, 32, 32\]"),
+        ({"name_or_env": Counter(), "num_workers": 2}, "needs a function"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_env(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_workers_are_seeded_apart_and_feed_a_collector():
+    env = make_env("toy", seed=7, num_workers=2)
+    collector = Collector(env, None, frames_per_batch=8, total_frames=16)
+    try:
+        batches = list(collector)
+    finally:
+        collector.shutdown()
+    assert [batch.shape for batch in batches] == [(2, 4), (2, 4)]
+    assert batches[0]["pixels"].shape == (2, 4, 3, 64, 64)
+    for worker in range(2):
+        alone = make_env("toy", seed=7 + worker, pixels=None).reset()
+        assert torch.equal(batches[0]["state"][worker, 0], alone["state"])
+
+
+def test_rendering_check_passes_here(capsys):
+    assert rendering.main() == 0
+    assert "works" in capsys.readouterr().out
+
+
+def test_rendering_check_prints_one_line_with_the_remedy_where_it_fails():
+    environment = {key: value for key, value in os.environ.items() if key != "DISPLAY"}
+    check = subprocess.run(
+        [sys.executable, "-m", "prelar_trl.envs.rendering"],
+        env={**environment, "MUJOCO_GL": "glfw"},
+        capture_output=True,
+        text=True,
+    )
+    assert check.returncode == 1
+    assert len(check.stdout.splitlines()) == 1 and "apt-get install -y" in check.stdout
+
+
+def test_make_env_says_what_to_do_where_nothing_can_be_drawn(monkeypatch):
+    def broken(*arguments):
+        raise mujoco.FatalError("no OpenGL\ncontext")
+
+    monkeypatch.setattr(mujoco, "Renderer", broken)
+    with pytest.raises(RuntimeError, match="apt-get install -y lib") as error:
+        make_env("metaworld/reach")
+    assert "\n" not in str(error.value)
+    make_env("metaworld/reach", pixels=None).close()
