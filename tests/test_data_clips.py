@@ -119,7 +119,7 @@ def test_several_stores_are_one_and_a_mixture_follows_its_weights(tmp_path) -> N
     one = write(tmp_path / "a", [6, 6])
     other = tmp_path / "b"
     with ClipWriter(other, source="test", height=8, width=8) as writer:
-        for clip in range(8):
+        for _ in range(8):
             writer.add(torch.full((6, 3, 8, 8), 200, dtype=torch.uint8))
     both = VideoClips([one, other], 4, 4000)
     assert both.num_clips == 10

@@ -15,8 +15,10 @@ The shift between the two layouts lives here and nowhere else (`_rows`)::
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,7 @@ class EpisodeReplay:
         length = len(rows)
         if length > self.capacity:
             raise ValueError(f"an episode of {length} frames exceeds capacity={self.capacity}")
+        self._check_space(rows)
         if self._storage is None:
             self._note({"capacity": self.capacity})
             folder = self.path / "frames"
@@ -214,6 +217,17 @@ class EpisodeReplay:
         self._end += length
         self._note({"begin": self._begins[-1], "frames": length})
         self._stale = True
+
+    def _check_space(self, rows: TensorDict) -> None:
+        """A full disk under a memory map kills the process without a word: look before."""
+        need = rows.bytes() + 2**20
+        free = shutil.disk_usage(self.path).free
+        if free < need:
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left for the replay in {str(self.path)!r} ({free / 2**20:.0f} MiB free, "
+                f"{need / 2**20:.0f} needed): {self.num_episodes} episodes are safe, free some",
+            )
 
     def _forget(self) -> None:
         while self._begins and self._begins[0] < self._reserved - self.capacity:

@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs import SerialEnv
+
+from prelar_trl.data import EpisodeReplay
+from prelar_trl.envs import make_env
+
+
+def steps(length: int, *, base: int = 0, done: bool = True, terminated: bool = True) -> TensorDict:
+    """``length`` steps in TorchRL's layout; every number is base + its time.
+
+    pixels_t = base + t, action_t = base + t, reward that came with frame t = base + t.
+    """
+    time = base + torch.arange(length + 1)
+    pixels = time.to(torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 4, 4)
+    end = torch.zeros(length, 1, dtype=torch.bool)
+    end[-1] = done
+    following = {
+        "pixels": pixels[1:],
+        "reward": time[1:].float().unsqueeze(-1),
+        "done": end,
+        "terminated": end & terminated,
+        "truncated": end & (not terminated),
+    }
+    action = time[:-1].float().unsqueeze(-1).repeat(1, 2)
+    return TensorDict({"pixels": pixels[:-1], "action": action, "next": following}, [length])
+
+
+def opened(path, **options) -> EpisodeReplay:
+    return EpisodeReplay(path / "r", **{"window": 4, "batch_size": 16, "capacity": 60} | options)
+
+
+def expect(episode: TensorDict, length: int, base: int = 0, terminated: bool = True) -> None:
+    """``episode`` is `steps` in DreamerV2's layout."""
+    time = base + torch.arange(length + 1)
+    action = (time - 1).float()
+    action[0] = 0
+    reward = time.float()
+    reward[0] = 0
+    assert episode.batch_size == (length + 1,)
+    assert torch.equal(episode["pixels"][:, 0, 0, 0].long(), time)
+    assert torch.equal(episode["action"], action.unsqueeze(-1).repeat(1, 2))
+    assert torch.equal(episode["reward"], reward.unsqueeze(-1))
+    assert episode["is_first"].squeeze(-1).tolist() == [True] + [False] * length
+    assert episode["terminated"].squeeze(-1).tolist() == [False] * length + [terminated]
+
+
+def test_an_episode_is_shifted_to_the_action_that_led_to_the_frame(tmp_path) -> None:
+    replay = opened(tmp_path)
+    assert replay.extend(steps(9, base=10)) == 1
+    expect(replay.episode(0), 9, base=10)
+    replay.extend(steps(5, base=50, terminated=False))
+    expect(replay.episode(1), 5, base=50, terminated=False)
+    assert (replay.num_episodes, replay.num_frames, len(replay)) == (2, 16, 16)
+
+
+def test_sampled_windows_keep_the_alignment_and_begin_with_is_first(tmp_path) -> None:
+    replay = opened(tmp_path)
+    replay.extend(steps(9, base=10))
+    replay.extend(steps(6, base=50))
+    for _ in range(20):
+        batch = replay.sample()
+        assert batch.batch_size == (16, 4)
+        assert batch["pixels"].dtype == torch.uint8
+        assert batch["action"].dtype == batch["reward"].dtype == torch.float32
+        time = batch["pixels"][..., 0, 0, 0].float()
+        inside = (time != 10) & (time != 50)
+        assert bool((time.diff(dim=1) == 1).all())
+        assert torch.equal(batch["reward"].squeeze(-1), time * inside)
+        assert torch.equal(batch["action"][..., 0], (time - 1) * inside)
+        assert torch.equal(batch["terminated"].squeeze(-1), (time == 19) | (time == 56))
+        assert batch["is_first"].squeeze(-1).tolist() == [[True, False, False, False]] * 16
+
+
+def test_an_episode_may_arrive_in_pieces(tmp_path) -> None:
+    whole = steps(9, base=10)
+    for cuts in ([3], [1, 2, 8], list(range(1, 9))):
+        replay = EpisodeReplay(tmp_path / str(len(cuts)), window=4, capacity=60)
+        for begin, end in zip([0, *cuts], [*cuts, 9], strict=True):
+            assert replay.num_episodes == 0
+            replay.extend(whole[begin:end])
+        expect(replay.episode(0), 9, base=10)
+
+
+def test_single_steps_of_one_and_of_several_environments(tmp_path) -> None:
+    one = opened(tmp_path / "one")
+    for step in steps(9, base=10):
+        one.add(step)
+    expect(one.episode(0), 9, base=10)
+    two = opened(tmp_path / "two")
+    both = torch.stack([steps(7, base=10), steps(7, base=50)])  # [N, T]
+    for t in range(7):
+        two.add(both[:, t])
+    expect(two.episode(0), 7, base=10)
+    expect(two.episode(1), 7, base=50)
+
+
+def test_episodes_of_several_workers_are_not_mixed(tmp_path) -> None:
+    replay = opened(tmp_path)
+    first = [steps(5, base=0), steps(3, base=100), steps(4, base=150)]
+    second = [steps(3, base=20), steps(9, base=120), steps(4, base=170)]
+    lines = [torch.cat([a, b]) for a, b in zip(first, second, strict=True)]  # 8, 12, 8 steps
+    assert replay.extend(torch.stack([line[:8] for line in lines])) == 5
+    assert replay.extend(torch.stack([x[8:12] for x in (torch.cat([lines[1]] * 2),) * 3])) == 3
+    lengths = sorted(len(replay.episode(i)) - 1 for i in range(5))
+    assert lengths == [3, 3, 4, 4, 5]
+    expect(replay.episode(0), 5, base=0)
+    expect(replay.episode(1), 3, base=20)
+    expect(replay.episode(2), 3, base=100)
+    found = [replay.episode(i) for i in range(5, 8)]
+    assert any(len(e) == 10 and int(e["pixels"][0, 0, 0, 0]) == 120 for e in found)
+
+
+def test_trajectory_ids_keep_asynchronous_workers_apart(tmp_path) -> None:
+    replay = opened(tmp_path)
+    one, other = steps(6, base=10), steps(6, base=50)
+    for begin in (0, 3):
+        for number, line in ((7, one), (9, other)):
+            piece = line[begin : begin + 3].clone()
+            piece["collector", "traj_ids"] = torch.full((3,), number)
+            replay.extend(piece)
+    expect(replay.episode(0), 6, base=10)
+    expect(replay.episode(1), 6, base=50)
+
+
+def test_a_reset_before_the_end_breaks_the_episode_off(tmp_path) -> None:
+    replay = opened(tmp_path)
+    broken, whole = steps(5, base=10, done=False), steps(4, base=50)
+    for line in (broken, whole):
+        first = torch.zeros(len(line), 1, dtype=torch.bool)
+        first[0] = True
+        line["is_first"] = first
+    assert replay.extend(broken) == 0
+    assert replay.extend(whole) == 2
+    expect(replay.episode(0), 5, base=10, terminated=False)
+    expect(replay.episode(1), 4, base=50)
+
+
+def test_the_oldest_episodes_make_room(tmp_path) -> None:
+    replay = opened(tmp_path, capacity=40)
+    for number in range(9):
+        replay.extend(steps(9, base=20 * number))
+        assert replay.num_frames <= 40
+    assert replay.num_episodes == 4
+    for place, number in enumerate(range(5, 9)):
+        expect(replay.episode(place), 9, base=20 * number)
+    seen = {int(x) // 20 for _ in range(20) for x in replay.sample()["pixels"][:, 0, 0, 0, 0]}
+    assert seen == {5, 6, 7, 8}
+
+
+def test_reopening_finds_every_finished_episode(tmp_path) -> None:
+    replay = opened(tmp_path, capacity=40)
+    for number in range(6):
+        replay.extend(steps(6 + number % 3, base=20 * number))
+    replay.extend(steps(5, base=200, done=False))
+    again = opened(tmp_path, capacity=40)
+    assert again.num_episodes == replay.num_episodes and again.num_frames == replay.num_frames
+    for i in range(again.num_episodes):
+        assert torch.equal(again.episode(i)["pixels"], replay.episode(i)["pixels"])
+    again.extend(steps(6, base=220))
+    expect(again.episode(again.num_episodes - 1), 6, base=220)
+
+
+def test_a_torn_journal_line_loses_only_its_episode(tmp_path) -> None:
+    replay = opened(tmp_path)
+    replay.extend(steps(6, base=10))
+    replay.extend(steps(6, base=50))
+    journal = tmp_path / "r" / "episodes.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-4])
+    again = opened(tmp_path)
+    assert again.num_episodes == 1
+    again.extend(steps(6, base=90))
+    expect(again.episode(0), 6, base=10)
+    expect(again.episode(1), 6, base=90)
+
+
+def test_an_episode_half_overwritten_at_a_crash_is_not_offered(tmp_path) -> None:
+    replay = opened(tmp_path, capacity=40)
+    for number in range(4):
+        replay.extend(steps(9, base=20 * number))
+    replay._note({"reserved": 50})  # what a crash while writing the fifth leaves behind
+    again = opened(tmp_path, capacity=40)
+    assert again.num_episodes == 3
+    expect(again.episode(0), 9, base=20)
+
+
+def test_same_seed_same_batches_and_the_state_continues_exactly(tmp_path) -> None:
+    replay = opened(tmp_path, seed=3)
+    other = EpisodeReplay(tmp_path / "o", window=4, batch_size=16, capacity=60, seed=3)
+    for each in (replay, other):
+        each.extend(steps(9, base=10))
+        each.extend(steps(3, base=50, done=False))
+    assert torch.equal(replay.sample()["pixels"], other.sample()["pixels"])
+    state = replay.state_dict()
+    rest = steps(9, base=53)
+    replay.extend(steps(9, base=100))  # another worker's later episode, to be undone
+    again = opened(tmp_path, seed=77)
+    again.load_state_dict(state)
+    assert again.num_episodes == 1
+    for each in (again, other):
+        assert each.extend(rest) == 1
+        expect(each.episode(1), 12, base=50)
+    for _ in range(3):
+        assert torch.equal(again.sample()["pixels"], other.sample()["pixels"])
+    assert opened(tmp_path).num_episodes == 2
+
+
+def test_windows_may_span_episodes_only_with_is_first_between(tmp_path) -> None:
+    replay = opened(tmp_path, window=8, min_length=3)
+    replay.extend(steps(4, base=10))
+    replay.extend(steps(5, base=50))
+    batch = replay.sample()
+    time = batch["pixels"][..., 0, 0, 0].int()
+    jump = time.diff(dim=1) != 1
+    assert bool(jump.any()) and bool(batch["is_first"][:, 0].all())
+    assert bool((batch["is_first"][:, 1:, 0] | ~jump).all())
+
+
+def test_collectors_and_rollouts_fill_it(tmp_path) -> None:
+    env = make_env("toy", seed=1, pixels=16, max_steps=6)
+    replay = opened(tmp_path, capacity=500)
+    rollout = env.rollout(6)
+    assert replay.extend(rollout) == 1
+    episode = replay.episode(0)
+    assert torch.equal(episode["pixels"][1:], rollout["next", "pixels"])
+    assert torch.equal(episode["action"][1:], rollout["action"])
+    several = SerialEnv(2, lambda: make_env("toy", seed=1, pixels=16, max_steps=6))
+    collector = Collector(several, None, frames_per_batch=16, total_frames=48)
+    finished = sum(replay.extend(data) for data in collector)
+    assert finished == 8 and {len(replay.episode(i)) for i in range(9)} == {7}
+    collector.shutdown()
+
+
+def test_the_input_is_not_changed(tmp_path) -> None:
+    data = steps(9)
+    before = data.clone()
+    opened(tmp_path).extend(data)
+    assert bool((data == before).all())
+    assert set(data.keys()) == set(before.keys())
+
+
+def spoiled(key, value) -> TensorDict:
+    data = steps(9)
+    return data.set(key, value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (steps(9).exclude("action"), "the data lack action"),
+        (steps(9).exclude(("next", "reward")), r"the data lack \('next', 'reward'\)"),
+        (spoiled("pixels", torch.zeros(9, 3, 4, 4)), r"pixels must be uint8 .* got torch.float32"),
+        (spoiled("pixels", torch.zeros(9, 4, 4, 3, dtype=torch.uint8)), r"got .* \[4, 4, 3\]"),
+        (spoiled("action", torch.zeros(9, 2).int()), "action must be floating point"),
+        (spoiled("action", torch.full((9, 2), torch.nan)), "action is NaN .* step 0 of env"),
+        (spoiled(("next", "reward"), torch.full((9, 1), torch.inf)), "reward.* is NaN or infinite"),
+        (spoiled("action", torch.zeros(9, 5)), r"action has shape \[5\] per step; .* \[2\]"),
+    ],
+)
+def test_bad_data_are_refused_and_nothing_is_lost(tmp_path, data, message) -> None:
+    replay = opened(tmp_path)
+    replay.extend(steps(9, base=10))
+    with pytest.raises(ValueError, match=message):
+        replay.extend(data)
+    assert replay.num_episodes == 1
+    expect(replay.episode(0), 9, base=10)
+
+
+def test_too_few_frames_are_named(tmp_path) -> None:
+    replay = opened(tmp_path, window=50)
+    with pytest.raises(RuntimeError, match=r"no finished episode of 50 frames yet \(0 episodes"):
+        replay.sample()
+    replay.extend(steps(20))
+    assert replay.num_eligible == 0
+    with pytest.raises(RuntimeError, match=r"\(1 episodes, longest 21 frames, 0 unfinished\)"):
+        replay.sample()
+
+
+def test_another_capacity_or_a_foreign_folder_is_refused(tmp_path) -> None:
+    opened(tmp_path).extend(steps(9))
+    with pytest.raises(ValueError, match="made with capacity=60, not 80"):
+        opened(tmp_path, capacity=80)
+    with pytest.raises(ValueError, match="less than one window"):
+        opened(tmp_path, capacity=3)
+    (tmp_path / "x" / "r").mkdir(parents=True)
+    (tmp_path / "x" / "r" / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds no replay"):
+        opened(tmp_path / "x")
+
+
+def test_a_full_disk_is_an_error_and_no_crash(tmp_path, monkeypatch) -> None:
+    replay = opened(tmp_path)
+    replay.extend(steps(9, base=10))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match="no space left .* 1 episodes are safe"):
+        replay.extend(steps(9, base=50))
+    expect(replay.episode(0), 9, base=10)
