@@ -6,6 +6,7 @@ DEMO ?= runs/demo
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+RENDERING := scripts/with_rendering.sh $(PY)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: help demo test lint learn install clean clean-demo
@@ -30,20 +31,19 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt | $(PY)
 	@touch $(STAMP)
 
 install: $(STAMP)
-	@scripts/check_rendering.sh $(PY)
 
 test: install
-	$(PY) -m pytest
+	@$(RENDERING) $(PY) -m pytest
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 demo: install
-	@scripts/demo.sh $(PY) $(DEMO)
+	@$(RENDERING) scripts/demo.sh $(PY) $(DEMO)
 
 learn: install
-	$(PY) benchmarks/learn_toy.py
+	@$(RENDERING) $(PY) benchmarks/learn_toy.py
 
 clean-demo:
 	rm -rf $(DEMO)

@@ -15,7 +15,6 @@ from typing import Any, Literal, get_args
 import torch
 from PIL import Image
 from torch import Tensor
-from torchrl.record.loggers.wandb import WandbLogger
 
 from prelar_trl.record.run import RunFolder
 from prelar_trl.record.video import write_video
@@ -210,8 +209,10 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, rows
 
 
-def _open_wandb(run: RunFolder, project: str) -> WandbLogger:
+def _open_wandb(run: RunFolder, project: str) -> Any:
+    # Imported here, like all of an optional backend: torchrl.record alone takes seconds.
     import wandb
+    from torchrl.record.loggers.wandb import WandbLogger
 
     folder = run.path / "wandb"
     folder.mkdir(exist_ok=True)

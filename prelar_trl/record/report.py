@@ -297,7 +297,7 @@ def _step(file: Path) -> int:
 def _caption(file: Path) -> str:
     kind = re.sub(r"_\d+$", "", file.stem)
     name = {"openloop": "Open-loop prediction", "eval": "Evaluation episode"}.get(
-        kind, kind.replace("_", " ").capitalize()
+        kind, _title(kind)
     )
     return f"{name}, step {_step(file):,}" if kind != file.stem else name
 
@@ -336,3 +336,8 @@ def _number(value: float) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def _title(name: str) -> str:
+    words = name.replace("_", " ").replace("psnr", "PSNR")
+    return words[:1].upper() + words[1:]

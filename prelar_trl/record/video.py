@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -22,7 +23,10 @@ INK = (40, 44, 52)
 SEEN = (0, 121, 140)
 IMAGINED = (209, 73, 91)
 GAP = 4  # pixels between the tiles of a picture
+LINE = 22  # pixels of a line of text
 MAX_PSNR = 100.0
+ERROR_GAIN = 2  # good predictions differ by too little to be seen otherwise
+ROWS = ("truth", "model", f"error x{ERROR_GAIN}")
 
 
 def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ def video_grid(
 ) -> Tensor:
     """Rows truth | model | error, one column a sequence, as a video.
 
-    The error row is the absolute difference. With ``context``, the frame round the model's
+    The error row is twice the absolute difference. With ``context``, the frame round the model's
     row and the caption tell the frames that were seen from those that were imagined.
 
     Args:
@@ -86,7 +90,7 @@ def video_grid(
         frames.append(
             _tile(
                 [[sequence[t] for sequence in row] for row in rows],
-                row_labels=("truth", "model", "error"),
+                row_labels=ROWS,
                 caption=f"frame {t + 1:2d}{state}   model {values[t]:.1f} dB",
                 frame_row=None if context is None else 1,
                 frame_colors=[SEEN if seen else IMAGINED] * truth.shape[0],
@@ -125,7 +129,7 @@ def film_strip(
     error = _error(model, truth)
     return _tile(
         [[video[t] for t in times] for video in (truth, model, error)],
-        row_labels=("truth", "model", "error"),
+        row_labels=ROWS,
         column_labels=[f"{t + 1}: {values[t]:.1f} dB" for t in times],
         caption="" if context is None else f"{context} frames seen, the rest imagined",
         frame_row=None if context is None else 1,
@@ -166,7 +170,7 @@ def contact_sheet(
         for i, row in enumerate(rows)
     ]
     height = sum(band.shape[1] for band in bands)
-    top = _line_height() if caption else 0
+    top = LINE if caption else 0
     sheet = torch.full((3, top + height, bands[0].shape[2]), 255, dtype=torch.uint8)
     for band in bands:
         sheet[:, top : top + band.shape[1], : band.shape[2]] = band
@@ -252,19 +256,16 @@ def _pair(truth: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _error(model: Tensor, truth: Tensor) -> Tensor:
-    return (model.short() - truth.short()).abs().to(torch.uint8)
+    return (ERROR_GAIN * (model.short() - truth.short()).abs()).clamp_max(255).to(torch.uint8)
 
 
 def _enlarge(images: Tensor, scale: int) -> Tensor:
     return images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
 
 
+@cache
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=13)
-
-
-def _line_height() -> int:
-    return 22
 
 
 def _tile(
@@ -281,8 +282,8 @@ def _tile(
     font = _font()
     height, width = (side * scale for side in rows[0][0].shape[-2:])
     left = GAP + (max(int(font.getlength(label)) for label in row_labels) + 8 if row_labels else 0)
-    top = GAP + (_line_height() if caption else 0)
-    bottom = _line_height() if column_labels else GAP
+    top = GAP + (LINE if caption else 0)
+    bottom = LINE if column_labels else GAP
     columns = max(len(row) for row in rows)
     sheet_size = (
         left + columns * (width + GAP),
