@@ -138,15 +138,19 @@ def test_a_reset_before_the_end_breaks_the_episode_off(tmp_path) -> None:
         line["is_first"] = first
     assert replay.extend(broken) == 0
     assert replay.extend(whole) == 2
-    expect(replay.episode(0), 5, base=10, terminated=False)
-    expect(replay.episode(1), 4, base=50)
+    together = EpisodeReplay(tmp_path / "t", window=4, capacity=60)
+    assert together.extend(torch.cat([broken, whole])) == 2
+    for each in (replay, together):
+        expect(each.episode(0), 5, base=10, terminated=False)
+        expect(each.episode(1), 4, base=50)
 
 
-def test_the_oldest_episodes_make_room(tmp_path) -> None:
-    replay = opened(tmp_path, capacity=40)
+@pytest.mark.parametrize("capacity", [40, 41, 49])
+def test_the_oldest_episodes_make_room(tmp_path, capacity: int) -> None:
+    replay = opened(tmp_path, capacity=capacity)
     for number in range(9):
         replay.extend(steps(9, base=20 * number))
-        assert replay.num_frames <= 40
+        assert replay.num_frames <= capacity
     assert replay.num_episodes == 4
     for place, number in enumerate(range(5, 9)):
         expect(replay.episode(place), 9, base=20 * number)
