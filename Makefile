@@ -31,6 +31,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt | $(PY)
 	@touch $(STAMP)
 
 install: $(STAMP)
+	@:
 
 test: install
 	@$(RENDERING) $(PY) -m pytest

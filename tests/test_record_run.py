@@ -84,9 +84,13 @@ def test_git_state_tells_clean_dirty_and_untracked(tmp_path):
     source = tmp_path / "code.py"
     source.write_text("a = 1\n")
     git("init", "-q")
-    assert git_state(source) is None  # in a checkout, but not part of it
     git("add", "code.py")
     git("commit", "-q", "-m", "first")
+    (tmp_path / ".gitignore").write_text("installed.py\n")
+    git("add", ".gitignore")
+    git("commit", "-q", "-m", "second")
+    (tmp_path / "installed.py").write_text("b = 1\n")
+    assert git_state(tmp_path / "installed.py") is None  # in the checkout, not part of it
     state = git_state(source)
     assert len(state["commit"]) == 40 and state["dirty"] is False
     source.write_text("a = 2\n")

@@ -17,7 +17,7 @@ from prelar_trl.record import (
 
 
 def test_interquartile_mean_ignores_the_outer_quarters():
-    assert interquartile_mean([0, 1, 2, 3, 4, 5, 6, 1000]) == 3.5
+    assert interquartile_mean([1000, 0, 1, 2, 3, 4, 10, 20]) == 4.75
     assert interquartile_mean([[7.0]]) == 7.0
 
 
@@ -30,6 +30,13 @@ def test_bootstrap_draws_runs_within_each_task():
     # Tasks differ widely, runs within a task do not: nothing can vary.
     scores = np.tile([0.0, 0.5, 1.0], (5, 1))
     assert bootstrap_interval(scores, statistic=np.mean) == (0.5, 0.5)
+
+
+def test_bootstrap_draws_the_tasks_independently():
+    # Drawn together, the two tasks would always cancel out.
+    scores = np.linspace(-1, 1, 8)[:, None] * [1, -1]
+    low, high = bootstrap_interval(scores, statistic=np.mean)
+    assert low < -0.1 and high > 0.1
 
 
 def test_bootstrap_interval_has_the_width_of_the_mean_s_error():
