@@ -1,0 +1,227 @@
+"""ContextWM: a context encoder and a decoder that attends to it.
+
+One frame per sequence is drawn as the *context*; its feature maps reach the decoder by
+cross-attention, so that the latent state need not carry the appearance of the scene.
+Source: ContextWM (Wu et al., NeurIPS 2023), section 3.2.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prelar_trl.modules.convnets import (
+    Norm,
+    ResidualLayer,
+    ResNetDecoder,
+    ResNetEncoder,
+    make_norm,
+)
+
+__all__ = ["Augmentation", "ContextDecoder", "ContextEncoder", "augment"]
+
+Augmentation = Literal["none", "shift", "shift4", "flip", "scale", "erasing"]
+ATTENTION_BELOW = 32  # resolutions that attend to the context
+
+
+class ContextEncoder(nn.Module):
+    """Feature maps of one random frame per sequence.
+
+    Args:
+        depth, stages, layers, norm: of the ResNet, see :class:`ResNetEncoder`.
+        augmentation: of the context frame: ``none``, ``shift`` (by up to 8 pixels), ``shift4``,
+            ``flip`` (half of them, horizontally), ``scale`` (random resized crop), ``erasing`` (a
+            random rectangle in half of them). Default: ``none``.
+    """
+
+    def __init__(
+        self,
+        depth: int = 48,
+        stages: int = 3,
+        layers: int = 2,
+        norm: Norm = "batch",
+        augmentation: Augmentation = "none",
+    ) -> None:
+        super().__init__()
+        self.net = ResNetEncoder(3, depth, stages, layers, norm)
+        self.augmentation = augmentation
+        augment(torch.zeros(1, 3, 8, 8), augmentation)  # rejects an unknown name
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """``[B, T, 3, H, W]`` -> maps ``[B, C, 32, 32], [B, 2C, 16, 16], [B, 4C, 8, 8]``."""
+        index = draw_frames(images.shape[0], images.shape[1], images.device)
+        frame = images[torch.arange(images.shape[0], device=images.device), index]
+        return self.net.feature_maps(augment(frame, self.augmentation))[:-1]
+
+
+class ContextLayer(ResidualLayer):
+    """A residual layer that first attends from its positions to those of the context map.
+
+    ``z = relu(x + norm(attention(x, context)))``, then ``relu(skip(x) + block(z))``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        norm: Norm,
+        size: int,
+        mask: float = 0.75,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__(in_channels, out_channels, norm, size)
+        self.keep = int(size**2 * (1 - mask))
+        self.query_position = nn.Parameter(torch.zeros(size**2, in_channels))
+        self.key_position = nn.Parameter(torch.zeros(size**2, in_channels))
+        self.attention = nn.MultiheadAttention(in_channels, 4, dropout=dropout, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+        self.attention_norm = nn.Sequential(*make_norm(norm, in_channels, size))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x ``[B*T, C, H, W]``, context ``[B, C, H, W]`` of the same resolution."""
+        steps = x.shape[0] // context.shape[0]
+        keys = context.flatten(2).transpose(1, 2) + self.key_position  # [B, HW, C]
+        # Sequence b's context goes with sequence b's frames; each frame sees its own positions.
+        keys = keys.repeat_interleave(steps, 0)  # [B*T, HW, C]
+        if self.keep < keys.shape[1]:
+            index = draw_positions(*keys.shape[:2], keys.device)[:, : self.keep, None]
+            keys = keys.gather(1, index.expand(-1, -1, keys.shape[2]))  # [B*T, keep, C]
+        queries = x.flatten(2).transpose(1, 2) + self.query_position
+        attended, _ = self.attention(queries, keys, keys, need_weights=False)
+        attended = self.dropout(attended).transpose(1, 2).reshape(x.shape)
+        z = F.relu(x + self.attention_norm(attended))
+        return F.relu(self.skip(x) + self.block(z))
+
+
+class ContextDecoder(ResNetDecoder):
+    """The ResNet decoder whose even layers at 8x8 and 16x16 attend to the context maps.
+
+    Args:
+        mask: share of the context positions hidden from each frame. Default: 0.75.
+        dropout: inside and after the attention. Default: 0.1.
+        in_features, depth, stages, layers, norm: see :class:`ResNetDecoder`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        depth: int = 48,
+        stages: int = 3,
+        layers: int = 2,
+        norm: Norm = "batch",
+        mask: float = 0.75,
+        dropout: float = 0.1,
+    ) -> None:
+        self.mask, self.attention_dropout = mask, dropout
+        super().__init__(in_features, depth, stages, layers, norm)
+
+    def make_layer(
+        self, in_channels: int, out_channels: int, norm: Norm, size: int, index: int
+    ) -> nn.Module:
+        if index % 2 or size >= ATTENTION_BELOW:
+            return ResidualLayer(in_channels, out_channels, norm, size)
+        return ContextLayer(
+            in_channels, out_channels, norm, size, self.mask, self.attention_dropout
+        )
+
+    def forward(self, feat: Tensor, context: list[Tensor]) -> Tensor:
+        """Features ``[B*T, F]``, batch major, and maps ``[B, ...]`` -> ``[B*T, 3, H, W]``."""
+        x = self.linear_in(feat).unflatten(-1, self.first_map)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for stage, shortcut in zip(self.stages, reversed(context), strict=True):
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            for layer in stage:
+                x = layer(x, shortcut) if isinstance(layer, ContextLayer) else layer(x)
+        return self.conv_out(x)
+
+
+def draw_frames(batch: int, steps: int, device: torch.device) -> Tensor:
+    """Index of the context frame of each sequence, ``[B]``."""
+    return torch.randint(steps, (batch,), device=device)
+
+
+def draw_positions(rows: int, positions: int, device: torch.device) -> Tensor:
+    """A random order of the positions for each row, ``[rows, positions]``."""
+    return torch.rand(rows, positions, device=device).argsort(1)
+
+
+def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
+    """Augment each image ``[B, C, H, W]`` in [-0.5, 0.5] by its own random draw."""
+    match augmentation:
+        case "none":
+            return images
+        case "shift":
+            return _shift(images, 8)
+        case "shift4":
+            return _shift(images, 4)
+        case "flip":
+            return torch.where(_coin(images), images.flip(-1), images)
+        case "scale":
+            return _resized_crop(images)
+        case "erasing":
+            return _erase(images)
+    raise ValueError(
+        f"augmentation={augmentation!r} is unknown; "
+        "choose none, shift, shift4, flip, scale or erasing"
+    )
+
+
+def _coin(images: Tensor) -> Tensor:
+    return torch.rand(images.shape[0], 1, 1, 1, device=images.device) < 0.5
+
+
+def _uniform(images: Tensor, low: float, high: float) -> Tensor:
+    return torch.empty(images.shape[0], device=images.device).uniform_(low, high)
+
+
+def _shift(images: Tensor, pad: int) -> Tensor:
+    """Pad by repeating the border, then crop at a random place."""
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (pad,) * 4, mode="replicate")
+    offset = torch.randint(2 * pad + 1, (2, batch, 1), device=images.device)
+    rows = offset[0] + torch.arange(height, device=images.device)  # [B, H]
+    columns = offset[1] + torch.arange(width, device=images.device)  # [B, W]
+    sequence = torch.arange(batch, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[sequence, rows[:, :, None], columns[:, None, :]].permute(
+        0, 3, 1, 2
+    )
+
+
+def _rectangle(images: Tensor, area: tuple[float, float], log_ratio: float) -> tuple[Tensor, ...]:
+    """Random height and width, as shares of the image, of the given area and aspect ratio."""
+    size = _uniform(images, *area)
+    ratio = _uniform(images, -log_ratio, log_ratio).exp()
+    return (size * ratio).sqrt().clamp(max=1), (size / ratio).sqrt().clamp(max=1)
+
+
+def _resized_crop(images: Tensor) -> Tensor:
+    """Crop 2/3 to all of the area at aspect ratio 3/4 to 4/3, resized to the whole image."""
+    height, width = _rectangle(images, (2 / 3, 1.0), 0.2877)  # log(4/3)
+    centre_y = (1 - height) * _uniform(images, -1, 1)
+    centre_x = (1 - width) * _uniform(images, -1, 1)
+    zero = torch.zeros_like(height)
+    theta = torch.stack(
+        [torch.stack([width, zero, centre_x], -1), torch.stack([zero, height, centre_y], -1)], 1
+    )
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _erase(images: Tensor) -> Tensor:
+    """Grey out a rectangle of 2% to 33% of the area, aspect ratio 0.3 to 3.3, in half of them."""
+    height, width = _rectangle(images, (0.02, 0.33), 1.194)  # log(3.3)
+    top, left = (1 - height) * _uniform(images, 0, 1), (1 - width) * _uniform(images, 0, 1)
+
+    def inside(length: int, start: Tensor, extent: Tensor) -> Tensor:
+        centre = (torch.arange(length, device=images.device) + 0.5) / length
+        return (centre >= start[:, None]) & (centre < (start + extent)[:, None])
+
+    box = (
+        inside(images.shape[2], top, height)[:, None, :, None]
+        & (inside(images.shape[3], left, width)[:, None, None, :])
+    )
+    # 0 is mid grey: images lie in [-0.5, 0.5].
+    return images.masked_fill(box & _coin(images), 0.0)

@@ -1,0 +1,168 @@
+"""Distributions of latent states, latent actions and actions, as functions of plain tensors.
+
+A distribution object holds sizes only. Its *statistics* are one tensor, so that it travels through
+a TensorDict under one key:
+
+- ``Categorical``: logits ``[..., S, K]``;
+- ``Gaussian``: mean and standard deviation stacked last, ``[..., S, 2]``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Categorical", "Gaussian", "TruncatedNormal", "categorical_kl", "gaussian_kl"]
+
+
+def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of independent categoricals, summed over the variables.
+
+    Args:
+        p, q: logits ``[..., S, K]``.
+
+    Returns:
+        ``[...]``, in nats, computed in float32.
+    """
+    log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
+
+
+def gaussian_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of independent Gaussians, summed over the variables.
+
+    Args:
+        p, q: mean and standard deviation stacked last, ``[..., S, 2]``.
+
+    Returns:
+        ``[...]``, in nats, computed in float32.
+    """
+    (mean_p, std_p), (mean_q, std_q) = p.float().unbind(-1), q.float().unbind(-1)
+    ratio = (std_p / std_q).square()
+    distance = ((mean_p - mean_q) / std_q).square()
+    return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+
+
+class Categorical:
+    """``size`` one-hot variables of ``classes`` classes with straight-through gradients.
+
+    Source: DreamerV2 (Hafner et al., 2021), section 2, algorithm 1.
+    """
+
+    kind = "categorical"
+
+    def __init__(self, size: int, classes: int) -> None:
+        self.size, self.classes = size, classes
+        self.num_outputs = self.flat_size = size * classes
+        self.shape = (size, classes)
+
+    def statistics(self, raw: Tensor) -> Tensor:
+        """Network output ``[..., S*K]`` -> logits ``[..., S, K]``."""
+        return raw.unflatten(-1, self.shape)
+
+    def draw(self, statistics: Tensor, sample: bool = True) -> Tensor:
+        """One-hot sample, or mode, ``[..., S, K]``; the gradient is that of the probabilities."""
+        logits = statistics.float()
+        probs = logits.softmax(-1)
+        if sample:  # Gumbel-max: no host synchronisation, static shapes
+            gumbel = -torch.empty_like(logits).exponential_().log()
+            index = (logits.detach() + gumbel).argmax(-1, keepdim=True)
+        else:
+            index = logits.argmax(-1, keepdim=True)
+        one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+        return one_hot + (probs - probs.detach())
+
+    def flatten(self, value: Tensor) -> Tensor:
+        """``[..., S, K]`` -> ``[..., S*K]``."""
+        return value.flatten(-2)
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        return categorical_kl(p, q)
+
+    def entropy(self, statistics: Tensor) -> Tensor:
+        """Entropy summed over the variables, in nats, ``[...]``."""
+        log_p = statistics.float().log_softmax(-1)
+        return -(log_p.exp() * log_p).sum((-2, -1))
+
+
+class Gaussian:
+    """``size`` independent Gaussians, std = ``2 * sigmoid(raw / 2) + min_std``, reparameterised."""
+
+    kind = "gaussian"
+
+    def __init__(self, size: int, min_std: float = 0.1) -> None:
+        self.size, self.min_std = size, min_std
+        self.num_outputs, self.flat_size = 2 * size, size
+        self.shape = (size,)
+
+    def statistics(self, raw: Tensor) -> Tensor:
+        """Network output ``[..., 2*S]`` (means, then raw stds) -> ``[..., S, 2]``."""
+        mean, std = raw.float().chunk(2, -1)
+        return torch.stack([mean, 2 * torch.sigmoid(std / 2) + self.min_std], -1)
+
+    def draw(self, statistics: Tensor, sample: bool = True) -> Tensor:
+        """Reparameterised sample, or mean, ``[..., S]``."""
+        mean, std = statistics.unbind(-1)
+        return mean + std * torch.randn_like(mean) if sample else mean
+
+    def flatten(self, value: Tensor) -> Tensor:
+        return value
+
+    def kl(self, p: Tensor, q: Tensor) -> Tensor:
+        return gaussian_kl(p, q)
+
+    def entropy(self, statistics: Tensor) -> Tensor:
+        """Differential entropy summed over the variables, in nats, ``[...]``."""
+        return (statistics[..., 1].float().log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+
+class TruncatedNormal:
+    """Independent normals truncated to [-1, 1], the actor's distribution.
+
+    Args:
+        mean: location of the untruncated normal, in [-1, 1], ``[..., A]``.
+        std: its scale, positive, ``[..., A]``.
+    """
+
+    EDGE = 1 - 1e-6
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        self.mean, self.std = mean.float(), std.float()
+        self._low, self._high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
+        self._cdf_low = torch.special.ndtr(self._low)
+        self._mass = (torch.special.ndtr(self._high) - self._cdf_low).clamp_min(1e-7)
+
+    @property
+    def mode(self) -> Tensor:
+        return self._clamp(self.mean)
+
+    def draw(self, sample: bool = True) -> Tensor:
+        """Sample by the inverse CDF (differentiable in mean and std), or the mode, ``[..., A]``."""
+        if not sample:
+            return self.mode
+        uniform = torch.rand_like(self.mean).clamp(1e-6, 1 - 1e-6)
+        z = torch.special.ndtri((self._cdf_low + uniform * self._mass).clamp(1e-7, 1 - 1e-7))
+        return self._clamp(self.mean + self.std * z)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of ``value`` in [-1, 1], summed over the action, ``[...]``."""
+        z = (value - self.mean) / self.std
+        log_density = -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
+        return (log_density - self.std.log() - self._mass.log()).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy summed over the action, in nats, ``[...]``."""
+
+        def moment(z: Tensor) -> Tensor:
+            return z * torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
+
+        tails = (moment(self._high) - moment(self._low)) / self._mass
+        log_scale = self.std.log() + self._mass.log()
+        return (log_scale + 0.5 * math.log(2 * math.pi * math.e) - 0.5 * tails).sum(-1)
+
+    def _clamp(self, value: Tensor) -> Tensor:
+        """Clamp inside the open interval, passing the gradient straight through."""
+        return value + (F.hardtanh(value, -self.EDGE, self.EDGE) - value).detach()

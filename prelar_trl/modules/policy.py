@@ -1,0 +1,100 @@
+"""Acting with a world model: a recurrent TorchRL policy."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import Unbounded
+from torchrl.envs import TensorDictPrimer
+
+from prelar_trl.modules.heads import Actor
+from prelar_trl.modules.rssm import State
+from prelar_trl.modules.world_model import WorldModel, normalise_pixels
+
+__all__ = ["WorldModelPolicy"]
+
+
+class WorldModelPolicy(TensorDictModuleBase):
+    """Filters the frames into a latent state and acts on it.
+
+    Reads ``pixels``, ``is_first`` and the recurrent entries under ``"belief"``; writes ``action``
+    and the next belief under ``("next", "belief")``, as TorchRL's recurrent modules do. Give the
+    environment :meth:`make_primer` so that the belief is there after a reset.
+
+    Args:
+        world_model, actor: the networks.
+        mode: ``"sample"`` draws the action, ``"mode"`` takes its mode (evaluation). Latents are
+            drawn in both.
+    """
+
+    def __init__(self, world_model: WorldModel, actor: Actor, mode: str = "sample") -> None:
+        super().__init__()
+        if mode not in ("sample", "mode"):
+            raise ValueError(f"mode={mode!r} is unknown; choose sample or mode")
+        self.world_model, self.actor, self.mode = world_model, actor, mode
+        self.action_dim = actor.std_out.out_features
+        encoder = world_model.action_encoder
+        self.window = encoder.window if encoder is not None else 1
+        self.in_keys = ["pixels", "is_first", "belief"]
+        self.out_keys = ["action", ("next", "belief")]
+
+    def belief_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each recurrent entry of one environment."""
+        shapes = {"actions": (self.window, self.action_dim)}
+        rssms = {"": self.world_model.rssm, "lower_": self.world_model.lower_rssm}
+        for prefix, rssm in rssms.items():
+            if rssm is not None:
+                shapes[prefix + "stoch"] = rssm.latent.shape
+                shapes[prefix + "deter"] = (rssm.deter,)
+        return shapes
+
+    def make_primer(self, batch_size: torch.Size | tuple[int, ...] = ()) -> TensorDictPrimer:
+        """The transform that puts a zero belief into the environment's reset."""
+        return TensorDictPrimer(
+            {
+                ("belief", name): Unbounded((*batch_size, *shape))
+                for name, shape in self.belief_shapes().items()
+            },
+            default_value=0.0,
+            expand_specs=True,
+        )
+
+    @torch.no_grad()
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        batch = tensordict.batch_size
+        flat = tensordict.unsqueeze(0) if not batch else tensordict.flatten(0, len(batch) - 1)
+        belief = flat["belief"]
+        is_first = flat["is_first"].unsqueeze(1)  # [N, 1, 1]
+
+        model = self.world_model
+        embed = model.encode(normalise_pixels(flat["pixels"]).unsqueeze(1))
+        history = belief["actions"] * (~is_first).to(embed.dtype)
+        lower = None
+        if model.lower_rssm is not None:
+            lower = State(belief["lower_stoch"], belief["lower_deter"])
+        state = State(belief["stoch"], belief["deter"])
+        out = model.observe(embed, self._code(history), is_first, state, lower)[:, 0]
+
+        policy = self.actor(out["feat"])
+        action = policy.draw(self.mode == "sample")
+        new = {
+            "stoch": out["stoch"],
+            "deter": out["deter"],
+            "actions": torch.cat([history[:, 1:], action.unsqueeze(1)], 1),
+        }
+        if lower is not None:
+            new["lower_stoch"], new["lower_deter"] = out["lower", "stoch"], out["lower", "deter"]
+        shape: tuple[int, ...] = tuple(batch)
+        tensordict["action"] = action.reshape(*shape, self.action_dim)
+        for name, value in new.items():
+            tensordict["next", "belief", name] = value.float().reshape(*shape, *value.shape[1:])
+        return tensordict
+
+    def _code(self, history: Tensor) -> Tensor:
+        """The last actions ``[N, window, A]`` -> the RSSM's action input ``[N, 1, U]``."""
+        encoder = self.world_model.action_encoder
+        if encoder is None:
+            return history[:, -1:]
+        return encoder(history, self.world_model.sample)[0][:, -1:]

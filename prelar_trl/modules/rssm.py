@@ -1,0 +1,217 @@
+"""Recurrent state-space model (RSSM): GRU with layer norm, prior and posterior.
+
+Plain tensors inside the time loop; everything that does not depend on the recurrence is computed
+once for all steps, before or after it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prelar_trl.modules.distributions import Categorical, Gaussian
+
+__all__ = ["RSSM", "State"]
+
+
+class State(NamedTuple):
+    """A latent state: ``stoch`` ``[..., S, K]`` (Gaussian: ``[..., S]``), deter ``[..., D]``."""
+
+    stoch: Tensor
+    deter: Tensor
+
+
+class GRUCell(nn.Module):
+    """GRU cell with one layer norm over all gates and update bias -1 (DreamerV2)."""
+
+    def __init__(self, input_size: int, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(input_size + size, 3 * size)
+        self.norm = nn.LayerNorm(3 * size, eps=1e-3)
+
+    def forward(self, x: Tensor, deter: Tensor) -> Tensor:
+        gates = self.norm(self.linear(torch.cat([x, deter], -1)))
+        reset, candidate, update = gates.chunk(3, -1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)
+        return update * candidate + (1 - update) * deter
+
+
+class RSSM(nn.Module):
+    """RSSM of DreamerV2 (Hafner et al., 2021, section 2).
+
+    Time alignment: the action at index t led to the frame at index t::
+
+        index     t-1                t
+        action                       a_t
+        state     (h, z)_{t-1} ----> h_t = GRU(h_{t-1}, z_{t-1}, a_t)
+        prior                        p(z_t | h_t)
+        posterior                    q(z_t | h_t, e_t)
+
+    Args:
+        action_dim: width of the action input; a narrower action is padded with zeros on the right.
+        embed_dim: width of the embedding e_t.
+        stoch: number S of stochastic variables. Default: 32.
+        classes: classes K of each; 0 makes the latent Gaussian. Default: 32.
+        deter: size D of the GRU. Default: 1024.
+        hidden: size of the hidden layers. Default: 1024.
+        ensemble: number of prior heads, one drawn at random per step. Default: 1.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        embed_dim: int,
+        *,
+        stoch: int = 32,
+        classes: int = 32,
+        deter: int = 1024,
+        hidden: int = 1024,
+        ensemble: int = 1,
+    ) -> None:
+        super().__init__()
+        self.latent = Categorical(stoch, classes) if classes else Gaussian(stoch)
+        self.action_dim, self.embed_dim, self.deter = action_dim, embed_dim, deter
+        self.feat_dim = self.latent.flat_size + deter
+        self.input_layer = nn.Linear(self.latent.flat_size + action_dim, hidden)
+        self.cell = GRUCell(hidden, deter)
+        self.prior_heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(deter, hidden), nn.ELU(), nn.Linear(hidden, self.latent.num_outputs)
+            )
+            for _ in range(ensemble)
+        )
+        self.posterior_hidden = nn.Linear(deter + embed_dim, hidden)
+        self.posterior_out = nn.Linear(hidden, self.latent.num_outputs)
+
+    def initial_state(self, *batch: int, device: torch.device | str | None = None) -> State:
+        """The all-zero state of batch shape ``batch``."""
+        return State(
+            torch.zeros(*batch, *self.latent.shape, device=device),
+            torch.zeros(*batch, self.deter, device=device),
+        )
+
+    def feat(self, state: State) -> Tensor:
+        """``concat(flat stoch, deter)``, ``[..., F]``."""
+        return torch.cat([self.latent.flatten(state.stoch), state.deter], -1)
+
+    def observe(
+        self,
+        embed: Tensor,
+        action: Tensor | None,
+        is_first: Tensor,
+        state: State | None = None,
+        sample: bool = True,
+    ) -> tuple[State, Tensor, Tensor]:
+        """Filter a sequence.
+
+        Args:
+            embed: ``[B, T, E]``.
+            action: ``[B, T, A]``, or None for the action-free RSSM (a zero action).
+            is_first: bool ``[B, T]``; there the previous state and the action are zeroed.
+            state: the state before the first step. Default: the initial one.
+            sample: draw the stochastic state; otherwise take its mode. Default: True.
+
+        Returns:
+            Posterior states ``[B, T, ...]``, posterior statistics and prior statistics, each
+            ``[B, T, S, K]`` (Gaussian: ``[B, T, S, 2]``).
+        """
+        batch, steps = embed.shape[:2]
+        state = state or self.initial_state(batch, device=embed.device)
+        keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # [B, T, 1]
+        stoch_weight, action_bias = self._input_terms(action, keep)
+        deter_weight, embed_weight = self.posterior_hidden.weight.split(
+            [self.deter, self.embed_dim], 1
+        )
+        embed_bias = F.linear(embed, embed_weight, self.posterior_hidden.bias)  # [B, T, hidden]
+
+        stoch, deter = state
+        stochs, deters, posteriors = [], [], []
+        for t in range(steps):
+            mask = keep[:, t]
+            stoch, deter = self.latent.flatten(stoch) * mask, deter * mask
+            bias = action_bias[:, t] if action is not None else action_bias
+            deter = self.cell(F.elu(F.linear(stoch, stoch_weight) + bias), deter)
+            hidden = F.elu(F.linear(deter, deter_weight) + embed_bias[:, t])
+            posterior = self.latent.statistics(self.posterior_out(hidden))
+            stoch = self.latent.draw(posterior, sample)
+            stochs.append(stoch)
+            deters.append(deter)
+            posteriors.append(posterior)
+        states = State(torch.stack(stochs, 1), torch.stack(deters, 1))
+        return states, torch.stack(posteriors, 1), self.prior(states.deter)
+
+    def imagine(self, action: Tensor | None, state: State, sample: bool = True, steps: int = 0):
+        """Roll the prior forward under given actions.
+
+        Args:
+            action: ``[B, T, A]``, or None for ``steps`` action-free steps.
+            state: the state before the first step, ``[B, ...]``.
+            sample: draw the stochastic state; otherwise take its mode. Default: True.
+
+        Returns:
+            Prior states ``[B, T, ...]`` and prior statistics ``[B, T, S, K]``.
+        """
+        states, priors = [], []
+        for t in range(steps if action is None else action.shape[1]):
+            state, prior = self.step(state, None if action is None else action[:, t], sample)
+            states.append(state)
+            priors.append(prior)
+        stochs, deters = zip(*states, strict=True)
+        return State(torch.stack(stochs, 1), torch.stack(deters, 1)), torch.stack(priors, 1)
+
+    def forward(self, stoch: Tensor, deter: Tensor, action: Tensor | None) -> Tensor:
+        """Prior statistics ``[..., S, K]`` one step after the state under ``action``."""
+        return self.prior(self.transition(State(stoch, deter), action))
+
+    def step(
+        self, state: State, action: Tensor | None, sample: bool = True
+    ) -> tuple[State, Tensor]:
+        """One step of the prior: next state and its statistics; any batch shape."""
+        deter = self.transition(state, action)
+        prior = self.prior(deter)
+        return State(self.latent.draw(prior, sample), deter), prior
+
+    def transition(self, state: State, action: Tensor | None) -> Tensor:
+        """The deterministic half of a step: ``[..., D]``."""
+        stoch_weight, bias = self._input_terms(action)
+        hidden = F.elu(F.linear(self.latent.flatten(state.stoch), stoch_weight) + bias)
+        return self.cell(hidden, state.deter)
+
+    def prior(self, deter: Tensor) -> Tensor:
+        """Prior statistics of ``deter`` ``[..., D]``: one random head of the ensemble per step.
+
+        A step is an index of the second axis of a sequence ``[B, T, D]``, or the whole call.
+        """
+        raw = [head(deter) for head in self.prior_heads]
+        if len(raw) == 1:
+            return self.latent.statistics(raw[0])
+        steps = deter.shape[1] if deter.dim() == 3 else 1
+        index = torch.randint(len(raw), (steps, 1), device=deter.device)
+        stacked = torch.stack(raw)  # [ensemble, ..., num_outputs]
+        index = index.expand(stacked.shape[1:])[None]
+        return self.latent.statistics(stacked.gather(0, index)[0])
+
+    def posterior(self, deter: Tensor, embed: Tensor) -> Tensor:
+        """Posterior statistics given ``deter`` ``[..., D]`` and ``embed`` ``[..., E]``."""
+        hidden = F.elu(self.posterior_hidden(torch.cat([deter, embed], -1)))
+        return self.latent.statistics(self.posterior_out(hidden))
+
+    def _input_terms(
+        self, action: Tensor | None, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weight of the stochastic state, and the action's share of the input layer plus bias."""
+        flat, weight, bias = self.latent.flat_size, self.input_layer.weight, self.input_layer.bias
+        if action is None:
+            return weight[:, :flat], bias
+        width = action.shape[-1]
+        if width > self.action_dim:
+            raise ValueError(
+                f"the action has {width} dimensions but this RSSM takes at most {self.action_dim}"
+            )
+        if keep is not None:
+            action = action * keep
+        return weight[:, :flat], F.linear(action, weight[:, flat : flat + width], bias)

@@ -1,0 +1,273 @@
+"""The world model: encoder, dynamics and heads as one TensorDictModule.
+
+Shape legend: B batch, T time, C H W image, E embedding, S stochastic variables, K classes,
+D deter, F feature = S*K + D, A action, U latent action, N imagined trajectories, H horizon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+
+from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
+from prelar_trl.modules.context import ContextEncoder
+from prelar_trl.modules.heads import Actor
+from prelar_trl.modules.rssm import RSSM, State
+
+__all__ = ["WorldModel", "normalise_pixels"]
+
+
+def normalise_pixels(pixels: Tensor) -> Tensor:
+    """uint8 pixels -> float32 images in [-0.5, 0.5]."""
+    if pixels.dtype != torch.uint8:
+        raise TypeError(f"pixels have dtype {pixels.dtype}; store frames as uint8 in [0, 255]")
+    return pixels.float() / 255 - 0.5
+
+
+class WorldModel(TensorDictModuleBase):
+    """A recurrent world model over sequences of frames.
+
+    Reads ``pixels`` (uint8 ``[B, T, 3, 64, 64]``), ``is_first`` (bool ``[B, T, 1]``) and, unless
+    the actions are latent or absent, ``action`` (``[B, T, A]``, the action that led to the frame).
+    Writes ``embed, stoch, deter, feat, posterior, prior`` (the statistics),
+    ``("prediction", <head>)`` for every head and for ``pixels``; with a latent-action encoder
+    ``latent_action`` and ``latent_action_statistics`` (zero at t = 0); for a stack
+    ``("lower", "feat" | "posterior" | "prior")``.
+
+    Args:
+        encoder: images ``[N, 3, 64, 64]`` -> ``[N, E]``.
+        decoder: features ``[N, F]`` -> images; with a context encoder it also takes its maps.
+        rssm: the dynamics that is imagined.
+        heads: scalar heads on the features: ``reward``, ``aux_reward``, ``discount``.
+        grad_heads: heads whose gradient reaches the representation; the others read detached
+            features. Default: ``("reward", "aux_reward")``.
+        lower_rssm: an action-free RSSM between the encoder and ``rssm`` (APV's stack).
+        concat_embed: give ``rssm`` the image embedding beside the lower feature.
+        latent_action_encoder: infers the actions from the frames (PreLAR, pre-training).
+        action_encoder: encodes the real actions (PreLAR, fine-tuning).
+        action_free: the dynamics gets no action at all (APV, pre-training).
+        context_encoder: ContextWM's context branch.
+        discount: gamma, for imagination without a ``discount`` head. Default: 0.99.
+        sample: draw latents while observing; False takes modes. Default: True.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        rssm: RSSM,
+        *,
+        heads: Mapping[str, nn.Module] | None = None,
+        grad_heads: Iterable[str] = ("reward", "aux_reward"),
+        lower_rssm: RSSM | None = None,
+        concat_embed: bool = False,
+        latent_action_encoder: LatentActionEncoder | None = None,
+        action_encoder: ActionEncoder | None = None,
+        action_free: bool = False,
+        context_encoder: ContextEncoder | None = None,
+        discount: float = 0.99,
+        sample: bool = True,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.rssm = encoder, decoder, rssm
+        self.heads = nn.ModuleDict(dict(heads or {}))
+        self.grad_heads = frozenset(grad_heads)
+        self.lower_rssm, self.concat_embed = lower_rssm, concat_embed
+        self.latent_action_encoder, self.action_encoder = latent_action_encoder, action_encoder
+        self.action_free, self.context_encoder = action_free, context_encoder
+        self.discount, self.sample = discount, sample
+
+        self.in_keys = ["pixels", "is_first"]
+        if latent_action_encoder is None and not action_free:
+            self.in_keys.append("action")
+        elif latent_action_encoder is not None and latent_action_encoder.frames == "flow":
+            self.in_keys.append("flow")
+        self.out_keys = ["embed", "stoch", "deter", "feat", "posterior", "prior"]
+        self.out_keys += [("prediction", name) for name in ("pixels", *self.heads)]
+        if latent_action_encoder is not None:
+            self.out_keys.append("latent_action")
+            if latent_action_encoder.code.latent is not None:
+                self.out_keys.append("latent_action_statistics")
+        if lower_rssm is not None:
+            self.out_keys += [("lower", key) for key in ("feat", "posterior", "prior")]
+
+    # ------------------------------------------------------------------ training
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Observe a batch ``[B, T]`` and predict; writes ``out_keys`` into ``tensordict``."""
+        images = normalise_pixels(tensordict["pixels"])
+        embed = self.encode(images)
+        code, statistics = self.action_codes(tensordict, images)
+        out = self.observe(embed, code, tensordict["is_first"])
+        if self.latent_action_encoder is not None:
+            out["latent_action"] = code
+            if statistics is not None:
+                padding = (0, 0) * (statistics.dim() - 2) + (1, 0)
+                out["latent_action_statistics"] = F.pad(statistics, padding)  # [B, T, ...]
+        context = self.context_encoder(images) if self.context_encoder is not None else None
+        feat = out["feat"]
+        out["prediction", "pixels"] = self.decode(feat, context)
+        for name, head in self.heads.items():
+            out["prediction", name] = head(feat if name in self.grad_heads else feat.detach())
+        return tensordict.update(out)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images ``[B, T, 3, H, W]`` in [-0.5, 0.5] -> embeddings ``[B, T, E]``."""
+        return self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def decode(self, feat: Tensor, context: list[Tensor] | None = None) -> Tensor:
+        """Features ``[B, T, F]`` -> image means ``[B, T, 3, H, W]`` in [-0.5, 0.5]."""
+        maps = () if context is None else (context,)
+        return self.decoder(feat.flatten(0, 1), *maps).unflatten(0, feat.shape[:2])
+
+    def action_codes(
+        self, tensordict: TensorDictBase, images: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What the RSSM is given as actions, ``[B, T, U]``, and its statistics, or None."""
+        if self.action_free:
+            return None, None
+        if self.latent_action_encoder is not None:
+            flow = None
+            if self.latent_action_encoder.frames == "flow":
+                flow = normalise_pixels(tensordict["flow"])
+            return self.latent_action_encoder(images, flow, self.sample)
+        action = tensordict["action"]
+        if self.action_encoder is not None:
+            return self.action_encoder(action, self.sample)
+        return action, None
+
+    def observe(
+        self,
+        embed: Tensor,
+        code: Tensor | None,
+        is_first: Tensor,
+        state: State | None = None,
+        lower_state: State | None = None,
+    ) -> TensorDict:
+        """Filter embeddings ``[B, T, E]``; is_first ``[B, T, 1]``."""
+        out = TensorDict({"embed": embed}, batch_size=embed.shape[:2])
+        first = is_first.squeeze(-1)
+        if self.lower_rssm is not None:
+            lower, posterior, prior = self.lower_rssm.observe(
+                embed, None, first, lower_state, self.sample
+            )
+            feat = self.lower_rssm.feat(lower)
+            out["lower"] = TensorDict(
+                {**lower._asdict(), "feat": feat, "posterior": posterior, "prior": prior},
+                batch_size=out.batch_size,
+            )
+            embed = torch.cat([embed, feat], -1) if self.concat_embed else feat
+        states, posterior, prior = self.rssm.observe(embed, code, first, state, self.sample)
+        out.update(states._asdict())
+        return out.update({"feat": self.rssm.feat(states), "posterior": posterior, "prior": prior})
+
+    # ------------------------------------------------------------------ imagination
+
+    def imagine(
+        self, actor: Actor, start: TensorDictBase, horizon: int = 15, sample: bool = True
+    ) -> TensorDict:
+        """Imagine trajectories under the actor, from states that are detached first.
+
+        ::
+
+            state      z0   z1   z2  ...  zH        z0 comes from the replay batch
+            action     0    a1   a2  ...  aH        a_k was sampled at z_{k-1}
+            log_prob   0    l1   l2  ...  lH        of a_k (detached) at z_{k-1}
+            entropy    e0   e1   e2  ...  0         of the policy at z_k
+
+        Args:
+            actor: features ``[N, F]`` -> action distribution; reads detached features.
+            start: ``stoch, deter`` and optionally ``terminated``, ``action`` (needed by an action
+                window), any batch shape (``[B, T]`` becomes N = B*T).
+            horizon: number of steps H. Default: 15.
+            sample: draw latents and actions; otherwise take modes. Default: True.
+
+        Returns:
+            TensorDict ``[N, H+1]``: ``feat``, ``action``, ``log_prob``, ``entropy``, ``reward``,
+            ``discount``, ``weight`` (product of the discounts before).
+        """
+        window = self.action_encoder.window if self.action_encoder is not None else 1
+        history = _action_history(start["action"], window) if window > 1 else None
+        start = start.detach().flatten() if start.dim() != 1 else start.detach()
+        state = State(start["stoch"], start["deter"])
+        feats, actions, log_probs, entropies = [self.rssm.feat(state)], [], [], []
+        for _ in range(horizon):
+            policy = actor(feats[-1].detach())
+            action = policy.draw(sample)
+            code, history = self._next_code(action, history, sample)
+            state, _ = self.rssm.step(state, code, sample)
+            feats.append(self.rssm.feat(state))
+            actions.append(action)
+            log_probs.append(policy.log_prob(action.detach()))
+            entropies.append(policy.entropy())
+        feat = torch.stack(feats, 1)  # [N, H+1, F]
+        discount = self.imagined_discount(feat, start.get("terminated", None))
+        ones = torch.ones_like(discount[:, :1])
+        return TensorDict(
+            {
+                "feat": feat,
+                "action": F.pad(torch.stack(actions, 1), (0, 0, 1, 0)),
+                "log_prob": F.pad(torch.stack(log_probs, 1), (1, 0)).unsqueeze(-1),
+                "entropy": F.pad(torch.stack(entropies, 1), (0, 1)).unsqueeze(-1),
+                "reward": self.heads["reward"](feat).float(),
+                "discount": discount,
+                "weight": torch.cat([ones, discount[:, :-1]], 1).cumprod(1).detach(),
+            },
+            batch_size=feat.shape[:2],
+        )
+
+    def imagined_discount(self, feat: Tensor, terminated: Tensor | None) -> Tensor:
+        """Discount at each imagined state, ``[N, H+1, 1]``; the true one at z0 where known."""
+        if "discount" not in self.heads:
+            return torch.full_like(feat[..., :1], self.discount, dtype=torch.float32)
+        discount = torch.sigmoid(self.heads["discount"](feat).float())
+        if terminated is None:
+            return discount
+        true_first = self.discount * (~terminated).float()
+        return torch.cat([true_first.unsqueeze(1), discount[:, 1:]], 1)
+
+    def _next_code(
+        self, action: Tensor, history: Tensor | None, sample: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Action ``[N, A]`` -> its code ``[N, U]``; ``history`` ``[N, window-1, A]`` moves on."""
+        if self.action_encoder is None:
+            return action, None
+        if history is None:
+            return self.action_encoder(action, sample)[0], None
+        recent = torch.cat([history, action.unsqueeze(1)], 1)  # [N, window, A]
+        return self.action_encoder(recent, sample)[0][:, -1], recent[:, 1:]
+
+    # ------------------------------------------------------------------ prediction
+
+    @torch.no_grad()
+    def open_loop(self, tensordict: TensorDictBase, context: int = 5) -> Tensor:
+        """See ``context`` frames, imagine the rest under the batch's own actions.
+
+        Returns:
+            Predicted frames in [0, 1], ``[B, T, 3, H, W]``; the first ``context`` are
+            reconstructions.
+        """
+        images = normalise_pixels(tensordict["pixels"])
+        code, _ = self.action_codes(tensordict, images)
+        seen = None if code is None else code[:, :context]
+        is_first = tensordict["is_first"]
+        out = self.observe(self.encode(images[:, :context]), seen, is_first[:, :context])
+        last = State(out["stoch"][:, -1], out["deter"][:, -1])
+        rest = images.shape[1] - context
+        ahead, _ = self.rssm.imagine(
+            None if code is None else code[:, context:], last, self.sample, steps=rest
+        )
+        feat = torch.cat([out["feat"], self.rssm.feat(ahead)], 1)
+        maps = self.context_encoder(images) if self.context_encoder is not None else None
+        return (self.decode(feat, maps).float() + 0.5).clamp(0, 1)
+
+
+def _action_history(action: Tensor, window: int) -> Tensor:
+    """The ``window - 1`` actions up to each step: ``[B, T, A]`` -> ``[B*T, window-1, A]``."""
+    padded = F.pad(action, (0, 0, window - 2, 0))
+    return padded.unfold(1, window - 1, 1).transpose(2, 3).flatten(0, 1)

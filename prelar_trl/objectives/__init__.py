@@ -1,0 +1,19 @@
+"""Losses: TorchRL ``LossModule`` objects around the pure functions of :mod:`functional`."""
+
+from prelar_trl.objectives import functional
+from prelar_trl.objectives.behavior import ActorLoss, CriticLoss, LambdaTarget
+from prelar_trl.objectives.common import total_loss
+from prelar_trl.objectives.latent_action import LatentActionLoss
+from prelar_trl.objectives.video_bonus import VideoBonus
+from prelar_trl.objectives.world_model import WorldModelLoss
+
+__all__ = [
+    "ActorLoss",
+    "CriticLoss",
+    "LambdaTarget",
+    "LatentActionLoss",
+    "VideoBonus",
+    "WorldModelLoss",
+    "functional",
+    "total_loss",
+]

@@ -1,0 +1,169 @@
+"""DreamerV2's behaviour learning on imagined trajectories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import dispatch
+from tensordict.utils import NestedKey
+from torch import nn
+from torchrl.objectives import LossModule
+
+from prelar_trl.objectives.functional import gaussian_nll, lambda_return
+
+__all__ = ["ActorLoss", "CriticLoss", "LambdaTarget"]
+
+
+class LambdaTarget(nn.Module):
+    """Writes the lambda-returns of imagined trajectories.
+
+    ::
+
+        state     z0   z1   z2  ...  zH
+        reward    r0   r1   r2  ...  (rH)       the last one is not used
+        value     v0   v1   v2  ...  vH         of the slow critic
+        target    t0   t1   t2  ...  tH = vH
+
+    Args:
+        critic: the slow critic, features ``[..., F]`` -> values ``[..., 1]``. Its parameters get
+            no gradient; the trajectory does.
+        lmbda: lambda. Default: 0.95.
+    """
+
+    def __init__(self, critic: nn.Module, lmbda: float = 0.95) -> None:
+        super().__init__()
+        if not 0 <= lmbda <= 1:
+            raise ValueError(f"lmbda={lmbda} must lie in [0, 1]")
+        self.critic, self.lmbda = critic, lmbda
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Reads ``feat, reward, discount``, ``[N, H+1, ...]``; adds ``value, value_target``."""
+        value = self.critic(tensordict["feat"]).float()
+        target = lambda_return(tensordict["reward"], value, tensordict["discount"], self.lmbda)
+        return tensordict.copy().update({"value": value, "value_target": target})
+
+
+class ActorLoss(LossModule):
+    """Maximise the imagined lambda-return (DreamerV2, section 3, equation 6).
+
+    ::
+
+        actor reads t1..t_{H-1}, entropies at z0..z_{H-2}, weights w0..w_{H-2}
+        -mean( w_k * (objective_{k+1} + entropy_scale * entropy_k) ),  k = 0..H-2
+
+    Args:
+        gradient: ``dynamics`` back-propagates the return through the model; ``reinforce`` uses
+            ``log_prob * (target - value)``; ``both`` mixes them. Default: ``dynamics``.
+        entropy_scale: eta. Default: 1e-4.
+        mix: share of ``dynamics`` in ``both``. Default: 0.1.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Imagined trajectories ``[N, H+1]``, see :meth:`WorldModel.imagine`."""
+
+        value_target: NestedKey = "value_target"
+        value: NestedKey = "value"
+        entropy: NestedKey = "entropy"
+        log_prob: NestedKey = "log_prob"
+        weight: NestedKey = "weight"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    out_keys = ["loss_actor", "entropy", "imagined_return"]
+
+    def __init__(
+        self,
+        *,
+        gradient: Literal["dynamics", "reinforce", "both"] = "dynamics",
+        entropy_scale: float = 1e-4,
+        mix: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if gradient not in ("dynamics", "reinforce", "both"):
+            raise ValueError(
+                f"gradient={gradient!r} is unknown; choose dynamics, reinforce or both"
+            )
+        self.gradient, self.entropy_scale, self.mix = gradient, entropy_scale, mix
+        self._set_in_keys()
+
+    @property
+    def functional(self) -> bool:
+        return False
+
+    def _set_in_keys(self) -> None:
+        keys = self.tensor_keys
+        self.in_keys = [keys.value_target, keys.value, keys.entropy, keys.log_prob, keys.weight]
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        self._set_in_keys()
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        keys = self.tensor_keys
+        objective = target = tensordict.get(keys.value_target)[:, 1:-1]  # [N, H-1, 1]
+        if self.gradient != "dynamics":
+            advantage = (target - tensordict.get(keys.value)[:, :-2]).detach()
+            objective = tensordict.get(keys.log_prob)[:, 1:-1] * advantage
+        if self.gradient == "both":
+            objective = self.mix * target + (1 - self.mix) * objective
+        entropy = tensordict.get(keys.entropy)[:, :-2]
+        weight = tensordict.get(keys.weight)[:, :-2].detach()
+        return TensorDict(
+            {
+                "loss_actor": -(weight * (objective + self.entropy_scale * entropy)).mean(),
+                "entropy": entropy.detach().mean(),
+                "imagined_return": target.detach().mean(),
+            }
+        )
+
+
+class CriticLoss(LossModule):
+    """Regress the value on the stopped lambda-return (DreamerV2, section 3, equation 5).
+
+    ``mean( w_k * (value(z_k) - sg t_k)^2 / 2 )``, k = 0..H-1; features are stopped too.
+
+    Args:
+        critic: features ``[..., F]`` -> values ``[..., 1]``.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Imagined trajectories ``[N, H+1]``, see :meth:`WorldModel.imagine`."""
+
+        feat: NestedKey = "feat"
+        value_target: NestedKey = "value_target"
+        weight: NestedKey = "weight"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    out_keys = ["loss_critic", "value"]
+
+    def __init__(self, critic: nn.Module) -> None:
+        super().__init__()
+        self.critic = critic
+        self._set_in_keys()
+
+    @property
+    def functional(self) -> bool:
+        return False
+
+    def _set_in_keys(self) -> None:
+        keys = self.tensor_keys
+        self.in_keys = [keys.feat, keys.value_target, keys.weight]
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        self._set_in_keys()
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        keys = self.tensor_keys
+        value = self.critic(tensordict.get(keys.feat)[:, :-1].detach())
+        target = tensordict.get(keys.value_target)[:, :-1].detach()
+        weight = tensordict.get(keys.weight)[:, :-1].detach()
+        nll = gaussian_nll(value, target, 0)  # [N, H, 1]
+        return TensorDict(
+            {"loss_critic": (weight * nll).mean(), "value": value.detach().float().mean()}
+        )

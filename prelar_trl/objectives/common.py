@@ -1,0 +1,39 @@
+"""What the loss modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from tensordict import TensorDict
+from torch import Tensor
+
+__all__ = ["check_weights", "loss_keys", "total_loss", "weighted"]
+
+
+def check_weights(weights: Mapping[str, float], terms: Iterable[str]) -> dict[str, float]:
+    """The weights as a dictionary.
+
+    Raises:
+        ValueError: a name that is no term of the loss.
+    """
+    terms = tuple(terms)
+    for name in weights:
+        if name not in terms:
+            raise ValueError(f"unknown loss weight {name!r}; the terms are {', '.join(terms)}")
+    return {name: float(weights[name]) for name in terms if name in weights}
+
+
+def loss_keys(weights: Mapping[str, float]) -> list[str]:
+    """``loss_<term>`` for each term that gives a gradient; one of weight 0 is only reported."""
+    return [f"loss_{name}" for name, weight in weights.items() if weight]
+
+
+def weighted(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> TensorDict:
+    """``loss_<term>`` (times its weight) of :func:`loss_keys`, and every value detached."""
+    losses = {key: values[key[5:]] * weights[key[5:]] for key in loss_keys(weights)}
+    return TensorDict({**losses, **{name: value.detach() for name, value in values.items()}})
+
+
+def total_loss(losses: TensorDict) -> Tensor:
+    """The sum of all ``loss_*`` entries."""
+    return sum(value for name, value in losses.items() if name.startswith("loss_"))

@@ -1,0 +1,64 @@
+"""APV's video-based intrinsic bonus."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prelar_trl.objectives.functional import knn_distance, sliding_mean
+
+__all__ = ["VideoBonus"]
+
+
+class VideoBonus(nn.Module):
+    """Novelty of short clips: distance to the nearest ones seen lately, in a random projection.
+
+    Source: APV (Seo et al., ICML 2022), section 3.3. The batch itself enters the memory before
+    distances are taken, so each point counts itself among its neighbours, as in the authors' code.
+
+    Args:
+        embed_dim: size of the embedding.
+        k: number of neighbours. Default: 16.
+        window: steps averaged into one clip embedding. Default: 5.
+        projection_dim: size of the random projection (std 1 / projection_dim). Default: 128.
+        memory_size: number of projections kept, newest first. Default: 4096.
+        momentum: of the running mean magnitude that normalises the bonus. Default: 0.99.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        k: int = 16,
+        window: int = 5,
+        projection_dim: int = 128,
+        memory_size: int = 4096,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__()
+        self.k, self.window, self.momentum = k, window, momentum
+        projection = torch.randn(embed_dim, projection_dim) / projection_dim
+        self.projection = nn.Parameter(projection, requires_grad=False)
+        self.register_buffer("memory", torch.zeros(memory_size, projection_dim))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+        self.register_buffer("magnitude", torch.ones((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def forward(self, embed: Tensor) -> Tensor:
+        """Embeddings ``[B, T, E]`` -> normalised bonus ``[B, T-window+1]``.
+
+        In training mode the batch enters the memory and moves the magnitude.
+        """
+        with torch.autocast(embed.device.type, enabled=False):
+            clips = sliding_mean(embed.float(), self.window) @ self.projection
+        points = clips.flatten(0, 1)  # [N, P]
+        if self.training:
+            newest = points[: len(self.memory)]
+            self.memory.copy_(torch.cat([newest, self.memory])[: len(self.memory)])
+            self.filled.copy_((self.filled + len(newest)).clamp_max(len(self.memory)))
+        valid = torch.arange(len(self.memory), device=points.device) < self.filled
+        bonus = knn_distance(points, self.memory, valid, self.k)
+        if self.training:
+            magnitude = bonus.abs().mean().to(self.magnitude.dtype)
+            self.magnitude.lerp_(magnitude, 1 - self.momentum)
+        return (bonus / (self.magnitude.to(bonus.dtype) + 1e-8)).unflatten(0, clips.shape[:2])

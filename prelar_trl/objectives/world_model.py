@@ -1,0 +1,160 @@
+"""The world-model loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.objectives import LossModule
+
+from prelar_trl.objectives.common import check_weights, loss_keys, weighted
+from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
+from prelar_trl.objectives.latent_action import KL, Kind, LatentActionLoss
+from prelar_trl.objectives.video_bonus import VideoBonus
+
+__all__ = ["WorldModelLoss"]
+
+
+class WorldModelLoss(LossModule):
+    """Negative evidence lower bound of a recurrent world model, plus PreLAR's terms.
+
+    ``sum_i w_i L_i`` over ``image`` and the scalar heads ``reward``, ``aux_reward``, ``discount``
+    (negative log-likelihoods, mean over B and T), ``kl`` (balanced), ``af_kl`` (of the lower RSSM
+    of a stack) and the terms of a :class:`LatentActionLoss`. Source: DreamerV2 section 2, APV
+    section 3, PreLAR section 3.
+
+    Args:
+        world_model: any TensorDictModule that writes the keys below from a batch ``[B, T]``.
+        weights: weight of each term; a term without a weight is not computed. Default:
+            ``{"image": 1, "kl": 1}``.
+        latent: kind of the state's distribution, ``categorical | gaussian``.
+        kl_balance, free_nats, free_avg: see :func:`functional.balanced_kl`.
+        discount: gamma; the target of the ``discount`` head is ``gamma * (1 - terminated)``.
+        latent_action: PreLAR's terms, computed on the same prediction.
+        video_bonus: intrinsic bonus added to the target of ``reward``, whose last
+            ``window - 1`` steps are then left out. ``aux_reward`` always sees the plain reward.
+        bonus_scale: factor beta of the bonus. Default: 1.
+
+    Returns (forward): a TensorDict of ``loss_<term>`` (weighted, scalar); ``<term>`` (unweighted,
+    detached) and the mean ``bonus``; and ``state``, the detached posterior states (``stoch``,
+    ``deter``, batch ``[B, T]``) from which imagination starts.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        pixels: NestedKey = "pixels"
+        reward: NestedKey = "reward"
+        terminated: NestedKey = "terminated"
+        stoch: NestedKey = "stoch"
+        deter: NestedKey = "deter"
+        posterior: NestedKey = "posterior"
+        prior: NestedKey = "prior"
+        lower_posterior: NestedKey = ("lower", "posterior")
+        lower_prior: NestedKey = ("lower", "prior")
+        prediction: NestedKey = "prediction"
+        bonus_embed: NestedKey = "embed"
+
+    default_keys = _AcceptedKeys
+    tensor_keys: _AcceptedKeys
+    TERMS = ("image", "kl", "af_kl", "reward", "aux_reward", "discount")
+
+    def __init__(
+        self,
+        world_model: TensorDictModuleBase,
+        *,
+        weights: Mapping[str, float] | None = None,
+        latent: Kind = "categorical",
+        kl_balance: float = 0.8,
+        free_nats: float = 0.0,
+        free_avg: bool = True,
+        discount: float = 0.99,
+        latent_action: LatentActionLoss | None = None,
+        video_bonus: VideoBonus | None = None,
+        bonus_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.weights = check_weights(
+            {"image": 1.0, "kl": 1.0} if weights is None else weights, self.TERMS
+        )
+        if not 0 <= kl_balance <= 1:
+            raise ValueError(f"kl_balance={kl_balance} must lie in [0, 1]")
+        self.world_model = world_model
+        self.divergence = KL[latent]
+        self.kl_balance, self.free_nats, self.free_avg = kl_balance, free_nats, free_avg
+        self.discount = discount
+        self.latent_action, self.video_bonus = latent_action, video_bonus
+        self.bonus_scale = bonus_scale
+        self._set_in_keys()
+        terms = [*self.weights, *(["bonus"] if video_bonus is not None else [])]
+        self.out_keys = [*loss_keys(self.weights), *terms]
+        if latent_action is not None:
+            self.out_keys += latent_action.out_keys
+        self.out_keys.append("state")
+
+    @property
+    def functional(self) -> bool:
+        return False  # the modules keep their own parameters
+
+    def _set_in_keys(self) -> None:
+        keys = list(self.world_model.in_keys)
+        if "image" in self.weights:
+            keys.append(self.tensor_keys.pixels)
+        if "reward" in self.weights or "aux_reward" in self.weights:
+            keys.append(self.tensor_keys.reward)
+        if "discount" in self.weights:
+            keys.append(self.tensor_keys.terminated)
+        self.in_keys = list(dict.fromkeys(keys))
+
+    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
+        self._set_in_keys()
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        keys = self.tensor_keys
+        out = self.world_model(tensordict.copy())
+        values: dict[str, Tensor] = {}
+        for name, prefix in (("kl", ""), ("af_kl", "lower_")):
+            if name in self.weights:
+                posterior = out.get(getattr(keys, prefix + "posterior"))
+                prior = out.get(getattr(keys, prefix + "prior"))
+                values[name] = balanced_kl(
+                    posterior,
+                    prior,
+                    self.divergence,
+                    self.kl_balance,
+                    self.free_nats,
+                    self.free_avg,
+                )
+        if "image" in self.weights:
+            target = out.get(keys.pixels).float() / 255 - 0.5
+            values["image"] = gaussian_nll(self._prediction(out, "pixels"), target, 3).mean()
+        if "reward" in self.weights:
+            target = out.get(keys.reward)
+            if self.video_bonus is not None:
+                bonus = self.video_bonus(out.get(keys.bonus_embed)).unsqueeze(-1)
+                values["bonus"] = bonus.mean()
+                target = target[:, : bonus.shape[1]] + self.bonus_scale * bonus
+            prediction = self._prediction(out, "reward")[:, : target.shape[1]]
+            values["reward"] = gaussian_nll(prediction, target).mean()
+        if "aux_reward" in self.weights:
+            prediction = self._prediction(out, "aux_reward")
+            values["aux_reward"] = gaussian_nll(prediction, out.get(keys.reward)).mean()
+        if "discount" in self.weights:
+            target = self.discount * (~out.get(keys.terminated)).float()
+            logits = self._prediction(out, "discount").float()
+            values["discount"] = F.binary_cross_entropy_with_logits(logits, target)
+        losses = weighted(values, self.weights)
+        if self.latent_action is not None:
+            losses.update(self.latent_action(out))
+        state = {"stoch": out.get(keys.stoch), "deter": out.get(keys.deter)}
+        losses["state"] = TensorDict(state, batch_size=out.batch_size).detach()
+        return losses
+
+    def _prediction(self, out: TensorDictBase, head: str) -> Tensor:
+        key = self.tensor_keys.prediction
+        return out.get((key, head) if isinstance(key, str) else (*key, head))

@@ -1,0 +1,202 @@
+"""One training step of the world model, and one of actor and critic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from prelar_trl.models import Agent, pretrained_modules
+from prelar_trl.modules.world_model import WorldModel
+from prelar_trl.objectives import ActorLoss, CriticLoss, LambdaTarget, WorldModelLoss, total_loss
+
+__all__ = ["BehaviorUpdate", "WorldModelUpdate", "frozen"]
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """No gradient for the modules' parameters inside; what was frozen before stays so after."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
+    """Adam as published: eps 1e-5, L2 weight decay 1e-6 on everything."""
+    trained = [p for p in parameters if p.requires_grad]
+    return Adam(trained, lr=lr, eps=1e-5, weight_decay=1e-6)
+
+
+def clip_and_step(optimizer: Optimizer, clip: float) -> Tensor:
+    """Clip the gradients' global norm, step, clear; returns the norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = clip_grad_norm_(parameters, clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Update:
+    """Base of the two updates: optimizers by name, autocast, saving and loading."""
+
+    def __init__(self, precision: str, clip: float) -> None:
+        if precision not in ("32", "bf16"):
+            raise ValueError(f"precision={precision!r} is unknown; choose 32 or bf16")
+        self.mixed, self.clip = precision == "bf16", clip
+        self.optimizers: dict[str, Optimizer] = {}
+        self.count = 0
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed)
+
+    def step_optimizers(self) -> dict[str, Tensor]:
+        return {
+            f"grad_norm_{name}": clip_and_step(optimizer, self.clip)
+            for name, optimizer in self.optimizers.items()
+        }
+
+    def state_dict(self) -> dict:
+        optimizers = {name: o.state_dict() for name, o in self.optimizers.items()}
+        return {"count": self.count, "optimizers": optimizers}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.count = state["count"]
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+
+
+class WorldModelUpdate(Update):
+    """Loss, backward, clip, step.
+
+    Args:
+        loss: the world-model loss; its network is put into training mode.
+        lr: learning rate. Default: 3e-4.
+        frozen_updates: the pre-trained encoder and RSSM form a group of their own that does not
+            move during the first ``frozen_updates`` updates; None: one group. Default: None.
+        clip: largest global gradient norm of a group. Default: 100.
+        precision: ``32``, or ``bf16`` for autocast. Default: ``32``.
+    """
+
+    def __init__(
+        self,
+        loss: WorldModelLoss,
+        *,
+        lr: float = 3e-4,
+        frozen_updates: int | None = None,
+        clip: float = 100.0,
+        precision: str = "32",
+    ) -> None:
+        super().__init__(precision, clip)
+        self.loss = loss
+        model: WorldModel = loss.world_model
+        groups = {"model": list(loss.parameters())}
+        if frozen_updates is not None:
+            modules = pretrained_modules(model)
+            modules.pop("decoder")
+            pretrained = [p for module in modules.values() for p in module.parameters()]
+            own = {id(p) for p in pretrained}
+            groups = {
+                "pretrained": pretrained,
+                "model": [p for p in loss.parameters() if id(p) not in own],
+            }
+        self.optimizers = {name: make_adam(params, lr) for name, params in groups.items()}
+        self.scheduler = None
+        if frozen_updates is not None:
+            self.scheduler = LambdaLR(
+                self.optimizers["pretrained"], lambda update: float(update >= frozen_updates)
+            )
+
+    def __call__(self, batch: TensorDictBase) -> TensorDict:
+        """Train on a batch ``[B, T]``; returns the losses and the posterior ``state``."""
+        self.loss.train()
+        with self.autocast(batch["pixels"].device):
+            losses = self.loss(batch)
+        total_loss(losses).backward()
+        losses = losses.detach()
+        losses.update(self.step_optimizers())
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.count += 1
+        return losses
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        if self.scheduler is not None:
+            state["scheduler"] = {"last_epoch": self.scheduler.last_epoch}
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if self.scheduler is not None:
+            self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+
+
+class BehaviorUpdate(Update):
+    """Imagine, then train actor and critic on the imagined trajectories.
+
+    Args:
+        agent: the networks; the world model is not trained here.
+        horizon: imagined steps. Default: 15.
+        lmbda: lambda of the return. Default: 0.95.
+        actor_lr, critic_lr: learning rates. Default: 8e-5.
+        entropy_scale, gradient: see :class:`ActorLoss`.
+        slow_every: the slow critic is copied after the first update and every 100th. Default: 100.
+        imag_batch: start from that many random states instead of all. Default: all.
+        clip, precision: see :class:`WorldModelUpdate`.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        *,
+        horizon: int = 15,
+        lmbda: float = 0.95,
+        actor_lr: float = 8e-5,
+        critic_lr: float = 8e-5,
+        entropy_scale: float = 1e-4,
+        gradient: str = "dynamics",
+        slow_every: int = 100,
+        imag_batch: int | None = None,
+        clip: float = 100.0,
+        precision: str = "32",
+    ) -> None:
+        super().__init__(precision, clip)
+        self.agent, self.horizon = agent, horizon
+        self.slow_every, self.imag_batch = slow_every, imag_batch
+        self.target = LambdaTarget(agent.slow_critic, lmbda)
+        self.actor_loss = ActorLoss(gradient=gradient, entropy_scale=entropy_scale)
+        self.critic_loss = CriticLoss(agent.critic)
+        self.optimizers = {
+            "actor": make_adam(agent.actor.parameters(), actor_lr),
+            "critic": make_adam(agent.critic.parameters(), critic_lr),
+        }
+
+    def __call__(self, start: TensorDictBase, sample: bool = True) -> TensorDict:
+        """Train from the posterior states ``stoch, deter`` of a batch; returns the losses."""
+        self.agent.eval()
+        if self.imag_batch is not None:
+            start = start.flatten()
+            start = start[torch.randperm(len(start), device=start["deter"].device)]
+            start = start[: self.imag_batch]
+        with frozen(self.agent.world_model), self.autocast(start["deter"].device):
+            imagined = self.agent.world_model.imagine(self.agent.actor, start, self.horizon, sample)
+            imagined = self.target(imagined)
+            losses = self.actor_loss(imagined).update(self.critic_loss(imagined))
+        total_loss(losses).backward()
+        losses = losses.detach()
+        losses.update(self.step_optimizers())
+        if self.count % self.slow_every == 0:
+            self.agent.slow_critic.load_state_dict(self.agent.critic.state_dict())
+        self.count += 1
+        return losses
