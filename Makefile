@@ -26,6 +26,7 @@ $(PY):
 
 # torch comes first and by its exact version: a later, unpinned install may take another build.
 $(STAMP): setup.cfg pyproject.toml constraints.txt | $(PY)
+	@echo "installing into $(VENV) (a minute or two)"
 	$(PY) -m pip install --quiet -c constraints.txt setuptools "$(TORCH)"
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,loggers]'
 	@touch $(STAMP)
