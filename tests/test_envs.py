@@ -17,7 +17,7 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
-from prelar_trl.envs import make_env, rendering, toy_expert, toy_return
+from prelar_trl.envs import make_env, toy_expert, toy_return
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward", "done", "terminated"}
 
@@ -259,21 +259,17 @@ def test_workers_are_seeded_apart_and_feed_a_collector():
         assert torch.equal(batches[0]["state"][worker, 0], alone["state"])
 
 
-def test_rendering_check_passes_here(capsys):
-    assert rendering.main() == 0
-    assert "works" in capsys.readouterr().out
-
-
-def test_rendering_check_prints_one_line_with_the_remedy_where_it_fails():
-    environment = {key: value for key, value in os.environ.items() if key != "DISPLAY"}
-    check = subprocess.run(
-        [sys.executable, "-m", "prelar_trl.envs.rendering"],
-        env={**environment, "MUJOCO_GL": "glfw"},
-        capture_output=True,
-        text=True,
-    )
-    assert check.returncode == 1
-    assert len(check.stdout.splitlines()) == 1 and "apt-get install -y" in check.stdout
+@pytest.mark.parametrize(("backend", "status"), [(None, 0), ("glfw", 1)])
+def test_rendering_check_finds_a_backend_or_prints_the_remedy_in_one_line(backend, status):
+    unset = ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")
+    environment = {key: value for key, value in os.environ.items() if key not in unset}
+    if backend is not None:
+        environment["MUJOCO_GL"] = backend
+    command = [sys.executable, "-m", "prelar_trl.envs.rendering"]
+    check = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert check.returncode == status, check.stderr
+    assert len(check.stdout.splitlines()) == 1
+    assert ("apt-get install -y" in check.stdout) == bool(status)
 
 
 def test_make_env_says_what_to_do_where_nothing_can_be_drawn(monkeypatch):

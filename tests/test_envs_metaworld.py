@@ -40,6 +40,7 @@ def test_all_fifty_tasks_step():
         start = env.reset()
         assert start["state"][36:].any(), f"{task}: the goal is hidden"
         step = env.rand_step(start)["next"]
+        assert torch.equal(step["state"][36:], start["state"][36:]), task
         assert step["reward"].isfinite() and step["state"].isfinite().all()
         # What the first observation says holds: one step moves nothing far.
         assert (step["state"][:18] - start["state"][:18]).abs().max() < 0.1, task
