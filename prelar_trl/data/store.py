@@ -8,6 +8,7 @@
       pixels/000000.bin      uint8   [frames, 3, H, W], clip after clip, nothing between
       <image>/000000.bin     uint8   [frames, 3, H, W], further image streams, e.g. ``flow``
       actions/000000.bin     float32 [frames, A], only if known, for probes only
+      skipped.jsonl          what the source had and could not be used, with the reason
 
 Files with one number are one shard. The bytes depend on nothing but the clips, their order and the
 settings: no date, no path, no machine. A shard is sealed in ``store.json`` with the SHA-256 of each
@@ -28,6 +29,7 @@ FORMAT = "prelar-clips"
 VERSION = 1
 ACTIONS = "actions"
 CLIPS = "clips"
+SKIPPED = "skipped.jsonl"
 VERIFY_ON_OPEN_BYTES = 64 * 2**20
 
 
@@ -203,6 +205,12 @@ class ClipStore:
                 file = shard_file(self.path, name, number)
                 if sha256(file) != digest:
                     raise self._damaged(file, "its checksum differs")
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """Name and reason of each clip that the source had and that could not be used."""
+        file = self.path / SKIPPED
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+        return [(r["name"], r["reason"]) for r in map(json.loads, lines)]
 
     def map(self, stream: str, shard: int) -> np.memmap:
         """The memory-mapped frames ``[frames, *shape]`` of one stream of one shard, read-only."""

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -19,6 +21,7 @@ from prelar_trl.data.store import (
     ACTIONS,
     CLIPS,
     FORMAT,
+    SKIPPED,
     VERSION,
     StoreError,
     Stream,
@@ -31,7 +34,6 @@ from prelar_trl.data.store import (
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray | torch.Tensor
-SKIPPED = "skipped.jsonl"
 
 
 class ClipWriter:
@@ -88,14 +90,16 @@ class ClipWriter:
         self._frames = 0  # of the open shard
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-        self._dirty = False
+        self._dirty = False  # does the folder say that the store is unfinished?
         try:
             if (self.path / "store.json").exists():
                 self._resume()
-            elif any(self.path.iterdir()):
+            elif any(p.name != "store.json.tmp" for p in self.path.iterdir()):
                 raise StoreError(
                     f"{str(path)!r} is not empty and holds no clip store: name another folder"
                 )
+            else:
+                self._mark_unfinished()
         except BaseException:
             os.close(self._lock)
             raise
@@ -139,9 +143,6 @@ class ClipWriter:
             if len(array) != length:
                 raise ValueError(f"clip {name!r}: {key} has {len(array)} rows for {length} frames")
         self._declare(arrays, name)
-        if self._clips and self._frames_bytes(self._frames + length) > self.settings["shard_bytes"]:
-            self._seal()
-            self._write_meta(complete=False)
         data = {key: array.tobytes() for key, array in arrays.items()}
         record = {
             "name": name,
@@ -152,7 +153,9 @@ class ClipWriter:
             "crc32": {key: zlib.crc32(value) for key, value in data.items()},
         }
         line = json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
-        self._append(data, line.encode("utf-8"))
+        with self._saving():
+            self._make_room(length)
+            self._append(data, line.encode("utf-8"))
         self._clips += 1
         self._frames += length
         self.num_clips += 1
@@ -161,7 +164,8 @@ class ClipWriter:
     def skip(self, name: str, reason: str) -> None:
         """Notes a clip that could not be used, so that resuming does not try it again."""
         line = json.dumps({"name": name, "reason": reason}, ensure_ascii=False, sort_keys=True)
-        with (self.path / SKIPPED).open("ab") as file:
+        with self._saving(), (self.path / SKIPPED).open("ab") as file:
+            self._mark_unfinished()
             file.write(line.encode("utf-8") + b"\n")
         self.num_skipped += 1
         self.done.add(name)
@@ -178,8 +182,10 @@ class ClipWriter:
             self.abort()
             raise ValueError(f"nothing was added to clip store {str(self.path)!r}")
         if self._dirty:
-            self._seal()
-            self._write_meta(complete=True)
+            with self._saving():
+                if self._clips:
+                    self._seal()
+                self._write_meta(complete=True)
         self.abort()
 
     def abort(self) -> None:
@@ -233,15 +239,25 @@ class ClipWriter:
         streams = {k: Stream(k, str(a.dtype), a.shape[1:]) for k, a in sorted(arrays.items())}
         if not self.streams:
             self.streams = streams
+            self._dirty = False  # the folder does not know the streams yet
         if streams != self.streams:
             have, got = (
                 ", ".join(f"{s.name} {list(s.shape)}" for s in x.values())
                 for x in (self.streams, streams)
             )
             raise ValueError(f"clip {name!r} has the streams {got}; the store has {have}")
-        if not self._dirty:
-            self._dirty = True
+
+    def _make_room(self, length: int) -> None:
+        """Begins a new shard if the open one is full."""
+        self._mark_unfinished()
+        if self._clips and self._frames_bytes(self._frames + length) > self.settings["shard_bytes"]:
+            self._seal()
             self._write_meta(complete=False)
+
+    def _mark_unfinished(self) -> None:
+        if not self._dirty:
+            self._write_meta(complete=False)
+            self._dirty = True
 
     def _open_files(self) -> None:
         for key in (CLIPS, *self.streams):
@@ -260,16 +276,24 @@ class ClipWriter:
                 view = memoryview(value)
                 while view:
                     view = view[self._files[key].write(view) :]
-        except BaseException as error:
+        except BaseException:
             self._cut()
-            self.abort()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(
-                    error.errno,
-                    f"no space left for clip store {str(self.path)!r}: {self.num_clips} clips are "
-                    "safe; free some space and run the same command again, it continues",
-                ) from None
             raise
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Lets go of the store when it cannot be written, and says it plainly for a full disk."""
+        try:
+            yield
+        except OSError as error:
+            self.abort()
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OSError(
+                error.errno,
+                f"no space left for clip store {str(self.path)!r}: {self.num_clips} clips are "
+                "safe; free some space and run the same command again, it continues",
+            ) from None
 
     def _cut(self) -> None:
         """Cuts the open shard back to its last whole clip."""
@@ -332,8 +356,9 @@ class ClipWriter:
 
     def _resume(self) -> None:
         meta = read_meta(self.path)
+        begun = bool(meta["streams"]) or (self.path / SKIPPED).exists()
         for key, value in self.settings.items():
-            if meta[key] != value:
+            if begun and meta[key] != value:
                 raise StoreError(
                     f"clip store {str(self.path)!r} was begun with {key}={meta[key]!r}, not "
                     f"{value!r}: use the same settings, or another folder"
@@ -347,8 +372,11 @@ class ClipWriter:
             for line in shard_file(self.path, CLIPS, shard).read_bytes().split(b"\n")[:-1]:
                 self.done.add(json.loads(line)["name"])
         self.num_clips = len(self.done)
-        self._recover_open_shard()
-        self._recover_skipped()
+        if begun:
+            self._recover_open_shard()
+            self._recover_skipped()
+        else:
+            self._write_meta(complete=False)  # the settings may be others
         logger.info("continuing clip store %s after %d clips", self.path, self.num_clips)
 
     def _recover_open_shard(self) -> None:

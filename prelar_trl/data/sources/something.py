@@ -1,0 +1,199 @@
+"""Something-Something-V2: the ``.webm`` files with their JSON lists, or official JPEG folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prelar_trl.data.sources.base import ClipError, Item
+from prelar_trl.data.sources.frames import (
+    DECODER,
+    PICTURE_DECODER,
+    FrameOptions,
+    picture_clip,
+    video_clip,
+)
+
+_JSON = ("labels", "train", "validation")
+_SPLITS = {"train": "train", "validation": "heldout"}
+
+
+class SomethingSomething:
+    """The data set as it is distributed: ``<id>.webm`` and ``labels/train/validation.json``.
+
+    Both the newer names of the lists and the older ``something-something-v2-train.json`` are found,
+    in ``root`` or one folder below, as are the videos.
+
+    Args:
+        root: the folder.
+        options: how frames are made.
+        labels: keep clips of these classes only: class numbers or template texts (with or without
+            brackets). None keeps all.
+
+    Raises:
+        FileNotFoundError: lists or videos are missing.
+        ValueError: a damaged list, or an unknown label.
+    """
+
+    kind = "something"
+    decoder = DECODER
+
+    def __init__(
+        self,
+        root: str | Path,
+        options: FrameOptions,
+        *,
+        labels: Sequence[int | str] | None = None,
+    ) -> None:
+        self.root, self.options = Path(root), options
+        lists = {name: _read_json(_find_list(self.root, name)) for name in _JSON}
+        self.classes = {_plain(k): int(v) for k, v in lists["labels"].items()}
+        wanted = None if labels is None else {_class_number(x, self.classes) for x in labels}
+        self._videos = _video_folder(self.root)
+        self._items: list[Item] = []
+        for name, split in _SPLITS.items():
+            for record in lists[name]:
+                number = self.classes.get(_plain(record["template"]))
+                if number is None:
+                    raise ValueError(
+                        f"{name}.json: template {record['template']!r} of clip {record['id']} is "
+                        "not in labels.json: are the files of one release?"
+                    )
+                if wanted is None or number in wanted:
+                    path = self._videos / f"{record['id']}.webm"
+                    self._items.append(Item(str(record["id"]), path, number, split))
+
+    def items(self) -> list[Item]:
+        """Training clips, then validation clips, in the order of the lists."""
+        return self._items
+
+    def load(self, item: Item) -> dict[str, np.ndarray]:
+        """See `Source.load`."""
+        if not item.path.is_file():
+            raise ClipError("the file is missing")
+        return video_clip(item.path, self.options)
+
+
+class FrameLists:
+    """Official JPEG layout: ``<root>/<id>/000001.jpg ...`` and text lists of ``id frames class``.
+
+    Args:
+        root: the folder of the clips' folders.
+        options: how frames are made.
+        lists: split -> text list, e.g. ``{"train": "train.txt", "heldout": "validation.txt"}``.
+        labels: keep clips of these class numbers only.
+
+    Raises:
+        FileNotFoundError: the folder or a list is missing.
+        ValueError: a line of a list that is not ``id frames class``.
+    """
+
+    kind = "frames"
+    decoder = PICTURE_DECODER
+
+    def __init__(
+        self,
+        root: str | Path,
+        options: FrameOptions,
+        *,
+        lists: dict[str, str | Path],
+        labels: Sequence[int] | None = None,
+    ) -> None:
+        self.root, self.options = Path(root), options
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
+        self._items: list[Item] = []
+        for split, file in lists.items():
+            for name, frames, number in read_list(Path(file)):
+                if labels is None or number in labels:
+                    self._items.append(Item(name, self.root / name, number, split, frames))
+
+    def items(self) -> list[Item]:
+        """The clips in the order of the lists."""
+        return self._items
+
+    def load(self, item: Item) -> dict[str, np.ndarray]:
+        """See `Source.load`."""
+        paths = [item.path / f"{n:06d}.jpg" for n in range(1, item.frames + 1)]
+        missing = next((p for p in paths if not p.is_file()), None)
+        if missing is not None:
+            raise ClipError(f"{item.frames} frames are listed, {missing.name} is missing")
+        return picture_clip(paths, self.options)
+
+
+def read_list(file: Path) -> list[tuple[str, int, int]]:
+    """Reads an official text list: ``(id, frames, class)`` a line. Ids may hold spaces.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file and line.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"list {str(file)!r} does not exist")
+    entries = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            name, frames, label = line.rsplit(maxsplit=2)
+            entries.append((name, int(frames), int(label)))
+        except ValueError:
+            raise ValueError(
+                f"{str(file)!r} line {number} is {line!r}, not 'id frames class'"
+            ) from None
+    return entries
+
+
+def write_list(file: Path, entries: Sequence[tuple[str, int, int]]) -> None:
+    """Writes what `read_list` reads."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(f"{name} {frames} {label}\n" for name, frames, label in entries)
+    file.write_text(text, encoding="utf-8")
+
+
+def _plain(template: str) -> str:
+    return template.replace("[", "").replace("]", "").strip()
+
+
+def _class_number(label: int | str, classes: dict[str, int]) -> int:
+    numbers = set(classes.values())
+    if isinstance(label, int) or str(label).isdecimal():
+        if int(label) in numbers:
+            return int(label)
+        raise ValueError(f"label {label} is unknown: classes are {min(numbers)}..{max(numbers)}")
+    if _plain(label) not in classes:
+        raise ValueError(f"label {label!r} is no template of labels.json, e.g. {min(classes)!r}")
+    return classes[_plain(label)]
+
+
+def list_file(root: Path, name: str) -> Path | None:
+    """Where a JSON list of the data set lies, None if nowhere."""
+    names = (f"{name}.json", f"something-something-v2-{name}.json")
+    folders = [root, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else []
+    return next((f / n for f in folders for n in names if (f / n).is_file()), None)
+
+
+def _find_list(root: Path, name: str) -> Path:
+    if not root.is_dir():
+        raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
+    file = list_file(root, name)
+    if file is None:
+        raise FileNotFoundError(f"no {name}.json in {str(root)!r} or in a folder below it")
+    return file
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from None
+
+
+def _video_folder(root: Path) -> Path:
+    for folder in (root, *sorted(p for p in root.iterdir() if p.is_dir())):
+        if next(folder.glob("*.webm"), None) is not None:
+            return folder
+    raise FileNotFoundError(f"no .webm file in {str(root)!r} or in a folder below it")

@@ -1,0 +1,418 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import wave
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hydra import compose, initialize
+from omegaconf import OmegaConf
+from PIL import Image
+
+from prelar_trl.data import ClipStore, VideoClips
+from prelar_trl.data.sources import (
+    ClipError,
+    EpisodeFolder,
+    FrameOptions,
+    SomethingSomething,
+    VideoFolder,
+    export_episodes,
+    flow_colours,
+    picture_clip,
+    prepare,
+    read_list,
+    video_clip,
+)
+from recipes.prepare_videos import run, summary
+
+needs_opencv = pytest.mark.skipif(
+    importlib.util.find_spec("cv2") is None, reason="optical flow needs opencv-python-headless"
+)
+CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9", ".avi": "mpeg4", ".mov": "libx264"}
+
+
+def ramp(length: int, height: int = 96, width: int = 128) -> np.ndarray:
+    """Frames [T, H, W, 3] that tell their time by their red and their orientation by the rest.
+
+    Red is 20 + 10 t everywhere; green is bright in the upper half, blue in the left half.
+    """
+    frames = np.zeros((length, height, width, 3), np.uint8)
+    frames[..., 0] = 20 + 10 * np.arange(length)[:, None, None]
+    frames[:, : height // 2, :, 1] = 200
+    frames[:, :, : width // 2, 2] = 200
+    return frames
+
+
+def encode(path: Path, frames: np.ndarray) -> Path:
+    """Encodes frames as the suffix says, by the real encoder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gif":
+        pictures = [Image.fromarray(f) for f in frames]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
+        return path
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(CODECS[path.suffix], rate=Fraction(12))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        if path.suffix in (".mp4", ".mov"):
+            stream.options = {"crf": "12", "g": "4", "bf": "0"}
+        elif path.suffix == ".webm":
+            stream.options = {"deadline": "realtime", "cpu-used": "8", "crf": "12", "b": "0"}
+        else:
+            stream.bit_rate = 4_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def times(pixels: np.ndarray) -> list[int]:
+    """The time that each frame of `ramp` tells."""
+    return [round(t) for t in (pixels[:, 0].astype(float).mean((1, 2)) - 20) / 10]
+
+
+def assert_upright(pixels: np.ndarray) -> None:
+    half = pixels.shape[-1] // 2
+    margin = slice(None, half - 6), slice(half + 6, None)
+    assert pixels[:, 1, margin[0]].mean() > 150 > 60 > pixels[:, 1, margin[1]].mean()
+    assert pixels[:, 2, :, margin[0]].mean() > 150 > 60 > pixels[:, 2, :, margin[1]].mean()
+
+
+def config(source: Path, data: Path, **overrides) -> dict:
+    with initialize(version_base="1.3", config_path="../configs"):
+        plain = compose("prepare_videos", overrides=[f"source={source}", f"data={data}"])
+    return OmegaConf.to_container(plain) | {"workers": 1, "source": str(source)} | overrides
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi", ".mov", ".gif"])
+def test_every_kind_of_video_gives_its_frames_in_order_and_upright(tmp_path, suffix) -> None:
+    clip = video_clip(encode(tmp_path / f"v{suffix}", ramp(12)), FrameOptions())
+    assert set(clip) == {"pixels"}
+    assert clip["pixels"].shape == (12, 3, 64, 64) and clip["pixels"].dtype == np.uint8
+    assert times(clip["pixels"]) == list(range(12))
+    assert_upright(clip["pixels"])
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_a_phone_held_sideways_gives_upright_frames(tmp_path, degrees: int) -> None:
+    ffmpeg = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    turns = degrees // 90
+    stored = np.ascontiguousarray(np.rot90(ramp(4), -turns, axes=(1, 2)))
+    lying = encode(tmp_path / "lying.mp4", stored)
+    upright = tmp_path / "upright.mp4"
+    options = ["-display_rotation", str(degrees), "-i", lying, "-c", "copy", upright]
+    subprocess.run([ffmpeg, "-v", "error", *options], check=True)
+    assert_upright(video_clip(upright, FrameOptions())["pixels"])
+    with pytest.raises(AssertionError):
+        assert_upright(video_clip(lying, FrameOptions())["pixels"])
+
+
+def test_stride_and_length_pick_frames(tmp_path) -> None:
+    path = encode(tmp_path / "v.mp4", ramp(12))
+    assert times(video_clip(path, FrameOptions(stride=3))["pixels"]) == [0, 3, 6, 9]
+    assert times(video_clip(path, FrameOptions(max_frames=5))["pixels"]) == list(range(5))
+    both = FrameOptions(stride=2, max_frames=3, size=32)
+    clip = video_clip(path, both)["pixels"]
+    assert times(clip) == [0, 2, 4] and clip.shape[2:] == (32, 32)
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96), (48, 64)])
+def test_crop_keeps_the_middle_square_and_squeeze_keeps_everything(tmp_path, shape) -> None:
+    height, width = shape
+    frames = np.zeros((4, height, width, 3), np.uint8)
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    frames[:, top : top + side, left : left + side] = 250
+    pictures = [tmp_path / f"{i}.png" for i in range(4)]
+    for path, frame in zip(pictures, frames, strict=True):
+        Image.fromarray(frame).save(path)
+    video = encode(tmp_path / "v.mp4", frames)
+    for clip in (
+        video_clip(video, FrameOptions(resize="crop"))["pixels"],
+        picture_clip(pictures, FrameOptions(resize="crop"))["pixels"],
+    ):
+        assert clip.shape == (4, 3, 64, 64)
+        assert clip[:, :, 2:-2, 2:-2].min() > 225
+    for clip in (
+        video_clip(video, FrameOptions())["pixels"],
+        picture_clip(pictures, FrameOptions())["pixels"],
+    ):
+        assert abs(clip.mean() - 250 * side**2 / (height * width)) < 8
+
+
+def test_pictures_of_the_right_size_are_kept_exactly(tmp_path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, frame in zip(paths, frames, strict=True):
+        Image.fromarray(frame).save(path)
+    clip = picture_clip(paths, FrameOptions())["pixels"]
+    assert np.array_equal(clip, frames.transpose(0, 3, 1, 2))
+
+
+def test_a_folder_of_videos_and_picture_folders_becomes_a_store(tmp_path) -> None:
+    root = tmp_path / "my videos"
+    encode(root / "b" / "Küche löffel.mp4", ramp(8))
+    encode(root / "a.webm", ramp(10))
+    encode(root / "UPPER.MP4".replace("MP4", "mp4"), ramp(7)).rename(root / "UPPER.MP4")
+    pictures = root / "frames 1"
+    pictures.mkdir()
+    for number, frame in enumerate(ramp(11), 1):  # 1, 2, ... 10, 11: natural order
+        Image.fromarray(frame).save(pictures / f"{number}.png")
+    (root / "notes.txt").write_text("no video")
+    (root / "loop").symlink_to(root)
+    (root / "b" / "up").symlink_to("..")
+    (root / "self.mp4").symlink_to("self.mp4")
+    store = run(config(root, tmp_path / "s"))
+    names = ["UPPER.MP4", "a.webm", "b/Küche löffel.mp4", "frames 1/"]
+    assert store.names == names and store.frames.tolist() == [7, 10, 8, 11]
+    for clip in range(4):
+        assert times(store.read(clip)) == list(range(store.frames[clip]))
+    assert [name for name, _ in store.skipped()] == ["self.mp4"]
+    assert store.meta["decoder"].startswith("PyAV") and store.meta["resize"] == "squeeze"
+    assert VideoClips(store.path, 8, 4).sample()["pixels"].shape == (4, 8, 3, 64, 64)
+
+
+def test_damaged_files_are_skipped_with_a_reason_and_the_rest_is_kept(tmp_path) -> None:
+    root = tmp_path / "v"
+    good = encode(root / "good.mp4", ramp(12))
+    data = good.read_bytes()
+    (root / "zero.mp4").write_bytes(b"")
+    (root / "text.mp4").write_text("I am no video at all. " * 100)
+    (root / "cut.mp4").write_bytes(data[: len(data) // 2])  # the index at the end is gone
+    (root / "wrong.avi").write_bytes(data)  # mp4 inside: content decides
+    encode(root / "one.webm", ramp(1))
+    webm = encode(root / "cut.webm", ramp(12))
+    webm.write_bytes(webm.read_bytes()[: webm.stat().st_size // 2])
+    with wave.open(str(root / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(b"\0\0" * 4000)
+    (root / "sound.wav").rename(root / "sound.mp4")
+    with av.open(str(root / "audio.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.sample_rate = 8000
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode(None))
+    store = run(config(root, tmp_path / "s"))
+    skipped = dict(store.skipped())
+    assert {"good.mp4", "wrong.avi"} <= set(store.names) <= {"good.mp4", "wrong.avi", "cut.webm"}
+    assert times(store.read(store.names.index("wrong.avi"))) == list(range(12))
+    assert skipped["zero.mp4"] == "the file is empty"
+    assert skipped["text.mp4"] == skipped["cut.mp4"] == "not readable as a video"
+    assert skipped["one.webm"] == "shorter than 2 frames"
+    assert skipped["audio.mp4"] == skipped["sound.mp4"] == "no picture in it (audio only?)"
+    text = summary(store)
+    assert "2  not readable as a video, e.g. " in text and f"{len(skipped)} skipped" in text
+
+
+def test_a_damaged_picture_is_named(tmp_path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "1.jpg")
+    whole = (tmp_path / "1.jpg").read_bytes()
+    (tmp_path / "2.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ClipError, match="'2.jpg' is no readable picture"):
+        picture_clip([tmp_path / "1.jpg", tmp_path / "2.jpg"], FrameOptions())
+
+
+def something(root: Path) -> Path:
+    """A tiny Something-Something-V2 in the form in which it is distributed."""
+    (root / "labels").mkdir(parents=True)
+    labels = {"Holding something": "0", "Moving something up": "1"}
+    records = {
+        "train": [
+            {"id": "11", "label": "holding pen", "template": "Holding [something]"},
+            {"id": "7", "label": "moving cup up", "template": "Moving [something] up"},
+            {"id": "99", "label": "gone", "template": "Holding [something]"},
+        ],
+        "validation": [{"id": "5", "label": "x", "template": "Moving [something] up"}],
+    }
+    for name, content in {"labels": labels, **records}.items():
+        (root / "labels" / f"{name}.json").write_text(json.dumps(content))
+    for name, length in (("11", 10), ("7", 12), ("5", 9)):
+        encode(root / "videos" / f"{name}.webm", ramp(length))
+    return root
+
+
+def test_something_something_keeps_classes_splits_and_writes_the_official_lists(tmp_path) -> None:
+    store = run(config(something(tmp_path / "ssv2"), tmp_path / "s"))
+    assert store.names == ["11", "7", "5"] and store.labels == [0, 1, 1]
+    assert store.splits == ["train", "train", "heldout"]
+    assert store.skipped() == [("99", "the file is missing")]
+    lists = store.path / "lists"
+    assert (lists / "train.txt").read_text() == "11 10 0\n7 12 1\n"
+    assert read_list(lists / "heldout.txt") == [("5", 9, 1)]
+    assert VideoClips(store.path, 9, split="heldout").num_clips == 1
+    assert VideoClips(store.path, 9, split="train").num_clips == 2
+
+
+def test_something_something_is_filtered_by_number_or_template(tmp_path) -> None:
+    root = something(tmp_path / "ssv2")
+    for labels in ([1], ["Moving [something] up"], ["Moving something up"]):
+        items = SomethingSomething(root, FrameOptions(), labels=labels).items()
+        assert [item.name for item in items] == ["7", "5"]
+    with pytest.raises(ValueError, match="label 7 is unknown: classes are 0..1"):
+        SomethingSomething(root, FrameOptions(), labels=[7])
+    with pytest.raises(ValueError, match="is no template of labels.json"):
+        SomethingSomething(root, FrameOptions(), labels=["Eating something"])
+    (root / "labels" / "train.json").write_text("[{")
+    with pytest.raises(ValueError, match="train.json' is damaged"):
+        SomethingSomething(root, FrameOptions())
+    (root / "labels" / "train.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no train.json in"):
+        SomethingSomething(root, FrameOptions())
+
+
+def test_official_jpeg_folders_with_text_lists(tmp_path) -> None:
+    root = tmp_path / "frames"
+    for name, length in (("11", 10), ("7", 6), ("8", 4)):
+        (root / name).mkdir(parents=True)
+        for number, frame in enumerate(ramp(length, 64, 64), 1):
+            Image.fromarray(frame).save(root / name / f"{number:06d}.jpg", quality=95)
+    (tmp_path / "train.txt").write_text("11 10 3\n8 5 3\n")
+    (tmp_path / "val.txt").write_text("7 6 4\n")
+    lists = {"train": str(tmp_path / "train.txt"), "heldout": str(tmp_path / "val.txt")}
+    store = run(config(root, tmp_path / "s", lists=lists))
+    assert store.names == ["11", "7"] and store.labels == [3, 4]
+    assert times(store.read(0)) == list(range(10))
+    assert store.skipped() == [("8", "5 frames are listed, 000005.jpg is missing")]
+    (tmp_path / "train.txt").write_text("11 ten 3\n")
+    with pytest.raises(ValueError, match="line 1 is '11 ten 3', not 'id frames class'"):
+        run(config(root, tmp_path / "t", lists=lists))
+
+
+def episodes(folder: Path, sizes=(9, 12)) -> Path:
+    folder.mkdir()
+    for number, length in enumerate(sizes):
+        flags = np.zeros(length, bool)
+        np.savez_compressed(
+            folder / f"20260101T00000{number}-ab{number}-{length - 1}.npz",
+            image=ramp(length, 64, 64),
+            action=np.arange(length * 3, dtype=np.float32).reshape(length, 3),
+            reward=np.zeros(length, np.float32),
+            is_first=flags,
+            is_last=flags,
+            is_terminal=flags,
+        )
+    return folder
+
+
+def test_npz_episodes_become_a_store_and_can_be_exported_back(tmp_path) -> None:
+    root = episodes(tmp_path / "rlbench")
+    bad = root / "20260101T000009-cut-8.npz"
+    bad.write_bytes(next(root.glob("*.npz")).read_bytes()[:300])
+    np.savez(root / "20260101T000010-odd-8.npz", image=np.zeros((9, 64, 64)))
+    store = run(config(root, tmp_path / "s", actions=True, export=str(tmp_path / "out")))
+    assert store.frames.tolist() == [9, 12]
+    assert np.array_equal(store.read(1), ramp(12, 64, 64).transpose(0, 3, 1, 2))
+    assert [reason for _, reason in store.skipped()] == [
+        "not readable as .npz",
+        "no 'action' in the file",
+    ]
+    files = sorted((tmp_path / "out").glob("*.npz"))
+    assert [f.stem.rsplit("-", 1)[1] for f in files] == ["8", "11"]
+    with np.load(files[1]) as episode:
+        assert np.array_equal(episode["image"], ramp(12, 64, 64))
+        assert np.array_equal(episode["action"], np.arange(36, dtype=np.float32).reshape(12, 3))
+        assert episode["is_first"].tolist() == [True] + [False] * 11
+        assert episode["is_last"].tolist() == [False] * 11 + [True]
+        assert set(episode) >= {"reward", "is_terminal"}
+    assert export_episodes(store, tmp_path / "out") == 0
+    again = run(config(tmp_path / "out", tmp_path / "again", actions=True))
+    assert (
+        again.meta["shards"][0]["sha256"]["pixels"] == (store.meta["shards"][0]["sha256"]["pixels"])
+    )
+    plain = run(config(root, tmp_path / "plain"))
+    assert set(plain.streams) == {"pixels"}
+
+
+def test_an_episode_without_pictures_gives_its_reason(tmp_path) -> None:
+    np.savez(tmp_path / "a.npz", image=np.zeros((9, 64, 64)))
+    source = EpisodeFolder(tmp_path, FrameOptions())
+    with pytest.raises(ClipError, match=r"image must be uint8 .* float64 \[9, 64, 64\]"):
+        source.load(source.items()[0])
+
+
+@needs_opencv
+@pytest.mark.parametrize("kind", ["video", "pictures"])
+def test_flow_tells_direction_and_stands_still_first(tmp_path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    canvas = np.kron(rng.integers(0, 256, (40, 60, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+    frames = np.stack([canvas[64:192, 200 - 4 * t : 328 - 4 * t] for t in range(6)])  # to the right
+    if kind == "video":
+        clip = video_clip(encode(tmp_path / "v.mp4", frames), FrameOptions(flow=True))
+    else:
+        paths = [tmp_path / f"{t}.png" for t in range(6)]
+        for path, frame in zip(paths, frames, strict=True):
+            Image.fromarray(frame).save(path)
+        clip = picture_clip(paths, FrameOptions(flow=True))
+    flow = clip["flow"]
+    assert flow.shape == clip["pixels"].shape and flow.dtype == np.uint8
+    assert (flow[0] == 255).all()
+    middle = np.median(flow[1:, :, 16:48, 16:48], axis=(0, 2, 3))  # 4 of 16 pixels at full speed
+    assert np.allclose(middle, [255, 191, 191], atol=12)
+
+
+def test_flow_colours_are_a_hue_wheel() -> None:
+    full = 100 / 8
+    flow = np.zeros((1, 100, 2), np.float32)
+    flow[0, 1:5] = [[full, 0], [-full, 0], [0, full], [0, -full]]
+    white, right, left, down, up = flow_colours(flow)[0, :5].tolist()
+    assert white == [255, 255, 255]
+    assert right == [255, 0, 0] and left == [0, 255, 255]
+    assert down == [128, 255, 0] and up == [128, 0, 255]
+
+
+@needs_opencv
+def test_flow_is_a_second_stream_of_the_store(tmp_path) -> None:
+    encode(tmp_path / "v" / "a.mp4", ramp(6))
+    store = run(config(tmp_path / "v", tmp_path / "s", flow=True))
+    batch = VideoClips(store.path, 5, 2, streams=("pixels", "flow")).sample()
+    assert batch["flow"].shape == (2, 5, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"kind": "films"}, "kind='films' is unknown"),
+        ({"source": "nowhere"}, "'nowhere' does not exist"),
+        ({"resize": "stretch"}, "resize='stretch' is unknown"),
+        ({"stride": 0}, "stride=0"),
+        ({"size": 4}, "size=4"),
+        ({"max_frames": 0}, "max_frames=0"),
+        ({"min_frames": 0}, "min_frames=0"),
+        ({"labels": [3]}, "labels= is for kind=something or frames"),
+        ({"actions": True}, "actions= is for kind=episodes"),
+        ({"kind": "frames"}, "needs lists="),
+        ({"kind": "episodes"}, "holds no clip of kind 'episodes'"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(tmp_path, overrides: dict, message: str) -> None:
+    encode(tmp_path / "v" / "a.mp4", ramp(3))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(config(tmp_path / "v", tmp_path / "s") | overrides)
+
+
+def test_nothing_usable_is_an_error(tmp_path) -> None:
+    (tmp_path / "v").mkdir()
+    with pytest.raises(ValueError, match="holds no clip of kind 'videos'"):
+        prepare(VideoFolder(tmp_path / "v", FrameOptions()), tmp_path / "s")
+    (tmp_path / "v" / "a.mp4").write_text("no video")
+    with pytest.raises(ValueError, match="nothing was added"):
+        prepare(VideoFolder(tmp_path / "v", FrameOptions()), tmp_path / "s")
+
+
+def test_file_names_that_are_no_text_are_kept_apart(tmp_path) -> None:
+    folder = os.fsencode(tmp_path)
+    path = encode(tmp_path / "a.mp4", ramp(4))
+    data = path.read_bytes()
+    for name in (b"/\xff.mp4", b"/\xfe.mp4"):
+        with open(folder + name, "wb") as file:
+            file.write(data)
+    store = prepare(VideoFolder(tmp_path, FrameOptions()), tmp_path / "s")
+    assert store.names == ["\\xfe.mp4", "\\xff.mp4", "a.mp4"]
+    assert isinstance(store, ClipStore)
