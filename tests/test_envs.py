@@ -17,6 +17,7 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, RewardSum, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
+from prelar_trl import envs
 from prelar_trl.envs import make_env, toy_expert, toy_return
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward", "done", "terminated"}
@@ -243,6 +244,11 @@ def test_bad_input_is_named_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         make_env(**arguments)
     assert "\n" not in str(error.value)
+
+
+def test_the_package_exports_what_it_names():
+    for name in envs.__all__:
+        assert hasattr(envs, name), name
 
 
 def test_workers_are_seeded_apart_and_feed_a_collector():

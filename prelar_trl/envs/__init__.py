@@ -11,7 +11,7 @@ from prelar_trl.envs.toy import ToyEnv, toy_expert, toy_return
 
 select_backend()
 
-__all__ = ["ToyEnv", "make_env", "metaworld_expert", "metaworld_tasks", "toy_expert", "toy_return"]
+__all__ = ["ToyEnv", "make_env", "metaworld_tasks", "toy_expert", "toy_return"]
 
 
 def metaworld_tasks() -> tuple[str, ...]:

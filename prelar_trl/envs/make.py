@@ -152,15 +152,16 @@ def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
 def _adopt(env: EnvBase, pixels: int | None) -> tuple[EnvBase, list[Transform]]:
     """Check a user's own environment; the transforms add what it lacks."""
     keys = [str(key) for key in env.observation_spec.keys(True, True)]
-    if "pixels" not in keys:
-        raise ValueError(f"the environment gives no 'pixels', only {', '.join(keys) or 'nothing'}")
-    spec = env.observation_spec["pixels"]
-    expected = (*env.batch_size, 3, pixels, pixels)
-    if spec.dtype != torch.uint8 or spec.shape != expected:
-        raise ValueError(
-            f"pixels must be uint8 {list(expected)}, channels first; the environment gives "
-            f"{spec.dtype} {list(spec.shape)}"
-        )
+    if pixels is not None:
+        if "pixels" not in keys:
+            given = ", ".join(keys) or "nothing"
+            raise ValueError(f"the environment gives no 'pixels', only {given}")
+        spec, expected = env.observation_spec["pixels"], (*env.batch_size, 3, pixels, pixels)
+        if spec.dtype != torch.uint8 or spec.shape != expected:
+            raise ValueError(
+                f"pixels must be uint8 {list(expected)}, channels first; the environment gives "
+                f"{spec.dtype} {list(spec.shape)}"
+            )
     transforms = [] if "success" in keys else [NoSuccess()]
     if isinstance(env, TransformedEnv):  # taken apart, so that the action repeat comes first
         return env.base_env, [env.transform.clone(), *transforms]
