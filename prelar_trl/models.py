@@ -115,6 +115,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     "tiny": {
         "depth": 8,
+        "layers": 1,
         "stoch": 16,
         "classes": 16,
         "deter": 128,

@@ -1,0 +1,227 @@
+"""What the recipes share: devices, seeds, run folders, interruption, evaluation episodes."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import wraps
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+
+from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.models import METHODS, SIZES
+from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
+
+CHECKPOINT = "last.pt"
+
+
+def recipe(run: Callable[[Any], None]) -> Callable[[DictConfig], None]:
+    """Turn a Hydra configuration into its dataclass, and expected errors into one line."""
+
+    @wraps(run)
+    def main(config: DictConfig) -> None:
+        try:
+            run(OmegaConf.to_object(config))
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            if not isinstance(error, (OSError, ValueError, ImportError)) and "\n" in str(error):
+                raise  # not one of ours
+            sys.exit(f"error: {error}")
+        except Exception as error:
+            if type(error).__module__.startswith("omegaconf"):
+                sys.exit(f"error: {str(error).splitlines()[0]}")
+            raise
+
+    return main
+
+
+def overrides(settings: Any) -> dict[str, Any]:
+    """The fields of an overrides dataclass that are set."""
+    return {name: value for name, value in asdict(settings).items() if value is not None}
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is a GPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:<n>"
+        ) from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: torch sees no GPU here; use device=cpu")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def check_run(cfg: Any, phase: str) -> tuple[str, ...]:
+    """Reject what would only fail later; returns the loggers."""
+    if cfg.method not in METHODS:
+        raise ValueError(f"method={cfg.method!r} is unknown; choose {', '.join(METHODS)}")
+    if getattr(METHODS[cfg.method], phase) is None:
+        raise ValueError(f"method={cfg.method} has no phase {phase!r}")
+    if cfg.size not in SIZES:
+        raise ValueError(f"size={cfg.size!r} is unknown; choose {', '.join(SIZES)}")
+    if cfg.precision not in ("32", "bf16"):
+        raise ValueError(f"precision={cfg.precision!r} is unknown; choose 32 or bf16")
+    positive = [name for name in asdict(cfg) if name.endswith(("_every", "batch_size", "_len"))]
+    for name in positive:
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
+    loggers = (cfg.logger,) if isinstance(cfg.logger, str) else tuple(cfg.logger)
+    check_backends(loggers)
+    return loggers
+
+
+def open_run(cfg: Any) -> tuple[RunFolder, dict[str, Any] | None]:
+    """The run folder, and the checkpoint to continue from (``resume=true``), or None."""
+    if not cfg.resume:
+        return RunFolder.create(cfg.run, plain(asdict(cfg)), seed=cfg.seed), None
+    run = RunFolder.load(cfg.run)
+    changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
+    for name, value in plain(asdict(cfg)).items():
+        if name not in changeable and run.config.get(name) != value:
+            raise ValueError(
+                f"resume: {name}={value} but the run in {cfg.run} was started with "
+                f"{name}={run.config.get(name)}; repeat its command with resume=true"
+            )
+    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    run.note_continuation(checkpoint["step"])
+    return run, checkpoint
+
+
+def open_logger(run: RunFolder, loggers: tuple[str, ...], checkpoint: Mapping | None) -> Logger:
+    return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, throughout: what YAML gives back."""
+    if isinstance(value, Mapping):
+        return {key: plain(x) for key, x in value.items()}
+    return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value
+
+
+class Interruption:
+    """Ctrl-C or SIGTERM is noted and acted on between two updates, never within one.
+
+    A second Ctrl-C stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interruption:
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def check_finite(losses: TensorDictBase, step: int) -> None:
+    """Raise when a loss is NaN or infinite, before a checkpoint could be overwritten with it."""
+    bad = [name for name, x in losses.items() if name.startswith("loss_") and not x.isfinite()]
+    if bad:
+        raise RuntimeError(
+            f"{bad[0]} is {losses[bad[0]].item()} at step {step}: training has diverged; the last "
+            "checkpoint is kept, continue from it with a lower lr or precision=32"
+        )
+
+
+class EpisodeTracker:
+    """Watches the steps of N environments and reports the episodes that end.
+
+    Success of an episode is success at any of its steps.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._success = [False] * workers
+
+    def update(self, after: TensorDictBase) -> list[dict[str, Any]]:
+        """``after`` is the ``next`` entry of a step; one record for each episode that ended."""
+        ended = []
+        for worker, step in enumerate(after.reshape(-1)):
+            self._success[worker] |= bool(step["success"])
+            if bool(step["done"]):
+                ended.append(
+                    {
+                        "worker": worker,
+                        "return": float(step["episode_reward"]),
+                        "success": self._success[worker],
+                        "length": int(step["step_count"]),
+                    }
+                )
+                self._success[worker] = False
+        return ended
+
+
+@torch.no_grad()
+def play(
+    env: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase], episodes: int, videos: int = 1
+) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """Play whole episodes in one environment or a batch of them.
+
+    Returns:
+        A record of each episode (return, success, length), and the frames of the first
+        ``videos``, uint8 ``[T, 3, H, W]`` each.
+    """
+    td = env.reset()
+    workers = td.numel()
+    quota = [episodes // workers + (i < episodes % workers) for i in range(workers)]
+    tracker = EpisodeTracker(workers)
+    frames = [[x] for x in images(td)]
+    records, films = [], []
+    while any(quota):
+        td, following = env.step_and_maybe_reset(policy(td))
+        for film, image in zip(frames, images(td["next"]), strict=True):
+            film.append(image)
+        first = images(following)
+        for record in tracker.update(td["next"]):
+            worker = record["worker"]
+            if quota[worker]:
+                quota[worker] -= 1
+                records.append(record)
+                if len(films) < videos:
+                    films.append(torch.stack(frames[worker]))
+            frames[worker] = [first[worker]]
+        td = following
+    return records, films
+
+
+def images(td: TensorDictBase) -> Tensor:
+    """The frames of all environments of a step, ``[N, 3, H, W]``, on the CPU."""
+    return td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()
+
+
+def summarise(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Success rate with its 95% Wilson interval, and mean return."""
+    successes = sum(record["success"] for record in records)
+    low, high = wilson_interval(successes, len(records))
+    return {
+        "success": successes / len(records),
+        "success_low": low,
+        "success_high": high,
+        "return": sum(record["return"] for record in records) / len(records),
+    }

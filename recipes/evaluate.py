@@ -1,0 +1,109 @@
+"""Play episodes with a fine-tuned agent: success rate, return, video.
+
+python recipes/evaluate.py run=runs/a episodes=50
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from prelar_trl.recipes.common import (
+    CHECKPOINT,
+    choose_device,
+    play,
+    recipe,
+    seed_everything,
+    summarise,
+)
+from prelar_trl.recipes.finetune import act
+from prelar_trl.recipes.schema import EvaluateConfig, register
+
+from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.envs import make_env
+from prelar_trl.models import make_agent
+from prelar_trl.modules import WorldModelPolicy
+from prelar_trl.record import RunFolder, bootstrap_interval, write_video
+
+register()
+
+
+def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
+    """Write ``evaluation.json`` and ``videos/evaluation.mp4`` into the run; returns the numbers."""
+    if cfg.episodes < 1:
+        raise ValueError(f"episodes={cfg.episodes} must be at least 1")
+    device = choose_device(cfg.device)
+    seed_everything(cfg.seed)
+    run = RunFolder.load(cfg.run)
+    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    if checkpoint["phase"] != "finetune":
+        raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; evaluate a finetune run")
+    agent = make_agent(
+        checkpoint["method"],
+        action_dim=checkpoint["action_dim"],
+        size=checkpoint["size"],
+        **checkpoint["overrides"],
+    )
+    agent.load_state_dict(checkpoint["agent"])
+    agent.to(device).eval()
+    policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
+
+    trained = run.config
+    env = make_env(
+        cfg.env or trained["env"],
+        seed=cfg.seed,
+        camera=trained["camera"],
+        render_quality=cfg.render_quality or trained["render_quality"],
+        action_repeat=trained["action_repeat"],
+        max_steps=trained["max_steps"],
+        num_workers=min(cfg.num_workers, cfg.episodes),
+    )
+    if env.action_spec.shape[-1] != policy.action_dim:
+        raise ValueError(
+            f"env={cfg.env} has {env.action_spec.shape[-1]} action dimensions, the agent in "
+            f"{cfg.run} has {policy.action_dim}"
+        )
+    env.append_transform(policy.make_primer(env.batch_size))
+    records, films = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
+    env.close(raise_if_closed=False)
+
+    total = summarise(records)
+    returns = [record["return"] for record in records]
+    result = {
+        "env": cfg.env or trained["env"],
+        "episodes": cfg.episodes,
+        "seed": cfg.seed,
+        "step": checkpoint["step"],
+        "success": total["success"],
+        "success_interval": [total["success_low"], total["success_high"]],
+        "return": total["return"],
+        "return_interval": list(bootstrap_interval(returns, statistic=np.mean)),
+        "records": records,
+    }
+    part = run.path / "evaluation.json.part"
+    part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, run.path / "evaluation.json")
+    if films:
+        write_video(run.videos / "evaluation.mp4", torch.cat(films), fps=30)
+    return result
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
+@recipe
+def main(cfg: EvaluateConfig) -> None:
+    """Entry point."""
+    result = evaluate(cfg)
+    low, high = result["success_interval"]
+    print(
+        f"{result['env']}: success {result['success']:.2f} [{low:.2f}, {high:.2f}] (95%), "
+        f"return {result['return']:.1f}, {cfg.episodes} episodes; "
+        f"{cfg.run}/evaluation.json, {cfg.run}/videos/evaluation.mp4"
+    )
+
+
+if __name__ == "__main__":
+    main()

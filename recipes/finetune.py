@@ -1,0 +1,255 @@
+"""Fine-tune a world model with real actions, and learn to act in it. Also from scratch.
+
+python recipes/finetune.py env=metaworld/drawer-open pretrained=runs/pretrain run=runs/finetune
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import hydra
+import torch
+from prelar_trl.recipes.common import (
+    CHECKPOINT,
+    EpisodeTracker,
+    Interruption,
+    check_finite,
+    check_run,
+    choose_device,
+    open_logger,
+    open_run,
+    overrides,
+    play,
+    recipe,
+    seed_everything,
+    summarise,
+)
+from prelar_trl.recipes.schema import FinetuneConfig, register
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+
+from prelar_trl.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from prelar_trl.data import EpisodeReplay
+from prelar_trl.envs import make_env
+from prelar_trl.models import METHODS, Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.modules import WorldModelPolicy
+from prelar_trl.record import Logger, Progress, RunFolder
+from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
+
+register()
+EVAL_SEED = 10_000  # the evaluation environment's seed lies apart from the training one's
+
+
+def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
+    """The whole run: environment, agent, loop. ``env_factory`` takes make_env's arguments."""
+    loggers = check_run(cfg, "finetune")
+    device = choose_device(cfg.device)
+    seed_everything(cfg.seed)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+
+    env = make_training_env(cfg, env_factory, cfg.seed, cfg.num_workers)
+    agent = make_agent(
+        cfg.method,
+        action_dim=env.action_spec.shape[-1],
+        size=cfg.size,
+        **overrides(cfg.model),
+    )
+    if cfg.pretrained is not None:
+        load_pretrained_run(cfg, agent)
+    agent.to(device).eval()
+    loss = make_world_model_loss(
+        cfg.method,
+        "finetune",
+        agent.world_model,
+        video_bonus=agent.video_bonus,
+        **overrides(cfg.loss),
+    ).to(device)
+    model_update = WorldModelUpdate(
+        loss,
+        lr=cfg.lr,
+        frozen_updates=cfg.frozen_updates if cfg.pretrained else None,
+        clip=cfg.clip,
+        precision=cfg.precision,
+    )
+    behavior_update = BehaviorUpdate(
+        agent,
+        horizon=cfg.horizon,
+        lmbda=cfg.lmbda,
+        actor_lr=cfg.actor_lr,
+        critic_lr=cfg.critic_lr,
+        entropy_scale=cfg.entropy_scale,
+        gradient=cfg.actor_gradient,
+        slow_every=cfg.slow_every,
+        imag_batch=cfg.imag_batch,
+        clip=cfg.clip,
+        precision=cfg.precision,
+    )
+    policy = WorldModelPolicy(agent.world_model, agent.actor)
+    env.append_transform(policy.make_primer(env.batch_size))
+
+    run, checkpoint = open_run(cfg)
+    replay = EpisodeReplay(
+        run.path / "replay",
+        window=cfg.batch_length,
+        batch_size=cfg.batch_size,
+        capacity=cfg.capacity,
+        seed=cfg.seed,
+        device=device,
+    )
+    steps = 0
+    if checkpoint is not None:
+        steps = checkpoint["step"]
+        agent.load_state_dict(checkpoint["agent"])
+        model_update.load_state_dict(checkpoint["model_update"])
+        behavior_update.load_state_dict(checkpoint["behavior_update"])
+        replay.load_state_dict({**checkpoint["replay"], "pending": {}})
+        set_rng_state(checkpoint["rng"])
+
+    def save() -> None:
+        replay_state = replay.state_dict()
+        replay_state.pop("pending")  # the simulator cannot be saved: an episode starts anew
+        state = {
+            "phase": "finetune",
+            "method": cfg.method,
+            "size": cfg.size,
+            "overrides": overrides(cfg.model),
+            "action_dim": policy.action_dim,
+            "step": steps,
+            "agent": agent.state_dict(),
+            "model_update": model_update.state_dict(),
+            "behavior_update": behavior_update.state_dict(),
+            "replay": replay_state,
+            "rng": rng_state(),
+        }
+        save_checkpoint(run.checkpoints / CHECKPOINT, state)
+
+    def train() -> TensorDictBase:
+        batch = replay.sample()
+        losses = model_update(batch)
+        start = losses.pop("state").update(batch.select("terminated", "action"))
+        return losses.update(behavior_update(start))
+
+    per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
+    bar = Progress(cfg.env_steps, initial=steps, name="finetune", unit="steps")
+    with open_logger(run, loggers, checkpoint) as logger, Interruption() as interruption, bar:
+        td, losses, debt = env.reset(), None, 0.0
+        tracker = EpisodeTracker(td.numel())
+        while steps < cfg.env_steps and not interruption.requested:
+            random_phase = steps < cfg.prefill
+            td = env.rand_action(td) if random_phase else act(policy, td, device)
+            td, following = env.step_and_maybe_reset(td)
+            replay.add(td.exclude("belief", ("next", "belief")))
+            before, steps = steps, steps + per_step
+            for episode in tracker.update(td["next"]):
+                names = ("return", "success", "length")
+                logger.log({f"train/{name}": episode[name] for name in names}, steps)
+            td = following
+
+            if steps >= cfg.prefill and replay.num_eligible:
+                if model_update.count == 0:
+                    debt += cfg.pretrain_updates
+                debt += per_step / cfg.train_every
+                while debt >= 1 and not interruption.requested:
+                    losses = train()
+                    debt -= 1
+            metrics = {} if losses is None else {"image": losses["image"], "kl": losses["kl"]}
+            bar.update(per_step, frames=per_step, metrics=metrics)
+            if losses is not None and crossed(before, steps, cfg.log_every):
+                check_finite(losses, steps)
+                logger.log(dict(losses), steps)
+            if not random_phase and crossed(before, steps, cfg.eval_every):
+                evaluate(cfg, env_factory, agent, logger, steps, device)
+            if losses is not None and crossed(before, steps, cfg.checkpoint_every):
+                check_finite(losses, steps)
+                save()
+        if losses is not None:
+            check_finite(losses, steps)
+        save()
+        if losses is None and not interruption.requested:
+            raise RuntimeError(
+                f"no update was made in {steps} steps (prefill={cfg.prefill}, "
+                f"batch_length={cfg.batch_length}, longest episode too short or unfinished): "
+                "lower prefill or batch_length, or raise env_steps"
+            )
+        if not interruption.requested and not crossed(before, steps, cfg.eval_every):
+            evaluate(cfg, env_factory, agent, logger, steps, device)
+    env.close()
+    if interruption.requested:
+        sys.exit(f"stopped after {steps} steps; continue with the same command resume=true")
+    print(f"fine-tuned agent: {run.path}")
+
+
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, now]."""
+    return now // every > before // every
+
+
+def make_training_env(
+    cfg: FinetuneConfig, env_factory: Any, seed: int, num_workers: int
+) -> EnvBase:
+    return env_factory(
+        cfg.env,
+        seed=seed,
+        camera=cfg.camera,
+        render_quality=cfg.render_quality,
+        action_repeat=cfg.action_repeat,
+        max_steps=cfg.max_steps,
+        num_workers=num_workers,
+    )
+
+
+def act(policy: WorldModelPolicy, td: TensorDictBase, device: torch.device) -> TensorDictBase:
+    """The policy's action, computed on its device."""
+    out = policy(td.select(*policy.in_keys).to(device))
+    return td.update(out.select(*policy.out_keys).to("cpu"))
+
+
+def load_pretrained_run(cfg: FinetuneConfig, agent: Agent) -> None:
+    """Check that the pre-training run suits, then copy its encoder, decoder and RSSM."""
+    run = RunFolder.load(cfg.pretrained)
+    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    accepted = METHODS[cfg.method].checkpoint
+    if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:
+        suits = f"runs of {', '.join(accepted)}" if accepted else "no pre-training run"
+        raise ValueError(
+            f"pretrained={cfg.pretrained} is a {checkpoint['phase']} run of "
+            f"{checkpoint['method']}; method={cfg.method} takes {suits}"
+        )
+    if checkpoint["size"] != cfg.size:
+        raise ValueError(
+            f"pretrained={cfg.pretrained} has size={checkpoint['size']}, this run size={cfg.size}; "
+            f"use size={checkpoint['size']}"
+        )
+    load_pretrained(agent.world_model, checkpoint["model"])
+
+
+def evaluate(
+    cfg: FinetuneConfig,
+    env_factory: Any,
+    agent: Agent,
+    logger: Logger,
+    step: int,
+    device: torch.device,
+) -> None:
+    """Episodes with the policy's mode in an environment of their own."""
+    policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
+    env = make_training_env(cfg, env_factory, cfg.seed + EVAL_SEED, cfg.num_workers)
+    env.append_transform(policy.make_primer(env.batch_size))
+    with torch.random.fork_rng():
+        records, films = play(env, lambda td: act(policy, td, device), cfg.eval_episodes)
+    env.close(raise_if_closed=False)
+    logger.log({f"eval/{name}": value for name, value in summarise(records).items()}, step)
+    logger.log_video("eval", films[0], step, fps=30)
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="finetune")
+@recipe
+def main(cfg: FinetuneConfig) -> None:
+    """Entry point."""
+    finetune(cfg)
+
+
+if __name__ == "__main__":
+    main()

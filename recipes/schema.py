@@ -1,0 +1,118 @@
+"""The configuration of each recipe: names, types and defaults. Hydra composes and checks them.
+
+Published settings are the defaults. ``model`` and ``loss`` override single fields of the method's
+preset (:class:`prelar_trl.models.ModelSettings`, :class:`prelar_trl.models.LossSettings`); null
+keeps the preset's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from prelar_trl.models import LossSettings, ModelSettings
+
+
+def _overrides(name: str, settings: type) -> type:
+    """A dataclass with the fields of ``settings``, all null."""
+    return make_dataclass(name, [(f.name, Any, field(default=None)) for f in fields(settings)])
+
+
+ModelOverrides = _overrides("ModelOverrides", ModelSettings)
+LossOverrides = _overrides("LossOverrides", LossSettings)
+
+
+@dataclass
+class RunConfig:
+    """What every training run has."""
+
+    method: str = MISSING
+    size: str = MISSING
+    run: str = MISSING  # run folder
+    resume: bool = False  # continue the run in that folder
+    seed: int = 0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    precision: str = "32"  # 32 or bf16
+    threads: int | None = None  # CPU threads; null: torch's choice
+    logger: Any = "csv"  # csv, tensorboard, wandb, or a list
+    model: ModelOverrides = field(default_factory=ModelOverrides)
+    loss: LossOverrides = field(default_factory=LossOverrides)
+    lr: float = 3e-4
+    clip: float = 100.0  # largest gradient norm
+
+
+@dataclass
+class PretrainConfig(RunConfig):
+    """``pretrain.py``: a world model on action-free video."""
+
+    data: Any = MISSING  # clip store folder, a list of them, or a mapping folder: weight
+    updates: int = 600_000
+    batch_size: int = 16
+    clip_len: int = 25
+    heldout: float = 0.1  # share of clips kept for the predictions; 0: predict training clips
+    prefetch: int = 2  # batches prepared ahead
+    context: int = 5  # frames seen before the open-loop prediction
+    log_every: int = 100
+    video_every: int = 5_000
+    checkpoint_every: int = 1_000
+
+
+@dataclass
+class FinetuneConfig(RunConfig):
+    """``finetune.py``: world model, actor and critic on an environment."""
+
+    env: str = MISSING  # metaworld/<task>, gym/<id>, dm_control/<domain>/<task>, toy
+    pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
+    env_steps: int = 256_000
+    prefill: int = 5_000  # environment steps of random actions
+    pretrain_updates: int = 100  # before the first policy step
+    frozen_updates: int | None = 100  # pre-trained parts stand still; null: one optimizer
+    train_every: int = 5  # environment steps an update
+    batch_size: int = 50
+    batch_length: int = 50
+    capacity: int = 1_000_000  # frames of the replay
+    action_repeat: int = 1
+    max_steps: int | None = None  # an episode's; null: the environment's own
+    camera: str | None = None
+    render_quality: str = "fast"
+    num_workers: int = 1
+    horizon: int = 15
+    lmbda: float = 0.95
+    actor_lr: float = 8e-5
+    critic_lr: float = 8e-5
+    entropy_scale: float = 1e-4
+    actor_gradient: str = "dynamics"
+    imag_batch: int | None = None
+    slow_every: int = 100
+    eval_every: int = 10_000
+    eval_episodes: int = 10
+    log_every: int = 1_000
+    checkpoint_every: int = 10_000
+
+
+@dataclass
+class EvaluateConfig:
+    """``evaluate.py``: episodes with a fine-tuned agent."""
+
+    run: str = MISSING
+    episodes: int = 10
+    seed: int = 1_000
+    device: str = "auto"
+    env: str | None = None  # null: the run's own
+    num_workers: int = 1
+    render_quality: str | None = None
+    video_episodes: int = 3
+
+
+def register() -> None:
+    """Make the schemas known to Hydra, as ``<recipe>_schema``."""
+    store = ConfigStore.instance()
+    for recipe, schema in {
+        "pretrain": PretrainConfig,
+        "finetune": FinetuneConfig,
+        "evaluate": EvaluateConfig,
+    }.items():
+        store.store(name=f"{recipe}_schema", node=schema)
