@@ -63,9 +63,8 @@ def make_source(cfg: dict[str, Any]) -> Source:
             raise ValueError(f"{key}= is for kind={' or '.join(kinds)}, this source is {kind!r}")
     if cfg["flow"]:
         opencv()
-    options = FrameOptions(
-        **{k: cfg[k] for k in ("size", "resize", "stride", "max_frames", "flow")}
-    )
+    keys = ("resize", "stride", "max_frames", "flow")
+    options = FrameOptions(size=cfg["pixels"], **{key: cfg[key] for key in keys})
     if kind == "something":
         return SomethingSomething(root, options, labels=cfg["labels"])
     if kind == "frames":

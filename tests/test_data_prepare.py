@@ -161,7 +161,7 @@ def test_a_full_disk_loses_nothing_and_says_so(tmp_path, small_disk) -> None:
 @pytest.mark.slow
 def test_the_recipe_killed_with_all_its_processes_continues(tmp_path) -> None:
     root = pictures(tmp_path / "v", clips=400).root
-    command = [sys.executable, "recipes/prepare_videos.py", f"source={root}", "size=16"]
+    command = [sys.executable, "recipes/prepare_videos.py", f"source={root}", "pixels=16"]
     command += ["workers=2", "shard_mib=1"]
     subprocess.run([*command, f"data={tmp_path / 'whole'}"], check=True)
     rng = np.random.default_rng(0)

@@ -382,7 +382,7 @@ def test_flow_is_a_second_stream_of_the_store(tmp_path) -> None:
         ({"source": "nowhere"}, "'nowhere' does not exist"),
         ({"resize": "stretch"}, "resize='stretch' is unknown"),
         ({"stride": 0}, "stride=0"),
-        ({"size": 4}, "size=4"),
+        ({"pixels": 4}, "size=4"),
         ({"max_frames": 0}, "max_frames=0"),
         ({"min_frames": 0}, "min_frames=0"),
         ({"labels": [3]}, "labels= is for kind=something or frames"),

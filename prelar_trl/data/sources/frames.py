@@ -44,7 +44,7 @@ class FrameOptions:
 
     def __post_init__(self) -> None:
         if self.size < 8:
-            raise ValueError(f"size={self.size} must be at least 8 pixels")
+            raise ValueError(f"frame size={self.size} must be at least 8 pixels")
         if self.resize not in ("squeeze", "crop"):
             raise ValueError(f"resize={self.resize!r} is unknown: choose squeeze or crop")
         if self.stride < 1:
