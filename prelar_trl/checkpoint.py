@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -37,12 +36,13 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Path
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
             f"checkpoint {path} was not written ({free:.0f} MiB free on the disk); "
             "the one before it is kept, free some space and continue"
         ) from error
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
@@ -58,12 +58,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint {path}: the run has saved none yet")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise ValueError(
             f"checkpoint {path} cannot be read ({type(error).__name__}): the file is damaged or "
             "not one of this package"
         ) from error
-    if not isinstance(state, dict) or "format" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise ValueError(f"{path} is not a checkpoint of this package")
     if state["format"] > FORMAT:
         raise ValueError(

@@ -245,7 +245,7 @@ def model_settings(
     for name in ("heads", "grad_heads"):
         if name in overrides:
             overrides[name] = tuple(overrides[name])
-    return replace(ModelSettings(), **SIZES[size], **{**preset, **overrides})
+    return replace(ModelSettings(), **{**SIZES[size], **preset, **overrides})
 
 
 def make_world_model(
@@ -345,13 +345,13 @@ def make_agent(
     critic = _initialise(MLP(feat_dim, 1, s.head_layers, s.head_units))
     bonus = None
     if s.bonus_embed is not None:
-        embed_dim = feat_dim if s.bonus_embed != "embed" else world_model.rssm.embed_dim
         bonus = VideoBonus(
-            embed_dim,
+            world_model.encoder.embed_dim if s.bonus_embed == "embed" else feat_dim,
             k=s.bonus_neighbours,
             window=s.bonus_window,
             projection_dim=s.bonus_projection,
             memory_size=s.bonus_memory,
+            embed_key=("lower", "feat") if s.bonus_embed == "lower" else s.bonus_embed,
         )
     return Agent(world_model, actor, critic, bonus)
 
@@ -412,8 +412,7 @@ def make_world_model_loss(
         bonus_scale=s.bonus_scale,
     )
     if video_bonus is not None:
-        embed = getattr(preset, phase)["bonus_embed"]
-        loss.set_keys(bonus_embed=("lower", "feat") if embed == "lower" else embed)
+        loss.set_keys(bonus_embed=video_bonus.embed_key)
     return loss
 
 

@@ -174,7 +174,7 @@ def _coin(images: Tensor) -> Tensor:
 
 
 def _uniform(images: Tensor, low: float, high: float) -> Tensor:
-    return torch.empty(images.shape[0], device=images.device).uniform_(low, high)
+    return images.new_empty(images.shape[0]).uniform_(low, high)
 
 
 def _shift(images: Tensor, pad: int) -> Tensor:

@@ -15,7 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Categorical", "Gaussian", "TruncatedNormal", "categorical_kl", "gaussian_kl"]
+__all__ = [
+    "Categorical",
+    "Gaussian",
+    "TruncatedNormal",
+    "at_least_float32",
+    "categorical_kl",
+    "gaussian_kl",
+]
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or unchanged if it is float64: the precision of all losses."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -25,9 +37,9 @@ def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
         p, q: logits ``[..., S, K]``.
 
     Returns:
-        ``[...]``, in nats, computed in float32.
+        ``[...]``, in nats, computed in float32 (or float64).
     """
-    log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+    log_p, log_q = at_least_float32(p).log_softmax(-1), at_least_float32(q).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
 
@@ -38,9 +50,9 @@ def gaussian_kl(p: Tensor, q: Tensor) -> Tensor:
         p, q: mean and standard deviation stacked last, ``[..., S, 2]``.
 
     Returns:
-        ``[...]``, in nats, computed in float32.
+        ``[...]``, in nats, computed in float32 (or float64).
     """
-    (mean_p, std_p), (mean_q, std_q) = p.float().unbind(-1), q.float().unbind(-1)
+    (mean_p, std_p), (mean_q, std_q) = (at_least_float32(x).unbind(-1) for x in (p, q))
     ratio = (std_p / std_q).square()
     distance = ((mean_p - mean_q) / std_q).square()
     return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
@@ -65,7 +77,7 @@ class Categorical:
 
     def draw(self, statistics: Tensor, sample: bool = True) -> Tensor:
         """One-hot sample, or mode, ``[..., S, K]``; the gradient is that of the probabilities."""
-        logits = statistics.float()
+        logits = at_least_float32(statistics)
         probs = logits.softmax(-1)
         if sample:  # Gumbel-max: no host synchronisation, static shapes
             gumbel = -torch.empty_like(logits).exponential_().log()
@@ -84,7 +96,7 @@ class Categorical:
 
     def entropy(self, statistics: Tensor) -> Tensor:
         """Entropy summed over the variables, in nats, ``[...]``."""
-        log_p = statistics.float().log_softmax(-1)
+        log_p = at_least_float32(statistics).log_softmax(-1)
         return -(log_p.exp() * log_p).sum((-2, -1))
 
 
@@ -100,7 +112,7 @@ class Gaussian:
 
     def statistics(self, raw: Tensor) -> Tensor:
         """Network output ``[..., 2*S]`` (means, then raw stds) -> ``[..., S, 2]``."""
-        mean, std = raw.float().chunk(2, -1)
+        mean, std = at_least_float32(raw).chunk(2, -1)
         return torch.stack([mean, 2 * torch.sigmoid(std / 2) + self.min_std], -1)
 
     def draw(self, statistics: Tensor, sample: bool = True) -> Tensor:
@@ -116,7 +128,8 @@ class Gaussian:
 
     def entropy(self, statistics: Tensor) -> Tensor:
         """Differential entropy summed over the variables, in nats, ``[...]``."""
-        return (statistics[..., 1].float().log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        std = at_least_float32(statistics[..., 1])
+        return (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
 class TruncatedNormal:
@@ -130,7 +143,7 @@ class TruncatedNormal:
     EDGE = 1 - 1e-6
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
-        self.mean, self.std = mean.float(), std.float()
+        self.mean, self.std = at_least_float32(mean), at_least_float32(std)
         self._low, self._high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
         self._cdf_low = torch.special.ndtr(self._low)
         self._mass = (torch.special.ndtr(self._high) - self._cdf_low).clamp_min(1e-7)

@@ -11,7 +11,7 @@ from torchrl.envs import TensorDictPrimer
 
 from prelar_trl.modules.heads import Actor
 from prelar_trl.modules.rssm import State
-from prelar_trl.modules.world_model import WorldModel, normalise_pixels
+from prelar_trl.modules.world_model import WorldModel
 
 __all__ = ["WorldModelPolicy"]
 
@@ -69,7 +69,7 @@ class WorldModelPolicy(TensorDictModuleBase):
         is_first = flat["is_first"].unsqueeze(1)  # [N, 1, 1]
 
         model = self.world_model
-        embed = model.encode(normalise_pixels(flat["pixels"]).unsqueeze(1))
+        embed = model.encode(model.images(flat["pixels"]).unsqueeze(1))
         history = belief["actions"] * (~is_first).to(embed.dtype)
         lower = None
         if model.lower_rssm is not None:

@@ -87,11 +87,11 @@ class RSSM(nn.Module):
         self.posterior_hidden = nn.Linear(deter + embed_dim, hidden)
         self.posterior_out = nn.Linear(hidden, self.latent.num_outputs)
 
-    def initial_state(self, *batch: int, device: torch.device | str | None = None) -> State:
-        """The all-zero state of batch shape ``batch``."""
+    def initial_state(self, *batch: int) -> State:
+        """The all-zero state of batch shape ``batch``, where the weights are."""
+        weight = self.input_layer.weight
         return State(
-            torch.zeros(*batch, *self.latent.shape, device=device),
-            torch.zeros(*batch, self.deter, device=device),
+            weight.new_zeros(*batch, *self.latent.shape), weight.new_zeros(*batch, self.deter)
         )
 
     def feat(self, state: State) -> Tensor:
@@ -120,7 +120,7 @@ class RSSM(nn.Module):
             ``[B, T, S, K]`` (Gaussian: ``[B, T, S, 2]``).
         """
         batch, steps = embed.shape[:2]
-        state = state or self.initial_state(batch, device=embed.device)
+        state = state or self.initial_state(batch)
         keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # [B, T, 1]
         stoch_weight, action_bias = self._input_terms(action, keep)
         deter_weight, embed_weight = self.posterior_hidden.weight.split(

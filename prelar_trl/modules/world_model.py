@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextEncoder
+from prelar_trl.modules.distributions import at_least_float32
 from prelar_trl.modules.heads import Actor
 from prelar_trl.modules.rssm import RSSM, State
 
 __all__ = ["WorldModel", "normalise_pixels"]
 
 
-def normalise_pixels(pixels: Tensor) -> Tensor:
-    """uint8 pixels -> float32 images in [-0.5, 0.5]."""
+def normalise_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 pixels -> images in [-0.5, 0.5]."""
     if pixels.dtype != torch.uint8:
         raise TypeError(f"pixels have dtype {pixels.dtype}; store frames as uint8 in [0, 255]")
-    return pixels.float() / 255 - 0.5
+    return pixels.to(dtype) / 255 - 0.5
 
 
 class WorldModel(TensorDictModuleBase):
@@ -37,7 +38,7 @@ class WorldModel(TensorDictModuleBase):
     Writes ``embed, stoch, deter, feat, posterior, prior`` (the statistics),
     ``("prediction", <head>)`` for every head and for ``pixels``; with a latent-action encoder
     ``latent_action`` and ``latent_action_statistics`` (zero at t = 0); for a stack
-    ``("lower", "feat" | "posterior" | "prior")``.
+    ``("lower", "stoch" | "deter" | "feat" | "posterior" | "prior")``.
 
     Args:
         encoder: images ``[N, 3, 64, 64]`` -> ``[N, E]``.
@@ -94,13 +95,14 @@ class WorldModel(TensorDictModuleBase):
             if latent_action_encoder.code.latent is not None:
                 self.out_keys.append("latent_action_statistics")
         if lower_rssm is not None:
-            self.out_keys += [("lower", key) for key in ("feat", "posterior", "prior")]
+            lower_keys = ("stoch", "deter", "feat", "posterior", "prior")
+            self.out_keys += [("lower", key) for key in lower_keys]
 
     # ------------------------------------------------------------------ training
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Observe a batch ``[B, T]`` and predict; writes ``out_keys`` into ``tensordict``."""
-        images = normalise_pixels(tensordict["pixels"])
+        images = self.images(tensordict["pixels"])
         embed = self.encode(images)
         code, statistics = self.action_codes(tensordict, images)
         out = self.observe(embed, code, tensordict["is_first"])
@@ -115,6 +117,10 @@ class WorldModel(TensorDictModuleBase):
         for name, head in self.heads.items():
             out["prediction", name] = head(feat if name in self.grad_heads else feat.detach())
         return tensordict.update(out)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels -> images in [-0.5, 0.5], in the precision of the weights."""
+        return normalise_pixels(pixels, self.rssm.input_layer.weight.dtype)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images ``[B, T, 3, H, W]`` in [-0.5, 0.5] -> embeddings ``[B, T, E]``."""
@@ -134,7 +140,7 @@ class WorldModel(TensorDictModuleBase):
         if self.latent_action_encoder is not None:
             flow = None
             if self.latent_action_encoder.frames == "flow":
-                flow = normalise_pixels(tensordict["flow"])
+                flow = self.images(tensordict["flow"])
             return self.latent_action_encoder(images, flow, self.sample)
         action = tensordict["action"]
         if self.action_encoder is not None:
@@ -182,8 +188,9 @@ class WorldModel(TensorDictModuleBase):
 
         Args:
             actor: features ``[N, F]`` -> action distribution; reads detached features.
-            start: ``stoch, deter`` and optionally ``terminated``, ``action`` (needed by an action
-                window), any batch shape (``[B, T]`` becomes N = B*T).
+            start: ``stoch, deter`` and optionally ``terminated``, any batch shape (``[B, T]``
+                becomes N = B*T). An action window also needs ``action`` ``[B, T, A]``, or what
+                :meth:`starts` made of it.
             horizon: number of steps H. Default: 15.
             sample: draw latents and actions; otherwise take modes. Default: True.
 
@@ -191,9 +198,8 @@ class WorldModel(TensorDictModuleBase):
             TensorDict ``[N, H+1]``: ``feat``, ``action``, ``log_prob``, ``entropy``, ``reward``,
             ``discount``, ``weight`` (product of the discounts before).
         """
-        window = self.action_encoder.window if self.action_encoder is not None else 1
-        history = _action_history(start["action"], window) if window > 1 else None
-        start = start.detach().flatten() if start.dim() != 1 else start.detach()
+        start = (self.starts(start) if start.dim() != 1 else start).detach()
+        history = start["action_history"] if self._window > 1 else None
         state = State(start["stoch"], start["deter"])
         feats, actions, log_probs, entropies = [self.rssm.feat(state)], [], [], []
         for _ in range(horizon):
@@ -214,18 +220,33 @@ class WorldModel(TensorDictModuleBase):
                 "action": F.pad(torch.stack(actions, 1), (0, 0, 1, 0)),
                 "log_prob": F.pad(torch.stack(log_probs, 1), (1, 0)).unsqueeze(-1),
                 "entropy": F.pad(torch.stack(entropies, 1), (0, 1)).unsqueeze(-1),
-                "reward": self.heads["reward"](feat).float(),
+                "reward": at_least_float32(self.heads["reward"](feat)),
                 "discount": discount,
                 "weight": torch.cat([ones, discount[:, :-1]], 1).cumprod(1).detach(),
             },
             batch_size=feat.shape[:2],
         )
 
+    def starts(self, states: TensorDictBase) -> TensorDictBase:
+        """States ``[B, T]`` -> starts of imagination ``[B*T]``.
+
+        With an action window, ``action`` ``[B, T, A]`` becomes ``action_history``
+        ``[B*T, window-1, A]``.
+        """
+        starts = states.flatten()
+        if self._window > 1:
+            starts["action_history"] = _action_history(states["action"], self._window)
+        return starts
+
+    @property
+    def _window(self) -> int:
+        return 1 if self.action_encoder is None else self.action_encoder.window
+
     def imagined_discount(self, feat: Tensor, terminated: Tensor | None) -> Tensor:
         """Discount at each imagined state, ``[N, H+1, 1]``; the true one at z0 where known."""
         if "discount" not in self.heads:
             return torch.full_like(feat[..., :1], self.discount, dtype=torch.float32)
-        discount = torch.sigmoid(self.heads["discount"](feat).float())
+        discount = torch.sigmoid(at_least_float32(self.heads["discount"](feat)))
         if terminated is None:
             return discount
         true_first = self.discount * (~terminated).float()
@@ -252,7 +273,7 @@ class WorldModel(TensorDictModuleBase):
             Predicted frames in [0, 1], ``[B, T, 3, H, W]``; the first ``context`` are
             reconstructions.
         """
-        images = normalise_pixels(tensordict["pixels"])
+        images = self.images(tensordict["pixels"])
         code, _ = self.action_codes(tensordict, images)
         seen = None if code is None else code[:, :context]
         is_first = tensordict["is_first"]
@@ -264,7 +285,7 @@ class WorldModel(TensorDictModuleBase):
         )
         feat = torch.cat([out["feat"], self.rssm.feat(ahead)], 1)
         maps = self.context_encoder(images) if self.context_encoder is not None else None
-        return (self.decode(feat, maps).float() + 0.5).clamp(0, 1)
+        return (at_least_float32(self.decode(feat, maps)) + 0.5).clamp(0, 1)
 
 
 def _action_history(action: Tensor, window: int) -> Tensor:

@@ -11,6 +11,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.objectives import LossModule
 
+from prelar_trl.modules.distributions import at_least_float32
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
 
 __all__ = ["ActorLoss", "CriticLoss", "LambdaTarget"]
@@ -40,7 +41,7 @@ class LambdaTarget(nn.Module):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads ``feat, reward, discount``, ``[N, H+1, ...]``; adds ``value, value_target``."""
-        value = self.critic(tensordict["feat"]).float()
+        value = at_least_float32(self.critic(tensordict["feat"]))
         target = lambda_return(tensordict["reward"], value, tensordict["discount"], self.lmbda)
         return tensordict.copy().update({"value": value, "value_target": target})
 
@@ -95,7 +96,9 @@ class ActorLoss(LossModule):
 
     def _set_in_keys(self) -> None:
         keys = self.tensor_keys
-        self.in_keys = [keys.value_target, keys.value, keys.entropy, keys.log_prob, keys.weight]
+        self.in_keys = [keys.value_target, keys.entropy, keys.weight]
+        if self.gradient != "dynamics":
+            self.in_keys += [keys.value, keys.log_prob]
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         self._set_in_keys()

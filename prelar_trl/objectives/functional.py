@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
+from prelar_trl.modules.distributions import at_least_float32, categorical_kl, gaussian_kl
 
 __all__ = [
     "action_contrast",
@@ -34,7 +34,7 @@ def gaussian_nll(mean: Tensor, target: Tensor, event_dims: int = 1) -> Tensor:
 
     ``(target - mean)^2 / 2``, summed over the last ``event_dims`` dimensions, in float32.
     """
-    error = (target.float() - mean.float()).square().mul(0.5)
+    error = (at_least_float32(target) - at_least_float32(mean)).square().mul(0.5)
     return error.flatten(-event_dims).sum(-1) if event_dims else error
 
 
@@ -116,7 +116,7 @@ def action_state_consistency(
     """
     if p.dim() != 1 or p.shape != q.shape:
         raise ValueError(f"p {tuple(p.shape)} and q {tuple(q.shape)} must both have shape [N]")
-    p, q = p.detach().float(), q.float()
+    p, q = at_least_float32(p.detach()), at_least_float32(q)
     p_difference, q_difference = p[:, None] - p, q[:, None] - q  # [N, N]
     match mode:
         case "sign":
@@ -157,7 +157,7 @@ def action_contrast(kl: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """
     if kl.dim() != 2 or kl.shape[1] < 2:
         raise ValueError(f"kl has shape {tuple(kl.shape)}; it must be [N, 1+K] with K >= 1")
-    return -(-kl.float() / temperature).log_softmax(-1)[:, 0].mean()
+    return -(-at_least_float32(kl) / temperature).log_softmax(-1)[:, 0].mean()
 
 
 def sliding_mean(x: Tensor, window: int) -> Tensor:
@@ -173,7 +173,8 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
     Args:
         x: points ``[N, P]``.
         memory: ``[M, P]``.
-        valid: bool ``[M]``; with fewer than k valid points all of them count.
+        valid: bool ``[M]``; with fewer than k valid points all of them count, with
+            none the distance is 0.
         k: number of neighbours.
 
     Returns:
@@ -184,4 +185,4 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
     distance = distance.masked_fill(~valid, torch.inf)
     nearest = distance.topk(min(k, memory.shape[0]), largest=False).values  # [N, k]
     found = nearest.isfinite()
-    return nearest.where(found, 0.0).sum(-1) / found.sum(-1)
+    return nearest.where(found, 0.0).sum(-1) / found.sum(-1).clamp_min(1)

@@ -116,11 +116,16 @@ class LatentActionLoss(LossModule):
         return False  # the modules keep their own parameters
 
     def _set_in_keys(self) -> None:
-        keys = [self.tensor_keys.latent_action]
-        if self.action_kind is not None:
-            keys.append(self.tensor_keys.latent_action_statistics)
-        keys += [self.tensor_keys.stoch, self.tensor_keys.deter]
-        self.in_keys = [*keys, self.tensor_keys.posterior, self.tensor_keys.prior]
+        keys, self.in_keys = self.tensor_keys, []
+        consistency = "action_state_consistency" in self.weights
+        if self.action_kind is not None and (consistency or "latent_kl" in self.weights):
+            self.in_keys.append(keys.latent_action_statistics)
+        if consistency or "action_contrast" in self.weights:
+            self.in_keys += [keys.latent_action, keys.stoch, keys.deter]
+        if consistency:
+            self.in_keys.append(keys.prior)
+        if "action_contrast" in self.weights:
+            self.in_keys.append(keys.posterior)
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         self._set_in_keys()
@@ -130,7 +135,7 @@ class LatentActionLoss(LossModule):
         keys = self.tensor_keys
         out: dict[str, Tensor] = {}
         statistics = None
-        if self.action_kind is not None:
+        if self.tensor_keys.latent_action_statistics in self.in_keys:
             statistics = tensordict.get(keys.latent_action_statistics)[:, 1:]  # [B, T-1, ...]
         if "latent_kl" in self.weights:
             out["latent_kl"] = self.latent_kl(statistics).mean()
@@ -155,11 +160,11 @@ class LatentActionLoss(LossModule):
     ) -> dict[str, Tensor]:
         keys, out = self.tensor_keys, {}
         action = tensordict.get(keys.latent_action)[:, 1:]  # [B, T-1, U]
-        prior = tensordict.get(keys.prior)[:, 1:].flatten(0, 1)  # [N, S, K], N = B*(T-1)
-        stoch = tensordict.get(keys.stoch)[:, :-1].flatten(0, 1)
+        stoch = tensordict.get(keys.stoch)[:, :-1].flatten(0, 1)  # [N, S, K], N = B*(T-1)
         deter = tensordict.get(keys.deter)[:, :-1].flatten(0, 1)
         batch = action.shape[0]
         if "action_state_consistency" in self.weights:
+            prior = tensordict.get(keys.prior)[:, 1:].flatten(0, 1)  # [N, S, K]
             order = self.draw_permutation(batch, action.device)
             with torch.no_grad():  # the state divergence is never differentiated
                 shuffled = self.dynamics(stoch, deter, action[order].flatten(0, 1))
@@ -173,10 +178,11 @@ class LatentActionLoss(LossModule):
             orders = [self.draw_permutation(batch, action.device) for _ in range(self.negatives)]
             candidates = torch.cat([action, *(action[order] for order in orders)]).flatten(0, 1)
             count = 1 + self.negatives
-            repeated = (x.repeat(count, *[1] * (x.dim() - 1)) for x in (stoch, deter))
             parameters = dict(self.dynamics.named_parameters())
-            if not self.contrast_dynamics:
+            if not self.contrast_dynamics:  # neither by its weights nor by the states it led to
                 parameters = {name: x.detach() for name, x in parameters.items()}
+                stoch, deter = stoch.detach(), deter.detach()
+            repeated = (x.repeat(count, *[1] * (x.dim() - 1)) for x in (stoch, deter))
             predicted = functional_call(self.dynamics, parameters, (*repeated, candidates))
             kl = [self.latent_divergence(posterior, x) for x in predicted.chunk(count)]
             kl = torch.stack(kl, 1)  # [N, 1+K]

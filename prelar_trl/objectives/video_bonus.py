@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from prelar_trl.objectives.functional import knn_distance, sliding_mean
@@ -23,6 +24,7 @@ class VideoBonus(nn.Module):
         projection_dim: size of the random projection (std 1 / projection_dim). Default: 128.
         memory_size: number of projections kept, newest first. Default: 4096.
         momentum: of the running mean magnitude that normalises the bonus. Default: 0.99.
+        embed_key: where a world model writes the embedding that it is meant for. Default: "embed".
     """
 
     def __init__(
@@ -34,9 +36,10 @@ class VideoBonus(nn.Module):
         projection_dim: int = 128,
         memory_size: int = 4096,
         momentum: float = 0.99,
+        embed_key: NestedKey = "embed",
     ) -> None:
         super().__init__()
-        self.k, self.window, self.momentum = k, window, momentum
+        self.k, self.window, self.momentum, self.embed_key = k, window, momentum, embed_key
         projection = torch.randn(embed_dim, projection_dim) / projection_dim
         self.projection = nn.Parameter(projection, requires_grad=False)
         self.register_buffer("memory", torch.zeros(memory_size, projection_dim))
@@ -50,7 +53,7 @@ class VideoBonus(nn.Module):
         In training mode the batch enters the memory and moves the magnitude.
         """
         with torch.autocast(embed.device.type, enabled=False):
-            clips = sliding_mean(embed.float(), self.window) @ self.projection
+            clips = sliding_mean(embed.to(self.projection.dtype), self.window) @ self.projection
         points = clips.flatten(0, 1)  # [N, P]
         if self.training:
             newest = points[: len(self.memory)]

@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
+from prelar_trl.modules.distributions import at_least_float32
 from prelar_trl.objectives.common import check_weights, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, Kind, LatentActionLoss
@@ -145,8 +146,8 @@ class WorldModelLoss(LossModule):
             prediction = self._prediction(out, "aux_reward")
             values["aux_reward"] = gaussian_nll(prediction, out.get(keys.reward)).mean()
         if "discount" in self.weights:
-            target = self.discount * (~out.get(keys.terminated)).float()
-            logits = self._prediction(out, "discount").float()
+            logits = at_least_float32(self._prediction(out, "discount"))
+            target = self.discount * (~out.get(keys.terminated)).to(logits.dtype)
             values["discount"] = F.binary_cross_entropy_with_logits(logits, target)
         losses = weighted(values, self.weights)
         if self.latent_action is not None:
