@@ -26,14 +26,16 @@ from prelar_trl.data.sources import (
     Source,
     VideoFolder,
     export_episodes,
+    export_frames,
     list_file,
     opencv,
     prepare,
-    write_list,
+    write_lists,
 )
 from prelar_trl.record import Progress
 
 KINDS = ("videos", "something", "frames", "episodes")
+EXPORTS = {"npz": export_episodes, "jpeg": export_frames}
 ONLY_FOR = {"labels": ("something", "frames"), "lists": ("frames",), "actions": ("episodes",)}
 
 
@@ -58,6 +60,8 @@ def make_source(cfg: dict[str, Any]) -> Source:
     kind = detect(root, cfg["lists"]) if cfg["kind"] == "auto" else cfg["kind"]
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown: choose auto, {', '.join(KINDS)}")
+    if cfg["export_as"] not in EXPORTS:
+        raise ValueError(f"export_as={cfg['export_as']!r} is unknown: choose {', '.join(EXPORTS)}")
     for key, kinds in ONLY_FOR.items():
         if cfg[key] and kind not in kinds:
             raise ValueError(f"{key}= is for kind={' or '.join(kinds)}, this source is {kind!r}")
@@ -98,24 +102,10 @@ def run(cfg: dict[str, Any]) -> ClipStore:
     )
     for each in bar:
         each.close()
-    write_lists(store)
+    write_lists(store, store.path / "lists")
     if cfg["export"]:
-        export_episodes(store, Path(cfg["export"]).expanduser())
+        EXPORTS[cfg["export_as"]](store, Path(cfg["export"]).expanduser())
     return store
-
-
-def write_lists(store: ClipStore) -> None:
-    """Writes the official text lists ``lists/<split>.txt``, for clips that have a class number."""
-    for split in sorted({s for s in store.splits if s is not None}):
-        entries = [
-            (name, int(frames), label)
-            for name, frames, label, own in zip(
-                store.names, store.frames, store.labels, store.splits, strict=True
-            )
-            if own == split and isinstance(label, int)
-        ]
-        if entries:
-            write_list(store.path / "lists" / f"{split}.txt", entries)
 
 
 def summary(store: ClipStore) -> str:

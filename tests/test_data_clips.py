@@ -94,6 +94,16 @@ def test_draws_depend_on_the_seed_and_continue_from_a_state(tmp_path, prefetch: 
         assert torch.equal(one.sample()["pixels"], other.sample()["pixels"])
 
 
+def test_several_processes_share_one_stream(tmp_path) -> None:
+    path = write(tmp_path / "s", [6] * 12)
+    whole = VideoClips(path, 4, 12, law="epoch").sample()["pixels"]
+    shares = [VideoClips(path, 4, 6, law="epoch", rank=r, world_size=2) for r in range(2)]
+    for rank, share in enumerate(shares):
+        assert torch.equal(share.sample()["pixels"], whole[rank::2])
+    clips = whole[:, 0, 0, 0, 0] // 20
+    assert sorted(clips.tolist()) == list(range(12))  # an epoch: nobody reads a clip of another
+
+
 def test_heldout_clips_are_never_trained_on(tmp_path) -> None:
     path = write(tmp_path / "s", [6] * 12)
     drawn = {}

@@ -15,7 +15,7 @@ from hydra import compose, initialize
 from omegaconf import OmegaConf
 from PIL import Image
 
-from prelar_trl.data import ClipStore, VideoClips
+from prelar_trl.data import ClipStore, StoreError, VideoClips
 from prelar_trl.data.sources import (
     ClipError,
     EpisodeFolder,
@@ -245,9 +245,31 @@ def test_something_something_keeps_classes_splits_and_writes_the_official_lists(
     assert store.skipped() == [("99", "the file is missing")]
     lists = store.path / "lists"
     assert (lists / "train.txt").read_text() == "11 10 0\n7 12 1\n"
-    assert read_list(lists / "heldout.txt") == [("5", 9, 1)]
+    assert read_list(lists / "validation.txt") == [("5", 9, 1)]
     assert VideoClips(store.path, 9, split="heldout").num_clips == 1
     assert VideoClips(store.path, 9, split="train").num_clips == 2
+
+
+def test_the_official_layout_is_written_back_and_read_again(tmp_path) -> None:
+    out = tmp_path / "out"
+    root = something(tmp_path / "ssv2")
+    store = run(config(root, tmp_path / "s", export=str(out), export_as="jpeg"))
+    assert sorted(p.name for p in (out / "7").iterdir())[0] == "000001.jpg"
+    lists = {"train": str(out / "train.txt"), "heldout": str(out / "validation.txt")}
+    again = run(config(out, tmp_path / "again", lists=lists))
+    assert (again.names, again.labels, again.splits) == (store.names, store.labels, store.splits)
+    for clip in range(len(store)):
+        difference = again.read(clip).astype(int) - store.read(clip)
+        assert np.abs(difference).mean() < 3
+
+
+def test_a_store_is_not_continued_from_another_source(tmp_path) -> None:
+    encode(tmp_path / "v" / "a.mp4", ramp(4))
+    encode(tmp_path / "w" / "a.mp4", ramp(4))
+    encode(tmp_path / "w" / "b.mp4", ramp(4))
+    run(config(tmp_path / "v", tmp_path / "s"))
+    with pytest.raises(StoreError, match="was begun with source=.* 1 clips.* 2 clips"):
+        run(config(tmp_path / "w", tmp_path / "s"))
 
 
 def test_something_something_is_filtered_by_number_or_template(tmp_path) -> None:
@@ -384,6 +406,7 @@ def test_flow_is_a_second_stream_of_the_store(tmp_path) -> None:
         ({"stride": 0}, "stride=0"),
         ({"pixels": 4}, "size=4"),
         ({"max_frames": 0}, "max_frames=0"),
+        ({"export_as": "zip"}, "export_as='zip' is unknown"),
         ({"min_frames": 0}, "min_frames=0"),
         ({"labels": [3]}, "labels= is for kind=something or frames"),
         ({"actions": True}, "actions= is for kind=episodes"),

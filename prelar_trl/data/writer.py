@@ -15,8 +15,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 
+from prelar_trl.data.arrays import Array, checked_actions, checked_frames
 from prelar_trl.data.store import (
     ACTIONS,
     CLIPS,
@@ -32,8 +32,6 @@ from prelar_trl.data.store import (
 )
 
 logger = logging.getLogger(__name__)
-
-Array = np.ndarray | torch.Tensor
 
 
 class ClipWriter:
@@ -99,9 +97,10 @@ class ClipWriter:
                     f"{str(path)!r} is not empty and holds no clip store: name another folder"
                 )
             else:
-                self._mark_unfinished()
+                with self._saving():
+                    self._mark_unfinished()
         except BaseException:
-            os.close(self._lock)
+            self.abort()
             raise
 
     def add(
@@ -134,10 +133,11 @@ class ClipWriter:
         name = f"{self.num_clips:06d}" if name is None else name
         if name in self.done:
             raise ValueError(f"clip name {name!r} is already in the store")
-        arrays = {"pixels": self._image("frames", frames)}
-        arrays |= {key: self._image(key, value) for key, value in images.items()}
+        size = (self.settings["height"], self.settings["width"])
+        arrays = {"pixels": checked_frames("frames", frames, size)}
+        arrays |= {key: checked_frames(key, value, size) for key, value in images.items()}
         if actions is not None:
-            arrays[ACTIONS] = self._actions(actions)
+            arrays[ACTIONS] = checked_actions(actions)
         length = len(arrays["pixels"])
         for key, array in arrays.items():
             if len(array) != length:
@@ -210,29 +210,6 @@ class ClipWriter:
             self.close()
         else:
             self.abort()
-
-    def _image(self, key: str, value: Array) -> np.ndarray:
-        array = value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        shape = (3, self.settings["height"], self.settings["width"])
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != shape:
-            raise ValueError(
-                f"{key} must be uint8 [T, {', '.join(map(str, shape))}], "
-                f"got {array.dtype} {list(array.shape)}"
-            )
-        if not len(array):
-            raise ValueError(f"{key} has no frame")
-        return np.ascontiguousarray(array)
-
-    @staticmethod
-    def _actions(value: Array) -> np.ndarray:
-        array = value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        if array.dtype != np.float32 or array.ndim != 2:
-            raise ValueError(
-                f"actions must be float32 [T, A], got {array.dtype} {list(array.shape)}"
-            )
-        if not np.isfinite(array).all():
-            raise ValueError("actions hold NaN or infinity")
-        return np.ascontiguousarray(array)
 
     def _declare(self, arrays: dict[str, np.ndarray], name: str) -> None:
         """The first clip decides which streams the store has."""

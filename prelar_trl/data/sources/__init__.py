@@ -10,9 +10,10 @@ from prelar_trl.data.sources.prepare import prepare
 from prelar_trl.data.sources.something import (
     FrameLists,
     SomethingSomething,
+    export_frames,
     list_file,
     read_list,
-    write_list,
+    write_lists,
 )
 from prelar_trl.data.sources.videos import VideoFolder
 
@@ -27,6 +28,7 @@ __all__ = [
     "VideoFolder",
     "array_clip",
     "export_episodes",
+    "export_frames",
     "flow_colours",
     "flow_pictures",
     "list_file",
@@ -35,5 +37,5 @@ __all__ = [
     "prepare",
     "read_list",
     "video_clip",
-    "write_list",
+    "write_lists",
 ]

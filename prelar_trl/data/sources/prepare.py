@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import multiprocessing.process
 import os
@@ -57,7 +58,7 @@ def prepare(
     options = source.options
     writer = ClipWriter(
         path,
-        source=f"prepare_videos {source.kind}",
+        source=_described(source, items),
         height=options.size,
         width=options.size,
         decoder=source.decoder,
@@ -88,6 +89,13 @@ def prepare(
             if progress is not None:
                 progress(done, len(items), frames)
     return ClipStore(path)
+
+
+def _described(source: Source, items: Sequence[Item]) -> str:
+    """Kind and list of the source, so that a store is not continued from another one by mistake."""
+    names = "\n".join(item.name for item in items)
+    digest = hashlib.sha256(names.encode("utf-8")).hexdigest()[:12]
+    return f"prepare_videos, {source.kind}, {len(items)} clips, list {digest}"
 
 
 def load_in_order(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from prelar_trl.data.sources.base import ClipError, Item
 from prelar_trl.data.sources.frames import (
@@ -17,6 +19,7 @@ from prelar_trl.data.sources.frames import (
     picture_clip,
     video_clip,
 )
+from prelar_trl.data.store import ClipStore
 
 _JSON = ("labels", "train", "validation")
 _SPLITS = {"train": "train", "validation": "heldout"}
@@ -147,11 +150,50 @@ def read_list(file: Path) -> list[tuple[str, int, int]]:
     return entries
 
 
-def write_list(file: Path, entries: Sequence[tuple[str, int, int]]) -> None:
-    """Writes what `read_list` reads."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{name} {frames} {label}\n" for name, frames, label in entries)
-    file.write_text(text, encoding="utf-8")
+def write_lists(store: ClipStore, folder: str | Path) -> list[Path]:
+    """Writes the official text lists of a store whose clips have splits and class numbers.
+
+    Returns:
+        The files: ``train.txt`` and ``validation.txt`` (the held-out clips), as far as there are.
+    """
+    folder = Path(folder)
+    written = []
+    for name, split in _SPLITS.items():
+        lines = [
+            f"{store.names[clip]} {store.frames[clip]} {store.labels[clip]}\n"
+            for clip in range(len(store))
+            if store.splits[clip] == split and isinstance(store.labels[clip], int)
+        ]
+        if lines:
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder / f"{name}.txt")
+            written[-1].write_text("".join(lines), encoding="utf-8")
+    return written
+
+
+def export_frames(store: ClipStore, folder: str | Path, *, quality: int = 95) -> int:
+    """Writes a store in the official layout: ``<clip>/000001.jpg ...`` and the text lists.
+
+    Clips whose folder exists are left alone; each folder appears whole or not at all.
+
+    Returns:
+        The number of clips written.
+    """
+    folder = Path(folder)
+    written = 0
+    for clip, name in enumerate(store.names):
+        place = folder / name.strip("/")
+        if place.exists():
+            continue
+        part = place.with_name(place.name + ".part")
+        part.mkdir(parents=True, exist_ok=True)
+        for number, frame in enumerate(store.read(clip), 1):
+            picture = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
+            picture.save(part / f"{number:06d}.jpg", quality=quality)
+        os.replace(part, place)
+        written += 1
+    write_lists(store, folder)
+    return written
 
 
 def _plain(template: str) -> str:
