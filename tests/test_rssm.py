@@ -1,0 +1,204 @@
+"""The RSSM: resets, carried states, and equality with a computation step by step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prelar_trl.modules.rssm import RSSM, State
+
+B, T, A, E = 3, 5, 4, 6
+
+
+def make(classes: int = 4, ensemble: int = 1, action_dim: int = A) -> RSSM:
+    torch.manual_seed(1)
+    return RSSM(
+        action_dim, E, stoch=3, classes=classes, deter=8, hidden=7, ensemble=ensemble
+    )  # hidden differs from deter on purpose
+
+
+def inputs(steps: int = T) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(2)
+    is_first = torch.zeros(B, steps, dtype=torch.bool)
+    is_first[:, 0] = True
+    return torch.randn(B, steps, E), torch.randn(B, steps, A), is_first
+
+
+def assert_same(first: tuple, second: tuple) -> None:
+    for ours, theirs in zip(first, second, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("classes", [4, 0], ids=["categorical", "gaussian"])
+def test_shapes(classes: int) -> None:
+    rssm = make(classes)
+    states, posterior, prior = rssm.observe(*inputs())
+    latent = (3, 4) if classes else (3,)
+    assert states.stoch.shape == (B, T, *latent)
+    assert states.deter.shape == (B, T, 8)
+    assert posterior.shape == prior.shape == ((B, T, 3, 4) if classes else (B, T, 3, 2))
+    assert rssm.feat(states).shape == (B, T, rssm.feat_dim)
+    assert rssm.feat_dim == (12 if classes else 3) + 8
+
+
+@pytest.mark.parametrize("classes", [4, 0], ids=["categorical", "gaussian"])
+def test_observing_equals_a_naive_computation_step_by_step(classes: int) -> None:
+    """From the same weights, one step at a time, every input concatenated anew."""
+    rssm, (embed, action, is_first) = make(classes), inputs()
+    is_first[1, 3] = True
+    states, posterior, prior = rssm.observe(embed, action, is_first, sample=False)
+    stoch, deter = torch.zeros(B, rssm.latent.flat_size), torch.zeros(B, 8)
+    for t in range(T):
+        keep = 1 - is_first[:, t, None].float()
+        stoch, deter = stoch * keep, deter * keep
+        x = F.elu(rssm.input_layer(torch.cat([stoch, action[:, t] * keep], -1)))
+        parts = rssm.cell.norm(rssm.cell.linear(torch.cat([x, deter], -1)))
+        reset, candidate, update = parts[:, :8], parts[:, 8:16], parts[:, 16:]
+        update = torch.sigmoid(update - 1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        deter = update * candidate + (1 - update) * deter
+        naive_prior = rssm.latent.statistics(rssm.prior_heads[0](deter))
+        naive = rssm.posterior(deter, embed[:, t])
+        stoch = rssm.latent.flatten(rssm.latent.draw(naive, sample=False))
+        torch.testing.assert_close(states.deter[:, t], deter)
+        torch.testing.assert_close(posterior[:, t], naive)
+        torch.testing.assert_close(prior[:, t], naive_prior)
+        torch.testing.assert_close(rssm.latent.flatten(states.stoch[:, t]), stoch)
+
+
+def test_a_reset_inside_a_window_equals_two_windows() -> None:
+    rssm, (embed, action, is_first) = make(), inputs()
+    is_first[:, 3] = True
+    whole = rssm.observe(embed, action, is_first, sample=False)
+    for part in (slice(0, 3), slice(3, T)):
+        alone = rssm.observe(embed[:, part], action[:, part], is_first[:, part], sample=False)
+        assert_same(
+            (whole[0].stoch[:, part], whole[0].deter[:, part], whole[1][:, part]),
+            (alone[0].stoch, alone[0].deter, alone[1]),
+        )
+
+
+def test_a_reset_forgets_the_given_state_and_the_action() -> None:
+    rssm, (embed, action, is_first) = make(), inputs(1)
+    state = State(torch.rand(B, 3, 4), torch.rand(B, 8))
+    fresh = rssm.observe(embed, torch.zeros_like(action), is_first, sample=False)
+    reset = rssm.observe(embed, action, is_first, state, sample=False)
+    kept = rssm.observe(embed, action, torch.zeros_like(is_first), state, sample=False)
+    assert_same(fresh[0], reset[0])
+    assert not torch.allclose(kept[0].deter, reset[0].deter)
+
+
+def test_a_reset_of_one_sequence_leaves_the_others_alone() -> None:
+    rssm, (embed, action, is_first) = make(), inputs()
+    before = rssm.observe(embed, action, is_first, sample=False)[0].deter
+    is_first[1, 2] = True
+    after = rssm.observe(embed, action, is_first, sample=False)[0].deter
+    changed = (before != after).any(-1)
+    assert changed[1, 2:].all()
+    changed[1, 2:] = False
+    assert not changed.any()
+
+
+def test_observing_step_by_step_with_a_carried_state_equals_observing_at_once() -> None:
+    rssm, (embed, action, is_first) = make(), inputs()
+    whole, posterior, _ = rssm.observe(embed, action, is_first, sample=False)
+    state = None
+    for t in range(T):
+        now = slice(t, t + 1)
+        states, one, _ = rssm.observe(
+            embed[:, now], action[:, now], is_first[:, now], state, sample=False
+        )
+        state = State(states.stoch[:, 0], states.deter[:, 0])
+        assert_same(state, (whole.stoch[:, t], whole.deter[:, t]))
+        torch.testing.assert_close(one[:, 0], posterior[:, t])
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_imagining_equals_repeated_steps(sample: bool) -> None:
+    rssm, (_, action, _) = make(), inputs()
+    start = State(torch.rand(B, 3, 4), torch.rand(B, 8))
+    torch.manual_seed(4)
+    states, priors = rssm.imagine(action, start, sample)
+    torch.manual_seed(4)
+    state = start
+    for t in range(T):
+        state, prior = rssm.step(state, action[:, t], sample)
+        assert_same((*state, prior), (states.stoch[:, t], states.deter[:, t], priors[:, t]))
+
+
+def test_prior_of_observing_is_the_step_from_the_state_before() -> None:
+    rssm, (embed, action, is_first) = make(), inputs()
+    states, _, prior = rssm.observe(embed, action, is_first, sample=False)
+    stepped = rssm(states.stoch[:, :-1], states.deter[:, :-1], action[:, 1:])
+    torch.testing.assert_close(prior[:, 1:], stepped)
+
+
+def test_a_narrow_action_counts_as_padded_with_zeros() -> None:
+    rssm, (embed, action, is_first) = make(action_dim=9), inputs()
+    padded = F.pad(action, (0, 9 - A))
+    assert_same(
+        rssm.observe(embed, action, is_first, sample=False)[0],
+        rssm.observe(embed, padded, is_first, sample=False)[0],
+    )
+    state = State(torch.rand(B, 3, 4), torch.rand(B, 8))
+    torch.testing.assert_close(
+        rssm.transition(state, action[:, 0]), rssm.transition(state, padded[:, 0])
+    )
+
+
+def test_no_action_equals_a_zero_action() -> None:
+    rssm, (embed, action, is_first) = make(), inputs()
+    zero = torch.zeros_like(action)
+    assert_same(
+        rssm.observe(embed, None, is_first, sample=False)[0],
+        rssm.observe(embed, zero, is_first, sample=False)[0],
+    )
+    start = rssm.initial_state(B)
+    assert_same(
+        rssm.imagine(None, start, sample=False, steps=3)[0],
+        rssm.imagine(zero[:, :3], start, sample=False)[0],
+    )
+
+
+def test_too_wide_an_action_is_an_error() -> None:
+    rssm, (embed, action, is_first) = make(action_dim=A - 1), inputs()
+    with pytest.raises(ValueError, match="4 dimensions .* at most 3"):
+        rssm.observe(embed, action, is_first)
+
+
+def test_every_head_of_the_ensemble_is_drawn_one_per_step() -> None:
+    rssm = make(ensemble=3)
+    deter = torch.randn(8).expand(2, 200, 8)  # the same everywhere: only the head differs
+    raw = rssm.prior(deter)
+    heads = torch.stack([rssm.latent.statistics(head(deter[0, 0])) for head in rssm.prior_heads])
+    torch.testing.assert_close(raw[0], raw[1])  # all sequences share the head of a step
+    match = (raw[0][:, None] - heads).abs().amax((-2, -1)) < 1e-5  # [200, 3]
+    assert (match.sum(1) == 1).all()
+    assert (match.sum(0) > 40).all()
+    one_step = {int((rssm.prior(deter[:, 0])[0] - heads).abs().amax((-2, -1)).argmin())
+                for _ in range(40)}  # fmt: skip
+    assert one_step == {0, 1, 2}
+
+
+def test_gradient_reaches_the_first_step_through_the_straight_through_states() -> None:
+    rssm, (embed, action, is_first) = make(), inputs()
+    embed.requires_grad_()
+    states, _, _ = rssm.observe(embed, action, is_first)
+    states.deter[:, -1].sum().backward()
+    assert embed.grad[:, 0].abs().max() > 0
+    assert embed.grad[:, -1].abs().max() == 0  # the last frame comes after the last deter
+
+
+def test_a_float64_rssm_has_right_gradients() -> None:
+    rssm = make(classes=0).double()
+    embed, action, is_first = (x.double() if x.is_floating_point() else x for x in inputs(2))
+    is_first = is_first[:2]
+
+    def last(embed: Tensor, action: Tensor) -> Tensor:
+        states, _, prior = rssm.observe(embed, action, is_first, sample=False)
+        return torch.cat([rssm.feat(states), prior.flatten(2)], -1)
+
+    arguments = (embed[:2].requires_grad_(), action[:2].requires_grad_())
+    assert torch.autograd.gradcheck(last, arguments)
