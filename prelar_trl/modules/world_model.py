@@ -266,15 +266,21 @@ class WorldModel(TensorDictModuleBase):
     # ------------------------------------------------------------------ prediction
 
     @torch.no_grad()
-    def open_loop(self, tensordict: TensorDictBase, context: int = 5) -> Tensor:
-        """See ``context`` frames, imagine the rest under the batch's own actions.
+    def open_loop(
+        self, tensordict: TensorDictBase, context: int = 5, code: Tensor | None = None
+    ) -> Tensor:
+        """See ``context`` frames, imagine the rest.
+
+        Args:
+            code: what the RSSM is given as actions, ``[B, T, U]``. Default: the batch's own.
 
         Returns:
             Predicted frames in [0, 1], ``[B, T, 3, H, W]``; the first ``context`` are
             reconstructions.
         """
         images = self.images(tensordict["pixels"])
-        code, _ = self.action_codes(tensordict, images)
+        if code is None:
+            code, _ = self.action_codes(tensordict, images)
         seen = None if code is None else code[:, :context]
         is_first = tensordict["is_first"]
         out = self.observe(self.encode(images[:, :context]), seen, is_first[:, :context])

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from prelar_trl.record.logger import Logger, check_backends
-from prelar_trl.record.plots import plot_curves, plot_psnr_by_step, read_metrics
+from prelar_trl.record.plots import (
+    plot_bars,
+    plot_curves,
+    plot_psnr_by_step,
+    plot_scatter,
+    read_metrics,
+)
 from prelar_trl.record.progress import Progress, progress
+from prelar_trl.record.quality import ssim
 from prelar_trl.record.report import html_report
 from prelar_trl.record.run import RunFolder, check_space
 from prelar_trl.record.statistics import bootstrap_interval, interquartile_mean, wilson_interval
 from prelar_trl.record.video import (
     contact_sheet,
+    film_rows,
     film_strip,
     psnr,
     read_video,
@@ -27,15 +35,19 @@ __all__ = [
     "check_backends",
     "check_space",
     "contact_sheet",
+    "film_rows",
     "film_strip",
     "html_report",
     "interquartile_mean",
+    "plot_bars",
     "plot_curves",
     "plot_psnr_by_step",
+    "plot_scatter",
     "progress",
     "psnr",
     "read_metrics",
     "read_video",
+    "ssim",
     "to_uint8",
     "video_grid",
     "wilson_interval",

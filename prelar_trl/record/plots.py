@@ -108,20 +108,25 @@ def plot_curves(
 
 
 def plot_psnr_by_step(
-    curves: Mapping[str, Sequence[float]], path: str | os.PathLike[str], *, context: int
+    curves: Mapping[str, Sequence[float]],
+    path: str | os.PathLike[str],
+    *,
+    context: int,
+    label: str = "PSNR (dB)",
 ) -> Path:
-    """Draw PSNR over the frames of an open-loop prediction.
+    """Draw PSNR, or another quality, over the frames of an open-loop prediction.
 
     Args:
         curves: label -> dB of each frame [T].
         path: the picture, png or svg.
         context: number of frames seen; the rest is imagined.
+        label: of the vertical axis. Default: ``PSNR (dB)``.
     """
     figure, (axis,) = _figure(1, 1, panel=(5.4, 3.0))
     axis.axvspan(0.5, context + 0.5, color="#eef2f4", lw=0)
-    for i, (label, values) in enumerate(curves.items()):
+    for i, (name, values) in enumerate(curves.items()):
         frames = np.arange(1, len(values) + 1)
-        axis.plot(frames, values, label=label, color=COLORS[i % 7], marker="o", ms=3, lw=1.5)
+        axis.plot(frames, values, label=name, color=COLORS[i % 7], marker="o", ms=3, lw=1.5)
     axis.set_xlim(0.5, max(len(values) for values in curves.values()) + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axis.text(0.7, 1.02, "seen", transform=axis.get_xaxis_transform(), fontsize=8, color="#555")
@@ -134,9 +139,48 @@ def plot_psnr_by_step(
         color="#555",
     )
     axis.set_xlabel("frame", fontsize=8)
-    axis.set_ylabel("PSNR (dB)", fontsize=8)
+    axis.set_ylabel(label, fontsize=8)
     if len(curves) > 1:
         axis.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def plot_bars(
+    panels: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike[str]
+) -> Path:
+    """Draw one panel of horizontal bars for each quantity: means, and every value as a dot.
+
+    Args:
+        panels: title -> label -> values, of several seeds or one.
+        path: the picture, png or svg.
+    """
+    bars = max(len(panel) for panel in panels.values())
+    figure, axes = _figure(1, len(panels), panel=(PANEL[0], 0.9 + 0.3 * bars))
+    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+        axis.set_title(title, fontsize=9, loc="left")
+        for i, values in enumerate(panel.values()):
+            axis.barh(i, np.mean(values), color=COLORS[i % 7], alpha=0.45, height=0.7)
+            axis.plot(values, [i] * len(values), "o", color=COLORS[i % 7], ms=3)
+        axis.set_yticks(range(len(panel)), list(panel))
+        axis.invert_yaxis()
+        axis.axvline(0, color="#444", lw=0.8)
+    return _save(figure, path)
+
+
+def plot_scatter(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: str | os.PathLike[str],
+    *,
+    x_label: str,
+    y_label: str,
+) -> Path:
+    """Draw one panel of points for each title: ``title -> (x, y)``."""
+    figure, axes = _figure(1, len(points))
+    for axis, (title, (x, y)) in zip(axes, points.items(), strict=True):
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.plot(x, y, "o", color=COLORS[0], ms=2, alpha=0.3, mew=0)
+        axis.set_xlabel(x_label, fontsize=8)
+        axis.set_ylabel(y_label, fontsize=8)
     return _save(figure, path)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -134,6 +134,27 @@ def film_strip(
         caption="" if context is None else f"{context} frames seen, the rest imagined",
         frame_row=None if context is None else 1,
         frame_colors=[SEEN if context is not None and t < context else IMAGINED for t in times],
+        scale=scale,
+    )
+
+
+def film_rows(rows: Mapping[str, Tensor], *, columns: int = 12, scale: int = 2) -> Tensor:
+    """Several sequences as a picture: one labelled row each, time from left to right.
+
+    Args:
+        rows: label -> uint8, or float in [0, 1], [T, 3, H, W]; all of one shape.
+        columns, scale: as in :func:`film_strip`.
+
+    Returns:
+        uint8 [3, h, w].
+    """
+    videos = [(x if x.dtype == torch.uint8 else to_uint8(x)).cpu() for x in rows.values()]
+    length = len(videos[0])
+    times = np.unique(np.linspace(0, length - 1, min(columns, length)).round().astype(int))
+    return _tile(
+        [[video[t] for t in times] for video in videos],
+        row_labels=list(rows),
+        column_labels=[str(t + 1) for t in times],
         scale=scale,
     )
 

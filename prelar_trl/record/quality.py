@@ -1,0 +1,58 @@
+"""Structural similarity of images."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ssim"]
+
+SIZE, SIGMA = 11, 1.5  # the window: a Gaussian
+C1, C2 = 0.01**2, 0.03**2
+
+
+def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity of each frame; 1 for equal frames, higher is better.
+
+    ``(2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_x^2 + s_y^2 + C2))`` with pixel
+    values in [0, 1] and local means, variances and covariance under an 11x11 Gaussian window of
+    standard deviation 1.5; the mean over the positions where the window fits, and over C
+    (Wang et al., 2004, section III.B).
+
+    Args:
+        prediction: uint8, or float in [0, 1]; ``[..., C, H, W]``, H and W at least 11.
+        truth: the same shape; the type may differ.
+
+    Returns:
+        float32 ``[...]``.
+    """
+    if prediction.shape != truth.shape or prediction.dim() < 3:
+        raise ValueError(
+            f"ssim: prediction {tuple(prediction.shape)} and truth {tuple(truth.shape)} must both "
+            "be [..., C, H, W]"
+        )
+    if min(prediction.shape[-2:]) < SIZE:
+        raise ValueError(f"ssim: frames of {tuple(prediction.shape[-2:])} are below {SIZE}x{SIZE}")
+    x, y = _unit(prediction), _unit(truth)
+    mean_x, mean_y = _blur(x), _blur(y)
+    variance_x, variance_y = _blur(x * x) - mean_x**2, _blur(y * y) - mean_y**2
+    covariance = _blur(x * y) - mean_x * mean_y
+    similarity = (2 * mean_x * mean_y + C1) * (2 * covariance + C2)
+    similarity = similarity / ((mean_x**2 + mean_y**2 + C1) * (variance_x + variance_y + C2))
+    return similarity.mean((-3, -2, -1)).float()
+
+
+def _unit(images: Tensor) -> Tensor:
+    images = images.detach()  # float64: variances are small differences of squares
+    return images.double() / 255 if images.dtype == torch.uint8 else images.double()
+
+
+def _blur(images: Tensor) -> Tensor:
+    """Weighted local means, ``[..., C, H-10, W-10]``; a Gaussian is separable."""
+    offset = torch.arange(SIZE, dtype=images.dtype, device=images.device) - SIZE // 2
+    kernel = torch.exp(-(offset**2) / (2 * SIGMA**2))
+    kernel = kernel / kernel.sum()
+    flat = images.reshape(-1, 1, *images.shape[-2:])  # [N*C, 1, H, W]
+    flat = F.conv2d(F.conv2d(flat, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    return flat.reshape(*images.shape[:-2], *flat.shape[-2:])
