@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from prelar_trl.recipes.entry import recipe
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
@@ -236,16 +236,11 @@ def summary(store: ClipStore) -> str:
     return "\n".join(lines)
 
 
+@recipe
 @hydra.main(version_base="1.3", config_path="../configs", config_name="collect_videos")
 def main(config: DictConfig) -> None:
     """Collect, then say what there is."""
-    try:
-        cfg = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        store = collect(cfg)
-    except KeyboardInterrupt:
-        sys.exit("stopped: every finished episode is safe, run the same command to continue")
-    except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    store = collect(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     print(summary(store))
     print(f"clip store: {store.path}, contact sheet: {draw_sheet(store)}")
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from prelar_trl.recipes.entry import recipe
 
 from prelar_trl.data import ClipStore
 from prelar_trl.data.sources import (
@@ -127,16 +127,11 @@ def summary(store: ClipStore) -> str:
     return "\n".join(lines)
 
 
+@recipe
 @hydra.main(version_base="1.3", config_path="../configs", config_name="prepare_videos")
 def main(config: DictConfig) -> None:
     """Prepare, then say what there is."""
-    try:
-        store = run(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-    except KeyboardInterrupt:
-        sys.exit("stopped: every finished clip is safe, run the same command to continue")
-    except (OSError, ValueError, ImportError) as error:
-        message = error.strerror if isinstance(error, OSError) and error.errno else error
-        sys.exit(f"error: {message}")
+    store = run(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     print(summary(store))
     print(f"clip store: {store.path}")
 

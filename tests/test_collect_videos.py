@@ -8,9 +8,9 @@ import torch
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 from PIL import Image
+from prelar_trl.recipes.collect_videos import check, collect, draw_sheet, env_names, summary
 
 from prelar_trl.data import StoreError, VideoClips
-from recipes.collect_videos import check, collect, draw_sheet, env_names, summary
 
 TOY = {"env": "toy", "episodes": 5, "pixels": 16, "max_steps": 12, "after_success": None}
 
@@ -67,7 +67,7 @@ def test_a_finished_store_is_left_alone_and_other_settings_are_refused(tmp_path)
     before = contents(tmp_path / "s")
     assert len(collect(cfg)) == len(collect(cfg | {"episodes": 1})) == 5
     assert contents(tmp_path / "s") == before
-    with pytest.raises(StoreError, match="was begun with info"):
+    with pytest.raises(StoreError, match="was begun with info.noise=0.3, not 0.9"):
         collect(cfg | {"noise": 0.9})
 
 

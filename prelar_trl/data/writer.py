@@ -334,11 +334,12 @@ class ClipWriter:
     def _resume(self) -> None:
         meta = read_meta(self.path)
         begun = bool(meta["streams"]) or (self.path / SKIPPED).exists()
-        for key, value in self.settings.items():
-            if begun and meta[key] != value:
+        have, want = _flat(meta), _flat(self.settings)
+        for key in sorted(want | have if begun else ()):
+            if key.split(".")[0] in self.settings and have.get(key) != want.get(key):
                 raise StoreError(
-                    f"clip store {str(self.path)!r} was begun with {key}={meta[key]!r}, not "
-                    f"{value!r}: use the same settings, or another folder"
+                    f"clip store {str(self.path)!r} was begun with {key}={have.get(key)!r}, not "
+                    f"{want.get(key)!r}: use the same settings, or another folder"
                 )
         self.streams = streams_of(meta)
         self._dirty = not meta["complete"]
@@ -383,6 +384,17 @@ class ClipWriter:
         for line in data.split(b"\n")[:-1]:
             self.done.add(json.loads(line)["name"])
             self.num_skipped += 1
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _whole_clip(
