@@ -290,7 +290,9 @@ class WorldModel(TensorDictModuleBase):
             None if code is None else code[:, context:], last, self.sample, steps=rest
         )
         feat = torch.cat([out["feat"], self.rssm.feat(ahead)], 1)
-        maps = self.context_encoder(images) if self.context_encoder is not None else None
+        maps = None
+        if self.context_encoder is not None:  # never a frame that is to be predicted
+            maps = self.context_encoder(images[:, :context])
         return (at_least_float32(self.decode(feat, maps)) + 0.5).clamp(0, 1)
 
 

@@ -1,0 +1,362 @@
+"""The mathematics of the losses: hand computations, identities, gradients in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from prelar_trl.objectives import functional as F
+from prelar_trl.objectives.functional import action_state_consistency
+
+MODES = ["soft", "sign", "soft_rank"]
+
+
+def double(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+# ---------------------------------------------------------------------- likelihood and KL
+
+
+def test_gaussian_nll_is_half_the_squared_error_summed_over_the_event() -> None:
+    mean, target = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    error = (mean - target).square() / 2
+    torch.testing.assert_close(F.gaussian_nll(mean, target, 2), error.sum((-2, -1)))
+    torch.testing.assert_close(F.gaussian_nll(mean, target), error.sum(-1))
+    torch.testing.assert_close(F.gaussian_nll(mean, target, 0), error)
+    normal = torch.distributions.Normal(mean, 1.0)
+    constant = 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(error, -normal.log_prob(target) - constant)
+
+
+def test_balanced_kl_is_the_kl() -> None:
+    q, p = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    for balance in (0.0, 0.3, 0.8, 1.0):
+        loss = F.balanced_kl(q, p, balance=balance)
+        torch.testing.assert_close(loss, F.categorical_kl(q, p).mean())
+    assert F.balanced_kl(q, q) == 0
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.8, 1.0])
+def test_balance_is_the_share_of_the_gradient_that_moves_the_prior(balance: float) -> None:
+    q, p = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 5, requires_grad=True)
+    whole = torch.autograd.grad(F.categorical_kl(q, p).mean(), (q, p))
+    ours = torch.autograd.grad(F.balanced_kl(q, p, balance=balance), (q, p))
+    torch.testing.assert_close(ours[0], (1 - balance) * whole[0])
+    torch.testing.assert_close(ours[1], balance * whole[1])
+
+
+def test_free_nats_below_the_mean_change_nothing_and_above_it_stop_the_gradient() -> None:
+    q, p = torch.randn(6, 4, 5, requires_grad=True), torch.randn(6, 4, 5, requires_grad=True)
+    kl = F.categorical_kl(q, p)
+    low, high = kl.mean().item() - 0.1, kl.mean().item() + 0.1
+    torch.testing.assert_close(F.balanced_kl(q, p, free_nats=low), kl.mean())
+    loss = F.balanced_kl(q, p, free_nats=high)
+    assert loss.item() == pytest.approx(high)
+    for gradient in torch.autograd.grad(loss, (q, p)):
+        assert gradient.abs().max() == 0
+
+
+def test_free_nats_per_element_stop_the_gradient_of_the_small_ones_only() -> None:
+    q, p = torch.randn(6, 4, 5, requires_grad=True), torch.randn(6, 4, 5, requires_grad=True)
+    kl = F.categorical_kl(q, p)
+    free = kl.median().item() + 1e-4
+    loss = F.balanced_kl(q, p, free_nats=free, free_avg=False)
+    torch.testing.assert_close(loss, kl.clamp_min(free).mean())
+    for gradient in torch.autograd.grad(loss, (q, p)):
+        moved = gradient.abs().flatten(1).amax(1) > 0
+        assert torch.equal(moved, kl > free)
+
+
+def test_balanced_kl_of_gaussians() -> None:
+    q = torch.stack([torch.randn(5, 3), torch.rand(5, 3) + 0.1], -1)
+    p = torch.stack([torch.randn(5, 3), torch.rand(5, 3) + 0.1], -1)
+    torch.testing.assert_close(F.balanced_kl(q, p, F.gaussian_kl), F.gaussian_kl(q, p).mean())
+
+
+# ---------------------------------------------------------------------- lambda-return
+
+
+def test_lambda_return_equals_a_hand_computation() -> None:
+    reward = torch.tensor([[1.0, 2.0, 3.0, 100.0]])
+    value = torch.tensor([[10.0, 20.0, 30.0, 40.0]])
+    discount = torch.tensor([[0.5, 0.5, 0.25, 7.0]])
+    # t3 = 40; t2 = 3 + 0.25*(0.5*40 + 0.5*40); t1 = 2 + 0.5*(0.5*30 + 0.5*13); t0 = 1 + 0.5*(...)
+    expected = torch.tensor([[1 + 0.5 * (10 + 0.5 * 12.75), 12.75, 13.0, 40.0]])
+    torch.testing.assert_close(F.lambda_return(reward, value, discount, 0.5), expected)
+
+
+def test_lambda_zero_gives_one_step_targets() -> None:
+    reward, value, discount = torch.randn(3, 6, 1), torch.randn(3, 6, 1), torch.rand(3, 6, 1)
+    target = F.lambda_return(reward, value, discount, 0.0)
+    torch.testing.assert_close(target[:, :-1], reward[:, :-1] + discount[:, :-1] * value[:, 1:])
+    torch.testing.assert_close(target[:, -1], value[:, -1])
+
+
+def test_lambda_one_gives_the_discounted_sum() -> None:
+    reward, value, discount = torch.randn(3, 6), torch.randn(3, 6), torch.rand(3, 6)
+    weight = torch.cat([torch.ones(3, 1), discount[:, :-1].cumprod(1)], 1)
+    expected = (weight[:, :-1] * reward[:, :-1]).sum(1) + weight[:, -1] * value[:, -1]
+    torch.testing.assert_close(F.lambda_return(reward, value, discount, 1.0)[:, 0], expected)
+
+
+def test_discount_zero_gives_the_reward() -> None:
+    reward, value = torch.randn(3, 6), torch.randn(3, 6)
+    target = F.lambda_return(reward, value, torch.zeros(3, 6))
+    torch.testing.assert_close(target[:, :-1], reward[:, :-1])
+
+
+def test_true_values_are_a_fixed_point_of_the_lambda_return() -> None:
+    reward, discount = torch.full((2, 8), 1.0), torch.full((2, 8), 0.9)
+    value = torch.full((2, 8), 10.0)  # 1 / (1 - 0.9)
+    for lmbda in (0.0, 0.5, 0.95, 1.0):
+        torch.testing.assert_close(F.lambda_return(reward, value, discount, lmbda), value)
+
+
+# ---------------------------------------------------------------------- consistency
+
+
+def test_soft_consistency_falls_as_the_rank_correlation_rises() -> None:
+    torch.manual_seed(3)
+    p, noise = torch.rand(200), torch.rand(200)
+    losses, correlations = [], []
+    for share in torch.linspace(-1, 1, 21).tolist():
+        q = share * p + (1 - abs(share)) * noise
+        losses.append(action_state_consistency(p, q).item())
+        correlations.append(scipy.stats.spearmanr(p, q).statistic)
+    assert correlations == sorted(correlations)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_consistency_ranks_agreement_over_chance_over_disagreement(mode: str) -> None:
+    p = torch.rand(64)
+    agree = action_state_consistency(p, 3 * p, mode)
+    chance = action_state_consistency(p, p[torch.randperm(64)], mode)
+    oppose = action_state_consistency(p, -p, mode)
+    assert agree.item() == pytest.approx(0, abs=1e-4)
+    assert agree < chance < oppose
+
+
+def test_soft_consistency_has_a_gradient_wherever_the_orderings_disagree() -> None:
+    generator = torch.Generator().manual_seed(7)
+
+    def divergences(size: int, spread: float) -> Tensor:
+        return (torch.randn(size, generator=generator) * spread).exp()
+
+    disagreements = 0
+    for trial in range(300):
+        size = int(torch.randint(2, 24, (1,), generator=generator))
+        spread = float(torch.randint(1, 4, (1,), generator=generator)) / 2
+        p = divergences(size, spread)
+        order = torch.randperm(size, generator=generator)
+        ties = torch.randint(0, 3, (size,), generator=generator).float()
+        q = (divergences(size, spread), p[order], ties, p.max() - p)[trial % 4]
+        if torch.equal((p[:, None] - p).sign(), (q[:, None] - q).sign()):
+            continue
+        disagreements += 1
+        q = q.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(action_state_consistency(p, q), q)
+        assert gradient.isfinite().all()
+        assert gradient.abs().max() > 0
+    assert disagreements > 250
+
+
+@pytest.mark.parametrize("mode", ["soft", "soft_rank"])
+def test_descending_the_consistency_repairs_the_ordering(mode: str) -> None:
+    p = torch.rand(12)
+    q = torch.rand(12, requires_grad=True)
+    before = scipy.stats.spearmanr(p, q.detach()).statistic
+    optimizer = torch.optim.Adam([q], lr=0.03)
+    for _ in range(150):
+        optimizer.zero_grad()
+        action_state_consistency(p, q, mode).backward()
+        optimizer.step()
+    after = scipy.stats.spearmanr(p, q.detach()).statistic
+    assert before < 0.7 and after > 0.95
+
+
+def test_sign_consistency_is_the_authors_and_has_exactly_no_gradient() -> None:
+    p, q = torch.rand(9), torch.rand(9, requires_grad=True)
+    loss = action_state_consistency(p, q, "sign")
+    pairs = [
+        (torch.sign(p[i] - p[j]) - torch.sign(q[i] - q[j])).square()
+        for i in range(9)
+        for j in range(9)
+    ]
+    torch.testing.assert_close(loss, torch.stack(pairs).mean())
+    (gradient,) = torch.autograd.grad(loss, q)
+    assert gradient.abs().max() == 0
+
+
+def test_soft_consistency_is_the_mean_kl_of_pairwise_comparisons() -> None:
+    p, q = torch.rand(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    total = 0.0
+    scale_p = sum(abs(a - b) for a in p for b in p) / 36
+    scale_q = sum(abs(a - b) for a in q for b in q) / 36
+    for i in range(6):
+        for j in range(6):
+            win = torch.sigmoid((p[i] - p[j]) / (0.5 * scale_p))
+            guess = torch.sigmoid((q[i] - q[j]) / (0.5 * scale_q))
+            total += win * (win / guess).log() + (1 - win) * ((1 - win) / (1 - guess)).log()
+    ours = action_state_consistency(p, q)
+    assert ours.item() == pytest.approx(total.item() / 36, rel=0.02)  # the scale has a floor
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_consistency_gives_no_gradient_to_the_state_divergence(mode: str) -> None:
+    p, q = torch.rand(8, requires_grad=True), torch.rand(8, requires_grad=True)
+    action_state_consistency(p, q, mode).backward()
+    assert p.grad is None
+    assert q.grad is not None
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("equal", ["p", "q", "both", "zero"])
+def test_consistency_of_equal_divergences_is_finite(mode: str, equal: str) -> None:
+    p, q = torch.rand(8), torch.rand(8)
+    if equal in ("p", "both"):
+        p = torch.full((8,), 0.7)
+    if equal in ("q", "both"):
+        q = torch.full((8,), 0.3)
+    if equal == "zero":
+        p = q = torch.zeros(8)
+    q = q.clone().requires_grad_()
+    loss = action_state_consistency(p, q, mode)
+    (gradient,) = torch.autograd.grad(loss, q)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_consistency_of_one_or_two_transitions_is_finite(mode: str, size: int) -> None:
+    p, q = torch.rand(size), torch.rand(size, requires_grad=True)
+    loss = action_state_consistency(p, q, mode)
+    (gradient,) = torch.autograd.grad(loss, q)
+    assert loss.isfinite() and gradient.isfinite().all()
+    if size == 1 and mode != "soft_rank":
+        assert loss == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("factor", [1e-3, 50.0, 1e4])
+def test_consistency_does_not_depend_on_the_scale_of_either_divergence(
+    mode: str, factor: float
+) -> None:
+    p, q = torch.rand(16), torch.rand(16)
+    loss = action_state_consistency(p, q, mode)
+    torch.testing.assert_close(
+        action_state_consistency(factor * p, q, mode), loss, rtol=1e-3, atol=0
+    )
+    torch.testing.assert_close(
+        action_state_consistency(p, factor * q, mode), loss, rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_consistency_does_not_depend_on_the_order_of_the_transitions(mode: str) -> None:
+    p, q, order = torch.rand(16), torch.rand(16), torch.randperm(16)
+    torch.testing.assert_close(
+        action_state_consistency(p[order], q[order], mode), action_state_consistency(p, q, mode)
+    )
+
+
+def test_consistency_rejects_unknown_modes_and_other_shapes() -> None:
+    with pytest.raises(ValueError, match="mode='hard' is unknown"):
+        action_state_consistency(torch.rand(3), torch.rand(3), "hard")
+    with pytest.raises(ValueError, match=r"p \(3,\) and q \(4,\)"):
+        action_state_consistency(torch.rand(3), torch.rand(4))
+
+
+# ---------------------------------------------------------------------- contrast
+
+
+def test_contrast_of_equal_candidates_is_at_chance_level() -> None:
+    for negatives in (1, 4, 9):
+        loss = F.action_contrast(torch.full((7, 1 + negatives), 2.5))
+        assert loss.item() == pytest.approx(math.log(1 + negatives))
+
+
+def test_contrast_is_near_zero_when_the_own_action_explains_best() -> None:
+    kl = torch.full((7, 5), 30.0)
+    kl[:, 0] = 0.1
+    assert F.action_contrast(kl) < 1e-6
+    assert F.action_contrast(kl.flip(1)) > 10
+
+
+def test_contrast_lowers_the_own_divergence_and_raises_the_others() -> None:
+    kl = torch.rand(7, 5, requires_grad=True)
+    (gradient,) = torch.autograd.grad(F.action_contrast(kl), kl)
+    assert (gradient[:, 0] > 0).all() and (gradient[:, 1:] < 0).all()
+    torch.testing.assert_close(gradient.sum(1), torch.zeros(7), atol=1e-6, rtol=0)
+
+
+def test_contrast_is_cross_entropy_at_a_temperature() -> None:
+    kl = torch.rand(7, 5)
+    expected = torch.nn.functional.cross_entropy(-kl / 0.3, torch.zeros(7, dtype=torch.long))
+    torch.testing.assert_close(F.action_contrast(kl, 0.3), expected)
+    with pytest.raises(ValueError, match=r"\(7, 1\)"):
+        F.action_contrast(kl[:, :1])
+
+
+# ---------------------------------------------------------------------- bonus
+
+
+def test_sliding_mean_averages_each_window() -> None:
+    x = torch.arange(12.0).view(1, 6, 2)
+    out = F.sliding_mean(x, 3)
+    torch.testing.assert_close(out, torch.stack([x[:, t : t + 3].mean(1) for t in range(4)], 1))
+    assert torch.equal(F.sliding_mean(x, 1), x)
+    with pytest.raises(ValueError, match="6 steps are shorter than the window of 7"):
+        F.sliding_mean(x, 7)
+
+
+def test_knn_distance_equals_a_search_by_hand() -> None:
+    x, memory, valid = torch.randn(5, 3), torch.randn(20, 3), torch.rand(20) < 0.7
+    for i, distance in enumerate(F.knn_distance(x, memory, valid, 4)):
+        expected = (memory[valid] - x[i]).norm(dim=1).sort().values[:4].mean()
+        torch.testing.assert_close(distance, expected)
+
+
+def test_knn_distance_with_little_memory_counts_what_is_there() -> None:
+    x, memory = torch.randn(5, 3), torch.zeros(20, 3)
+    memory[:2] = torch.randn(2, 3)
+    valid = torch.arange(20) < 2
+    expected = torch.cdist(x, memory[:2]).mean(1)
+    torch.testing.assert_close(F.knn_distance(x, memory, valid, 16), expected)
+    torch.testing.assert_close(F.knn_distance(x, memory[:2], valid[:2], 16), expected)
+    assert F.knn_distance(x, memory, torch.zeros(20, dtype=torch.bool), 16).tolist() == [0] * 5
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+def test_gradients_are_right_in_float64() -> None:
+    assert gradcheck(F.gaussian_nll, (double(2, 3), double(2, 3)))
+    positive = (torch.rand(2, 4, dtype=torch.float64) + 0.1).requires_grad_()
+    assert gradcheck(F.lambda_return, (double(2, 4), double(2, 4), positive))
+    assert gradcheck(F.action_contrast, (double(3, 4), positive.detach()[:1, :1].requires_grad_()))
+    assert gradcheck(lambda x: F.sliding_mean(x, 2), (double(2, 4, 3),))
+    q, p = double(2, 3, 4), double(2, 3, 4)
+    for ours, fixed in ((q, p), (p, q)):  # detached on the other side, so one at a time
+
+        def one_sided(x: Tensor, ours: Tensor = ours, fixed: Tensor = fixed) -> Tensor:
+            pair = (x, fixed.detach()) if ours is q else (fixed.detach(), x)
+            return F.balanced_kl(*pair, balance=0.0 if ours is q else 1.0)
+
+        assert gradcheck(one_sided, (ours,))
+
+
+def test_gradient_of_the_soft_consistency_is_right_for_a_given_scale(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(F, "_difference_scale", lambda x, difference: 0.3)
+    p, q = torch.rand(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
+    assert gradcheck(lambda x: action_state_consistency(p, x), (q.requires_grad_(),))

@@ -1,0 +1,296 @@
+"""The world model: keys, where gradients go, imagination and open-loop prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from prelar_trl.modules import State, WorldModel
+from prelar_trl.objectives import functional
+from tests.tiny import ACTION_DIM, PHASES, batch, has_gradient, tiny, tiny_agent, tiny_world_model
+
+
+def leaf_keys(td: TensorDict) -> set:
+    return set(td.keys(include_nested=True, leaves_only=True))
+
+
+def as_keys(keys: list) -> set:
+    return {key if isinstance(key, str) else tuple(key) for key in keys}
+
+
+def world_model(method: str, phase: str, **options) -> WorldModel:
+    model, _ = tiny(method, phase, **options)
+    return getattr(model, "world_model", model)
+
+
+@pytest.mark.parametrize(("method", "phase"), PHASES)
+def test_reads_its_in_keys_and_writes_its_out_keys(method: str, phase: str) -> None:
+    model = world_model(method, phase)
+    given = batch().select(*model.in_keys)
+    out = model(given.copy())
+    assert leaf_keys(out) - leaf_keys(given) == as_keys(model.out_keys)
+    assert out["prediction", "pixels"].shape == (2, 4, 3, 64, 64)
+    for head in model.heads:
+        assert out["prediction", head].shape == (2, 4, 1)
+
+
+@pytest.mark.parametrize("method", ["prelar", "apv"])
+def test_pretraining_never_reads_the_actions(method: str) -> None:
+    assert "action" not in world_model(method, "pretrain").in_keys
+
+
+def test_real_actions_move_the_prediction() -> None:
+    for method in ("dreamerv2", "prelar", "naive", "apv"):
+        model, data = world_model(method, "finetune", sample=False).eval(), batch()
+        before = model(data.copy())["deter"]
+        data["action"] = -data["action"]
+        after = model(data.copy())["deter"]
+        assert torch.equal(before[:, 0], after[:, 0])
+        assert not torch.allclose(before[:, 1:], after[:, 1:]), method
+
+
+def test_float_pixels_are_an_error() -> None:
+    data = batch()
+    data["pixels"] = data["pixels"].float() / 255
+    with pytest.raises(TypeError, match="dtype torch.float32; store frames as uint8"):
+        tiny_world_model()(data)
+
+
+def test_pixels_become_images_around_zero() -> None:
+    model = tiny_world_model()
+    pixels = torch.tensor([0, 255], dtype=torch.uint8)
+    torch.testing.assert_close(model.images(pixels), torch.tensor([-0.5, 0.5]))
+
+
+def test_a_reset_inside_a_window_equals_two_windows() -> None:
+    model, data = world_model("dreamerv2", "finetune", sample=False).eval(), batch(2, 5)
+    data["is_first"][:, 2] = True
+    whole = model(data.copy())
+    for part in (slice(0, 2), slice(2, 5)):
+        alone = model(data[:, part].copy())
+        for key in ("feat", "posterior", "prior", ("prediction", "reward")):
+            torch.testing.assert_close(whole[key][:, part], alone[key], atol=1e-5, rtol=1e-4)
+
+
+def test_the_stack_feeds_the_lower_feature_to_the_upper_rssm() -> None:
+    model, data = world_model("apv", "finetune", sample=False).eval(), batch()
+    out = model(data.copy())
+    upper, posterior, _ = model.rssm.observe(
+        out["lower", "feat"], data["action"], data["is_first"].squeeze(-1), sample=False
+    )
+    torch.testing.assert_close(upper.deter, out["deter"])
+    torch.testing.assert_close(posterior, out["posterior"])
+    lower, _, _ = model.lower_rssm.observe(
+        out["embed"], None, data["is_first"].squeeze(-1), sample=False
+    )
+    torch.testing.assert_close(model.lower_rssm.feat(lower), out["lower", "feat"])
+
+
+def test_the_stack_can_also_read_the_embedding() -> None:
+    model = world_model("apv", "finetune", concat_embed=True)
+    assert model.rssm.embed_dim == model.lower_rssm.feat_dim + model.encoder.embed_dim
+    assert model(batch())["feat"].isfinite().all()
+
+
+# ---------------------------------------------------------------------- gradients
+
+
+def gradients_of(model: WorldModel, term: Callable[[TensorDict], torch.Tensor]) -> dict[str, bool]:
+    model.zero_grad()
+    term(model(batch())).backward()
+    return {name: has_gradient(module) for name, module in model.named_children()}
+
+
+def test_heads_send_gradients_into_the_representation_only_if_told_to() -> None:
+    model = world_model(
+        "prelar",
+        "finetune",
+        heads=("reward", "aux_reward", "discount"),
+        grad_heads=("reward", "aux_reward"),
+    )
+    for head, sends in (("reward", True), ("aux_reward", True), ("discount", False)):
+        reached = gradients_of(model, lambda out, head=head: out["prediction", head].sum())
+        assert reached["heads"]
+        assert reached["encoder"] == reached["rssm"] == reached["action_encoder"] == sends, head
+
+
+def test_the_reconstruction_trains_encoder_dynamics_and_latent_actions() -> None:
+    reached = gradients_of(tiny_world_model(), lambda out: out["prediction", "pixels"].sum())
+    assert reached["encoder"] and reached["decoder"] and reached["rssm"]
+    assert reached["latent_action_encoder"]
+
+
+def test_the_kl_trains_the_prior_and_not_the_decoder() -> None:
+    model = tiny_world_model()
+    reached = gradients_of(
+        model, lambda out: functional.balanced_kl(out["posterior"], out["prior"])
+    )
+    assert reached["encoder"] and reached["rssm"] and not reached["decoder"]
+    assert has_gradient(model.rssm.prior_heads)
+
+
+def test_the_context_encoder_learns_from_the_reconstruction_alone() -> None:
+    model = world_model("contextwm", "pretrain")
+    reached = gradients_of(model, lambda out: out["prediction", "pixels"].square().sum())
+    assert reached["context_encoder"]
+    reached = gradients_of(model, lambda out: out["feat"].sum())
+    assert not reached["context_encoder"] and reached["encoder"]
+
+
+# ---------------------------------------------------------------------- imagination
+
+
+def starts(model: WorldModel, data: TensorDict) -> TensorDict:
+    return model(data.copy()).select("stoch", "deter").update(data.select("action", "terminated"))
+
+
+def test_imagination_has_the_documented_layout() -> None:
+    agent = tiny_agent("dreamerv2").eval()
+    imagined = agent.world_model.imagine(
+        agent.actor, starts(agent.world_model, batch(2, 4)), horizon=5
+    )
+    assert imagined.batch_size == (8, 6)
+    assert imagined["action"].shape == (8, 6, ACTION_DIM)
+    assert imagined["action"][:, 0].abs().max() == 0
+    assert imagined["log_prob"][:, 0].abs().max() == 0
+    assert imagined["entropy"][:, -1].abs().max() == 0
+    for key in ("log_prob", "entropy", "reward", "discount", "weight"):
+        assert imagined[key].shape == (8, 6, 1)
+    policy = agent.actor(imagined["feat"][:, :-1])
+    torch.testing.assert_close(
+        imagined["log_prob"][:, 1:, 0], policy.log_prob(imagined["action"][:, 1:])
+    )
+    torch.testing.assert_close(imagined["entropy"][:, :-1, 0], policy.entropy())
+
+
+@pytest.mark.parametrize("method", ["dreamerv2", "prelar", "apv"])
+def test_imagination_steps_the_dynamics_with_the_actors_actions(method: str) -> None:
+    agent, data = tiny_agent(method).eval(), batch(2, 3)
+    model = agent.world_model
+    start = starts(model, data)
+    imagined = model.imagine(agent.actor, start, horizon=3, sample=False)
+    state = State(start["stoch"].flatten(0, 1), start["deter"].flatten(0, 1))
+    for k in range(4):
+        torch.testing.assert_close(imagined["feat"][:, k], model.rssm.feat(state))
+        if k < 3:
+            action = agent.actor(model.rssm.feat(state)).mode
+            torch.testing.assert_close(imagined["action"][:, k + 1], action)
+            code = action if model.action_encoder is None else model.action_encoder(action)[0]
+            state, _ = model.rssm.step(state, code, sample=False)
+    torch.testing.assert_close(imagined["reward"], model.heads["reward"](imagined["feat"]))
+
+
+def test_imagination_with_an_action_window_remembers_the_actions_before() -> None:
+    agent, data = tiny_agent("prelar", action_window=3).eval(), batch(2, 4)
+    model = agent.world_model
+    start = starts(model, data)
+    imagined = model.imagine(agent.actor, start, horizon=2, sample=False)
+    padded = torch.cat([torch.zeros(2, 1, ACTION_DIM), data["action"]], 1)
+    recent = torch.stack([padded[:, :-1], padded[:, 1:]], 2).flatten(0, 1)  # a_{t-1}, a_t
+    state = State(start["stoch"].flatten(0, 1), start["deter"].flatten(0, 1))
+    for k in (1, 2):
+        recent = torch.cat([recent, imagined["action"][:, k : k + 1]], 1)[:, -3:]
+        state, _ = model.rssm.step(state, model.action_encoder(recent)[0][:, -1], sample=False)
+        torch.testing.assert_close(imagined["feat"][:, k], model.rssm.feat(state))
+
+
+def test_imagination_with_an_action_window_starts_from_chosen_states_too() -> None:
+    agent, data = tiny_agent("prelar", action_window=3).eval(), batch(2, 4)
+    start = starts(agent.world_model, data)
+    every = agent.world_model.imagine(agent.actor, start, horizon=2, sample=False)
+    chosen = agent.world_model.starts(start)[[5, 1]]
+    some = agent.world_model.imagine(agent.actor, chosen, horizon=2, sample=False)
+    torch.testing.assert_close(some["feat"], every["feat"][[5, 1]])
+
+
+def test_starts_of_imagination_get_no_gradient_and_the_actor_gets_it_through_the_dynamics() -> None:
+    agent = tiny_agent("dreamerv2").eval()
+    start = starts(agent.world_model, batch())
+    start["deter"].requires_grad_() if start["deter"].is_leaf else start["deter"].retain_grad()
+    imagined = agent.world_model.imagine(agent.actor, start, horizon=3)
+    imagined["reward"].sum().backward()
+    assert start["deter"].grad is None
+    assert not has_gradient(agent.world_model.encoder)
+    assert has_gradient(agent.actor) and has_gradient(agent.world_model.rssm)
+
+
+def test_the_actor_reads_detached_features() -> None:
+    agent = tiny_agent("dreamerv2").eval()
+    imagined = agent.world_model.imagine(agent.actor, starts(agent.world_model, batch()), 3)
+    (imagined["entropy"].sum() + imagined["log_prob"].sum()).backward()
+    assert has_gradient(agent.actor) and not has_gradient(agent.world_model)
+
+
+def test_weights_are_the_products_of_the_discounts_before() -> None:
+    heads = ("reward", "discount")
+    agent = tiny_agent("dreamerv2", heads=heads, discount=0.9).eval()
+    data = batch(1, 3)
+    data["terminated"][0, 2] = True
+    imagined = agent.world_model.imagine(agent.actor, starts(agent.world_model, data), horizon=3)
+    discount, weight = imagined["discount"][..., 0], imagined["weight"][..., 0]
+    torch.testing.assert_close(discount[:, 0], torch.tensor([0.9, 0.9, 0.0]))  # the true ones
+    head = agent.world_model.heads["discount"](imagined["feat"])[..., 0].sigmoid()
+    torch.testing.assert_close(discount[:, 1:], head[:, 1:])
+    assert (weight[:, 0] == 1).all()
+    torch.testing.assert_close(weight[:, 2], discount[:, 0] * discount[:, 1])
+    assert not weight.requires_grad
+
+
+def test_discount_is_gamma_without_a_head() -> None:
+    agent = tiny_agent("dreamerv2", discount=0.9).eval()
+    imagined = agent.world_model.imagine(agent.actor, starts(agent.world_model, batch()), 2)
+    assert (imagined["discount"] == 0.9).all()
+
+
+# ---------------------------------------------------------------------- prediction
+
+
+@pytest.mark.parametrize(("method", "phase"), PHASES)
+def test_open_loop_predicts_frames_without_seeing_them(method: str, phase: str) -> None:
+    model = world_model(method, phase, sample=False, classes=0).eval()
+    data = batch(2, 5)
+
+    def predict() -> torch.Tensor:
+        torch.manual_seed(0)  # the context frame and the hidden positions are drawn
+        return model.open_loop(data, context=2)
+
+    predicted = predict()
+    assert predicted.shape == (2, 5, 3, 64, 64)
+    assert predicted.min() >= 0 and predicted.max() <= 1
+    if model.latent_action_encoder is None:  # latent actions are inferred from the frames
+        data["pixels"][:, 2:] = 0
+        torch.testing.assert_close(predict(), predicted)
+    data["pixels"][:, 0] = 0
+    assert not torch.allclose(predict()[:, 3:], predicted[:, 3:], atol=1e-6)
+
+
+def test_open_loop_reconstructs_the_context_frames() -> None:
+    model, data = tiny_world_model(sample=False).eval(), batch(2, 5)
+    out = model(data.copy())
+    expected = (out["prediction", "pixels"][:, :2] + 0.5).clamp(0, 1)
+    torch.testing.assert_close(model.open_loop(data, context=2)[:, :2], expected)
+
+
+def test_a_users_own_encoder_takes_the_place_of_ours() -> None:
+    class Mean(nn.Module):
+        embed_dim = 3
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.mean((2, 3))
+
+    model = tiny_world_model(encoder=Mean())
+    out = model(batch())
+    assert out["embed"].shape == (2, 4, 3)
+    assert out["feat"].isfinite().all()
+
+
+def test_a_float64_world_model_computes_in_float64() -> None:
+    for method, phase in (("prelar", "pretrain"), ("contextwm", "pretrain"), ("apv", "finetune")):
+        data = batch().apply(lambda x: x.double() if x.is_floating_point() else x)
+        out = world_model(method, phase, sample=False).double()(data)
+        for key in ("feat", "posterior", ("prediction", "pixels")):
+            assert out[key].dtype == torch.float64

@@ -1,0 +1,86 @@
+"""The smallest models and batches that have all the parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+from prelar_trl.models import METHODS, Agent, make_agent, make_world_model, make_world_model_loss
+from prelar_trl.modules import WorldModel
+from prelar_trl.objectives import WorldModelLoss
+
+ACTION_DIM = 2
+TINY: dict[str, Any] = {
+    "depth": 4,
+    "layers": 1,
+    "stoch": 4,
+    "classes": 4,
+    "deter": 16,
+    "hidden": 16,
+    "head_layers": 1,
+    "head_units": 16,
+    "latent_action_size": 4,
+    "latent_action_deter": 4,
+    "latent_action_hidden": 16,
+}
+BONUS: dict[str, Any] = {
+    "bonus_memory": 64,
+    "bonus_projection": 8,
+    "bonus_neighbours": 4,
+    "bonus_window": 3,
+}
+PHASES = [
+    (method, phase)
+    for method, preset in METHODS.items()
+    for phase in ("pretrain", "finetune")
+    if getattr(preset, phase) is not None
+]
+
+
+def tiny_world_model(method: str = "prelar", phase: str = "pretrain", **options: Any) -> WorldModel:
+    return make_world_model(method, phase, action_dim=ACTION_DIM, **{**TINY, **options})
+
+
+def tiny_agent(method: str = "prelar", **options: Any) -> Agent:
+    return make_agent(method, action_dim=ACTION_DIM, **{**TINY, **BONUS, **options})
+
+
+def tiny(
+    method: str, phase: str, weights: dict[str, float | None] | None = None, **options: Any
+) -> tuple[WorldModel | Agent, WorldModelLoss]:
+    """A world model (pre-training) or an agent, and its loss."""
+    if phase == "pretrain":
+        model = tiny_world_model(method, phase, **options)
+        return model, make_world_model_loss(method, phase, model, weights=weights)
+    agent = tiny_agent(method, **options)
+    loss = make_world_model_loss(
+        method, phase, agent.world_model, video_bonus=agent.video_bonus, weights=weights
+    )
+    return agent, loss
+
+
+def batch(sequences: int = 2, steps: int = 4, **entries: torch.Tensor) -> TensorDict:
+    """A training batch ``[B, T]``; its pictures change from frame to frame."""
+    is_first = torch.zeros(sequences, steps, 1, dtype=torch.bool)
+    is_first[:, 0] = True
+    action = torch.rand(sequences, steps, ACTION_DIM) * 2 - 1
+    action[:, 0] = 0
+    shape = (sequences, steps, 3, 64, 64)
+    return TensorDict(
+        {
+            "pixels": torch.randint(0, 256, shape, dtype=torch.uint8),
+            "action": action,
+            "reward": torch.rand(sequences, steps, 1),
+            "is_first": is_first,
+            "terminated": torch.zeros(sequences, steps, 1, dtype=torch.bool),
+            **entries,
+        },
+        batch_size=[sequences, steps],
+    )
+
+
+def has_gradient(module: torch.nn.Module) -> bool:
+    """Whether any parameter has a gradient other than zero."""
+    return any(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
