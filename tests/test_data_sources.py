@@ -429,6 +429,31 @@ def test_nothing_usable_is_an_error(tmp_path) -> None:
         prepare(VideoFolder(tmp_path / "v", FrameOptions()), tmp_path / "s")
 
 
+def test_strange_file_names_are_files(tmp_path, monkeypatch) -> None:
+    names = ["12:30 a%03d.mp4", "-i.mp4", "http:.mp4", "a\nb.mp4"]
+    for name in names:
+        encode(tmp_path / "plain.mp4", ramp(4)).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    store = prepare(VideoFolder(".", FrameOptions()), tmp_path / "s" / "store")
+    assert sorted(store.names) == sorted(names)
+
+
+def test_an_unexpected_failure_of_a_decoder_skips_the_clip(tmp_path, monkeypatch) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        encode(tmp_path / "v" / name, ramp(4))
+    source = VideoFolder(tmp_path / "v", FrameOptions())
+
+    def load(item):
+        if item.name == "a.mp4":
+            raise IndexError
+        return video_clip(item.path, source.options)
+
+    monkeypatch.setattr(source, "load", load)
+    store = prepare(source, tmp_path / "s")
+    assert store.names == ["b.mp4"]
+    assert store.skipped() == [("a.mp4", "cannot be decoded: IndexError")]
+
+
 def test_file_names_that_are_no_text_are_kept_apart(tmp_path) -> None:
     folder = os.fsencode(tmp_path)
     path = encode(tmp_path / "a.mp4", ramp(4))

@@ -70,7 +70,8 @@ def video_clip(path: Path, options: FrameOptions) -> dict[str, np.ndarray]:
     if not path.stat().st_size:
         raise ClipError("the file is empty")
     try:
-        container = av.open(str(path))
+        # absolute: "12:30.mp4" is no protocol; a playlist in disguise must not reach the network
+        container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
     except (av.FFmpegError, UnicodeError):
         raise ClipError("not readable as a video") from None
     with container:

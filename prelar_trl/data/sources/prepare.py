@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
 import multiprocessing.process
 import os
@@ -20,6 +21,8 @@ import numpy as np
 from prelar_trl.data.sources.base import ClipError, Item, Source
 from prelar_trl.data.store import ACTIONS, ClipStore
 from prelar_trl.data.writer import ClipWriter
+
+logger = logging.getLogger(__name__)
 
 Loaded = dict[str, np.ndarray] | str  # streams, or why there are none
 
@@ -159,7 +162,10 @@ def _load(source: Source, item: Item) -> Loaded:
     except ClipError as error:
         return str(error)
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        return f"cannot be read: {error.strerror or error}"
+    except Exception as error:  # decoders fail on damage in many ways; one file stops no data set
+        logger.exception("clip %r", item.name)
+        return f"cannot be decoded: {type(error).__name__}"
 
 
 def _load_apart(source: Source, item: Item) -> Loaded:
