@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from prelar_trl.models import Agent
 
-__all__ = ["load_official_checkpoint", "official_name", "read_official", "save_official_checkpoint"]
+__all__ = [
+    "load_official_checkpoint",
+    "official_action_dim",
+    "official_name",
+    "read_official",
+    "save_official_checkpoint",
+]
 
 PARTS = {
     "rssm_variables.pt": "wm.rssm.",
@@ -106,6 +112,19 @@ def read_official(folder: str | Path) -> dict[str, Tensor]:
             f"{folder} holds no official checkpoint; expected variables.pt or {', '.join(PARTS)}"
         )
     return state
+
+
+def official_action_dim(folder: str | Path) -> int:
+    """Size of the real action that an agent's checkpoint was trained with.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_official`; or the folder holds no actor.
+    """
+    actor = official_name("actor.std_out.weight")
+    state = read_official(folder)
+    if actor not in state:
+        raise ValueError(f"{folder} holds no actor ({actor}): it is no fine-tuning checkpoint")
+    return state[actor].shape[0]
 
 
 def load_official_checkpoint(folder: str | Path, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ keeps the preset's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -17,8 +17,13 @@ from prelar_trl.models import LossSettings, ModelSettings
 
 
 def _overrides(name: str, settings: type) -> type:
-    """A dataclass with the fields of ``settings``, all null."""
-    return make_dataclass(name, [(f.name, Any, field(default=None)) for f in fields(settings)])
+    """A dataclass with the fields of ``settings``, all null. Hydra checks bools and numbers."""
+    types = get_type_hints(settings)
+    checked = {t: t | None for t in (bool, int, float)}
+    return make_dataclass(
+        name,
+        [(f.name, checked.get(types[f.name], Any), field(default=None)) for f in fields(settings)],
+    )
 
 
 ModelOverrides = _overrides("ModelOverrides", ModelSettings)
@@ -88,7 +93,7 @@ class FinetuneConfig(RunConfig):
     imag_batch: int | None = None
     slow_every: int = 100
     eval_every: int = 10_000
-    eval_episodes: int = 10
+    eval_episodes: int = 10  # 0: no evaluation
     log_every: int = 1_000
     checkpoint_every: int = 10_000
 
@@ -107,6 +112,37 @@ class EvaluateConfig:
     video_episodes: int = 3
 
 
+@dataclass
+class ProbeConfig:
+    """``probe.py``: what a pre-training run has learned."""
+
+    run: str = MISSING  # run folder of pretrain.py
+    data: Any = None  # clip store, as in pretrain.py; null: the run's own
+    clips: int = 128  # windows of held-out clips, and as many of training clips to fit on
+    batch_size: int = 16
+    clip_len: int | None = None  # null: the run's own, as in context and heldout
+    context: int | None = None
+    heldout: float | None = None
+    transfers: int = 2  # pictures of transferred latent actions
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+
+
+@dataclass
+class ImportOfficialConfig:
+    """``import_official.py``: the authors' checkpoint into a run folder, or the reverse."""
+
+    run: str = MISSING  # the new run folder; with export the run to read
+    official: str | None = None  # folder of variables.pt
+    export: str | None = None  # instead: write the run's weights into this folder
+    method: str = "prelar"
+    phase: str = "pretrain"  # pretrain, for finetune.py pretrained=; finetune, for evaluate.py
+    size: str = "full"
+    model: ModelOverrides = field(default_factory=ModelOverrides)
+    env: str = "metaworld/drawer-open"  # finetune: where the agent was trained
+
+
 def register() -> None:
     """Make the schemas known to Hydra, as ``<recipe>_schema``."""
     store = ConfigStore.instance()
@@ -114,5 +150,7 @@ def register() -> None:
         "pretrain": PretrainConfig,
         "finetune": FinetuneConfig,
         "evaluate": EvaluateConfig,
+        "probe": ProbeConfig,
+        "import_official": ImportOfficialConfig,
     }.items():
         store.store(name=f"{recipe}_schema", node=schema)

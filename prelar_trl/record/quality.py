@@ -40,12 +40,12 @@ def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     covariance = _blur(x * y) - mean_x * mean_y
     similarity = (2 * mean_x * mean_y + C1) * (2 * covariance + C2)
     similarity = similarity / ((mean_x**2 + mean_y**2 + C1) * (variance_x + variance_y + C2))
-    return similarity.mean((-3, -2, -1)).float()
+    return similarity.mean((-3, -2, -1))
 
 
 def _unit(images: Tensor) -> Tensor:
-    images = images.detach()  # float64: variances are small differences of squares
-    return images.double() / 255 if images.dtype == torch.uint8 else images.double()
+    images = images.detach()
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def _blur(images: Tensor) -> Tensor:

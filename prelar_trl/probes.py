@@ -1,0 +1,211 @@
+"""What a pre-trained world model has learned, as numbers. Nothing here is a training loss.
+
+Shape legend: B batch, T time, A action, U latent action, N transitions, K exchanged actions,
+M samples, X features. World models are expected in ``eval()`` mode.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import spearmanr
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from prelar_trl.modules import WorldModel
+from prelar_trl.modules.actions import LatentActionEncoder
+from prelar_trl.modules.distributions import Categorical
+from prelar_trl.record import psnr, ssim
+
+__all__ = [
+    "action_effects",
+    "frame_difference",
+    "latent_action_features",
+    "linear_r2",
+    "openloop_quality",
+    "rank_correlation",
+    "transfer",
+]
+
+
+@torch.no_grad()
+def openloop_quality(
+    world_model: WorldModel, batch: TensorDictBase, context: int
+) -> dict[str, dict[str, Tensor]]:
+    """PSNR and SSIM of open-loop predictions, frame by frame.
+
+    The latent actions of the imagined frames are inferred from those very frames: they tell what
+    happens, and the model what that looks like. So three predictions are compared: under the
+    clip's ``own_actions``; under ``other_actions``, those of another clip of the batch from frame
+    ``context`` on; and ``last_frame``, the last seen frame for ever. A model without actions has
+    ``no_actions`` in place of the first two.
+
+    Args:
+        batch: ``pixels, is_first``, ``[B, T]``; B at least 2.
+        context: number of frames seen; their values are those of reconstructions.
+
+    Returns:
+        ``{"psnr" | "ssim": {prediction: float32 [B, T]}}``.
+    """
+    pixels = batch["pixels"]
+    own, _ = world_model.action_codes(batch, world_model.images(pixels))
+    if own is None:
+        predictions = {"no_actions": world_model.open_loop(batch, context)}
+    else:
+        other = _switch(own, own.roll(1, 0), context)
+        predictions = {
+            "own_actions": world_model.open_loop(batch, context, own),
+            "other_actions": world_model.open_loop(batch, context, other),
+        }
+    last = pixels[:, context - 1 : context].expand_as(pixels[:, context:])
+    predictions["last_frame"] = torch.cat([pixels[:, :context], last], 1).float() / 255
+    return {
+        metric.__name__: {name: metric(x, pixels) for name, x in predictions.items()}
+        for metric in (psnr, ssim)
+    }
+
+
+@torch.no_grad()
+def transfer(
+    world_model: WorldModel, source: TensorDictBase, target: TensorDictBase, context: int
+) -> tuple[Tensor, Tensor]:
+    """Imagine the target's beginning under the source's latent actions.
+
+    Args:
+        source, target: ``pixels, is_first``, ``[B, T]``.
+        context: frames of the target that are seen; from there on the source's actions act.
+
+    Returns:
+        Frames in [0, 1], ``[B, T, 3, H, W]``, imagined with the source's and with the target's
+        own actions.
+    """
+    codes = [
+        world_model.action_codes(x, world_model.images(x["pixels"]))[0] for x in (source, target)
+    ]
+    if codes[0] is None:
+        raise ValueError("this world model has no latent actions to transfer")
+    moved = world_model.open_loop(target, context, _switch(codes[1], codes[0], context))
+    return moved, world_model.open_loop(target, context, codes[1])
+
+
+@torch.no_grad()
+def latent_action_features(
+    encoder: LatentActionEncoder, images: Tensor, flow: Tensor | None = None
+) -> Tensor:
+    """Latent actions without noise: means, probabilities of categoricals, deterministic parts.
+
+    Args:
+        images: ``[B, T, 3, H, W]`` in [-0.5, 0.5]; flow: alike, for encoders of optical flow.
+
+    Returns:
+        ``[B, T-1, X]``; index t is the transition from frame t to frame t+1.
+    """
+    code, statistics = encoder(images, flow, sample=False)
+    code = code[:, 1:]
+    if not isinstance(encoder.code.latent, Categorical):
+        return code
+    deterministic = code[..., : encoder.code.deter_size]
+    return torch.cat([deterministic, statistics.softmax(-1).flatten(-2)], -1)
+
+
+def frame_difference(images: Tensor, size: int = 8) -> Tensor:
+    """What a linear probe could read without any network: differences of down-sampled frames.
+
+    ``[B, T, 3, H, W]`` -> ``[B, T-1, 3*size*size]``.
+    """
+    small = F.adaptive_avg_pool2d(images.flatten(0, 1), size).flatten(1)
+    return small.unflatten(0, images.shape[:2]).diff(dim=1)
+
+
+def linear_r2(
+    features: Tensor,
+    targets: Tensor,
+    test_features: Tensor,
+    test_targets: Tensor,
+    penalty: float = 1e-3,
+) -> Tensor:
+    """Share of the test targets' variance that a ridge regression on the features explains.
+
+    ``min_W mean |y - W x|^2 + penalty |W|^2`` in closed form, features standardised and targets
+    centred by the training samples; ``R^2 = 1 - sum (y - W x)^2 / sum (y - mean y)^2`` on the test
+    samples.
+
+    Args:
+        features, targets: training samples, ``[M, X]`` and ``[M, A]``.
+        test_features, test_targets: alike; of other clips.
+        penalty: of the weights. Default: 1e-3.
+
+    Returns:
+        float64 ``[A]``; 1 is perfect, 0 as good as the mean, below 0 worse. NaN for a target that
+        does not vary.
+    """
+    x, y, test_x, test_y = (z.double() for z in (features, targets, test_features, test_targets))
+    centre, spread = x.mean(0), x.std(0)
+    scale = torch.where(spread > 1e-8, spread.reciprocal(), 0.0)  # constant features say nothing
+    x, test_x = (x - centre) * scale, (test_x - centre) * scale
+    gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    weights = torch.linalg.solve(gram, x.T @ (y - y.mean(0)) / len(x))  # [X, A]
+    error = (test_y - y.mean(0) - test_x @ weights).square().sum(0)
+    total = (test_y - test_y.mean(0)).square().sum(0)
+    return torch.where(total > 0, 1 - error / total, torch.nan)
+
+
+@torch.no_grad()
+def action_effects(
+    world_model: WorldModel, batch: TensorDictBase, exchanges: int = 4
+) -> dict[str, Tensor]:
+    """Exchange each transition's latent action for those of other sequences: what changes?
+
+    Each is exchanged ``exchanges`` times, for the action at the same time in the sequences that
+    come before in the batch. The distances are those that the action-state consistency orders.
+
+    Args:
+        batch: ``pixels, is_first``, ``[B, T]`` with B > ``exchanges``, and optionally ``action``.
+        exchanges: number K. Default: 4.
+
+    Returns:
+        - ``state`` ``[N*K]``: KL of the next state's prior from the one under the other action;
+        - ``latent`` ``[N*K]``: KL of the latent action from the other one, or the squared distance
+          of deterministic ones;
+        - ``true`` ``[N*K]``: distance of the true actions, where the batch has them;
+        - ``explained`` bool ``[N]``: the own action predicts the posterior better than the others.
+    """
+    if world_model.latent_action_encoder is None:
+        raise ValueError("this world model has no latent actions to exchange")
+    if batch.shape[0] <= exchanges:
+        raise ValueError(f"{exchanges} exchanges need more than {batch.shape[0]} sequences")
+    out = world_model(batch.select(*world_model.in_keys))
+    rssm, latent = world_model.rssm, world_model.latent_action_encoder.code.latent
+    stoch, deter = out["stoch"][:, :-1], out["deter"][:, :-1]
+    prior, posterior = out["prior"][:, 1:], out["posterior"][:, 1:]
+    action = out["latent_action"][:, 1:]  # [B, T-1, U]
+    own = rssm.latent.kl(posterior, prior)  # [B, T-1]
+    explained = torch.ones_like(own, dtype=torch.bool)
+    distances: dict[str, list[Tensor]] = {"state": [], "latent": [], "true": []}
+    for shift in range(1, exchanges + 1):
+        shuffled = rssm(stoch, deter, action.roll(shift, 0))
+        explained &= own < rssm.latent.kl(posterior, shuffled)
+        distances["state"].append(rssm.latent.kl(prior, shuffled))
+        if latent is None:
+            change = (action - action.roll(shift, 0)).square().sum(-1)
+        else:
+            statistics = out["latent_action_statistics"][:, 1:]
+            change = latent.kl(statistics, statistics.roll(shift, 0))
+        distances["latent"].append(change)
+        if "action" in batch.keys():
+            true = batch["action"][:, 1:]
+            distances["true"].append((true - true.roll(shift, 0)).norm(dim=-1))
+    joined = {name: torch.cat(x).flatten() for name, x in distances.items() if x}
+    return {**joined, "explained": explained.flatten()}
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Spearman's rank correlation of two vectors ``[N]``; NaN if one of them is constant."""
+    if (x == x[0]).all() or (y == y[0]).all():
+        return float("nan")
+    return float(spearmanr(x.cpu().numpy(), y.cpu().numpy()).statistic)
+
+
+def _switch(code: Tensor, other: Tensor, step: int) -> Tensor:
+    """``code`` before ``step``, ``other`` from there on."""
+    return torch.cat([code[:, :step], other[:, step:]], 1)

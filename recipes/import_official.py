@@ -1,0 +1,96 @@
+"""Turn a checkpoint of the authors' code into a run folder, or a run into such a checkpoint.
+
+python recipes/import_official.py official=their/run method=prelar run=runs/imported
+python recipes/finetune.py env=metaworld/drawer-open pretrained=runs/imported run=runs/finetune
+
+python recipes/import_official.py export=their/folder run=runs/pretrain
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from prelar_trl.recipes.common import CHECKPOINT, overrides, plain
+from prelar_trl.recipes.entry import recipe, settings
+from prelar_trl.recipes.schema import ImportOfficialConfig, register
+from torch import nn
+
+from prelar_trl.checkpoint import load_checkpoint, save_checkpoint
+from prelar_trl.models import make_agent, make_world_model
+from prelar_trl.official import (
+    load_official_checkpoint,
+    official_action_dim,
+    save_official_checkpoint,
+)
+from prelar_trl.record import RunFolder
+
+register()
+WEIGHTS = {"pretrain": "model", "finetune": "agent"}  # where a checkpoint keeps them
+AS_PUBLISHED = {"camera": "corner", "render_quality": "full", "action_repeat": 1, "max_steps": None}
+
+
+def import_official(cfg: ImportOfficialConfig) -> RunFolder:
+    """Make the run folder ``cfg.run`` from the folder ``cfg.official``.
+
+    A pre-training run serves ``finetune.py pretrained=``, a fine-tuning run ``evaluate.py run=``.
+    Neither can be continued: the authors' files hold no optimizer.
+    """
+    if cfg.phase not in WEIGHTS:
+        raise ValueError(f"phase={cfg.phase!r} is unknown; choose pretrain or finetune")
+    if cfg.official is None:
+        raise ValueError("official is not given: add official=<folder of variables.pt>")
+    state = {
+        "phase": cfg.phase,
+        "method": cfg.method,
+        "size": cfg.size,
+        "overrides": overrides(cfg.model),
+        "step": 0,  # theirs is not in the files
+    }
+    if cfg.phase == "finetune":
+        state["action_dim"] = official_action_dim(cfg.official)
+    model = make_model(state)
+    load_official_checkpoint(cfg.official, model)
+    config = plain(asdict(cfg))
+    if cfg.phase == "finetune":
+        config |= AS_PUBLISHED
+    run = RunFolder.create(cfg.run, config)
+    state[WEIGHTS[cfg.phase]] = model.state_dict()
+    save_checkpoint(run.checkpoints / CHECKPOINT, state)
+    return run
+
+
+def export_official(run: str, folder: str) -> None:
+    """Write the weights of a run as the authors' code reads them."""
+    checkpoint = load_checkpoint(RunFolder.load(run).checkpoints / CHECKPOINT)
+    model = make_model(checkpoint)
+    model.load_state_dict(checkpoint[WEIGHTS[checkpoint["phase"]]])
+    save_official_checkpoint(folder, model)
+
+
+def make_model(state: dict[str, Any]) -> nn.Module:
+    """A model like the checkpoint's, with random weights."""
+    sizes = {"size": state["size"], **state["overrides"]}
+    if state["phase"] == "pretrain":
+        return make_world_model(state["method"], "pretrain", action_dim=0, **sizes)
+    return make_agent(state["method"], action_dim=state["action_dim"], **sizes)
+
+
+@recipe
+@hydra.main(version_base="1.3", config_path="../configs", config_name="import_official")
+def main(config: DictConfig) -> None:
+    """Entry point."""
+    cfg = settings(config)
+    if cfg.export is not None:
+        export_official(cfg.run, cfg.export)
+        print(f"official checkpoint: {cfg.export}/variables.pt")
+        return
+    run = import_official(cfg)
+    use = "finetune.py pretrained=" if cfg.phase == "pretrain" else "evaluate.py run="
+    print(f"imported {cfg.method}, {cfg.phase}: {run.path}, for {use}{run.path}")
+
+
+if __name__ == "__main__":
+    main()

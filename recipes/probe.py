@@ -1,0 +1,288 @@
+"""What a pre-training run has learned, measured on held-out clips.
+
+python recipes/probe.py run=runs/pretrain
+
+Open-loop quality by horizon; how well a linear map reads the true action from the latent one; how
+action distances and state distances go together; latent actions moved from one video to another.
+Writes ``probe.csv``, ``probe.json`` and ``pictures/probe_*.png`` into the run folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections import defaultdict
+from typing import Any
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from prelar_trl.recipes.common import CHECKPOINT, choose_device, seed_everything
+from prelar_trl.recipes.entry import recipe, settings
+from prelar_trl.recipes.schema import ProbeConfig, register
+from tensordict import TensorDict
+from torch import Tensor
+
+from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.data import VideoClips
+from prelar_trl.models import make_world_model
+from prelar_trl.modules import WorldModel
+from prelar_trl.probes import (
+    action_effects,
+    frame_difference,
+    latent_action_features,
+    linear_r2,
+    openloop_quality,
+    rank_correlation,
+    transfer,
+)
+from prelar_trl.record import (
+    RunFolder,
+    film_rows,
+    plot_bars,
+    plot_psnr_by_step,
+    plot_scatter,
+    write_picture,
+)
+
+register()
+EXCHANGES = 4  # other actions that each transition's own is compared with
+CALIBRATION = 8  # batches that give the random encoder's norm layers their statistics
+SHOWN_POINTS = 2_000
+Row = tuple[str, str, int | None, float]  # probe, name, horizon, value
+
+
+def probe(cfg: ProbeConfig) -> dict[str, Any]:
+    """Run all probes; returns what ``probe.json`` holds."""
+    if cfg.clips < 1 or cfg.batch_size <= EXCHANGES:
+        raise ValueError(
+            f"clips={cfg.clips} must be at least 1, batch_size={cfg.batch_size} above {EXCHANGES}"
+        )
+    device = choose_device(cfg.device)
+    seed_everything(cfg.seed)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    run = RunFolder.load(cfg.run)
+    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    if checkpoint["phase"] != "pretrain":
+        raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; probe a pretrain run")
+    world_model, untrained = (make_model(checkpoint).to(device) for _ in range(2))
+    world_model.load_state_dict(checkpoint["model"])
+    world_model.eval()
+    fitting, heldout, context = open_clips(cfg, run, world_model, device)
+    has_actions = all("actions" in store.streams for store in heldout.stores)
+
+    rows, notes = [], []
+    quality, effects, test = defaultdict(list), defaultdict(list), defaultdict(list)
+    calibrate(untrained, fitting)
+    for batch in draw(heldout, cfg.clips, has_actions):
+        for metric, predictions in openloop_quality(world_model, batch, context).items():
+            for name, values in predictions.items():
+                quality[metric, name].append(values)
+        if world_model.latent_action_encoder is not None:
+            for name, values in action_effects(world_model, batch, EXCHANGES).items():
+                effects[name].append(values)
+        for name, values in features(world_model, untrained, batch, has_actions).items():
+            test[name].append(values)
+    curves = {key: torch.cat(x).mean(0).tolist() for key, x in quality.items()}  # [T] each
+    for (metric, name), curve in curves.items():
+        rows += [(f"openloop_{metric}", name, t + 1 - context, x) for t, x in enumerate(curve)]
+        rows.append((f"openloop_{metric}", f"{name}_mean", None, _mean(curve[context:])))
+    for metric, label in (("psnr", "PSNR (dB)"), ("ssim", "SSIM")):
+        shown = {name: curve for (m, name), curve in curves.items() if m == metric}
+        path = run.pictures / f"probe_{metric}.png"
+        plot_psnr_by_step(shown, path, context=context, label=label)
+
+    if has_actions:
+        fit = defaultdict(list)
+        for batch in draw(fitting, cfg.clips, has_actions):
+            for name, values in features(world_model, untrained, batch, has_actions).items():
+                fit[name].append(values)
+        scores = action_scores(join(fit), join(test))
+        for name, score in scores.items():
+            rows.append(("action_r2", name, None, _mean(score)))
+            rows += [("action_r2", f"{name}_{i}", None, x) for i, x in enumerate(score)]
+        panel = {name: [_mean(score)] for name, score in scores.items()}
+        plot_bars({"R² of the true action": panel}, run.pictures / "probe_action_r2.png")
+    else:
+        notes.append("the clips have no true actions: action_r2 and true distances are left out")
+
+    if world_model.latent_action_encoder is None:
+        notes.append(
+            f"method={checkpoint['method']} has no latent actions: rank_correlation, contrast and "
+            "transfer are left out"
+        )
+    else:
+        rows += effect_rows(join(effects), run)
+        draw_transfers(cfg, world_model, heldout, run, context)
+    result = {
+        "method": checkpoint["method"],
+        "step": checkpoint["step"],
+        "clips": cfg.clips,
+        "seed": cfg.seed,
+        "heldout_clips": heldout.num_clips,
+        "notes": notes,
+        "values": {f"{p}/{name}": x for p, name, horizon, x in rows if horizon is None},
+    }
+    save(run, rows, result)
+    return result
+
+
+def make_model(checkpoint: dict[str, Any]) -> WorldModel:
+    """A new world model like the run's, with random weights."""
+    return make_world_model(
+        checkpoint["method"],
+        "pretrain",
+        action_dim=0,
+        size=checkpoint["size"],
+        **checkpoint["overrides"],
+    )
+
+
+def open_clips(
+    cfg: ProbeConfig, run: RunFolder, world_model: WorldModel, device: torch.device
+) -> tuple[VideoClips, VideoClips, int]:
+    """Clips to fit linear maps on, held-out clips, and the number of frames seen."""
+    chosen = {}
+    for name in ("data", "clip_len", "context", "heldout"):
+        own = getattr(cfg, name)
+        chosen[name] = run.config.get(name) if own is None else own
+        if chosen[name] is None:
+            raise ValueError(f"{name} is not given and the run in {cfg.run} has none: add {name}=")
+    context, heldout = chosen.pop("context"), chosen.pop("heldout")
+    if not 0 < context < chosen["clip_len"]:
+        raise ValueError(f"context={context} must lie below clip_len={chosen['clip_len']}")
+    if not heldout:
+        raise ValueError(f"the run in {cfg.run} held no clips out: add heldout= and other data=")
+    streams = ["pixels"] + (["flow"] if "flow" in world_model.in_keys else [])
+    path = chosen.pop("data")
+    common = dict(batch_size=cfg.batch_size, seed=cfg.seed, device=device, heldout=heldout)
+    fitting, held = (
+        VideoClips(path, split=split, streams=streams, **chosen, **common)
+        for split in ("train", "heldout")
+    )
+    return fitting, held, context
+
+
+def draw(clips: VideoClips, count: int, with_actions: bool) -> Any:
+    """At least ``count`` windows, in batches."""
+    for _ in range(math.ceil(count / clips.batch_size)):
+        yield clips.sample_with_actions() if with_actions else clips.sample()
+
+
+@torch.no_grad()
+def calibrate(untrained: WorldModel, clips: VideoClips) -> None:
+    """Norm layers of the random encoder get statistics, so that it is not at a disadvantage."""
+    if untrained.latent_action_encoder is not None:
+        untrained.train()
+        for _ in range(CALIBRATION):
+            batch = clips.sample()
+            untrained.action_codes(batch, untrained.images(batch["pixels"]))
+    untrained.eval()
+
+
+@torch.no_grad()
+def features(
+    world_model: WorldModel, untrained: WorldModel, batch: TensorDict, has_actions: bool
+) -> dict[str, Tensor]:
+    """What the true action (``target``) is read from, ``[B*(T-1), X]`` each."""
+    if not has_actions:
+        return {}
+    images = world_model.images(batch["pixels"])
+    flow = world_model.images(batch["flow"]) if "flow" in batch.keys() else None
+    found = {"target": batch["action"][:, 1:], "frame_difference": frame_difference(images)}
+    for name, model in (("latent_action", world_model), ("random_encoder", untrained)):
+        if model.latent_action_encoder is not None:
+            found[name] = latent_action_features(model.latent_action_encoder, images, flow)
+    return {name: x.flatten(0, 1).cpu() for name, x in found.items()}
+
+
+def action_scores(fit: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, list[float]]:
+    """R² of each dimension of the true action, from each kind of features."""
+    target, test_target = fit.pop("target"), test.pop("target")
+    names = sorted(fit, key=["latent_action", "random_encoder", "frame_difference"].index)
+    return {name: linear_r2(fit[name], target, test[name], test_target).tolist() for name in names}
+
+
+def effect_rows(effects: dict[str, Tensor], run: RunFolder) -> list[Row]:
+    """Rank correlations of the distances, and how often the own action explains best."""
+    pairs = [("latent", "state"), ("true", "state"), ("true", "latent")]
+    pairs = [(x, y) for x, y in pairs if x in effects and y in effects]
+    rows: list[Row] = [
+        ("rank_correlation", f"{x}_{y}", None, rank_correlation(effects[x], effects[y]))
+        for x, y in pairs
+    ]
+    rows.append(("state_distance", "mean", None, float(effects["state"].mean())))
+    rows.append(("contrast", "accuracy", None, float(effects["explained"].float().mean())))
+    rows.append(("contrast", "chance", None, 1 / (1 + EXCHANGES)))
+    shown = slice(0, SHOWN_POINTS)
+    points = {
+        f"{name} actions": (effects[name][shown].tolist(), effects["state"][shown].tolist())
+        for name in ("latent", "true")
+        if name in effects
+    }
+    plot_scatter(
+        points,
+        run.pictures / "probe_distance.png",
+        x_label="distance of the actions",
+        y_label="distance of the next states (nats)",
+    )
+    return rows
+
+
+def draw_transfers(
+    cfg: ProbeConfig, world_model: WorldModel, clips: VideoClips, run: RunFolder, context: int
+) -> None:
+    """Latent actions of clip A applied to the first frames of clip B, as pictures."""
+    a, b = clips.sample(), clips.sample()
+    moved, own = transfer(world_model, a, b, context)
+    for i in range(min(cfg.transfers, cfg.batch_size)):
+        rows = {
+            "A": a["pixels"][i],
+            "B": b["pixels"][i],
+            "B with A's actions": moved[i],
+            "B with its own": own[i],
+        }
+        write_picture(run.pictures / f"probe_transfer_{i}.png", film_rows(rows))
+
+
+def join(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat(x) for name, x in pieces.items()}
+
+
+def save(run: RunFolder, rows: list[Row], result: dict[str, Any]) -> None:
+    """``probe.csv``, one row a value, and ``probe.json``; the old ones are replaced at the end."""
+    part = run.path / "probe.csv.part"
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["probe", "name", "horizon", "value"])
+        writer.writerows([*row[:3], f"{row[3]:.6g}"] for row in rows)
+    os.replace(part, run.path / "probe.csv")
+    part = run.path / "probe.json.part"
+    part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, run.path / "probe.json")
+
+
+def _mean(values: list[float]) -> float:
+    """The mean of the values that are numbers."""
+    numbers = [x for x in values if not math.isnan(x)]
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+@recipe
+@hydra.main(version_base="1.3", config_path="../configs", config_name="probe")
+def main(config: DictConfig) -> None:
+    """Entry point."""
+    cfg = settings(config)
+    result = probe(cfg)
+    for name, value in result["values"].items():
+        print(f"{name:<40} {value:8.3f}")
+    for note in result["notes"]:
+        print(f"note: {note}")
+    print(f"{cfg.run}/probe.csv, {cfg.run}/probe.json, {cfg.run}/pictures/probe_*.png")
+
+
+if __name__ == "__main__":
+    main()
