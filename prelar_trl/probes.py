@@ -168,7 +168,8 @@ def action_effects(
         - ``latent`` ``[N*K]``: KL of the latent action from the other one, or the squared distance
           of deterministic ones;
         - ``true`` ``[N*K]``: distance of the true actions, where the batch has them;
-        - ``explained`` bool ``[N]``: the own action predicts the posterior better than the others.
+        - ``explained`` bool ``[N]``: the own action predicts the posterior better than any other;
+          in 1 / (1 + K) of the cases by chance, never where the dynamics ignores actions.
     """
     if world_model.latent_action_encoder is None:
         raise ValueError("this world model has no latent actions to exchange")
@@ -177,8 +178,8 @@ def action_effects(
     out = world_model(batch.select(*world_model.in_keys))
     rssm, latent = world_model.rssm, world_model.latent_action_encoder.code.latent
     stoch, deter = out["stoch"][:, :-1], out["deter"][:, :-1]
-    prior, posterior = out["prior"][:, 1:], out["posterior"][:, 1:]
-    action = out["latent_action"][:, 1:]  # [B, T-1, U]
+    posterior, action = out["posterior"][:, 1:], out["latent_action"][:, 1:]  # [B, T-1, U]
+    prior = rssm(stoch, deter, action)  # anew, so that a tie with another action is exact
     own = rssm.latent.kl(posterior, prior)  # [B, T-1]
     explained = torch.ones_like(own, dtype=torch.bool)
     distances: dict[str, list[Tensor]] = {"state": [], "latent": [], "true": []}
