@@ -18,7 +18,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -236,8 +235,7 @@ def summary(store: ClipStore) -> str:
     return "\n".join(lines)
 
 
-@recipe
-@hydra.main(version_base="1.3", config_path="../configs", config_name="collect_videos")
+@recipe("collect_videos")
 def main(config: DictConfig) -> None:
     """Collect, then say what there is."""
     store = collect(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import random
 import signal
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint
@@ -23,25 +22,7 @@ from prelar_trl.models import METHODS, SIZES
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 
 CHECKPOINT = "last.pt"
-
-
-def recipe(run: Callable[[Any], None]) -> Callable[[DictConfig], None]:
-    """Turn a Hydra configuration into its dataclass, and expected errors into one line."""
-
-    @wraps(run)
-    def main(config: DictConfig) -> None:
-        try:
-            run(OmegaConf.to_object(config))
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            if not isinstance(error, (OSError, ValueError, ImportError)) and "\n" in str(error):
-                raise  # not one of ours
-            sys.exit(f"error: {error}")
-        except Exception as error:
-            if type(error).__module__.startswith("omegaconf"):
-                sys.exit(f"error: {str(error).splitlines()[0]}")
-            raise
-
-    return main
+MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
 
 def overrides(settings: Any) -> dict[str, Any]:
@@ -70,6 +51,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+# Settings that must be at least 1, by the end of their names; all other numbers at least 0.
+POSITIVE = ("_every", "_size", "_len", "_length", "_repeat", "_batch", "_steps", "_workers")
+POSITIVE += ("horizon", "threads")
+
+
 def check_run(cfg: Any, phase: str) -> tuple[str, ...]:
     """Reject what would only fail later; returns the loggers."""
     if cfg.method not in METHODS:
@@ -80,19 +66,32 @@ def check_run(cfg: Any, phase: str) -> tuple[str, ...]:
         raise ValueError(f"size={cfg.size!r} is unknown; choose {', '.join(SIZES)}")
     if cfg.precision not in ("32", "bf16"):
         raise ValueError(f"precision={cfg.precision!r} is unknown; choose 32 or bf16")
-    positive = [name for name in asdict(cfg) if name.endswith(("_every", "batch_size", "_len"))]
-    for name in positive:
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name}={getattr(cfg, name)} must be at least 1")
+    for name, value in asdict(cfg).items():
+        low = 1 if name.endswith(POSITIVE) or name == "updates" else 0
+        if type(value) in (int, float) and value < low:
+            raise ValueError(f"{name}={value} must be at least {low}")
     loggers = (cfg.logger,) if isinstance(cfg.logger, str) else tuple(cfg.logger)
     check_backends(loggers)
     return loggers
 
 
-def open_run(cfg: Any) -> tuple[RunFolder, dict[str, Any] | None]:
-    """The run folder, and the checkpoint to continue from (``resume=true``), or None."""
+def open_run(
+    cfg: Any, module: nn.Module, data_bytes: int = 0
+) -> tuple[RunFolder, dict[str, Any] | None]:
+    """The run folder, and the checkpoint to continue from (``resume=true``), or None.
+
+    There must be space for two checkpoints of ``module`` with Adam's two moments, and for
+    ``data_bytes`` of a replay.
+    """
     if not cfg.resume:
-        return RunFolder.create(cfg.run, plain(asdict(cfg)), seed=cfg.seed), None
+        if (Path(cfg.run).expanduser() / "config.yaml").exists():
+            raise FileExistsError(
+                f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
+                "choose another folder"
+            )
+        state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
+        need = 2 * 3 * state + data_bytes + MARGIN_BYTES
+        return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
     run = RunFolder.load(cfg.run)
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
     for name, value in plain(asdict(cfg)).items():
@@ -140,13 +139,23 @@ class Interruption:
         self.requested = True
 
 
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes that start inside ignore Ctrl-C, which reaches all: their parent ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def check_finite(losses: TensorDictBase, step: int) -> None:
     """Raise when a loss is NaN or infinite, before a checkpoint could be overwritten with it."""
     bad = [name for name, x in losses.items() if name.startswith("loss_") and not x.isfinite()]
     if bad:
         raise RuntimeError(
-            f"{bad[0]} is {losses[bad[0]].item()} at step {step}: training has diverged; the last "
-            "checkpoint is kept, continue from it with a lower lr or precision=32"
+            f"{bad[0]} is {losses[bad[0]].item()} at step {step}: training has diverged; the "
+            "checkpoint saved before is kept. Start a new run with a lower lr, or precision=32"
         )
 
 
@@ -187,7 +196,8 @@ def play(
         A record of each episode (return, success, length), and the frames of the first
         ``videos``, uint8 ``[T, 3, H, W]`` each.
     """
-    td = env.reset()
+    with deaf_to_interrupts():
+        td = env.reset()
     workers = td.numel()
     quota = [episodes // workers + (i < episodes % workers) for i in range(workers)]
     tracker = EpisodeTracker(workers)

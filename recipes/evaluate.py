@@ -9,17 +9,17 @@ import json
 import os
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
+from omegaconf import DictConfig
 from prelar_trl.recipes.common import (
     CHECKPOINT,
     choose_device,
     play,
-    recipe,
     seed_everything,
     summarise,
 )
+from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.finetune import act
 from prelar_trl.recipes.schema import EvaluateConfig, register
 
@@ -32,7 +32,7 @@ from prelar_trl.record import RunFolder, bootstrap_interval, write_video
 register()
 
 
-def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
+def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]:
     """Write ``evaluation.json`` and ``videos/evaluation.mp4`` into the run; returns the numbers."""
     if cfg.episodes < 1:
         raise ValueError(f"episodes={cfg.episodes} must be at least 1")
@@ -53,7 +53,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
 
     trained = run.config
-    env = make_env(
+    env = env_factory(
         cfg.env or trained["env"],
         seed=cfg.seed,
         camera=trained["camera"],
@@ -64,10 +64,10 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     )
     if env.action_spec.shape[-1] != policy.action_dim:
         raise ValueError(
-            f"env={cfg.env} has {env.action_spec.shape[-1]} action dimensions, the agent in "
-            f"{cfg.run} has {policy.action_dim}"
+            f"env={cfg.env or trained['env']} has {env.action_spec.shape[-1]} action dimensions, "
+            f"the agent in {cfg.run} has {policy.action_dim}"
         )
-    env.append_transform(policy.make_primer(env.batch_size))
+    env = env.append_transform(policy.make_primer())
     records, films = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
     env.close(raise_if_closed=False)
 
@@ -92,10 +92,10 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="evaluate")
-@recipe
-def main(cfg: EvaluateConfig) -> None:
+@recipe("evaluate")
+def main(config: DictConfig) -> None:
     """Entry point."""
+    cfg = settings(config)
     result = evaluate(cfg)
     low, high = result["success_interval"]
     print(

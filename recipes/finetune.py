@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import hydra
 import torch
+from omegaconf import DictConfig
 from prelar_trl.recipes.common import (
     CHECKPOINT,
     EpisodeTracker,
@@ -17,14 +17,15 @@ from prelar_trl.recipes.common import (
     check_finite,
     check_run,
     choose_device,
+    deaf_to_interrupts,
     open_logger,
     open_run,
     overrides,
     play,
-    recipe,
     seed_everything,
     summarise,
 )
+from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.schema import FinetuneConfig, register
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
@@ -39,11 +40,21 @@ from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 
 register()
 EVAL_SEED = 10_000  # the evaluation environment's seed lies apart from the training one's
+FRAME_BYTES = 3 * 64 * 64
 
 
 def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
     """The whole run: environment, agent, loop. ``env_factory`` takes make_env's arguments."""
     loggers = check_run(cfg, "finetune")
+    if cfg.prefill >= cfg.env_steps:
+        raise ValueError(f"prefill={cfg.prefill} leaves nothing of env_steps={cfg.env_steps}")
+    if cfg.max_steps is not None and cfg.max_steps + 1 < cfg.batch_length:
+        raise ValueError(
+            f"an episode of max_steps={cfg.max_steps} has {cfg.max_steps + 1} frames: lower "
+            f"batch_length={cfg.batch_length}"
+        )
+    if cfg.capacity < cfg.batch_length:
+        raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
     if cfg.threads:
@@ -87,9 +98,10 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
         precision=cfg.precision,
     )
     policy = WorldModelPolicy(agent.world_model, agent.actor)
-    env.append_transform(policy.make_primer(env.batch_size))
+    env = env.append_transform(policy.make_primer())
 
-    run, checkpoint = open_run(cfg)
+    frames = min(cfg.capacity, cfg.env_steps // cfg.action_repeat)
+    run, checkpoint = open_run(cfg, agent, data_bytes=frames * FRAME_BYTES)
     replay = EpisodeReplay(
         run.path / "replay",
         window=cfg.batch_length,
@@ -98,14 +110,18 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
         seed=cfg.seed,
         device=device,
     )
-    steps = 0
+    steps, debt = 0, float(cfg.pretrain_updates)  # debt: updates to make up for
     if checkpoint is not None:
-        steps = checkpoint["step"]
+        steps, debt = checkpoint["step"], checkpoint["debt"]
+        env.set_seed(cfg.seed + steps)  # not the first episodes again
         agent.load_state_dict(checkpoint["agent"])
         model_update.load_state_dict(checkpoint["model_update"])
         behavior_update.load_state_dict(checkpoint["behavior_update"])
         replay.load_state_dict({**checkpoint["replay"], "pending": {}})
         set_rng_state(checkpoint["rng"])
+        if steps >= cfg.env_steps:
+            print(f"{run.path} has its {steps} steps already; raise env_steps to continue")
+            return
 
     def save() -> None:
         replay_state = replay.state_dict()
@@ -117,6 +133,7 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
             "overrides": overrides(cfg.model),
             "action_dim": policy.action_dim,
             "step": steps,
+            "debt": debt,
             "agent": agent.state_dict(),
             "model_update": model_update.state_dict(),
             "behavior_update": behavior_update.state_dict(),
@@ -134,7 +151,8 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
     per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
     bar = Progress(cfg.env_steps, initial=steps, name="finetune", unit="steps")
     with open_logger(run, loggers, checkpoint) as logger, Interruption() as interruption, bar:
-        td, losses, debt = env.reset(), None, 0.0
+        with deaf_to_interrupts():
+            td, losses = env.reset(), None
         tracker = EpisodeTracker(td.numel())
         while steps < cfg.env_steps and not interruption.requested:
             random_phase = steps < cfg.prefill
@@ -147,9 +165,12 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
                 logger.log({f"train/{name}": episode[name] for name in names}, steps)
             td = following
 
-            if steps >= cfg.prefill and replay.num_eligible:
-                if model_update.count == 0:
-                    debt += cfg.pretrain_updates
+            if steps >= cfg.prefill and replay.num_episodes:
+                if not replay.num_eligible:
+                    raise ValueError(
+                        f"batch_length={cfg.batch_length} frames, but none of the "
+                        f"{replay.num_episodes} episodes so far is as long: lower it"
+                    )
                 debt += per_step / cfg.train_every
                 while debt >= 1 and not interruption.requested:
                     losses = train()
@@ -159,25 +180,25 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
             if losses is not None and crossed(before, steps, cfg.log_every):
                 check_finite(losses, steps)
                 logger.log(dict(losses), steps)
-            if not random_phase and crossed(before, steps, cfg.eval_every):
-                evaluate(cfg, env_factory, agent, logger, steps, device)
             if losses is not None and crossed(before, steps, cfg.checkpoint_every):
                 check_finite(losses, steps)
                 save()
+            if not random_phase and crossed(before, steps, cfg.eval_every):
+                evaluate(cfg, env_factory, agent, logger, steps, device)
         if losses is not None:
             check_finite(losses, steps)
         save()
-        if losses is None and not interruption.requested:
-            raise RuntimeError(
-                f"no update was made in {steps} steps (prefill={cfg.prefill}, "
-                f"batch_length={cfg.batch_length}, longest episode too short or unfinished): "
-                "lower prefill or batch_length, or raise env_steps"
-            )
-        if not interruption.requested and not crossed(before, steps, cfg.eval_every):
-            evaluate(cfg, env_factory, agent, logger, steps, device)
+        if not interruption.requested:
+            if not replay.num_episodes:
+                raise ValueError(
+                    f"no episode was finished in {steps} steps, so nothing was learned: raise "
+                    "env_steps, or lower max_steps"
+                )
+            if not crossed(before, steps, cfg.eval_every):
+                evaluate(cfg, env_factory, agent, logger, steps, device)
     env.close()
     if interruption.requested:
-        sys.exit(f"stopped after {steps} steps; continue with the same command resume=true")
+        sys.exit(f"stopped after {steps} steps; to continue: the same command with resume=true")
     print(f"fine-tuned agent: {run.path}")
 
 
@@ -234,9 +255,12 @@ def evaluate(
     device: torch.device,
 ) -> None:
     """Episodes with the policy's mode in an environment of their own."""
+    if not cfg.eval_episodes:
+        return
     policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
-    env = make_training_env(cfg, env_factory, cfg.seed + EVAL_SEED, cfg.num_workers)
-    env.append_transform(policy.make_primer(env.batch_size))
+    workers = min(cfg.num_workers, cfg.eval_episodes)
+    env = make_training_env(cfg, env_factory, cfg.seed + EVAL_SEED, workers)
+    env = env.append_transform(policy.make_primer())
     with torch.random.fork_rng():
         records, films = play(env, lambda td: act(policy, td, device), cfg.eval_episodes)
     env.close(raise_if_closed=False)
@@ -244,11 +268,10 @@ def evaluate(
     logger.log_video("eval", films[0], step, fps=30)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="finetune")
-@recipe
-def main(cfg: FinetuneConfig) -> None:
+@recipe("finetune")
+def main(config: DictConfig) -> None:
     """Entry point."""
-    finetune(cfg)
+    finetune(settings(config))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 from prelar_trl.recipes.entry import recipe
 
@@ -127,8 +126,7 @@ def summary(store: ClipStore) -> str:
     return "\n".join(lines)
 
 
-@recipe
-@hydra.main(version_base="1.3", config_path="../configs", config_name="prepare_videos")
+@recipe("prepare_videos")
 def main(config: DictConfig) -> None:
     """Prepare, then say what there is."""
     store = run(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import hydra
 import torch
+from omegaconf import DictConfig
 from prelar_trl.recipes.common import (
     CHECKPOINT,
     Interruption,
@@ -19,9 +19,9 @@ from prelar_trl.recipes.common import (
     open_logger,
     open_run,
     overrides,
-    recipe,
     seed_everything,
 )
+from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.schema import PretrainConfig, register
 from tensordict import TensorDict
 
@@ -60,10 +60,14 @@ def pretrain(cfg: PretrainConfig) -> None:
     clips, heldout = open_clips(cfg, world_model, device)
     update = WorldModelUpdate(loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision)
 
-    run, checkpoint = open_run(cfg)
+    run, checkpoint = open_run(cfg, world_model)
     if checkpoint is not None:
         load_state(checkpoint, world_model, update, clips)
+        if update.count >= cfg.updates:
+            print(f"{run.path} has its {update.count} updates already; raise updates to continue")
+            return
     fixed = heldout.sample()  # the same held-out clips throughout
+    losses = None
 
     def save() -> None:
         state = {
@@ -97,11 +101,12 @@ def pretrain(cfg: PretrainConfig) -> None:
                 save()
             shown = {"image": losses["image"], "kl": losses["kl"]}
             bar.update(frames=frames, metrics=shown)
-        check_finite(losses, update.count)
-        save()
+        if losses is not None:
+            check_finite(losses, update.count)
+            save()
     if interruption.requested:
         sys.exit(
-            f"stopped after {update.count} updates; continue with the same command resume=true"
+            f"stopped after {update.count} updates; to continue: the same command with resume=true"
         )
     print(f"pre-trained world model: {run.path}")
 
@@ -128,6 +133,9 @@ def open_clips(
         **common,
     )
     heldout = VideoClips(cfg.data, batch_size=8, seed=0, split=splits[1], **share, **common)
+    height, width = clips.stores[0].size
+    if (height, width) != (64, 64):
+        raise ValueError(f"data={cfg.data} has frames of {height}x{width}; make it with pixels=64")
     return clips, heldout
 
 
@@ -160,11 +168,10 @@ def predict(
     plot_psnr_by_step(curve, pictures / "psnr_by_frame.png", context=context)
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="pretrain")
-@recipe
-def main(cfg: PretrainConfig) -> None:
+@recipe("pretrain")
+def main(config: DictConfig) -> None:
     """Entry point."""
-    pretrain(cfg)
+    pretrain(settings(config))
 
 
 if __name__ == "__main__":

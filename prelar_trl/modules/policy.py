@@ -50,15 +50,12 @@ class WorldModelPolicy(TensorDictModuleBase):
                 shapes[prefix + "deter"] = (rssm.deter,)
         return shapes
 
-    def make_primer(self, batch_size: torch.Size | tuple[int, ...] = ()) -> TensorDictPrimer:
+    def make_primer(self) -> TensorDictPrimer:
         """The transform that puts a zero belief into the environment's reset."""
         return TensorDictPrimer(
-            {
-                ("belief", name): Unbounded((*batch_size, *shape))
-                for name, shape in self.belief_shapes().items()
-            },
+            {("belief", name): Unbounded(shape) for name, shape in self.belief_shapes().items()},
             default_value=0.0,
-            expand_specs=True,
+            expand_specs=True,  # to the environment's batch size
         )
 
     @torch.no_grad()

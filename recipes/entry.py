@@ -1,0 +1,101 @@
+"""The way into a recipe: command line in, one line out when something is wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import wraps
+from typing import Any
+from unittest import mock
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+
+
+def recipe(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make a function of the configuration ``configs/<name>.yaml`` the program's entry point.
+
+    Expected errors, those on the command line too, end the program with one line on stderr. With
+    ``HYDRA_FULL_ERROR=1`` in the environment they show where they came from.
+    """
+
+    def decorate(body: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @wraps(body)
+        def main() -> None:
+            full = os.environ.get(FULL_ERROR) == "1"
+
+            @wraps(body)
+            def job(config: DictConfig) -> None:
+                with one_line_errors(full):
+                    body(config)
+
+            run = hydra.main(version_base="1.3", config_path="../configs", config_name=name)(job)
+            # Hydra raises its own errors then, instead of printing them on many lines.
+            with one_line_errors(full), mock.patch.dict(os.environ, {FULL_ERROR: "1"}):
+                run()
+
+        return main
+
+    return decorate
+
+
+@contextmanager
+def one_line_errors(full: bool) -> Iterator[None]:
+    """Expected errors end the program with one line, unless ``full``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("stopped at once; what was saved before is kept")
+    except Exception as error:
+        line = describe(error)
+        if full or line is None:
+            raise
+        sys.exit(f"error: {line}")
+
+
+def describe(error: Exception) -> str | None:
+    """An expected error in one line; None for an unexpected one."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, name = (error.missing_cfg_file or "").partition("/")
+        return f"{group}={name} is unknown; choose {', '.join(error.options)}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is not given: add {error.full_key}=<value>"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        lines = [*str(error).splitlines(), *str(error.__cause__ or "").splitlines()]
+        said = [line for line in lines if line and not line.startswith((" ", "To append", "See "))]
+        text = ": ".join(line.removesuffix(".") for line in said)
+        return f"{text.removeprefix('Error merging override ')} (--cfg job shows all keys)"
+    if isinstance(error, OSError | ValueError | ImportError):
+        return " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "\n" not in str(error):
+        return str(error)
+    return None
+
+
+def settings(config: DictConfig) -> Any:
+    """The configuration as its dataclass.
+
+    Raises:
+        ValueError: a key that the dataclass does not have, added with ``+``.
+        MissingMandatoryValue: a value that must be given is not.
+    """
+    cfg = OmegaConf.to_object(config)
+    unknown = list(_surplus(OmegaConf.to_container(config), asdict(cfg)))
+    if unknown:
+        raise ValueError(f"unknown config key {unknown[0]}: --cfg job shows all keys")
+    return cfg
+
+
+def _surplus(given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in given.items():
+        if name not in known:
+            yield name
+        elif isinstance(value, Mapping) and isinstance(known[name], Mapping):
+            yield from (f"{name}.{inner}" for inner in _surplus(value, known[name]))
