@@ -1,0 +1,408 @@
+"""The whole path on the toy environment, and what each recipe leaves in its run folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from prelar_trl.recipes import evaluate as evaluate_recipe
+from prelar_trl.recipes import plot as plot_recipe
+from prelar_trl.recipes.evaluate import evaluate
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.pretrain import pretrain
+from prelar_trl.recipes.schema import EvaluateConfig
+from tensordict import TensorDict
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import EnvBase, SerialEnv
+
+from prelar_trl.data import EpisodeReplay
+from prelar_trl.envs import make_env
+from prelar_trl.models import METHODS
+from prelar_trl.record import read_video
+from tests.toy_runs import (
+    FINETUNE_ARGS,
+    PRETRAIN_ARGS,
+    ROOT,
+    checkpoint,
+    different,
+    finetune_config,
+    interrupt_after,
+    make_clips,
+    pretrain_config,
+)
+
+PRETRAINED = [name for name, method in METHODS.items() if method.pretrain is not None]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("clips") / "store")
+
+
+@pytest.fixture(scope="module")
+def path(clips, tmp_path_factory):
+    """Everything once: pre-train, fine-tune, evaluate, report."""
+    folder = tmp_path_factory.mktemp("path")
+    pre, fine = folder / "pre", folder / "fine"
+    pretrain(pretrain_config(clips, pre))
+    finetune(finetune_config(fine, pretrained=str(pre)))
+    result = evaluate(EvaluateConfig(run=str(fine), episodes=3, device="cpu", video_episodes=2))
+    with pytest.MonkeyPatch.context() as patch:
+        report = folder / "report.html"
+        patch.setattr(sys, "argv", ["plot", f"runs=[{pre},{fine}]", f"out={report}"])
+        plot_recipe.main()
+    return SimpleNamespace(pre=pre, fine=fine, result=result, report=report)
+
+
+def rows(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_run_folders_hold_the_whole_configuration(path):
+    config = yaml.safe_load((path.pre / "config.yaml").read_text())
+    assert config["method"] == "prelar" and config["size"] == "tiny" and config["updates"] == 3
+    assert config["lr"] == 3e-4 and config["model"]["depth"] == 4
+    config = yaml.safe_load((path.fine / "config.yaml").read_text())
+    assert config["pretrained"] == str(path.pre) and config["env_steps"] == 60
+
+
+def test_run_folders_say_what_made_them(path):
+    for run in (path.pre, path.fine):
+        versions = json.loads((run / "versions.json").read_text())
+        assert versions["packages"].keys() >= {"torch", "torchrl", "tensordict"}
+        assert versions["seed"] == 0 and versions["command"]
+        if versions["git"] is not None:  # the tests may run from an unpacked archive
+            assert len(versions["git"]["commit"]) == 40
+            assert isinstance(versions["git"]["dirty"], bool)
+
+
+def test_pretraining_metrics_are_complete_and_finite(path):
+    table = rows(path.pre)
+    names = {"step", "loss", "loss_image", "loss_kl", "loss_latent_kl", "psnr_openloop"}
+    names |= {"loss_action_state_consistency", "grad_norm_model", "psnr_seen"}
+    assert names <= table[0].keys()
+    assert sorted({int(row["step"]) for row in table}) == [1, 2, 3]
+    assert all(math.isfinite(float(v)) for row in table for v in row.values() if v)
+    assert sum(bool(row["psnr_openloop"]) for row in table) == 2  # the first and the last update
+
+
+def test_finetuning_metrics_are_complete_and_finite(path):
+    table = rows(path.fine)
+    names = {"train/return", "train/success", "train/length", "eval/return", "eval/success"}
+    names |= {"eval/success_low", "eval/success_high", "loss_image", "loss_reward", "loss_actor"}
+    assert names | {"loss_critic", "grad_norm_actor", "grad_norm_pretrained"} <= table[0].keys()
+    assert all(math.isfinite(float(v)) for row in table for v in row.values() if v)
+    episodes = [row for row in table if row["train/return"]]
+    assert [int(row["step"]) for row in episodes] == [10, 20, 30, 40, 50, 60]
+    assert all(float(row["train/length"]) == 10 for row in episodes)
+    assert [int(row["step"]) for row in table if row["eval/return"]] == [40, 60]
+
+
+def test_pretraining_leaves_predictions_to_look_at(path):
+    videos = sorted(p.name for p in (path.pre / "videos").iterdir())
+    assert videos == ["openloop_000001.mp4", "openloop_000003.mp4"]
+    assert read_video(path.pre / "videos" / videos[0]).shape[0] == 6
+    pictures = {p.name for p in (path.pre / "pictures").iterdir()}
+    assert {"openloop_000001.png", "openloop_000003.png", "psnr_by_frame.png"} == pictures
+
+
+def test_finetuning_leaves_episodes_to_look_at(path):
+    videos = sorted(p.name for p in (path.fine / "videos").iterdir())
+    assert videos == ["eval_000040.mp4", "eval_000060.mp4", "evaluation.mp4"]
+    assert read_video(path.fine / "videos" / videos[0]).shape[0] == 11  # reset and ten steps
+
+
+def test_evaluation_counts_its_episodes(path):
+    written = json.loads((path.fine / "evaluation.json").read_text())
+    assert written == path.result
+    records = written["records"]
+    assert written["episodes"] == len(records) == 3 and written["step"] == 60
+    assert written["success"] == sum(r["success"] for r in records) / 3
+    assert written["return"] == pytest.approx(sum(r["return"] for r in records) / 3)
+    low, high = written["success_interval"]
+    assert 0 <= low <= written["success"] <= high <= 1
+    low, high = written["return_interval"]
+    assert low <= written["return"] <= high
+    assert read_video(path.fine / "videos" / "evaluation.mp4").shape[0] == 22  # two episodes
+
+
+def test_evaluation_with_one_seed_is_reproducible(path):
+    cfg = EvaluateConfig(run=str(path.fine), episodes=3, device="cpu")
+    assert evaluate(cfg) == path.result
+    other = evaluate(EvaluateConfig(run=str(path.fine), episodes=3, device="cpu", seed=5))
+    assert other["return"] != path.result["return"]
+    evaluate(cfg)  # leave what was there
+
+
+def test_evaluation_of_several_environments_at_once(path):
+    cfg = EvaluateConfig(run=str(path.fine), episodes=3, device="cpu")
+    done = evaluate(cfg, env_factory=two_at_once)
+    assert [record["worker"] for record in done["records"]] == [0, 1, 0]
+    evaluate(cfg)
+
+
+def test_finetuning_in_several_environments_at_once(tmp_path):
+    finetune(finetune_config(tmp_path / "a"), env_factory=two_at_once)
+    episodes = [int(row["step"]) for row in rows(tmp_path / "a") if row["train/return"]]
+    assert episodes == [20, 20, 40, 40, 60, 60]
+    assert checkpoint(tmp_path / "a")["replay"]["end"] == 66
+
+
+def two_at_once(name, *, seed, num_workers, **options):
+    """As ``num_workers=2``, without the seconds that processes take to start."""
+    return SerialEnv(2, [partial(make_env, name, seed=seed + i, **options) for i in range(2)])
+
+
+def test_report_shows_both_runs(path):
+    html = path.report.read_text()
+    assert "Pre-training" in html and "Fine-tuning" in html
+    assert html.count("data:video/mp4") >= 3 and html.count("data:image/png") >= 5
+
+
+def test_finetuning_starts_from_the_pretrained_weights(path, clips, tmp_path):
+    cfg = finetune_config(tmp_path / "a", pretrained=str(path.pre), frozen_updates=1_000)
+    finetune(cfg)
+    before, after = checkpoint(path.pre)["model"], checkpoint(tmp_path / "a")["agent"]
+    weights = [k for k in before if k.startswith("encoder.") and k.endswith("weight")]
+    assert weights
+    for name in weights:  # they stood still
+        assert torch.equal(before[name], after[f"world_model.{name}"])
+    thawed = checkpoint(path.fine)["agent"]
+    assert any(not torch.equal(before[k], thawed[f"world_model.{k}"]) for k in weights)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, path, clips, tmp_path):
+    suitable = METHODS[method].checkpoint
+    start = None
+    if method in PRETRAINED and method != "prelar":
+        pretrain(pretrain_config(clips, tmp_path / "pre", method=method, updates=1))
+        start = str(tmp_path / "pre")
+    elif "prelar" in suitable:
+        start = str(path.pre)
+    cfg = finetune_config(tmp_path / "fine", method=method, pretrained=start, eval_episodes=0)
+    cfg.env_steps, cfg.prefill = 30, 10
+    finetune(cfg)
+    state = checkpoint(tmp_path / "fine")
+    assert state["method"] == method and state["model_update"]["count"] == 3
+    assert all(x.isfinite().all() for x in state["agent"].values() if x.is_floating_point())
+
+
+def test_same_seed_twice_gives_the_same_run(path, clips, tmp_path):
+    pretrain(pretrain_config(clips, tmp_path / "pre"))
+    assert different(checkpoint(path.pre), checkpoint(tmp_path / "pre")) == []
+    assert (tmp_path / "pre" / "metrics.csv").read_text() == (path.pre / "metrics.csv").read_text()
+    finetune(finetune_config(tmp_path / "fine", pretrained=str(tmp_path / "pre")))
+    assert different(checkpoint(path.fine), checkpoint(tmp_path / "fine")) == []
+    assert (tmp_path / "fine/metrics.csv").read_text() == (path.fine / "metrics.csv").read_text()
+
+
+def test_another_seed_gives_another_run(path, clips, tmp_path):
+    pretrain(pretrain_config(clips, tmp_path / "pre", seed=1))
+    assert different(checkpoint(path.pre)["model"], checkpoint(tmp_path / "pre")["model"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_pretraining_continues_bit_for_bit(number, path, clips, tmp_path, monkeypatch):
+    cfg = pretrain_config(clips, tmp_path / "pre", checkpoint_every=1_000, prefetch=2)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, number)
+        with pytest.raises(SystemExit, match="stopped after 2 updates.*resume=true"):
+            pretrain(cfg)
+    assert checkpoint(tmp_path / "pre")["step"] == 2
+    assert [row["step"] for row in rows(tmp_path / "pre")][-1] == "2"
+    cfg.resume = True
+    pretrain(cfg)
+    assert different(checkpoint(path.pre), checkpoint(tmp_path / "pre")) == []
+    assert (tmp_path / "pre" / "metrics.csv").read_text() == (path.pre / "metrics.csv").read_text()
+    versions = json.loads((tmp_path / "pre" / "versions.json").read_text())
+    assert [session["step"] for session in versions["continued"]] == [2]
+
+
+def test_interrupted_finetuning_continues_with_replay_and_counters(tmp_path, monkeypatch):
+    run = tmp_path / "fine"
+    cfg = finetune_config(run)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(SystemExit, match="stopped after 40 steps.*resume=true"):
+            finetune(cfg)
+    state = checkpoint(run)
+    assert (state["step"], state["model_update"]["count"], state["replay"]["end"]) == (40, 3, 44)
+    cfg.resume = True
+    finetune(cfg)
+    state = checkpoint(run)
+    assert (state["step"], state["model_update"]["count"], state["replay"]["end"]) == (60, 5, 66)
+    assert state["behavior_update"]["count"] == 5
+    episodes = [int(row["step"]) for row in rows(run) if row["train/return"]]
+    assert episodes == [10, 20, 30, 40, 50, 60]
+
+
+def test_updates_that_an_interruption_cut_off_are_made_up_for(tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "fine", pretrain_updates=4)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(SystemExit):
+            finetune(cfg)
+    assert checkpoint(tmp_path / "fine")["debt"] == pytest.approx(2.1)
+    cfg.resume = True
+    finetune(cfg)
+    # four, and one for each ten of the 41 steps from the end of the prefill on
+    assert checkpoint(tmp_path / "fine")["model_update"]["count"] == 8
+
+
+def test_continued_run_does_not_repeat_its_first_episodes(tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "fine")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(SystemExit):
+            finetune(cfg)
+    cfg.resume = True
+    finetune(cfg)
+    replay = EpisodeReplay(tmp_path / "fine" / "replay", window=6, capacity=1_000)
+    starts = [replay.episode(i)["pixels"][0] for i in range(replay.num_episodes)]
+    assert not torch.equal(starts[0], starts[3])
+
+
+def test_finished_run_says_so_and_stays(path, clips, capsys):
+    before = checkpoint(path.pre), checkpoint(path.fine)
+    pretrain(pretrain_config(clips, path.pre, resume=True))
+    assert "has its 3 updates already" in capsys.readouterr().out
+    finetune(finetune_config(path.fine, pretrained=str(path.pre), resume=True))
+    assert "has its 60 steps already" in capsys.readouterr().out
+    assert different(before, (checkpoint(path.pre), checkpoint(path.fine))) == []
+
+
+def test_terminated_process_leaves_a_loadable_checkpoint(clips, tmp_path):
+    run = tmp_path / "pre"
+    command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *PRETRAIN_ARGS]
+    command += [f"data={clips}", f"run={run}", "updates=100000", "log_every=1", "video_every=99999"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not ((run / "metrics.csv").exists() and len(rows(run)) > 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "to continue: the same command with resume=true" in errors.splitlines()[-1]
+    assert checkpoint(run)["step"] >= 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pre"]  # Hydra wrote nothing itself
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_only_the_parent_of_several_environments(tmp_path):
+    run = tmp_path / "fine"
+    command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), *FINETUNE_ARGS]
+    command += [f"run={run}", "num_workers=2", "env_steps=1000000", "eval_episodes=0"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while process.poll() is None and not (run / "checkpoints" / "last.pt").exists():
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "to continue: the same command with resume=true" in errors.splitlines()[-1]
+    assert checkpoint(run)["step"] >= 20
+
+
+class OwnEnv(EnvBase):
+    """A user's environment: three actions, a picture, ends by itself after eight steps."""
+
+    def __init__(self):
+        super().__init__(batch_size=[])
+        self.observation_spec = Composite(
+            pixels=Unbounded(shape=(3, 64, 64), dtype=torch.uint8), shape=()
+        )
+        self.action_spec = Bounded(-2.0, 2.0, shape=(3,))
+        self.reward_spec = Unbounded(shape=(1,))
+        self.done_spec = Composite(
+            {key: Binary(shape=(1,), dtype=torch.bool) for key in ("done", "terminated")}, shape=()
+        )
+
+    def _picture(self):
+        return torch.full((3, 64, 64), self.steps * 20, dtype=torch.uint8)
+
+    def _reset(self, tensordict):
+        self.steps = 0
+        no = torch.zeros(1, dtype=torch.bool)
+        return TensorDict({"pixels": self._picture(), "done": no, "terminated": no.clone()})
+
+    def _step(self, tensordict):
+        self.steps += 1
+        end = torch.tensor([self.steps == 8])
+        reward = tensordict["action"].sum(-1, keepdim=True)
+        return TensorDict(
+            {"pixels": self._picture(), "reward": reward, "done": end, "terminated": end.clone()}
+        )
+
+    def _set_seed(self, seed):
+        pass
+
+
+def test_own_environment_in_finetuning_and_evaluation(tmp_path):
+    cfg = finetune_config(tmp_path / "own", env="mine", max_steps=None)
+
+    def own(name, **options):
+        assert name == "mine"
+        return make_env(OwnEnv, **options)
+
+    finetune(cfg, env_factory=own)
+    assert checkpoint(tmp_path / "own")["action_dim"] == 3
+    lengths = [float(r["train/length"]) for r in rows(tmp_path / "own") if r["train/length"]]
+    assert lengths == [8] * 7
+    result = evaluate(EvaluateConfig(run=cfg.run, episodes=1, device="cpu"), env_factory=own)
+    assert result["env"] == "mine" and result["records"][0]["length"] == 8
+
+
+def test_action_repeat_counts_the_simulators_steps(tmp_path):
+    finetune(finetune_config(tmp_path / "a", action_repeat=2, eval_episodes=0))
+    episodes = [int(row["step"]) for row in rows(tmp_path / "a") if row["train/return"]]
+    assert episodes == [20, 40, 60]
+    assert checkpoint(tmp_path / "a")["replay"]["end"] == 33  # three episodes of eleven frames
+
+
+def test_half_precision(clips, tmp_path):
+    pretrain(pretrain_config(clips, tmp_path / "pre", precision="bf16", updates=1))
+    cfg = finetune_config(
+        tmp_path / "fine", precision="bf16", pretrained=str(tmp_path / "pre"), eval_episodes=0
+    )
+    finetune(cfg)
+    assert all(float(row["loss_image"]) > 0 for row in rows(tmp_path / "fine") if row["loss_image"])
+
+
+def test_tensorboard_and_wandb_write_files(clips, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    cfg = pretrain_config(clips, tmp_path / "pre", logger=["tensorboard", "wandb"], updates=1)
+    pretrain(cfg)
+    assert list((tmp_path / "pre" / "tensorboard").glob("events.*"))
+    assert list((tmp_path / "pre" / "wandb").glob("offline-run-*/*.wandb"))
+    assert rows(tmp_path / "pre")
+
+
+def test_clips_of_several_stores(clips, tmp_path):
+    other = make_clips(tmp_path / "other", seed=3)
+    for data in ([str(clips), str(other)], {str(clips): 1.0, str(other): 3.0}):
+        cfg = pretrain_config(clips, tmp_path / type(data).__name__, updates=1)
+        cfg.data = data
+        pretrain(cfg)
+        config = yaml.safe_load((tmp_path / type(data).__name__ / "config.yaml").read_text())
+        assert config["data"] == data
+
+
+def test_evaluate_prints_one_line(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"run={path.fine}", "episodes=3", "device=cpu"])
+    evaluate_recipe.main()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("toy: success ") and "3 episodes" in out

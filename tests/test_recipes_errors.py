@@ -1,0 +1,392 @@
+"""Bad input to the recipes: one line that names the value, before long work, nothing lost."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from prelar_trl.recipes import collect_videos as collect_recipe
+from prelar_trl.recipes import evaluate as evaluate_recipe
+from prelar_trl.recipes import finetune as finetune_recipe
+from prelar_trl.recipes import plot as plot_recipe
+from prelar_trl.recipes import pretrain as pretrain_recipe
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.pretrain import pretrain
+
+from prelar_trl.data import ClipWriter
+from prelar_trl.envs import ToyEnv, make_env
+from prelar_trl.updates import WorldModelUpdate
+from tests.toy_runs import (
+    FINETUNE_ARGS,
+    PRETRAIN_ARGS,
+    checkpoint,
+    different,
+    finetune_config,
+    interrupt_after,
+    make_clips,
+    pretrain_config,
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A store, a pre-training run and a fine-tuning run of no update at all."""
+    folder = tmp_path_factory.mktemp("made")
+    clips = make_clips(folder / "clips")
+    pretrain(pretrain_config(clips, folder / "pre", updates=1))
+    finetune(finetune_config(folder / "fine", env_steps=30, eval_episodes=0))
+    return SimpleNamespace(clips=clips, pre=folder / "pre", fine=folder / "fine")
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Runs a recipe that must fail; returns its one line on stderr."""
+
+    def run(recipe, *arguments):
+        monkeypatch.setattr(sys, "argv", ["recipe", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            recipe.main()
+        line = stop.value.code  # what Python prints on stderr, with exit status 1
+        assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line
+        said = capsys.readouterr()
+        assert said.out == "" and "Traceback" not in said.err and "Error exec" not in said.err
+        return line.removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture
+def pretrain_fails(fails, made, tmp_path):
+    """As `fails`, for pre-training with these arguments; no run folder may be left."""
+
+    def run(*arguments):
+        folder = tmp_path / "new"
+        start = [f"data={made.clips}", f"run={folder}", *PRETRAIN_ARGS, "updates=2"]
+        line = fails(pretrain_recipe, *start, *arguments)
+        assert not folder.exists()
+        return line
+
+    return run
+
+
+@pytest.fixture
+def finetune_fails(fails, tmp_path):
+    """The same for fine-tuning."""
+
+    def run(*arguments):
+        folder = tmp_path / "new"
+        line = fails(finetune_recipe, f"run={folder}", *FINETUNE_ARGS, *arguments)
+        assert not folder.exists()
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("foo=1", ["'foo'", "--cfg job"]),
+        ("+foo=1", ["unknown config key foo"]),
+        ("model.foo=1", ["'foo'", "ModelOverrides"]),
+        ("+model.foo=1", ["unknown config key model.foo"]),
+        ("updates=abc", ["updates=abc", "Integer"]),
+        ("updates", ["updates", "EQUAL"]),
+        ("resume=maybe", ["maybe", "bool"]),
+        ("model.depth=deep", ["deep", "Integer"]),
+        ("method=dreamer", ["method=dreamer is unknown", "prelar_no_al_cl", "dreamerv2"]),
+        ("method=dreamerv2", ["method=dreamerv2", "'pretrain'"]),
+        ("size=huge", ["size=huge is unknown", "full, small, tiny"]),
+        ("precision=16", ["'16'", "32 or bf16"]),
+        ("device=quantum", ["quantum", "auto, cpu, cuda"]),
+        ("logger=paper", ["'paper'", "csv, tensorboard, wandb"]),
+        ("logger=[csv,paper]", ["'paper'", "csv, tensorboard, wandb"]),
+        ("updates=0", ["updates=0", "at least 1"]),
+        ("batch_size=0", ["batch_size=0", "at least 1"]),
+        ("seed=-1", ["seed=-1", "at least 0"]),
+        ("prefetch=-1", ["prefetch=-1", "at least 0"]),
+        ("lr=-1", ["lr=-1", "at least 0"]),
+        ("heldout=1.5", ["heldout=1.5", "between 0 and 1"]),
+        ("context=6", ["context=6", "clip_len=6"]),
+        ("clip_len=1", ["context=2", "clip_len=1"]),
+        ("clip_len=10", ["clip_len=10", "9 frames", "lower clip_len"]),
+        ("model.frames=flow", ["flow", "pixels"]),
+        ("resume=true", ["does not exist"]),
+    ],
+)
+def test_pretraining_refuses(argument, parts, pretrain_fails):
+    line = pretrain_fails(argument)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("env=tetris", ["'tetris'", "metaworld/<task>", "toy"]),
+        ("env=metaworld/drawer-opne", ["drawer-opne", "drawer-open"]),
+        ("prefill=60", ["prefill=60", "env_steps=60"]),
+        ("env_steps=0", ["env_steps=0", "at least 1"]),
+        ("action_repeat=0", ["action_repeat=0", "at least 1"]),
+        ("num_workers=0", ["num_workers=0", "at least 1"]),
+        ("train_every=0", ["train_every=0", "at least 1"]),
+        ("horizon=0", ["horizon=0", "at least 1"]),
+        ("imag_batch=0", ["imag_batch=0", "at least 1"]),
+        ("max_steps=4", ["max_steps=4", "batch_length=6"]),
+        ("capacity=5", ["capacity=5", "batch_length=6"]),
+        ("actor_gradient=magic", ["'magic'", "dynamics"]),
+        ("env=metaworld/reach render_quality=best", ["'best'", "fast", "full"]),
+    ],
+)
+def test_finetuning_refuses(argument, parts, finetune_fails):
+    line = finetune_fails(*argument.split())
+    assert all(part in line for part in parts), line
+
+
+def test_missing_values_are_named(fails, made, tmp_path):
+    assert "data is not given" in fails(pretrain_recipe, f"run={tmp_path / 'a'}")
+    assert "run is not given" in fails(pretrain_recipe, f"data={made.clips}")
+    assert "env is not given" in fails(finetune_recipe, f"run={tmp_path / 'a'}")
+    assert "run is not given" in fails(evaluate_recipe)
+    assert "runs=" in fails(plot_recipe)
+
+
+def test_missing_clip_store(pretrain_fails, tmp_path):
+    line = pretrain_fails(f"data={tmp_path / 'nowhere'}")
+    assert "nowhere" in line and "collect_videos" in line
+
+
+def test_foreign_clip_store(pretrain_fails, tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "store.json").write_text('{"format": "other"}')
+    assert "is not a clip store" in pretrain_fails(f"data={tmp_path / 'foreign'}")
+
+
+def test_damaged_clip_store(pretrain_fails, made, tmp_path):
+    copy = shutil.copytree(made.clips, tmp_path / "copy")
+    (pixels,) = (copy / "pixels").iterdir()
+    pixels.write_bytes(pixels.read_bytes()[:-100])
+    assert "copy" in pretrain_fails(f"data={copy}")
+    (copy / "store.json").write_text("{")
+    assert "damaged" in pretrain_fails(f"data={copy}")
+
+
+def test_clips_of_the_wrong_size(pretrain_fails, tmp_path):
+    with ClipWriter(tmp_path / "small", source="test", height=32, width=32) as writer:
+        for i in range(4):
+            writer.add(np.zeros((9, 3, 32, 32), np.uint8), None, name=str(i))
+    line = pretrain_fails(f"data={tmp_path / 'small'}")
+    assert "32" in line and "64" in line
+
+
+def test_used_run_folder_is_left_alone(fails, made):
+    before = checkpoint(made.pre)
+    line = fails(pretrain_recipe, f"data={made.clips}", f"run={made.pre}", *PRETRAIN_ARGS)
+    assert "already holds a run" in line and "resume=true" in line
+    assert different(before, checkpoint(made.pre)) == []
+
+
+def test_run_folder_that_is_a_file(fails, made, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for run in (tmp_path / "file", tmp_path / "file" / "below"):
+        line = fails(pretrain_recipe, f"data={made.clips}", f"run={run}", *PRETRAIN_ARGS)
+        assert "is a file" in line
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_full_disk_is_noticed_before_anything_is_written(pretrain_fails, monkeypatch):
+    usage = SimpleNamespace(total=2**30, used=2**30, free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert "not enough space" in pretrain_fails()
+
+
+def test_space_for_the_replay_is_asked_for(finetune_fails, monkeypatch):
+    usage = SimpleNamespace(total=2**40, used=0, free=10 * 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    line = finetune_fails("env_steps=1000000", "capacity=1000000")
+    assert "not enough space" in line and "10240 MiB" in line
+
+
+def test_resume_with_other_settings_names_them(fails, made):
+    start = [f"data={made.clips}", f"run={made.pre}", *PRETRAIN_ARGS, "updates=5", "resume=true"]
+    start += ["log_every=1", "checkpoint_every=1"]
+    assert "seed=7" in fails(pretrain_recipe, *start, "seed=7")
+    assert "method=prelar_no_cl" in fails(pretrain_recipe, *start, "method=prelar_no_cl")
+    assert checkpoint(made.pre)["step"] == 1
+
+
+def test_damaged_checkpoint(fails, made, finetune_fails, tmp_path):
+    pre = shutil.copytree(made.pre, tmp_path / "pre")
+    fine = shutil.copytree(made.fine, tmp_path / "fine")
+    for run in (pre, fine):
+        file = run / "checkpoints" / "last.pt"
+        file.write_bytes(file.read_bytes()[:1_000])
+    assert "damaged" in finetune_fails(f"pretrained={pre}")
+    assert "damaged" in fails(evaluate_recipe, f"run={fine}")
+    (fine / "checkpoints" / "last.pt").unlink()
+    assert "no checkpoint" in fails(evaluate_recipe, f"run={fine}")
+
+
+def test_evaluation_refuses(fails, made, tmp_path):
+    assert "is a pretrain run" in fails(evaluate_recipe, f"run={made.pre}")
+    assert "does not exist" in fails(evaluate_recipe, f"run={tmp_path / 'nowhere'}")
+    assert "not a run folder" in fails(evaluate_recipe, f"run={tmp_path}")
+    assert "episodes=0" in fails(evaluate_recipe, f"run={made.fine}", "episodes=0")
+    assert "'tetris'" in fails(evaluate_recipe, f"run={made.fine}", "env=tetris")
+    assert "num_workers" in fails(evaluate_recipe, f"run={made.fine}", "num_workers=0")
+    assert not (made.fine / "evaluation.json").exists()
+
+
+def test_evaluation_in_an_environment_with_other_actions(made):
+    from prelar_trl.recipes.evaluate import evaluate
+    from prelar_trl.recipes.schema import EvaluateConfig
+
+    from tests.test_recipes import OwnEnv
+
+    cfg = EvaluateConfig(run=str(made.fine), episodes=1, device="cpu")
+    with pytest.raises(ValueError, match="env=toy has 3 action dimensions, .* has 2"):
+        evaluate(cfg, env_factory=lambda name, **options: make_env(OwnEnv, **options))
+
+
+def test_report_of_a_missing_run(fails, tmp_path):
+    line = fails(plot_recipe, f"runs={tmp_path / 'nowhere'}", f"out={tmp_path / 'report.html'}")
+    assert "does not exist" in line and not (tmp_path / "report.html").exists()
+
+
+def test_collecting_from_an_unknown_environment(fails, tmp_path):
+    assert "'tetris'" in fails(collect_recipe, f"data={tmp_path / 'v'}", "env=tetris")
+    assert "data is not given" in fails(collect_recipe, "env=toy")
+
+
+def test_pretrained_run_of_another_method(finetune_fails, made):
+    line = finetune_fails(f"pretrained={made.pre}", "method=apv")
+    assert "pretrain run of prelar" in line and "method=apv takes runs of apv" in line
+    line = finetune_fails(f"pretrained={made.pre}", "method=dreamerv2")
+    assert "no pre-training run" in line
+
+
+def test_pretrained_run_of_another_size_or_phase(finetune_fails, made, tmp_path):
+    line = finetune_fails(f"pretrained={made.pre}", "size=small")
+    assert "size=tiny" in line and "size=small" in line
+    line = finetune_fails(f"pretrained={made.fine}")
+    assert "finetune run" in line
+    assert "does not exist" in finetune_fails(f"pretrained={tmp_path / 'nowhere'}")
+
+
+def test_pretrained_run_with_other_model_options_names_the_tensors(finetune_fails, made):
+    line = finetune_fails(f"pretrained={made.pre}", "model.deter=24")
+    assert "tensors differ" in line and "rssm." in line
+    assert "(256, 32) there and (256, 40) here" in line
+    line = finetune_fails(f"pretrained={made.pre}", "model.depth=6")
+    assert "tensors differ" in line and "coder." in line
+
+
+def spoil(monkeypatch, updates):
+    """The world model's image loss becomes NaN in the update of that number."""
+    real = WorldModelUpdate.__call__
+
+    def call(self, batch):
+        losses = real(self, batch)
+        if self.count >= updates:
+            losses["loss_image"] = losses["loss_image"] * float("nan")
+        return losses
+
+    monkeypatch.setattr(WorldModelUpdate, "__call__", call)
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_divergence_in_pretraining_keeps_the_checkpoint_before(
+    log_every, fails, made, tmp_path, monkeypatch
+):
+    spoil(monkeypatch, 3)
+    arguments = [f"data={made.clips}", f"run={tmp_path / 'a'}", *PRETRAIN_ARGS, "updates=4"]
+    arguments += [f"log_every={log_every}", "checkpoint_every=2", "video_every=100"]
+    line = fails(pretrain_recipe, *arguments)
+    assert "loss_image is nan" in line and "checkpoint saved before is kept" in line
+    state = checkpoint(tmp_path / "a")
+    assert state["step"] == 2
+    assert all(x.isfinite().all() for x in state["model"].values() if x.is_floating_point())
+
+
+def test_divergence_in_finetuning_keeps_the_checkpoint_before(fails, tmp_path, monkeypatch):
+    spoil(monkeypatch, 3)
+    arguments = [f"run={tmp_path / 'a'}", *FINETUNE_ARGS, "eval_episodes=0"]
+    line = fails(finetune_recipe, *arguments)
+    assert "loss_image is nan" in line
+    assert checkpoint(tmp_path / "a")["step"] == 20
+
+
+class NaNReward(ToyEnv):
+    """The toy, with a NaN reward in its 33rd step."""
+
+    steps = 0
+
+    def _step(self, tensordict):
+        out = super()._step(tensordict)
+        self.steps += 1
+        if self.steps == 33:
+            out["reward"] = out["reward"] * float("nan")
+        return out
+
+
+def test_nan_reward_stops_and_keeps_the_checkpoint_before(tmp_path):
+    cfg = finetune_config(tmp_path / "a", eval_episodes=0)
+    with pytest.raises(ValueError, match=r"reward.* is NaN or infinite"):
+        finetune(cfg, env_factory=lambda name, **options: make_env(NaNReward, **options))
+    assert checkpoint(tmp_path / "a")["step"] == 20
+    cfg.resume = True
+    finetune(cfg)  # with the toy itself
+    assert checkpoint(tmp_path / "a")["step"] == 60
+
+
+def test_episodes_too_short_for_a_batch_stop_after_the_prefill(tmp_path):
+    cfg = finetune_config(tmp_path / "a", max_steps=None, batch_length=12, env_steps=10_000)
+    short = partial(make_env, max_steps=5)
+
+    def factory(name, *, max_steps, **options):
+        return short(name, **options)
+
+    with pytest.raises(ValueError, match="batch_length=12 .* none of the 4 episodes"):
+        finetune(cfg, env_factory=factory)
+
+
+def test_no_episode_at_all_is_an_error(tmp_path):
+    cfg = finetune_config(tmp_path / "a", max_steps=100)
+    with pytest.raises(ValueError, match="no episode was finished in 60 steps"):
+        finetune(cfg)
+
+
+def test_checkpoint_that_cannot_be_written_keeps_the_one_before(made, tmp_path, monkeypatch):
+    run = tmp_path / "a"
+    cfg = pretrain_config(made.clips, run, updates=3)
+    real = torch.save
+
+    def full_disk(state, file):
+        if state["step"] == 3:
+            raise OSError(28, "No space left on device")
+        real(state, file)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="the one before it is kept"):
+        pretrain(cfg)
+    assert checkpoint(run)["step"] == 2
+
+
+def test_ctrl_c_twice_stops_at_once_with_one_line(made, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 1)
+    interrupt_after(monkeypatch, 1)
+    arguments = [f"data={made.clips}", f"run={tmp_path / 'a'}", *PRETRAIN_ARGS]
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
+    with pytest.raises(SystemExit, match="stopped at once"):
+        pretrain_recipe.main()
+
+
+def test_full_error_shows_where_it_came_from(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", ["recipe", f"run={tmp_path / 'nowhere'}"])
+    with pytest.raises(FileNotFoundError):
+        evaluate_recipe.main()
