@@ -1,0 +1,264 @@
+"""The presets: every method by name, its parts, its size, and loading a pre-training run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from prelar_trl.models import (
+    load_pretrained,
+    make_agent,
+    make_world_model,
+    make_world_model_loss,
+    model_settings,
+    pretrained_modules,
+)
+from prelar_trl.modules import (
+    CNNEncoder,
+    ContextDecoder,
+    ResNetEncoder,
+    WorldModelPolicy,
+)
+from prelar_trl.objectives import total_loss
+from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
+from tests.tiny import ACTION_DIM, PHASES, TINY, batch, tiny, tiny_agent, tiny_world_model
+
+# Of the authors' code at full size, Meta-world's four actions.
+PARAMETERS = {
+    ("prelar", "pretrain"): 28_682_635,
+    ("prelar_no_al_cl", "pretrain"): 28_617_035,
+    ("apv", "pretrain"): 23_826_939,
+    ("contextwm", "pretrain"): 25_648_827,
+    ("prelar", "finetune"): 30_814_023,
+    ("apv", "finetune"): 44_294_919,
+    ("contextwm", "finetune"): 46_116_807,
+    ("naive", "finetune"): 29_034_550,
+    ("dreamerv2", "finetune"): 31_036_830,
+}
+
+
+@pytest.mark.parametrize(("method", "phase"), PARAMETERS)
+def test_parameter_counts_at_full_size_are_the_authors(method: str, phase: str) -> None:
+    with torch.device("meta"):
+        if phase == "pretrain":
+            model = make_world_model(method, "pretrain", action_dim=4)
+        else:
+            model = make_agent(method, action_dim=4)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[method, phase]
+
+
+@pytest.mark.parametrize(("method", "phase"), PHASES)
+def test_every_method_builds_and_trains_one_update(method: str, phase: str) -> None:
+    model, loss = tiny(method, phase)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    out = WorldModelUpdate(loss)(batch())
+    assert total_loss(out).isfinite() and not total_loss(out).requires_grad
+    assert all(p.isfinite().all() for p in model.parameters())
+    moved = {n.split(".")[0] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    if phase == "finetune":
+        assert moved == {"world_model"}
+        state = out["state"].update(batch().select("terminated", "action"))
+        behaved = BehaviorUpdate(model, horizon=3)(state)
+        assert behaved["loss_actor"].isfinite() and behaved["loss_critic"].isfinite()
+    else:
+        assert {"encoder", "decoder", "rssm"} <= moved
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+@pytest.mark.parametrize(("method", "phase"), PHASES)
+def test_every_method_has_every_size(method: str, phase: str, size: str) -> None:
+    with torch.device("meta"):
+        model = make_world_model(method, phase, action_dim=4, size=size)
+        full = make_world_model(method, phase, action_dim=4)
+    count = sum(p.numel() for p in model.parameters())
+    assert count < 0.4 * sum(p.numel() for p in full.parameters())
+
+
+def test_methods_have_their_published_parts() -> None:
+    full = {(method, phase): model_settings(method, phase) for method, phase in PHASES}
+    assert full["dreamerv2", "finetune"].images == "cnn"
+    assert full["apv", "pretrain"].action_width == full["apv", "finetune"].action_width == 50
+    assert full["apv", "finetune"].stacked and not full["naive", "finetune"].stacked
+    for method in ("prelar", "prelar_no_cl", "prelar_no_al_cl"):
+        deterministic = method == "prelar_no_al_cl"
+        variant = full[method, "pretrain"].latent_action
+        assert variant == ("deterministic" if deterministic else "gaussian")
+        assert full[method, "finetune"].heads == ("reward", "aux_reward")
+    for method in ("naive", "prelar_naive", "dreamerv2"):
+        assert full[method, "finetune"].heads == ("reward",)
+        assert full[method, "finetune"].bonus_embed is None
+    model = tiny_world_model("contextwm", "finetune")
+    assert isinstance(model.decoder, ContextDecoder) and model.context_encoder is not None
+    assert isinstance(tiny_world_model("dreamerv2", "finetune").encoder, CNNEncoder)
+    assert isinstance(tiny_world_model("naive", "finetune").encoder, ResNetEncoder)
+
+
+def test_methods_have_their_published_losses() -> None:
+    expected = {
+        ("prelar", "pretrain"): {"image", "kl", "latent_kl", "action_state_consistency"},
+        ("prelar_no_cl", "pretrain"): {"image", "kl", "latent_kl"},
+        ("prelar_no_al_cl", "pretrain"): {"image", "kl"},
+        ("apv", "pretrain"): {"image", "kl"},
+        ("prelar", "finetune"): {"image", "kl", "reward", "aux_reward"},
+        ("apv", "finetune"): {"image", "kl", "reward", "aux_reward"},
+        ("naive", "finetune"): {"image", "kl", "reward"},
+        ("dreamerv2", "finetune"): {"image", "kl", "reward"},
+    }
+    for (method, phase), terms in expected.items():
+        _, loss = tiny(method, phase)
+        losses = {key[5:] for key in loss(batch()).keys() if key.startswith("loss_")}
+        assert losses == terms, (method, phase)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"latent_action": "categorical", "latent_action_classes": 3},
+        {"latent_action": "mixed"},
+        {"latent_action": "mixed", "latent_action_classes": 3},
+        {"frames": "diff"},
+        {"frames": "catdiff"},
+        {"classes": 0},
+        {"ensemble": 3},
+        {"norm": "group"},
+        {"norm": "layer"},
+        {"images": "context", "augmentation": "erasing"},
+    ],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_options_combine_with_all_losses(options: dict) -> None:
+    _, loss = tiny("prelar", "pretrain", weights={"action_contrast": 0.5}, **options)
+    out = WorldModelUpdate(loss)(batch())
+    assert total_loss(out).isfinite()
+
+
+def test_optical_flow_can_take_the_place_of_the_frames() -> None:
+    model, loss = tiny("prelar", "pretrain", frames="flow")
+    assert "flow" in loss.in_keys
+    data = batch()
+    with pytest.raises(KeyError, match="flow"):
+        loss(data)
+    assert total_loss(loss(data.update({"flow": data["pixels"]}))).isfinite()
+    assert "action" not in model.in_keys
+
+
+def test_single_weights_can_be_changed_removed_and_added() -> None:
+    _, loss = tiny(
+        "prelar",
+        "pretrain",
+        weights={"kl": 0.1, "action_state_consistency": None, "action_contrast": 2.0},
+    )
+    out = loss(batch())
+    torch.testing.assert_close(out["loss_kl"].detach(), 0.1 * out["kl"])
+    torch.testing.assert_close(out["loss_action_contrast"].detach(), 2 * out["action_contrast"])
+    assert "action_state_consistency" not in out.keys()
+
+
+def test_unknown_names_are_errors_that_name_the_choices() -> None:
+    for arguments, message in (
+        (("dreamer", "pretrain"), "method='dreamer' is unknown; choose dreamerv2, apv"),
+        (("prelar", "train"), "phase='train' is unknown; choose pretrain, finetune"),
+        (("naive", "pretrain"), "method=naive has no phase 'pretrain'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_world_model(*arguments, action_dim=2)
+    for options, message in (
+        ({"size": "huge"}, "size='huge' is unknown; choose full, small, tiny"),
+        ({"width": 3}, "unknown setting 'width'"),
+        ({"norm": "instance"}, "norm='instance' is unknown"),
+        ({"images": "vit"}, "images='vit' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_world_model("prelar", "pretrain", action_dim=2, **options)
+    model = tiny_world_model()
+    with pytest.raises(ValueError, match="unknown setting 'weight'"):
+        make_world_model_loss("prelar", "pretrain", model, weight={})
+    with pytest.raises(ValueError, match="unknown loss weight 'rank'"):
+        make_world_model_loss("prelar", "pretrain", model, weights={"rank": 1.0})
+    with pytest.raises(ValueError, match="method=apv has no latent actions in phase=pretrain"):
+        apv = tiny_world_model("apv", "pretrain")
+        make_world_model_loss("apv", "pretrain", apv, weights={"latent_kl": 1.0})
+
+
+# ---------------------------------------------------------------------- pre-training runs
+
+
+@pytest.mark.parametrize(
+    ("method", "source"),
+    [
+        ("prelar", "prelar"),
+        ("prelar_naive", "prelar_no_al_cl"),
+        ("apv", "apv"),
+        ("contextwm", "contextwm"),
+        ("naive", "apv"),
+        ("naive", "contextwm"),
+    ],
+)
+def test_finetuning_takes_encoder_decoder_and_rssm(method: str, source: str) -> None:
+    pretrained, model = tiny_world_model(source, "pretrain"), tiny_world_model(method, "finetune")
+    own = {k: x.clone() for k, x in model.state_dict().items()}
+    state = pretrained.state_dict()
+    load_pretrained(model, state)
+    for name, module in pretrained_modules(model).items():
+        for key, value in module.state_dict().items():
+            assert torch.equal(value, state[f"{name}.{key}"])
+    lower = model.lower_rssm is not None
+    for key, value in model.state_dict().items():
+        if key.startswith("heads.") or (lower and key.startswith("rssm.")):
+            assert torch.equal(value, own[key])
+
+
+def test_pretraining_of_another_size_is_an_error_and_nothing_is_copied() -> None:
+    model = tiny_world_model("prelar", "finetune")
+    before = {k: x.clone() for k, x in model.state_dict().items()}
+    state = tiny_world_model("prelar", "pretrain", deter=24, hidden=24).state_dict()
+    with pytest.raises(ValueError, match=r"rssm\..* is \(.*\) there and \(.*\) here"):
+        load_pretrained(model, state)
+    state = tiny_world_model("prelar", "pretrain").state_dict()
+    state.pop("encoder.conv_in.bias")
+    with pytest.raises(ValueError, match="1 tensors differ .*encoder.conv_in.bias is missing"):
+        load_pretrained(model, state)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+# ---------------------------------------------------------------------- agents
+
+
+def test_slow_critic_starts_as_a_frozen_copy_of_the_critic() -> None:
+    agent = tiny_agent()
+    pairs = zip(agent.critic.parameters(), agent.slow_critic.parameters(), strict=True)
+    for own, slow in pairs:
+        assert torch.equal(own, slow) and own is not slow
+        assert own.requires_grad and not slow.requires_grad
+
+
+def test_agent_and_policy_know_the_action_size() -> None:
+    agent = tiny_agent("apv")
+    assert WorldModelPolicy(agent.world_model, agent.actor).action_dim == ACTION_DIM
+    assert agent.actor(torch.zeros(5, agent.world_model.rssm.feat_dim)).mean.shape == (5, 2)
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    states = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        states.append(tiny_agent().state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+def test_images_are_computed_channels_last() -> None:
+    model = tiny_world_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d) and min(module.weight.shape) > 1:
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_overrides_reach_the_networks() -> None:
+    model = make_world_model("prelar", "pretrain", action_dim=2, **{**TINY, "stoch": 3})
+    assert model.rssm.latent.shape == (3, 4)
+    assert model.rssm.feat_dim == 3 * 4 + 16
+    assert math.prod(model.decoder.linear_in.weight.shape) == 28 * 16 * 16
