@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 from prelar_trl.recipes.common import CHECKPOINT, overrides, plain
 from prelar_trl.recipes.entry import recipe, settings
@@ -78,8 +77,7 @@ def make_model(state: dict[str, Any]) -> nn.Module:
     return make_agent(state["method"], action_dim=state["action_dim"], **sizes)
 
 
-@recipe
-@hydra.main(version_base="1.3", config_path="../configs", config_name="import_official")
+@recipe("import_official")
 def main(config: DictConfig) -> None:
     """Entry point."""
     cfg = settings(config)

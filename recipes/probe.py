@@ -16,7 +16,6 @@ import os
 from collections import defaultdict
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from prelar_trl.recipes.common import CHECKPOINT, choose_device, seed_everything
@@ -271,8 +270,7 @@ def _mean(values: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-@recipe
-@hydra.main(version_base="1.3", config_path="../configs", config_name="probe")
+@recipe("probe")
 def main(config: DictConfig) -> None:
     """Entry point."""
     cfg = settings(config)
