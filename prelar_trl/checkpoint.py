@@ -58,8 +58,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint {path}: the run has saved none yet")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         raise ValueError(
             f"checkpoint {path} cannot be read ({type(error).__name__}): the file is damaged or "
