@@ -146,6 +146,15 @@ def test_crop_keeps_the_middle_square_and_squeeze_keeps_everything(tmp_path, sha
         assert abs(clip.mean() - 250 * side**2 / (height * width)) < 8
 
 
+def test_stride_and_length_pick_pictures_too(tmp_path) -> None:
+    paths = [tmp_path / f"{t}.png" for t in range(9)]
+    for path, frame in zip(paths, ramp(9), strict=True):
+        Image.fromarray(frame).save(path)
+    assert times(picture_clip(paths, FrameOptions(stride=2))["pixels"]) == [0, 2, 4, 6, 8]
+    clip = picture_clip(paths, FrameOptions(stride=2, max_frames=3))
+    assert times(clip["pixels"]) == [0, 2, 4]
+
+
 def test_pictures_of_the_right_size_are_kept_exactly(tmp_path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     paths = [tmp_path / f"{i}.png" for i in range(3)]

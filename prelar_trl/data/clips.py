@@ -180,16 +180,18 @@ class VideoClips:
         rows, steps = self.batch_size, self.clip_len
         pinned = self.device.type == "cuda"
         batch: dict[str, Tensor] = {}
-        pieces = [x.tolist() for x in (windows.start, windows.frames, windows.offset)]
-        source = [x[windows.episode].tolist() for x in (self._store, self._clip)]
+        own = (self._store[windows.episode], self._clip[windows.episode])
+        pieces = (*own, windows.start, windows.frames, windows.offset)
+        places = torch.stack(pieces, -1).tolist()
         for name in streams:
             spec = self.stores[0].streams[name]
             dtype = getattr(torch, spec.dtype)
             out = torch.empty(rows * steps, *spec.shape, dtype=dtype, pin_memory=pinned)
             array = out.numpy()
-            for store, clip, start, frames, offset in zip(*source, *pieces, strict=True):
-                view = self.stores[store].read(clip, name, start, frames)
-                array[offset : offset + frames] = view
+            for store, clip, start, frames, _ in places:
+                self.stores[store].announce(clip, name, start, frames)
+            for store, clip, start, frames, offset in places:
+                array[offset : offset + frames] = self.stores[store].read(clip, name, start, frames)
             batch[name] = out.unflatten(0, (rows, steps))  # [B, T, ...]
         is_first = torch.zeros(rows * steps, 1, dtype=torch.bool)
         is_first[windows.offset] = True
