@@ -1,0 +1,180 @@
+"""The configurations: every file composes, and every key is read by something."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from prelar_trl.recipes import schema
+from prelar_trl.recipes.entry import settings
+
+from prelar_trl.models import METHODS, SIZES, LossSettings, ModelSettings
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+SCHEMAS = {
+    name: getattr(schema, "".join(part.title() for part in name.split("_")) + "Config", None)
+    for name in RECIPES
+}
+TYPED = [name for name in RECIPES if SCHEMAS[name] is not None]
+PLAIN = [name for name in RECIPES if SCHEMAS[name] is None]
+GROUPS = {
+    folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+    for folder in CONFIGS.iterdir()
+    if folder.is_dir() and list(folder.glob("*.yaml"))
+}
+# Written into config.yaml, where another recipe reads it.
+READ_LATER = {"import_official": {"env"}}
+GIVEN = {"data": "d", "run": "r", "env": "toy", "source": "s"}  # for what has no default
+
+
+def composed(recipe, *overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(recipe, list(overrides))
+
+
+def given(recipe):
+    config = composed(recipe)
+    return [f"{name}={GIVEN[name]}" for name in sorted(OmegaConf.missing_keys(config))]
+
+
+def groups_of(recipe):
+    defaults = OmegaConf.load(CONFIGS / f"{recipe}.yaml").defaults
+    names = [str(key) for item in defaults if OmegaConf.is_dict(item) for key in item]
+    return [name.removeprefix("optional ") for name in names if "/" not in name]
+
+
+def fits(recipe, group, option):
+    """An experiment says in its first comment which recipe it is for."""
+    return group != "experiment" or f"# {recipe}.py:" in (
+        CONFIGS / group / f"{option}.yaml"
+    ).read_text(encoding="utf-8")
+
+
+def options():
+    return [
+        (recipe, f"{group}={option}")
+        for recipe in RECIPES
+        for group in groups_of(recipe)
+        for option in GROUPS[group]
+        if fits(recipe, group, option)
+    ]
+
+
+schema.register()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_a_module_and_composes(recipe):
+    assert (ROOT / "recipes" / f"{recipe}.py").is_file()
+    config = composed(recipe, *given(recipe))
+    OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+@pytest.mark.parametrize(("recipe", "option"), options())
+def test_every_option_of_every_group_composes(recipe, option):
+    cfg = settings(composed(recipe, *given(recipe), option))
+    group, name = option.split("=")
+    assert group == "experiment" or getattr(cfg, group) == name
+
+
+def test_every_experiment_belongs_to_a_recipe():
+    tried = {option for _, option in options()}
+    assert {f"experiment={name}" for name in GROUPS.get("experiment", [])} <= tried
+
+
+def test_every_group_is_used():
+    assert set(GROUPS) == {group for recipe in RECIPES for group in groups_of(recipe)}
+
+
+def test_groups_name_the_methods_and_sizes_that_there_are():
+    assert set(GROUPS["method"]) == set(METHODS)
+    assert set(GROUPS["size"]) == set(SIZES)
+
+
+@pytest.mark.parametrize("recipe", TYPED)
+def test_defaults_are_those_of_the_dataclass(recipe):
+    """A value in the file would be a second place for a default; only groups may set any."""
+    arguments = [argument.split("=")[0] for argument in given(recipe)]
+    cfg, defaults = settings(composed(recipe, *given(recipe))), SCHEMAS[recipe]()
+    names = {f.name for f in fields(defaults)} - {*arguments, *groups_of(recipe)}
+    assert {name: getattr(cfg, name) for name in names} == {
+        name: getattr(defaults, name) for name in names
+    }
+
+
+def reads(module, variable):
+    """Names that a module reads of one of these variables: x.name, x["name"], or in a loop."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / module).read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in variable:
+                found.add(node.attr)
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+            if node.value.id in variable and isinstance(node.slice, ast.Constant):
+                found.add(node.slice.value)
+        if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):  # getattr(cfg, name)
+            found |= {x.value for x in node.iter.elts if isinstance(x, ast.Constant)}
+    return found
+
+
+def words(module):
+    """All texts that are constants in a module, docstrings apart."""
+    tree = ast.parse((ROOT / module).read_text())
+    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and n.value}
+
+
+@pytest.mark.parametrize("recipe", TYPED)
+def test_every_key_of_a_dataclass_is_read(recipe):
+    read = reads(f"recipes/{recipe}.py", ("cfg",))
+    if issubclass(SCHEMAS[recipe], schema.RunConfig):
+        read |= reads("recipes/common.py", ("cfg",))
+    unread = {f.name for f in fields(SCHEMAS[recipe])} - read - READ_LATER.get(recipe, set())
+    assert not unread, f"nothing reads {sorted(unread)}"
+
+
+@pytest.mark.parametrize("recipe", PLAIN)
+def test_every_key_of_a_file_is_read(recipe):
+    keys = set(OmegaConf.load(CONFIGS / f"{recipe}.yaml")) - {"defaults", "hydra"}
+    module = f"recipes/{recipe}.py"
+    unread = keys - reads(module, ("cfg", "config")) - words(module)
+    assert not unread, f"nothing reads {sorted(map(str, unread))}"
+
+
+@pytest.mark.parametrize("kind", [ModelSettings, LossSettings])
+def test_every_model_and_loss_option_is_read(kind):
+    unread = {f.name for f in fields(kind)} - reads("prelar_trl/models.py", ("s",))
+    assert unread <= {"weights"}  # merged by name: an argument of make_world_model_loss
+
+
+@pytest.mark.parametrize("recipe", TYPED)
+def test_no_recipe_reads_a_key_that_is_not_there(recipe):
+    tree = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text())
+    of_cfg = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if node.value.id == "cfg"
+    }
+    assert of_cfg <= {f.name for f in fields(SCHEMAS[recipe])}
+
+
+def test_every_recipe_starts_from_its_own_configuration():
+    for recipe in RECIPES:
+        assert f'@recipe("{recipe}")' in (ROOT / "recipes" / f"{recipe}.py").read_text()
+        assert callable(importlib.import_module(f"prelar_trl.recipes.{recipe}").main)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_hydra_writes_nothing_itself(recipe):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose(recipe, return_hydra_config=True)
+    assert config.hydra.output_subdir is None and config.hydra.run.dir == "."
+    assert not {"handlers", "formatters"} & config.hydra.job_logging.keys()
+    assert not config.hydra.job_logging.disable_existing_loggers
