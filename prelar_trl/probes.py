@@ -122,7 +122,7 @@ def linear_r2(
     targets: Tensor,
     test_features: Tensor,
     test_targets: Tensor,
-    penalty: float = 1e-3,
+    penalty: float = 1e-2,
 ) -> Tensor:
     """Share of the test targets' variance that a ridge regression on the features explains.
 
@@ -133,7 +133,7 @@ def linear_r2(
     Args:
         features, targets: training samples, ``[M, X]`` and ``[M, A]``.
         test_features, test_targets: alike; of other clips.
-        penalty: of the weights. Default: 1e-3.
+        penalty: of the weights. Default: 1e-2.
 
     Returns:
         float64 ``[A]``; 1 is perfect, 0 as good as the mean, below 0 worse. NaN for a target that

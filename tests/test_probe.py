@@ -92,7 +92,7 @@ def test_a_linear_map_is_read_perfectly_whatever_the_features_scale():
     y = (x @ mix + 2) * torch.tensor([1.0, 10.0, 0.1])
     x = x * torch.tensor([1e-3, 1.0, 1e3, 1.0, 1.0, 1.0]) + 5
     r2 = linear_r2(x[:300], y[:300], x[300:], y[300:])
-    torch.testing.assert_close(r2, torch.ones(3, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(r2, torch.ones(3, dtype=torch.float64), atol=1e-3, rtol=0)
 
 
 def test_noise_is_not_read_on_other_samples():

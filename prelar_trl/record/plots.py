@@ -146,17 +146,25 @@ def plot_psnr_by_step(
 
 
 def plot_bars(
-    panels: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike[str]
+    panels: Mapping[str, Mapping[str, Sequence[float]]],
+    path: str | os.PathLike[str],
+    *,
+    columns: int = 3,
 ) -> Path:
     """Draw one panel of horizontal bars for each quantity: means, and every value as a dot.
 
     Args:
         panels: title -> label -> values, of several seeds or one.
         path: the picture, png or svg.
+        columns: panels in a row. Default: 3.
     """
+    columns = min(columns, len(panels))
     bars = max(len(panel) for panel in panels.values())
-    figure, axes = _figure(1, len(panels), panel=(PANEL[0], 0.9 + 0.3 * bars))
-    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = _figure(rows, columns, panel=(PANEL[0], 0.7 + 0.25 * bars))
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, panel) in zip(axes, panels.items(), strict=False):
         axis.set_title(title, fontsize=9, loc="left")
         for i, values in enumerate(panel.values()):
             axis.barh(i, np.mean(values), color=COLORS[i % 7], alpha=0.45, height=0.7)
