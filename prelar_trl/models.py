@@ -7,9 +7,9 @@ pre-training and for fine-tuning. Adding one is adding an entry to :data:`METHOD
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -241,7 +241,7 @@ def model_settings(
     if size not in SIZES:
         raise ValueError(f"size={size!r} is unknown; choose {', '.join(SIZES)}")
     overrides = dict(overrides or {})
-    _check_names(overrides, ModelSettings)
+    _check(overrides, ModelSettings)
     for name in ("heads", "grad_heads"):
         if name in overrides:
             overrides[name] = tuple(overrides[name])
@@ -374,7 +374,7 @@ def make_world_model_loss(
         overrides: further fields of :class:`LossSettings`.
     """
     preset = _preset(method, phase)
-    _check_names(overrides, LossSettings)
+    _check(overrides, LossSettings)
     s = replace(LossSettings(), **overrides)
     merged = {**getattr(preset, f"{phase}_weights"), **(weights or {})}
     merged = {name: weight for name, weight in merged.items() if weight is not None}
@@ -490,8 +490,13 @@ def _preset(method: str, phase: str) -> Method:
     return preset
 
 
-def _check_names(names: Iterator[str] | Mapping[str, Any], settings: type) -> None:
-    valid = [f.name for f in fields(settings)]
-    for name in names:
-        if name not in valid:
-            raise ValueError(f"unknown setting {name!r}; choose {', '.join(valid)}")
+def _check(values: Mapping[str, Any], settings: type) -> None:
+    """Reject names that ``settings`` does not have, and choices that are none of theirs."""
+    hints = get_type_hints(settings)
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"unknown setting {name!r}; choose {', '.join(hints)}")
+        kinds = (hints[name], *get_args(hints[name]))
+        choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(choices)}")
