@@ -22,11 +22,14 @@ step() {
     touch "$demo/.done-$name"
 }
 
-step videos "" collect_videos data="$demo/videos" env="$task" episodes=20
+step videos "" collect_videos data="$demo/videos" env="$task" episodes=24
 step pretrain "$demo/pretrain" pretrain data="$demo/videos" run="$demo/pretrain" \
-    method=prelar size=tiny updates=400
+    method=prelar size=tiny updates=600 batch_size=8 clip_len=16 \
+    log_every=20 video_every=200
 step finetune "$demo/finetune" finetune pretrained="$demo/pretrain" run="$demo/finetune" \
-    method=prelar size=tiny env="$task" env_steps=3000
-step evaluate "" evaluate run="$demo/finetune" episodes=2
+    method=prelar size=tiny env="$task" env_steps=3000 prefill=1000 \
+    pretrain_updates=50 frozen_updates=50 batch_size=8 batch_length=16 \
+    log_every=100 eval_every=1000 eval_episodes=1
+step evaluate "" evaluate run="$demo/finetune" episodes=3
 "$python" recipes/plot.py runs="[$demo/pretrain,$demo/finetune]" out="$demo/report.html" \
     title="PreLAR demo: ${task#metaworld/}"

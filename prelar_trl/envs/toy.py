@@ -5,8 +5,9 @@ Both lie in the square [-1, 1]^2. An action is a velocity in [-1, 1]^2; one step
 
     reward = 1 / (1 + (gap / SCALE)^2)        1 on the target, 0.5 at gap = SCALE, never 0
 
-and ``success`` means ``gap = 0``. Disc and target are drawn anew, uniformly, at each reset. The
-best policy goes straight to the target and stays; :func:`toy_return` measures it.
+and ``success`` means ``gap = 0``. At each reset the disc starts anywhere and the target lies at one
+of the four places (+-0.6, +-0.6). The best policy goes straight to the target and stays;
+:func:`toy_return` measures it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, Transform
 
 SPEED = 0.2
+TARGET = 0.6
 RADIUS = 0.15
 SCALE = 0.3
 EPISODE_STEPS = 50
@@ -67,7 +69,7 @@ def toy_return(
     With the defaults: expert 47.9 of at most 50, random 10.5.
     """
     generator = torch.Generator().manual_seed(seed)
-    position, target = _uniform((2, episodes, 2), generator)
+    position, target = _draw_start((episodes, 2), generator)
     total = torch.zeros(episodes, 1)
     for _ in range(steps):
         if policy == "expert":
@@ -77,6 +79,13 @@ def toy_return(
         position, reward, _ = toy_dynamics(position, target, action)
         total += reward
     return total.mean().item()
+
+
+def _draw_start(
+    shape: tuple[int, ...], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Position and target, both of ``shape`` [..., 2]."""
+    return _uniform(shape, generator), TARGET * _uniform(shape, generator).sign()
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -115,7 +124,7 @@ class ToyEnv(EnvBase):
         self._generator.manual_seed(seed)
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs) -> TensorDictBase:
-        self._position, self._target = _uniform((2, 2), self._generator)
+        self._position, self._target = _draw_start((2,), self._generator)
         return TensorDict({**self._observe(), "success": torch.zeros(1, dtype=torch.bool)})
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -1,0 +1,110 @@
+"""Learning check: a tiny DreamerV2 learns the toy task from pixels.
+
+    python benchmarks/learn_toy.py [--seed N] [--out results/toy]
+
+Passes when the mean return of the last evaluation (20 episodes) reaches 90% of what the best
+policy gets. Writes ``curve.csv``, ``curve.png`` and ``result.json``; takes about ten minutes on two
+cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from prelar_trl.envs import toy_return
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.schema import FinetuneConfig, ModelOverrides
+from prelar_trl.record import plot_curves, read_metrics
+
+SHARE = 0.9  # of the best policy's return
+COLUMNS = ("step", "eval/return", "train/return", "loss_image", "loss_reward", "loss_kl")
+
+
+def settings(run: Path, seed: int) -> FinetuneConfig:
+    """A short-sighted task (10 steps to the target) needs a short horizon and little data."""
+    return FinetuneConfig(
+        method="dreamerv2",
+        size="tiny",
+        model=ModelOverrides(depth=4, discount=0.9),
+        env="toy",
+        run=str(run),
+        seed=seed,
+        env_steps=9_000,
+        prefill=1_500,
+        pretrain_updates=200,
+        train_every=4,
+        batch_size=12,
+        batch_length=12,
+        horizon=10,
+        lr=6e-4,
+        actor_lr=2e-4,
+        critic_lr=4e-4,
+        entropy_scale=3e-3,
+        slow_every=50,
+        eval_every=1_000,
+        eval_episodes=20,
+        log_every=200,
+        threads=1,  # small tensors: a second thread only waits
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results/toy"))
+    args = parser.parse_args()
+    best, random = toy_return("expert"), toy_return("random")
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        finetune(settings(run, args.seed))
+        minutes = (time.monotonic() - start) / 60
+        args.out.mkdir(parents=True, exist_ok=True)
+        metrics = read_metrics(run / "metrics.csv")
+        plot_curves(
+            {"DreamerV2, tiny": metrics},
+            args.out / "curve.png",
+            ["eval/return", "train/return", "loss_image", "loss_reward"],
+            columns=2,
+            step_name="environment step",
+        )
+        with open(run / "metrics.csv", newline="") as source:
+            rows = [{name: row.get(name, "") for name in COLUMNS} for row in csv.DictReader(source)]
+        with open(args.out / "curve.csv", "w", newline="") as target:
+            writer = csv.DictWriter(target, COLUMNS)
+            writer.writeheader()
+            writer.writerows(row for row in rows if any(row[name] for name in COLUMNS[1:]))
+        shutil.copy(run / "versions.json", args.out / "versions.json")
+
+    reached = float(metrics["eval/return"].values[-1])
+    passed = reached >= SHARE * best
+    result = {
+        "return": reached,
+        "best_policy": best,
+        "random_policy": random,
+        "needed": SHARE * best,
+        "passed": passed,
+        "minutes": round(minutes, 1),
+        "seed": args.seed,
+        "threads": torch.get_num_threads(),
+    }
+    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(
+        f"return {reached:.1f} of {best:.1f} (random {random:.1f}, needed {SHARE * best:.1f}) "
+        f"after {minutes:.1f} minutes: {'passed' if passed else 'FAILED'}; see {args.out}"
+    )
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()
