@@ -193,8 +193,8 @@ def test_toy_expert_reaches_the_target_and_its_return_is_the_documented_one():
         assert 0 < rollout["next", "reward"].min() and rollout["next", "reward"].max() <= 1
     mean = torch.stack([rollout["next", "reward"].sum() for rollout in rollouts]).mean().item()
     assert mean == pytest.approx(toy_return("expert"), abs=1.0)
-    assert toy_return("expert") == pytest.approx(47.9, abs=0.1)
-    assert toy_return("random") == pytest.approx(10.5, abs=0.3)
+    assert toy_return("expert") == pytest.approx(47.8, abs=0.1)
+    assert toy_return("random") == pytest.approx(10.4, abs=0.3)
 
 
 def test_toy_picture_shows_disc_and_target_where_the_state_says():
@@ -217,7 +217,7 @@ def test_toy_picture_shows_disc_and_target_where_the_state_says():
 def test_same_seed_gives_the_same_episodes_and_another_seed_others():
     def states(seed: int) -> torch.Tensor:
         env = make_env("toy", seed=seed, pixels=None)
-        return torch.stack([env.reset()["state"] for _ in range(3)])
+        return torch.stack([env.reset()["state"][:2] for _ in range(3)])  # where the disc is
 
     assert torch.equal(states(1), states(1))
     assert not torch.isclose(states(1), states(2)).any()
