@@ -30,6 +30,7 @@ from prelar_trl.recipes.schema import LossOverrides, PretrainConfig, ProbeConfig
 
 from prelar_trl.record import plot_bars
 
+PROBE_LEN = 16  # frames of a probed window: 5 seen, 11 imagined
 CONTRAST = {"action_state_consistency": None, "action_contrast": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "soft": {"method": "prelar", "loss": {"consistency": "soft"}},
@@ -78,8 +79,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--clip-len", type=int, default=16)
-    parser.add_argument("--clips", type=int, default=256, help="windows that are probed")
+    parser.add_argument("--clip-len", type=int, default=10, help="in training; probes take 16")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--clips", type=int, default=192, help="windows that are probed")
     parser.add_argument("--episodes", type=int, default=120, help="videos to collect")
     parser.add_argument("--data", type=Path, default=Path("videos/study"))
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
@@ -119,6 +121,7 @@ def run_one(variant: str, seed: int, args: argparse.Namespace) -> None:
                     updates=args.updates,
                     batch_size=args.batch_size,
                     clip_len=args.clip_len,
+                    lr=args.lr,
                     log_every=50,
                     video_every=args.updates,
                     checkpoint_every=200,
@@ -127,7 +130,8 @@ def run_one(variant: str, seed: int, args: argparse.Namespace) -> None:
                     threads=1,
                 )
             )
-            probe(ProbeConfig(run=str(run), clips=args.clips, device="cpu", threads=1))
+            clips = {"clips": args.clips, "clip_len": PROBE_LEN}
+            probe(ProbeConfig(run=str(run), **clips, device="cpu", threads=1))
 
 
 def check_same(run: Path, args: argparse.Namespace) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["ssim"]
@@ -49,10 +50,17 @@ def _unit(images: Tensor) -> Tensor:
 
 
 def _blur(images: Tensor) -> Tensor:
-    """Weighted local means, ``[..., C, H-10, W-10]``; a Gaussian is separable."""
-    offset = torch.arange(SIZE, dtype=images.dtype, device=images.device) - SIZE // 2
+    """Weighted local means, ``[..., H-10, W-10]``: two products, for a Gaussian is separable."""
+    rows, columns = (_window(side).to(images) for side in images.shape[-2:])
+    return rows @ images @ columns.T
+
+
+@cache
+def _window(side: int) -> Tensor:
+    """The window at each place where it fits, ``[side-10, side]``."""
+    offset = torch.arange(SIZE, dtype=torch.float64) - SIZE // 2
     kernel = torch.exp(-(offset**2) / (2 * SIGMA**2))
-    kernel = kernel / kernel.sum()
-    flat = images.reshape(-1, 1, *images.shape[-2:])  # [N*C, 1, H, W]
-    flat = F.conv2d(F.conv2d(flat, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    return flat.reshape(*images.shape[:-2], *flat.shape[-2:])
+    places = torch.zeros(side - SIZE + 1, side, dtype=torch.float64)
+    for i, place in enumerate(places):
+        place[i : i + SIZE] = kernel / kernel.sum()
+    return places
