@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -19,12 +18,11 @@ from prelar_trl.objectives import (
     CriticLoss,
     LambdaTarget,
     LatentActionLoss,
-    VideoBonus,
     WorldModelLoss,
     functional,
     total_loss,
 )
-from tests.tiny import PHASES, batch, has_gradient, tiny, tiny_agent, tiny_world_model
+from tests.tiny import batch, has_gradient, same, seeded, tiny_world_model
 
 B, T, S, K, D, U = 4, 3, 2, 3, 5, 6
 ALL_LATENT = {"latent_kl": 1.0, "action_state_consistency": 1.0, "action_contrast": 1.0}
@@ -65,22 +63,11 @@ def trajectory(requires_grad: bool = True) -> TensorDict:
     return td.apply(lambda x: x.requires_grad_()) if requires_grad else td
 
 
-def same(first: TensorDict, second: TensorDict) -> None:
-    assert set(first.keys(True, True)) == set(second.keys(True, True))
-    for key in first.keys(True, True):
-        torch.testing.assert_close(first[key], second[key])
-
-
 def rename(td: TensorDict, names: dict[str, Any]) -> TensorDict:
     renamed = TensorDict({}, batch_size=td.batch_size)
     for key, value in td.items():
         renamed[names.get(key, key)] = value
     return renamed
-
-
-def seeded(loss: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    torch.manual_seed(9)
-    return loss(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------- what all losses obey
@@ -341,179 +328,6 @@ def test_bad_settings_are_errors() -> None:
         LambdaTarget(MLP(D, 1), 1.5)
 
 
-# ---------------------------------------------------------------------- world model
-
-
-@pytest.mark.parametrize(("method", "phase"), PHASES)
-def test_world_model_loss_reads_and_writes_its_keys_and_changes_no_input(
-    method: str, phase: str
-) -> None:
-    _, loss = tiny(method, phase)
-    data = batch().select(*loss.in_keys)
-    before = data.clone()
-    out = loss(data)
-    assert set(out.keys()) == set(loss.out_keys)
-    same(data, before)
-    terms = [name for name, weight in loss.weights.items() if weight]
-    assert {f"loss_{name}" for name in terms} <= set(out.keys())
-    assert total_loss(out).isfinite() and total_loss(out).requires_grad
-    assert out["state"].batch_size == (2, 4)
-    assert not any(x.requires_grad for x in out["state"].values())
-
-
-def test_world_model_loss_takes_keyword_arguments() -> None:
-    _, loss = tiny("prelar", "finetune", sample=False)
-    loss.eval()
-    data = batch()
-    expected = loss(data)
-    values = loss(**{key: data[key] for key in loss.in_keys})
-    for key, value in zip(loss.out_keys, values, strict=True):
-        if key == "state":
-            same(value, expected[key])
-        else:
-            torch.testing.assert_close(value, expected[key])
-
-
-def test_world_model_loss_is_its_formula() -> None:
-    agent, loss = tiny(
-        "dreamerv2",
-        "finetune",
-        weights={"discount": 3.0, "kl": 0.5},
-        heads=("reward", "discount"),
-        sample=False,
-    )
-    data = batch()
-    data["terminated"][0, 3] = True
-    out, predicted = loss(data), agent.world_model(data.copy())
-    image = (
-        (predicted["prediction", "pixels"] - (data["pixels"] / 255 - 0.5)).square().sum((2, 3, 4))
-    )
-    reward = (predicted["prediction", "reward"] - data["reward"]).square()
-    bernoulli = torch.distributions.Bernoulli(logits=predicted["prediction", "discount"])
-    alive = 1 - data["terminated"].float()
-    discount = -(
-        0.99 * alive * bernoulli.probs.log() + (1 - 0.99 * alive) * (1 - bernoulli.probs).log()
-    )
-    kl = functional.categorical_kl(predicted["posterior"], predicted["prior"])
-    expected = {
-        "image": image.mean() / 2,
-        "reward": reward.mean() / 2,
-        "discount": discount.mean(),
-        "kl": kl.mean(),
-    }
-    for name, value in expected.items():
-        torch.testing.assert_close(out[name], value.detach(), rtol=1e-4, atol=1e-6)
-    weights = {"image": 1.0, "reward": 1.0, "discount": 3.0, "kl": 0.5}
-    total = sum(weights[name] * value for name, value in expected.items())
-    torch.testing.assert_close(total_loss(out), total, rtol=1e-4, atol=1e-5)
-
-
-def test_a_weight_of_zero_is_reported_without_a_loss() -> None:
-    _, loss = tiny("apv", "finetune")
-    out = loss(batch())
-    assert "af_kl" in out.keys() and "loss_af_kl" not in out.keys()
-
-
-def test_the_bonus_is_added_to_the_reward_and_never_to_aux_reward() -> None:
-    agent, loss = tiny("prelar", "finetune", sample=False)
-    loss.eval()
-    agent.video_bonus.train()(torch.randn(2, 4, agent.world_model.encoder.embed_dim))
-    agent.video_bonus.eval()
-    data = batch()
-    predicted = agent.world_model(data.copy())
-    bonus = agent.video_bonus(predicted["embed"])[..., None]  # [2, 2, 1]: windows of 3 in 4 steps
-    assert bonus.shape == (2, 2, 1) and bonus.min() > 0
-    for scale in (1.0, 0.5):
-        loss.bonus_scale = scale
-        out = loss(data)
-        target = data["reward"][:, :2] + scale * bonus
-        reward = (predicted["prediction", "reward"][:, :2] - target).square().mean() / 2
-        aux = (predicted["prediction", "aux_reward"] - data["reward"]).square().mean() / 2
-        torch.testing.assert_close(out["reward"], reward.detach())
-        torch.testing.assert_close(out["aux_reward"], aux.detach())
-        torch.testing.assert_close(out["bonus"], bonus.mean())
-
-
-def test_the_bonus_reads_the_embedding_of_its_method() -> None:
-    for method, options, key in (
-        ("prelar", {}, "embed"),
-        ("apv", {}, ("lower", "feat")),
-        ("naive", {"bonus_embed": "feat"}, "feat"),
-        ("apv", {"bonus_embed": "embed"}, "embed"),
-    ):
-        _, loss = tiny(method, "finetune", **options)
-        assert loss.tensor_keys.bonus_embed == key
-        assert loss(batch())["bonus"].isfinite()
-
-
-def test_world_model_loss_works_on_any_module_with_matching_keys() -> None:
-    class Linear(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4))
-
-        def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
-            statistics = torch.randn(*frames.shape[:2], S, K)
-            mean = self.weight[0] * (frames.float() / 255 - 0.5)
-            return (
-                mean,
-                self.weight[1] * statistics,
-                self.weight[2] * statistics,
-                statistics,
-                frames,
-            )
-
-    keys = [("out", "image", "pixels"), ("out", "q"), ("out", "p"), ("out", "z"), ("out", "h")]
-    module = TensorDictModule(Linear(), [("in", "frames")], keys)
-    loss = WorldModelLoss(module)
-    loss.set_keys(
-        pixels=("in", "frames"),
-        prediction=("out", "image"),
-        posterior=("out", "q"),
-        prior=("out", "p"),
-        stoch=("out", "z"),
-        deter=("out", "h"),
-    )
-    assert loss.in_keys == [("in", "frames")]
-    frames = torch.randint(0, 256, (2, 3, 3, 8, 8), dtype=torch.uint8)
-    total_loss(loss(TensorDict({"in": {"frames": frames}}, [2, 3]))).backward()
-    assert module.module.weight.grad[:3].abs().min() > 0
-
-
-def test_world_model_loss_saves_every_tensor_once_loaded_as_saved() -> None:
-    _, loss = tiny("prelar", "finetune")
-    loss(batch())
-    _, other = tiny("prelar", "finetune")
-    other.load_state_dict(loss.state_dict())
-    for key, value in loss.state_dict().items():
-        assert torch.equal(value, other.state_dict()[key]), key
-    data = batch()
-    same(seeded(loss, data), seeded(other, data))
-
-
-@pytest.mark.parametrize(
-    ("method", "phase"), [("prelar", "pretrain"), ("contextwm", "pretrain"), ("prelar", "finetune")]
-)
-def test_world_model_loss_works_in_float64(method: str, phase: str) -> None:
-    _, loss = tiny(method, phase)
-    loss.to(torch.float64)
-    data = batch().apply(lambda x: x.double() if x.is_floating_point() else x)
-    total = total_loss(loss(data))
-    total.backward()
-    assert total.dtype == torch.float64 and total.isfinite()
-
-
-@pytest.mark.parametrize("method", ["prelar", "dreamerv2"])
-def test_compiled_world_model_loss_equals_eager(method: str) -> None:
-    phase = "finetune"
-    _, loss = tiny(method, phase, sample=False)
-    loss.eval()  # the bonus memory stays as it is
-    data = batch(2, 3)
-    expected = loss(data)
-    compiled = torch.compile(loss, backend="aot_eager")
-    same(compiled(data), expected)
-
-
 # ---------------------------------------------------------------------- behaviour
 
 
@@ -573,69 +387,3 @@ def test_critic_loss_uses_the_documented_indices_and_stops_targets_and_features(
     assert has_gradient(critic)
     for key in ("feat", "value_target", "weight"):
         assert td[key].grad is None
-
-
-# ---------------------------------------------------------------------- bonus
-
-
-def make_bonus(**options: Any) -> VideoBonus:
-    sizes = {"k": 2, "window": 2, "projection_dim": 3, "memory_size": 6}
-    return VideoBonus(4, **{**sizes, **options})
-
-
-def test_bonus_memory_keeps_the_newest_points_first() -> None:
-    bonus = make_bonus().train()
-    first, second = torch.randn(1, 5, 4), torch.randn(1, 4, 4)  # 4 and 3 clips
-    project = lambda x: (functional.sliding_mean(x, 2) @ bonus.projection)[0]  # noqa: E731
-    bonus(first)
-    assert bonus.filled == 4
-    torch.testing.assert_close(bonus.memory[:4], project(first))
-    bonus(second)
-    assert bonus.filled == 6
-    torch.testing.assert_close(bonus.memory[:3], project(second))
-    torch.testing.assert_close(bonus.memory[3:], project(first)[:3])
-
-
-def test_bonus_is_the_neighbour_distance_over_the_running_magnitude() -> None:
-    bonus, embed = make_bonus(momentum=0.9).train(), torch.randn(1, 4, 4)
-    out = bonus(embed)
-    points = (functional.sliding_mean(embed, 2) @ bonus.projection)[0]
-    raw = torch.cdist(points, points).sort(1).values[:, :2].mean(1)  # itself and the nearest
-    magnitude = 0.9 * 1 + 0.1 * raw.mean()
-    assert bonus.magnitude.item() == pytest.approx(magnitude.item(), rel=1e-5)
-    torch.testing.assert_close(out, (raw / magnitude)[None])
-
-
-def test_bonus_in_evaluation_mode_moves_nothing() -> None:
-    bonus = make_bonus().train()
-    bonus(torch.randn(1, 4, 4))
-    before = {key: x.clone() for key, x in bonus.state_dict().items()}
-    out = bonus.eval()(torch.randn(1, 4, 4))
-    assert out.isfinite().all()
-    for key, value in bonus.state_dict().items():
-        assert torch.equal(value, before[key]), key
-
-
-def test_bonus_of_an_empty_memory_is_zero() -> None:
-    assert make_bonus().eval()(torch.randn(1, 4, 4)).tolist() == [[0.0] * 3]
-
-
-def test_bonus_of_something_new_is_larger() -> None:
-    bonus = make_bonus(memory_size=64).train()
-    for _ in range(4):
-        bonus(0.1 * torch.randn(2, 8, 4))
-    bonus.eval()
-    assert bonus(torch.full((1, 3, 4), 9.0)).mean() > 5 * bonus(0.1 * torch.randn(2, 8, 4)).mean()
-
-
-def test_bonus_is_frozen_float32_under_autocast_and_follows_the_module_to_float64() -> None:
-    bonus, embed = make_bonus().train(), torch.randn(1, 4, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert bonus(embed.bfloat16()).dtype == torch.float32
-    assert bonus.double()(embed.double()).dtype == torch.float64
-    assert not any(p.requires_grad for p in bonus.parameters())
-
-
-def test_agents_have_a_bonus_only_where_the_paper_has_one() -> None:
-    with_bonus = {m for m, p in PHASES if p == "finetune" and tiny_agent(m).video_bonus is not None}
-    assert with_bonus == {"apv", "contextwm", "prelar", "prelar_no_cl", "prelar_no_al_cl"}

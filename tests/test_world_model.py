@@ -225,6 +225,17 @@ def test_the_actor_reads_detached_features() -> None:
     assert has_gradient(agent.actor) and not has_gradient(agent.world_model)
 
 
+def test_log_probabilities_take_the_actions_as_given() -> None:
+    agent = tiny_agent("dreamerv2").eval()
+    imagined = agent.world_model.imagine(agent.actor, starts(agent.world_model, batch()), 3)
+    parameters = list(agent.actor.parameters())
+    ours = torch.autograd.grad(imagined["log_prob"].sum(), parameters, retain_graph=True)
+    policy = agent.actor(imagined["feat"][:, :-1].detach())
+    given = policy.log_prob(imagined["action"][:, 1:].detach()).sum()
+    for first, second in zip(ours, torch.autograd.grad(given, parameters), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
+
+
 def test_weights_are_the_products_of_the_discounts_before() -> None:
     heads = ("reward", "discount")
     agent = tiny_agent("dreamerv2", heads=heads, discount=0.9).eval()

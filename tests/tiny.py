@@ -84,3 +84,16 @@ def batch(sequences: int = 2, steps: int = 4, **entries: torch.Tensor) -> Tensor
 def has_gradient(module: torch.nn.Module) -> bool:
     """Whether any parameter has a gradient other than zero."""
     return any(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
+def same(first: TensorDict, second: TensorDict) -> None:
+    """Assert that both hold the same keys and values."""
+    assert set(first.keys(True, True)) == set(second.keys(True, True))
+    for key in first.keys(True, True):
+        torch.testing.assert_close(first[key], second[key])
+
+
+def seeded(loss: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the loss with the same random draws each time."""
+    torch.manual_seed(9)
+    return loss(*args, **kwargs)
