@@ -1,6 +1,6 @@
 """What do the losses on latent actions teach? Tiny models, videos of scripted experts, probes.
 
-    python benchmarks/study.py                    everything: videos, runs, table; continues
+    python benchmarks/study.py                    everything, 25 minutes on two cores; continues
     python benchmarks/study.py --updates 5 --seeds 1 --runs runs/try --out runs/try/results
 
 Pre-trains PreLAR with each consistency loss, with the action contrast in its place and without,
