@@ -93,7 +93,7 @@ def same(first: TensorDict, second: TensorDict) -> None:
         torch.testing.assert_close(first[key], second[key])
 
 
-def seeded(loss: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def seeded(loss: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Call the loss with the same random draws each time."""
     torch.manual_seed(9)
     return loss(*args, **kwargs)
