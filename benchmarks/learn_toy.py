@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 
 import torch
-
-from prelar_trl.envs import toy_return
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.schema import FinetuneConfig, LossOverrides, ModelOverrides
+
+from prelar_trl.envs import toy_return
 from prelar_trl.record import plot_curves, read_metrics
 
 STEPS = 25  # an episode
@@ -41,7 +41,7 @@ def settings(run: Path, seed: int) -> FinetuneConfig:
         max_steps=STEPS,
         run=str(run),
         seed=seed,
-        env_steps=10_000,
+        env_steps=7_000,
         prefill=1_500,
         pretrain_updates=400,
         train_every=4,

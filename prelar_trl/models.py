@@ -1,221 +1,31 @@
-"""Named, paper-exact presets: every system of the paper by name.
-
-A method is a preset: the components of the world model and the weights of the loss, for
-pre-training and for fine-tuning. Adding one is adding an entry to :data:`METHODS`.
-"""
+"""World models, agents and losses of every system of the paper, built from their presets."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prelar_trl.modules.actions import ActionEncoder, FrameInput, LatentActionEncoder, Variant
-from prelar_trl.modules.context import Augmentation, ContextDecoder, ContextEncoder
-from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, Norm, ResNetDecoder, ResNetEncoder
+from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
+from prelar_trl.modules.context import ContextDecoder, ContextEncoder
+from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
 from prelar_trl.modules.heads import MLP, Actor
 from prelar_trl.modules.rssm import RSSM
 from prelar_trl.modules.world_model import WorldModel
 from prelar_trl.objectives import LatentActionLoss, VideoBonus, WorldModelLoss
-from prelar_trl.objectives.functional import ConsistencyMode
+from prelar_trl.presets import ModelSettings, Phase, find_preset, loss_settings, model_settings
 
 __all__ = [
-    "METHODS",
-    "SIZES",
     "Agent",
-    "LossSettings",
-    "Method",
-    "ModelSettings",
     "load_pretrained",
     "make_agent",
     "make_world_model",
     "make_world_model_loss",
     "pretrained_modules",
 ]
-
-Phase = Literal["pretrain", "finetune"]
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """What a world model is made of. Defaults: the published full size, components of PreLAR."""
-
-    images: Literal["resnet", "cnn", "context"] = "resnet"
-    actions: Literal["latent", "encoded", "real", "none"] = "latent"
-    action_width: int | None = None  # the RSSM's action input; None: as wide as the action
-    stacked: bool = False  # an action-free RSSM below the imagined one (APV)
-    concat_embed: bool = False  # the upper RSSM of a stack also reads the image embedding
-    heads: tuple[str, ...] = ()
-    grad_heads: tuple[str, ...] = ("reward", "aux_reward")
-    head_layers: int = 4
-    head_units: int = 400
-    # image networks
-    depth: int = 48
-    stages: int = 3
-    layers: int = 2
-    norm: Norm = "batch"
-    augmentation: Augmentation = "none"
-    context_mask: float = 0.75
-    context_dropout: float = 0.1
-    # dynamics
-    stoch: int = 32
-    classes: int = 32
-    deter: int = 1024
-    hidden: int = 1024
-    ensemble: int = 1
-    # latent actions
-    frames: FrameInput = "concat"
-    latent_action: Variant = "gaussian"
-    latent_action_size: int = 64
-    latent_action_classes: int = 0
-    latent_action_deter: int = 64
-    latent_action_hidden: int = 1024
-    # action encoder, into the same space
-    action_code: Variant = "deterministic"
-    action_window: int = 1
-    # video bonus
-    bonus_embed: Literal["embed", "feat", "lower"] | None = None
-    bonus_neighbours: int = 16
-    bonus_memory: int = 4096
-    bonus_projection: int = 128
-    bonus_window: int = 5
-    discount: float = 0.99
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """How a world model is trained. Weights by term; a term without a weight is not computed."""
-
-    weights: Mapping[str, float] = field(default_factory=lambda: {"image": 1.0, "kl": 1.0})
-    kl_balance: float = 0.8
-    free_nats: float = 0.0
-    free_avg: bool = True
-    consistency: ConsistencyMode = "soft"
-    prior_std: float = 1.0
-    negatives: int = 4
-    temperature: float | None = 1.0
-    contrast_dynamics: bool = True
-    bonus_scale: float = 1.0
-
-
-SIZES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "small": {
-        "depth": 24,
-        "deter": 400,
-        "hidden": 400,
-        "head_units": 200,
-        "latent_action_size": 32,
-        "latent_action_deter": 32,
-        "latent_action_hidden": 400,
-    },
-    "tiny": {
-        "depth": 8,
-        "layers": 1,
-        "stoch": 16,
-        "classes": 16,
-        "deter": 128,
-        "hidden": 128,
-        "head_units": 128,
-        "latent_action_size": 16,
-        "latent_action_deter": 16,
-        "latent_action_hidden": 128,
-        "bonus_memory": 1024,
-        "bonus_projection": 64,
-    },
-}
-
-
-@dataclass(frozen=True)
-class Method:
-    """One system of the paper.
-
-    Args:
-        pretrain, finetune: overrides of :class:`ModelSettings`, or None without that phase.
-        pretrain_weights, finetune_weights: weights of the loss terms.
-        checkpoint: methods whose pre-training runs it fine-tunes from.
-    """
-
-    finetune: Mapping[str, Any] | None
-    finetune_weights: Mapping[str, float] = field(default_factory=dict)
-    pretrain: Mapping[str, Any] | None = None
-    pretrain_weights: Mapping[str, float] = field(default_factory=dict)
-    checkpoint: tuple[str, ...] = ()
-
-
-VIDEO = {"image": 1.0, "kl": 1.0}
-REWARD = {**VIDEO, "reward": 1.0}
-SHAPED = {**REWARD, "aux_reward": 1.0}
-STACK_SHAPED = {**SHAPED, "af_kl": 0.0}  # reported, without gradient
-
-ACTION_FREE = {"actions": "none", "action_width": 50}
-STACKED = {
-    "actions": "real",
-    "action_width": 50,
-    "stacked": True,
-    "heads": ("reward", "aux_reward"),
-    "bonus_embed": "lower",
-}
-LATENT = {"actions": "latent"}
-ENCODED = {"actions": "encoded", "heads": ("reward", "aux_reward"), "bonus_embed": "embed"}
-PRELAR_WEIGHTS = {**VIDEO, "latent_kl": 1.0, "action_state_consistency": 1.0}
-PRELAR_CHECKPOINTS = ("prelar", "prelar_no_cl", "prelar_no_al_cl")
-
-METHODS: dict[str, Method] = {
-    "dreamerv2": Method(
-        finetune={"images": "cnn", "actions": "real", "heads": ("reward",)},
-        finetune_weights=REWARD,
-    ),
-    "apv": Method(
-        pretrain=ACTION_FREE,
-        pretrain_weights=VIDEO,
-        finetune=STACKED,
-        finetune_weights=STACK_SHAPED,
-        checkpoint=("apv",),
-    ),
-    "contextwm": Method(
-        pretrain={**ACTION_FREE, "images": "context"},
-        pretrain_weights=VIDEO,
-        finetune={**STACKED, "images": "context"},
-        finetune_weights=STACK_SHAPED,
-        checkpoint=("contextwm",),
-    ),
-    "prelar": Method(
-        pretrain=LATENT,
-        pretrain_weights=PRELAR_WEIGHTS,
-        finetune=ENCODED,
-        finetune_weights=SHAPED,
-        checkpoint=PRELAR_CHECKPOINTS,
-    ),
-    "prelar_no_cl": Method(
-        pretrain=LATENT,
-        pretrain_weights={**VIDEO, "latent_kl": 1.0},
-        finetune=ENCODED,
-        finetune_weights=SHAPED,
-        checkpoint=PRELAR_CHECKPOINTS,
-    ),
-    "prelar_no_al_cl": Method(
-        pretrain={**LATENT, "latent_action": "deterministic"},
-        pretrain_weights=VIDEO,
-        finetune=ENCODED,
-        finetune_weights=SHAPED,
-        checkpoint=PRELAR_CHECKPOINTS,
-    ),
-    "naive": Method(
-        finetune={"actions": "real", "action_width": 50, "heads": ("reward",)},
-        finetune_weights=REWARD,
-        checkpoint=("apv", "contextwm"),
-    ),
-    "prelar_naive": Method(
-        finetune={"actions": "encoded", "heads": ("reward",)},
-        finetune_weights=REWARD,
-        checkpoint=PRELAR_CHECKPOINTS,
-    ),
-}
 
 
 class Agent(nn.Module):
@@ -227,25 +37,6 @@ class Agent(nn.Module):
         # Equal to the critic from the start; in the authors' code its first target is random.
         self.slow_critic = copy.deepcopy(critic).requires_grad_(False)
         self.video_bonus = bonus
-
-
-def model_settings(
-    method: str, phase: Phase, size: str = "full", overrides: Mapping[str, Any] | None = None
-) -> ModelSettings:
-    """The settings of a method's world model.
-
-    Raises:
-        ValueError: an unknown method, phase, size or override.
-    """
-    preset = getattr(_preset(method, phase), phase)
-    if size not in SIZES:
-        raise ValueError(f"size={size!r} is unknown; choose {', '.join(SIZES)}")
-    overrides = dict(overrides or {})
-    _check(overrides, ModelSettings)
-    for name in ("heads", "grad_heads"):
-        if name in overrides:
-            overrides[name] = tuple(overrides[name])
-    return replace(ModelSettings(), **{**SIZES[size], **preset, **overrides})
 
 
 def make_world_model(
@@ -333,12 +124,26 @@ def make_world_model(
 
 
 def make_agent(
-    method: str, *, action_dim: int, size: str = "full", sample: bool = True, **overrides: Any
+    method: str,
+    *,
+    action_dim: int,
+    size: str = "full",
+    encoder: nn.Module | None = None,
+    decoder: nn.Module | None = None,
+    sample: bool = True,
+    **overrides: Any,
 ) -> Agent:
     """World model, actor, critics and bonus of a method's fine-tuning; see make_world_model."""
     s = model_settings(method, "finetune", size, overrides)
     world_model = make_world_model(
-        method, "finetune", action_dim=action_dim, size=size, sample=sample, **overrides
+        method,
+        "finetune",
+        action_dim=action_dim,
+        size=size,
+        encoder=encoder,
+        decoder=decoder,
+        sample=sample,
+        **overrides,
     )
     feat_dim = world_model.rssm.feat_dim
     actor = _initialise(Actor(feat_dim, action_dim, s.head_layers, s.head_units))
@@ -373,9 +178,8 @@ def make_world_model_loss(
         weights: weights that replace the preset's one by one; ``None`` as a weight removes a term.
         overrides: further fields of :class:`LossSettings`.
     """
-    preset = _preset(method, phase)
-    _check(overrides, LossSettings)
-    s = replace(LossSettings(), **overrides)
+    preset = find_preset(method, phase)
+    s = loss_settings(overrides)
     merged = {**getattr(preset, f"{phase}_weights"), **(weights or {})}
     merged = {name: weight for name, weight in merged.items() if weight is not None}
     latent_weights = {name: merged.pop(name) for name in LatentActionLoss.TERMS if name in merged}
@@ -477,26 +281,3 @@ def _initialise(module: nn.Module) -> Any:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return module.to(memory_format=torch.channels_last)
-
-
-def _preset(method: str, phase: str) -> Method:
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; choose {', '.join(METHODS)}")
-    if phase not in get_args(Phase):
-        raise ValueError(f"phase={phase!r} is unknown; choose {', '.join(get_args(Phase))}")
-    preset = METHODS[method]
-    if getattr(preset, phase) is None:
-        raise ValueError(f"method={method} has no phase {phase!r}")
-    return preset
-
-
-def _check(values: Mapping[str, Any], settings: type) -> None:
-    """Reject names that ``settings`` does not have, and choices that are none of theirs."""
-    hints = get_type_hints(settings)
-    for name, value in values.items():
-        if name not in hints:
-            raise ValueError(f"unknown setting {name!r}; choose {', '.join(hints)}")
-        kinds = (hints[name], *get_args(hints[name]))
-        choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
-        if choices and value is not None and value not in choices:
-            raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(choices)}")

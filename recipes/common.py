@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint
-from prelar_trl.models import METHODS, SIZES
+from prelar_trl.presets import METHODS, SIZES
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 
 CHECKPOINT = "last.pt"

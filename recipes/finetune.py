@@ -33,8 +33,9 @@ from torchrl.envs import EnvBase
 from prelar_trl.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
-from prelar_trl.models import METHODS, Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
 from prelar_trl.modules import WorldModelPolicy
+from prelar_trl.presets import METHODS
 from prelar_trl.record import Logger, Progress, RunFolder
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 

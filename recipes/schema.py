@@ -1,7 +1,7 @@
 """The configuration of each recipe: names, types and defaults. Hydra composes and checks them.
 
 Published settings are the defaults. ``model`` and ``loss`` override single fields of the method's
-preset (:class:`prelar_trl.models.ModelSettings`, :class:`prelar_trl.models.LossSettings`); null
+preset (:class:`prelar_trl.presets.ModelSettings`, :class:`prelar_trl.presets.LossSettings`); null
 keeps the preset's.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from prelar_trl.models import LossSettings, ModelSettings
+from prelar_trl.presets import LossSettings, ModelSettings
 
 
 def _overrides(name: str, settings: type) -> type:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from prelar_trl.recipes import schema
 from prelar_trl.recipes.entry import settings
 
-from prelar_trl.models import METHODS, SIZES, LossSettings, ModelSettings
+from prelar_trl.presets import METHODS, SIZES, LossSettings, ModelSettings
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

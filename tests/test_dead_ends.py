@@ -13,11 +13,9 @@ from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from tensordict import TensorDict
 
-from prelar_trl import models
+from prelar_trl import presets
 from prelar_trl.models import (
-    METHODS,
     Agent,
-    Method,
     load_pretrained,
     make_agent,
     make_world_model,
@@ -25,6 +23,7 @@ from prelar_trl.models import (
 )
 from prelar_trl.modules import WorldModel, context
 from prelar_trl.official import load_official_checkpoint, official_name, save_official_checkpoint
+from prelar_trl.presets import METHODS, Method
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, TINY, make_clips
 
@@ -239,9 +238,9 @@ def test_a_method_is_one_entry_and_one_config_file(tmp_path, monkeypatch) -> Non
         "my_method",
         Method(
             pretrain={"actions": "latent", "images": "cnn"},
-            pretrain_weights={**models.VIDEO, "latent_kl": 0.1, "action_contrast": 1.0},
+            pretrain_weights={**presets.VIDEO, "latent_kl": 0.1, "action_contrast": 1.0},
             finetune={"actions": "encoded", "images": "cnn", "heads": ("reward",)},
-            finetune_weights=models.REWARD,
+            finetune_weights=presets.REWARD,
             checkpoint=("my_method",),
         ),
     )

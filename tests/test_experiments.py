@@ -13,7 +13,8 @@ from prelar_trl.recipes.entry import settings
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 
-from prelar_trl.models import make_world_model, make_world_model_loss, model_settings
+from prelar_trl.models import make_world_model, make_world_model_loss
+from prelar_trl.presets import model_settings
 from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, TINY, make_clips
 
 FILES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))

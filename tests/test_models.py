@@ -12,7 +12,6 @@ from prelar_trl.models import (
     make_agent,
     make_world_model,
     make_world_model_loss,
-    model_settings,
     pretrained_modules,
 )
 from prelar_trl.modules import (
@@ -22,6 +21,7 @@ from prelar_trl.modules import (
     WorldModelPolicy,
 )
 from prelar_trl.objectives import total_loss
+from prelar_trl.presets import model_settings
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 from tests.tiny import ACTION_DIM, PHASES, TINY, batch, tiny, tiny_agent, tiny_world_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prelar_trl.models import METHODS
+from prelar_trl.presets import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

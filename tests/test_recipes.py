@@ -28,7 +28,7 @@ from torchrl.envs import EnvBase, SerialEnv
 
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
-from prelar_trl.models import METHODS
+from prelar_trl.presets import METHODS
 from prelar_trl.record import read_video
 from tests.toy_runs import (
     FINETUNE_ARGS,

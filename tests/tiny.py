@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
-from prelar_trl.models import METHODS, Agent, make_agent, make_world_model, make_world_model_loss
+from prelar_trl.models import Agent, make_agent, make_world_model, make_world_model_loss
 from prelar_trl.modules import WorldModel
 from prelar_trl.objectives import WorldModelLoss
+from prelar_trl.presets import METHODS
 
 ACTION_DIM = 2
 TINY: dict[str, Any] = {

@@ -132,7 +132,7 @@ def action_state_consistency(
             p_rank = (p_difference / (sharp * _difference_scale(p, p_difference))).sigmoid().mean(1)
             q_rank = (q_difference / (sharp * _difference_scale(q, q_difference))).sigmoid().mean(1)
             p_rank, q_rank = p_rank - p_rank.mean(), q_rank - q_rank.mean()
-            spread = (p_rank.square().mean() * q_rank.square().mean() + 1e-12).sqrt()
+            spread = (p_rank.square().mean() * q_rank.square().mean() + 1e-6).sqrt()
             return 1 - (p_rank * q_rank).mean() / spread
     raise ValueError(f"mode={mode!r} is unknown; choose soft, sign or soft_rank")
 
