@@ -20,6 +20,7 @@ from prelar_trl.models import (
     make_agent,
     make_world_model,
     make_world_model_loss,
+    pretrained_modules,
 )
 from prelar_trl.modules import WorldModel, context
 from prelar_trl.official import load_official_checkpoint, official_name, save_official_checkpoint
@@ -69,7 +70,7 @@ def finetune_once(
     agent = make_agent(method, action_dim=ACTIONS, size="tiny", **{**TINY, **options})
     if pretrained is not None:
         load_pretrained(agent.world_model, pretrained.state_dict())
-        weight = models.pretrained_modules(agent.world_model)["rssm"].cell.linear.weight
+        weight = pretrained_modules(agent.world_model)["rssm"].cell.linear.weight
         assert torch.equal(weight, pretrained.rssm.cell.linear.weight)
     objective = make_world_model_loss(
         method, "finetune", agent.world_model, video_bonus=agent.video_bonus, **(loss or {})
