@@ -149,6 +149,11 @@ def deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
+    """The losses to log: ``loss_<term>`` once, without its unweighted copy ``<term>``."""
+    return {name: x for name, x in losses.items() if f"loss_{name}" not in losses.keys()}
+
+
 def check_finite(losses: TensorDictBase, step: int) -> None:
     """Raise when a loss is NaN or infinite, before a checkpoint could be overwritten with it."""
     bad = [name for name, x in losses.items() if name.startswith("loss_") and not x.isfinite()]

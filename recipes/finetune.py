@@ -24,6 +24,7 @@ from prelar_trl.recipes.common import (
     play,
     seed_everything,
     summarise,
+    without_twins,
 )
 from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.schema import FinetuneConfig, register
@@ -180,7 +181,7 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
             bar.update(per_step, frames=per_step, metrics=metrics)
             if losses is not None and crossed(before, steps, cfg.log_every):
                 check_finite(losses, steps)
-                logger.log(dict(losses), steps)
+                logger.log(without_twins(losses), steps)
             if losses is not None and crossed(before, steps, cfg.checkpoint_every):
                 check_finite(losses, steps)
                 save()

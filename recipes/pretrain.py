@@ -20,6 +20,7 @@ from prelar_trl.recipes.common import (
     open_run,
     overrides,
     seed_everything,
+    without_twins,
 )
 from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.schema import PretrainConfig, register
@@ -93,7 +94,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             if step % cfg.log_every == 0 or step == 1 or last:
                 losses.pop("state")
                 check_finite(losses, step)
-                logger.log({**losses, "loss": total_loss(losses)}, step)
+                logger.log({**without_twins(losses), "loss": total_loss(losses)}, step)
             if step % cfg.video_every == 0 or step == 1 or last:
                 predict(world_model, fixed, logger, step, cfg.context)
             if step % cfg.checkpoint_every == 0:

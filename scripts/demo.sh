@@ -6,6 +6,7 @@ set -euo pipefail
 python=$1
 demo=$2
 task=metaworld/drawer-open
+needed=4 # dB that open-loop prediction must gain over the first update
 mkdir -p "$demo"
 
 # step NAME FOLDER RECIPE ARGS...: run a recipe once; an unfinished step starts anew.
@@ -24,8 +25,18 @@ step() {
 
 step videos "" collect_videos data="$demo/videos" env="$task" episodes=24
 step pretrain "$demo/pretrain" pretrain data="$demo/videos" run="$demo/pretrain" \
-    method=prelar size=tiny updates=600 batch_size=8 clip_len=16 \
-    log_every=20 video_every=200
+    method=prelar size=tiny updates=1000 batch_size=8 clip_len=16 lr=1e-3 \
+    log_every=20 video_every=250
+"$python" - "$demo/pretrain/metrics.csv" "$needed" <<'EOF'
+import sys
+
+from prelar_trl.record import read_metrics
+
+values = read_metrics(sys.argv[1])["psnr_openloop"].values
+gain, needed = values[-1] - values[0], float(sys.argv[2])
+print(f"open-loop PSNR {values[0]:.1f} -> {values[-1]:.1f} dB, gain {gain:.1f}, needed {needed:g}")
+sys.exit(0 if gain >= needed else "error: pre-training did not learn to predict")
+EOF
 step finetune "$demo/finetune" finetune pretrained="$demo/pretrain" run="$demo/finetune" \
     method=prelar size=tiny env="$task" env_steps=3000 prefill=1000 \
     pretrain_updates=50 frozen_updates=50 batch_size=8 batch_length=16 \

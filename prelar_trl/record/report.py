@@ -62,6 +62,9 @@ details table { margin-top: .5rem; }
 """
 
 
+BOUNDS = ("_low", "_high")  # of an interval: in metrics.csv, but no curve of their own
+
+
 def html_report(
     path: str | os.PathLike[str],
     runs: Sequence[str | os.PathLike[str]],
@@ -117,7 +120,8 @@ def _section(phase: str, members: list[tuple[str, RunFolder]], curves: Path) -> 
         html.append(_cards(metrics[label], _evaluation(folder)))
     for label, folder in members:
         html.append(_media(folder, label if len(members) > 1 else ""))
-    names = sorted({name for run in metrics.values() for name in run}, key=_order)
+    names = {name for run in metrics.values() for name in run}
+    names = sorted((name for name in names if not name.endswith(BOUNDS)), key=_order)
     if names:
         html.append(f'<h3>Curves</h3>{_bands_note(metrics)}<div class="grid">')
         for name in names:
