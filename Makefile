@@ -28,7 +28,7 @@ $(PY):
 $(STAMP): setup.cfg pyproject.toml constraints.txt | $(PY)
 	@echo "installing into $(VENV) (a minute or two)"
 	$(PY) -m pip install --quiet -c constraints.txt setuptools "$(TORCH)"
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,loggers]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,loggers,flow]'
 	@touch $(STAMP)
 
 install: $(STAMP)

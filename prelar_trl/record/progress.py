@@ -101,8 +101,11 @@ class Progress:
             self._bar.set_postfix_str(text, refresh=True)
         else:
             name = f"{self.name}: " if self.name else ""
-            clock = time.strftime("%H:%M:%S", time.gmtime(now - self._start))
-            line = f"{name}{self.count}/{self.total} {self.unit} after {clock}, {text}\n"
+            clock = f"after {_clock(now - self._start)}"
+            if not last and self.count > self._start_count:
+                pace = (now - self._start) / (self.count - self._start_count)
+                clock += f", {_clock(pace * (self.total - self.count))} to go"
+            line = f"{name}{self.count}/{self.total} {self.unit} {clock}, {text}\n"
             self.stream.write(line)
             self.stream.flush()
         self._shown_at, self._shown_count, self._shown_frames = now, self.count, self._frames
@@ -122,6 +125,11 @@ class Progress:
 def progress(total: int, **options: object) -> Progress:
     """A :class:`Progress`, for use in a ``with`` statement."""
     return Progress(total, **options)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def _number(value: float) -> str:
