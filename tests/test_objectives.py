@@ -299,6 +299,27 @@ def test_contrast_finds_the_action_that_explains_the_transition() -> None:
     assert out["action_contrast"] < 0.1
 
 
+def test_contrast_takes_other_sequences_and_each_of_them_once() -> None:
+    loss = LatentActionLoss(Dynamics(), weights={"action_contrast": 1.0}, negatives=3)
+    for _ in range(5):
+        others = loss.draw_others(4, torch.device("cpu"))  # [3, 4]
+        everyone = torch.cat([torch.arange(4)[None], others])
+        assert (everyone.sort(0).values == torch.arange(4)[:, None]).all()
+    assert loss.draw_others(2, torch.device("cpu")).tolist() == [[1, 0]] * 3
+    with pytest.raises(ValueError, match="only one"):
+        loss(prediction()[:1])
+
+
+def test_dynamics_that_ignores_the_action_explains_nothing() -> None:
+    class Deaf(Dynamics):
+        def forward(self, stoch, deter, action):
+            return super().forward(stoch, deter, torch.zeros_like(action))
+
+    out = LatentActionLoss(Deaf(), weights={"action_contrast": 1.0})(prediction())
+    assert out["contrast_accuracy"] == 0
+    torch.testing.assert_close(out["action_contrast"], out["contrast_chance"])
+
+
 def test_a_learnable_temperature_is_a_parameter_with_a_gradient() -> None:
     loss = LatentActionLoss(Dynamics(), weights={"action_contrast": 1.0}, temperature=None)
     fixed = LatentActionLoss(loss.dynamics, weights={"action_contrast": 1.0})

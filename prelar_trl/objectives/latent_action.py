@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchrl.objectives import LossModule
 
-from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
+from prelar_trl.modules.distributions import at_least_float32, categorical_kl, gaussian_kl
 from prelar_trl.objectives import functional as F
 from prelar_trl.objectives.common import check_weights, loss_keys, weighted
 
@@ -155,6 +155,14 @@ class LatentActionLoss(LossModule):
         """A random order of the sequences, ``[B]``."""
         return torch.randperm(batch, device=device)
 
+    def draw_others(self, batch: int, device: torch.device) -> Tensor:
+        """``negatives`` other sequences for each, ``[K, B]``, all different while K < B."""
+        if batch < 2:
+            raise ValueError("action_contrast compares sequences, but the batch has only one")
+        order = self.draw_permutation(batch, device)  # in a circle; the others lie further on
+        ahead = 1 + torch.arange(self.negatives, device=device) % (batch - 1)
+        return order[(order.argsort() + ahead[:, None]) % batch]
+
     def _shuffled_terms(
         self, tensordict: TensorDictBase, statistics: Tensor | None
     ) -> dict[str, Tensor]:
@@ -175,8 +183,8 @@ class LatentActionLoss(LossModule):
         if "action_contrast" in self.weights:
             posterior = tensordict.get(keys.posterior)[:, 1:].flatten(0, 1).detach()
             # The own action is stepped anew too: all candidates start from the same state.
-            orders = [self.draw_permutation(batch, action.device) for _ in range(self.negatives)]
-            candidates = torch.cat([action, *(action[order] for order in orders)]).flatten(0, 1)
+            others = action[self.draw_others(batch, action.device)]  # [K, B, T-1, U]
+            candidates = torch.cat([action[None], others]).flatten(0, 2)
             count = 1 + self.negatives
             parameters = dict(self.dynamics.named_parameters())
             if not self.contrast_dynamics:  # neither by its weights nor by the states it led to
@@ -190,7 +198,7 @@ class LatentActionLoss(LossModule):
             if self.log_temperature is not None:
                 temperature = self.log_temperature.exp()
             out["action_contrast"] = F.action_contrast(kl, temperature)
-            out["contrast_accuracy"] = (kl.argmin(1) == 0).float().mean()
+            out["contrast_accuracy"] = (kl[:, :1] < kl[:, 1:]).all(1).float().mean()
             out["contrast_chance"] = torch.full_like(
                 out["contrast_accuracy"], math.log(1 + self.negatives)
             )
@@ -201,5 +209,6 @@ class LatentActionLoss(LossModule):
     ) -> Tensor:
         """How different each action is from the one it was exchanged for, ``[N]``."""
         if statistics is None:
+            action = at_least_float32(action)
             return (action - action[order]).square().sum(-1).flatten()
         return KL[self.action_kind](statistics, statistics[order]).flatten()
