@@ -147,11 +147,11 @@ class BehaviorUpdate(Update):
 
     Args:
         agent: the networks; the world model is not trained here.
-        horizon: imagined steps. Default: 15.
+        horizon: imagined steps, at least 2: the actor learns from the second on. Default: 15.
         lmbda: lambda of the return. Default: 0.95.
         actor_lr, critic_lr: learning rates. Default: 8e-5.
         entropy_scale, gradient: see :class:`ActorLoss`.
-        slow_every: the slow critic is copied after the first update and every 100th. Default: 100.
+        slow_every: updates from copy to copy of the slow critic, the first included. Default: 100.
         imag_batch: start from that many random states instead of all. Default: all.
         clip, precision: see :class:`WorldModelUpdate`.
     """
@@ -172,6 +172,10 @@ class BehaviorUpdate(Update):
         precision: str = "32",
     ) -> None:
         super().__init__(precision, clip)
+        if horizon < 2:
+            raise ValueError(
+                f"horizon={horizon} must be at least 2: the first step trains no actor"
+            )
         self.agent, self.horizon = agent, horizon
         self.slow_every, self.imag_batch = slow_every, imag_batch
         self.target = LambdaTarget(agent.slow_critic, lmbda)

@@ -37,11 +37,13 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(
-            f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:<n>"
-        ) from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:<n>")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: torch sees no GPU here; use device=cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}: torch sees only {torch.cuda.device_count()} GPUs here")
     return device
 
 
@@ -53,7 +55,7 @@ def seed_everything(seed: int) -> None:
 
 # Settings that must be at least 1, by the end of their names; all other numbers at least 0.
 POSITIVE = ("_every", "_size", "_len", "_length", "_repeat", "_batch", "_steps", "_workers")
-POSITIVE += ("horizon", "threads")
+POSITIVE += ("threads",)
 
 
 def check_run(cfg: Any, phase: str) -> tuple[str, ...]:
@@ -152,6 +154,11 @@ def deaf_to_interrupts() -> Iterator[None]:
 def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses to log: ``loss_<term>`` once, without its unweighted copy ``<term>``."""
     return {name: x for name, x in losses.items() if f"loss_{name}" not in losses.keys()}
+
+
+def shown(losses: TensorDictBase) -> dict[str, Tensor]:
+    """The losses for the progress bar, of those that the run has."""
+    return {name: losses[name] for name in ("image", "kl") if name in losses.keys()}
 
 
 def check_finite(losses: TensorDictBase, step: int) -> None:

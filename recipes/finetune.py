@@ -23,6 +23,7 @@ from prelar_trl.recipes.common import (
     overrides,
     play,
     seed_everything,
+    shown,
     summarise,
     without_twins,
 )
@@ -69,7 +70,12 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
         size=cfg.size,
         **overrides(cfg.model),
     )
-    if cfg.pretrained is not None:
+    if agent.video_bonus is not None and cfg.batch_length < agent.video_bonus.window:
+        raise ValueError(
+            f"batch_length={cfg.batch_length} is shorter than the video bonus's window of "
+            f"{agent.video_bonus.window} frames: raise it"
+        )
+    if cfg.pretrained is not None and not cfg.resume:
         load_pretrained_run(cfg, agent)
     agent.to(device).eval()
     loss = make_world_model_loss(
@@ -177,7 +183,7 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
                 while debt >= 1 and not interruption.requested:
                     losses = train()
                     debt -= 1
-            metrics = {} if losses is None else {"image": losses["image"], "kl": losses["kl"]}
+            metrics = {} if losses is None else shown(losses)
             bar.update(per_step, frames=per_step, metrics=metrics)
             if losses is not None and crossed(before, steps, cfg.log_every):
                 check_finite(losses, steps)

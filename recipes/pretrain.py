@@ -20,6 +20,7 @@ from prelar_trl.recipes.common import (
     open_run,
     overrides,
     seed_everything,
+    shown,
     without_twins,
 )
 from prelar_trl.recipes.entry import recipe, settings
@@ -100,8 +101,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             if step % cfg.checkpoint_every == 0:
                 check_finite(losses, step)
                 save()
-            shown = {"image": losses["image"], "kl": losses["kl"]}
-            bar.update(frames=frames, metrics=shown)
+            bar.update(frames=frames, metrics=shown(losses))
         if losses is not None:
             check_finite(losses, update.count)
             save()
