@@ -11,7 +11,7 @@ from prelar_trl.record.plots import (
     read_metrics,
 )
 from prelar_trl.record.progress import Progress, progress
-from prelar_trl.record.quality import ssim
+from prelar_trl.record.quality import psnr, ssim
 from prelar_trl.record.report import html_report
 from prelar_trl.record.run import RunFolder, check_space
 from prelar_trl.record.statistics import bootstrap_interval, interquartile_mean, wilson_interval
@@ -19,7 +19,6 @@ from prelar_trl.record.video import (
     contact_sheet,
     film_rows,
     film_strip,
-    psnr,
     read_video,
     to_uint8,
     video_grid,

@@ -190,11 +190,9 @@ def to_floats(metrics: Mapping[str, Scalar]) -> dict[str, float]:
             tensors[name] = value.detach().reshape(()).double()
         elif not isinstance(value, (float, int)) and not hasattr(value, "__float__"):
             raise ValueError(f"metric {name!r} must be a number, got {value!r}")
-    fetched = (
-        dict(zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True))
-        if (tensors)
-        else {}
-    )
+    fetched = {}
+    if tensors:
+        fetched = dict(zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True))
     return {name: fetched[name] if name in fetched else float(metrics[name]) for name in metrics}
 
 

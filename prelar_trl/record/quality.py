@@ -1,4 +1,4 @@
-"""Structural similarity of images."""
+"""How alike two images are: PSNR and structural similarity."""
 
 from __future__ import annotations
 
@@ -7,10 +7,33 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["ssim"]
+__all__ = ["psnr", "ssim"]
 
+MAX_PSNR = 100.0
 SIZE, SIGMA = 11, 1.5  # the window: a Gaussian
 C1, C2 = 0.01**2, 0.03**2
+
+
+def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each frame, in dB; higher is better.
+
+    ``10 log10(1 / mse)`` with pixel values in [0, 1] and the mean over C, H, W; at most 100
+    (equal frames).
+
+    Args:
+        prediction: uint8, or float in [0, 1]; [..., C, H, W].
+        truth: the same shape; the type may differ.
+
+    Returns:
+        float32 [...]: ``psnr(...).mean(0)`` of [B, T, C, H, W] is the curve by step.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(
+            f"psnr: shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}"
+        )
+    error = _unit(prediction) - _unit(truth)
+    mse = error.square().mean(dim=(-3, -2, -1))
+    return -10 * torch.log10(mse.clamp_min(10 ** (-MAX_PSNR / 10)))
 
 
 def ssim(prediction: Tensor, truth: Tensor) -> Tensor:

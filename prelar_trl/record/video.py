@@ -1,4 +1,4 @@
-"""Videos and pictures: comparison grids, contact sheets, PSNR, mp4 files.
+"""Videos and pictures: comparison grids, contact sheets, mp4 files.
 
 Shapes: T time, B batch, H W height and width. Frames are uint8, channels first.
 """
@@ -18,37 +18,16 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from prelar_trl.record.quality import psnr
+
 BACKGROUND = (255, 255, 255)
 INK = (40, 44, 52)
 SEEN = (0, 121, 140)
 IMAGINED = (209, 73, 91)
 GAP = 4  # pixels between the tiles of a picture
 LINE = 22  # pixels of a line of text
-MAX_PSNR = 100.0
 ERROR_GAIN = 2  # good predictions differ by too little to be seen otherwise
 ROWS = ("truth", "model", f"error x{ERROR_GAIN}")
-
-
-def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each frame, in dB; higher is better.
-
-    ``10 log10(1 / mse)`` with pixel values in [0, 1] and the mean over C, H, W; at most 100
-    (equal frames).
-
-    Args:
-        prediction: uint8, or float in [0, 1]; [..., C, H, W].
-        truth: the same shape; the type may differ.
-
-    Returns:
-        float32 [...]: ``psnr(...).mean(0)`` of [B, T, C, H, W] is the curve by step.
-    """
-    if prediction.shape != truth.shape:
-        raise ValueError(
-            f"psnr: shapes differ: prediction {tuple(prediction.shape)}, truth {tuple(truth.shape)}"
-        )
-    error = _unit(prediction) - _unit(truth)
-    mse = error.square().mean(dim=(-3, -2, -1))
-    return -10 * torch.log10(mse.clamp_min(10 ** (-MAX_PSNR / 10)))
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -256,11 +235,6 @@ def write_picture(path: str | os.PathLike[str], picture: Tensor) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture.cpu().permute(1, 2, 0).contiguous().numpy()).save(path)
     return path
-
-
-def _unit(images: Tensor) -> Tensor:
-    images = images.detach()
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def _pair(truth: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
