@@ -142,6 +142,12 @@ def test_unknown_keys_are_an_error(pair) -> None:
         loss.set_keys(colour="red")
 
 
+def test_a_missing_entry_is_named(pair) -> None:
+    loss, td = pair
+    with pytest.raises(KeyError, match=loss.in_keys[-1]):
+        loss(td.exclude(loss.in_keys[-1]))
+
+
 def test_state_dict_round_trip(pair) -> None:
     loss, td = pair
     expected = seeded(loss, td)

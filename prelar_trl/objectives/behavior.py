@@ -106,14 +106,14 @@ class ActorLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
-        objective = target = tensordict.get(keys.value_target)[:, 1:-1]  # [N, H-1, 1]
+        objective = target = tensordict[keys.value_target][:, 1:-1]  # [N, H-1, 1]
         if self.gradient != "dynamics":
-            advantage = (target - tensordict.get(keys.value)[:, :-2]).detach()
-            objective = tensordict.get(keys.log_prob)[:, 1:-1] * advantage
+            advantage = (target - tensordict[keys.value][:, :-2]).detach()
+            objective = tensordict[keys.log_prob][:, 1:-1] * advantage
         if self.gradient == "both":
             objective = self.mix * target + (1 - self.mix) * objective
-        entropy = tensordict.get(keys.entropy)[:, :-2]
-        weight = tensordict.get(keys.weight)[:, :-2].detach()
+        entropy = tensordict[keys.entropy][:, :-2]
+        weight = tensordict[keys.weight][:, :-2].detach()
         return TensorDict(
             {
                 "loss_actor": -(weight * (objective + self.entropy_scale * entropy)).mean(),
@@ -163,9 +163,9 @@ class CriticLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
-        value = self.critic(tensordict.get(keys.feat)[:, :-1].detach())
-        target = tensordict.get(keys.value_target)[:, :-1].detach()
-        weight = tensordict.get(keys.weight)[:, :-1].detach()
+        value = self.critic(tensordict[keys.feat][:, :-1].detach())
+        target = tensordict[keys.value_target][:, :-1].detach()
+        weight = tensordict[keys.weight][:, :-1].detach()
         nll = gaussian_nll(value, target, 0)  # [N, H, 1]
         return TensorDict(
             {"loss_critic": (weight * nll).mean(), "value": value.detach().float().mean()}

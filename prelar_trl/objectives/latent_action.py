@@ -136,7 +136,7 @@ class LatentActionLoss(LossModule):
         out: dict[str, Tensor] = {}
         statistics = None
         if self.tensor_keys.latent_action_statistics in self.in_keys:
-            statistics = tensordict.get(keys.latent_action_statistics)[:, 1:]  # [B, T-1, ...]
+            statistics = tensordict[keys.latent_action_statistics][:, 1:]  # [B, T-1, ...]
         if "latent_kl" in self.weights:
             out["latent_kl"] = self.latent_kl(statistics).mean()
         if "action_state_consistency" in self.weights or "action_contrast" in self.weights:
@@ -167,12 +167,12 @@ class LatentActionLoss(LossModule):
         self, tensordict: TensorDictBase, statistics: Tensor | None
     ) -> dict[str, Tensor]:
         keys, out = self.tensor_keys, {}
-        action = tensordict.get(keys.latent_action)[:, 1:]  # [B, T-1, U]
-        stoch = tensordict.get(keys.stoch)[:, :-1].flatten(0, 1)  # [N, S, K], N = B*(T-1)
-        deter = tensordict.get(keys.deter)[:, :-1].flatten(0, 1)
+        action = tensordict[keys.latent_action][:, 1:]  # [B, T-1, U]
+        stoch = tensordict[keys.stoch][:, :-1].flatten(0, 1)  # [N, S, K], N = B*(T-1)
+        deter = tensordict[keys.deter][:, :-1].flatten(0, 1)
         batch = action.shape[0]
         if "action_state_consistency" in self.weights:
-            prior = tensordict.get(keys.prior)[:, 1:].flatten(0, 1)  # [N, S, K]
+            prior = tensordict[keys.prior][:, 1:].flatten(0, 1)  # [N, S, K]
             order = self.draw_permutation(batch, action.device)
             with torch.no_grad():  # the state divergence is never differentiated
                 shuffled = self.dynamics(stoch, deter, action[order].flatten(0, 1))
@@ -181,7 +181,7 @@ class LatentActionLoss(LossModule):
             out["action_state_consistency"] = F.action_state_consistency(p, q, self.consistency)
             out["consistency_sign"] = F.action_state_consistency(p, q.detach(), "sign")
         if "action_contrast" in self.weights:
-            posterior = tensordict.get(keys.posterior)[:, 1:].flatten(0, 1).detach()
+            posterior = tensordict[keys.posterior][:, 1:].flatten(0, 1).detach()
             # The own action is stepped anew too: all candidates start from the same state.
             others = action[self.draw_others(batch, action.device)]  # [K, B, T-1, U]
             candidates = torch.cat([action[None], others]).flatten(0, 2)

@@ -121,8 +121,8 @@ class WorldModelLoss(LossModule):
         values: dict[str, Tensor] = {}
         for name, prefix in (("kl", ""), ("af_kl", "lower_")):
             if name in self.weights:
-                posterior = out.get(getattr(keys, prefix + "posterior"))
-                prior = out.get(getattr(keys, prefix + "prior"))
+                posterior = out[getattr(keys, prefix + "posterior")]
+                prior = out[getattr(keys, prefix + "prior")]
                 values[name] = balanced_kl(
                     posterior,
                     prior,
@@ -132,30 +132,30 @@ class WorldModelLoss(LossModule):
                     self.free_avg,
                 )
         if "image" in self.weights:
-            target = out.get(keys.pixels).float() / 255 - 0.5
+            target = out[keys.pixels].float() / 255 - 0.5
             values["image"] = gaussian_nll(self._prediction(out, "pixels"), target, 3).mean()
         if "reward" in self.weights:
-            target = out.get(keys.reward)
+            target = out[keys.reward]
             if self.video_bonus is not None:
-                bonus = self.video_bonus(out.get(keys.bonus_embed)).unsqueeze(-1)
+                bonus = self.video_bonus(out[keys.bonus_embed]).unsqueeze(-1)
                 values["bonus"] = bonus.mean()
                 target = target[:, : bonus.shape[1]] + self.bonus_scale * bonus
             prediction = self._prediction(out, "reward")[:, : target.shape[1]]
             values["reward"] = gaussian_nll(prediction, target).mean()
         if "aux_reward" in self.weights:
             prediction = self._prediction(out, "aux_reward")
-            values["aux_reward"] = gaussian_nll(prediction, out.get(keys.reward)).mean()
+            values["aux_reward"] = gaussian_nll(prediction, out[keys.reward]).mean()
         if "discount" in self.weights:
             logits = at_least_float32(self._prediction(out, "discount"))
-            target = self.discount * (~out.get(keys.terminated)).to(logits.dtype)
+            target = self.discount * (~out[keys.terminated]).to(logits.dtype)
             values["discount"] = F.binary_cross_entropy_with_logits(logits, target)
         losses = weighted(values, self.weights)
         if self.latent_action is not None:
             losses.update(self.latent_action(out))
-        state = {"stoch": out.get(keys.stoch), "deter": out.get(keys.deter)}
+        state = {"stoch": out[keys.stoch], "deter": out[keys.deter]}
         losses["state"] = TensorDict(state, batch_size=out.batch_size).detach()
         return losses
 
     def _prediction(self, out: TensorDictBase, head: str) -> Tensor:
         key = self.tensor_keys.prediction
-        return out.get((key, head) if isinstance(key, str) else (*key, head))
+        return out[(key, head) if isinstance(key, str) else (*key, head)]
