@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 
 import torch
-from prelar_trl.recipes.finetune import finetune
-from prelar_trl.recipes.schema import FinetuneConfig, LossOverrides, ModelOverrides
 
 from prelar_trl.envs import toy_return
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.schema import FinetuneConfig, LossOverrides, ModelOverrides
 from prelar_trl.record import plot_curves, read_metrics
 
 STEPS = 25  # an episode

@@ -27,7 +27,6 @@ from typing import Any
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.probe import probe
 from prelar_trl.recipes.schema import LossOverrides, PretrainConfig, ProbeConfig
-
 from prelar_trl.record import plot_bars
 
 PROBE_LEN = 16  # frames of a probed window: 5 seen, 11 imagined

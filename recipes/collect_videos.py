@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from prelar_trl.recipes.entry import recipe
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from prelar_trl.data import ClipStore, ClipWriter
 from prelar_trl.envs import make_env, metaworld_tasks, toy_expert
+from prelar_trl.recipes.entry import recipe
 from prelar_trl.record import (
     Progress,
     check_space,

@@ -12,6 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig
+
+from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.envs import make_env
+from prelar_trl.models import make_agent
+from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
     CHECKPOINT,
     choose_device,
@@ -22,11 +27,6 @@ from prelar_trl.recipes.common import (
 from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.finetune import act
 from prelar_trl.recipes.schema import EvaluateConfig, register
-
-from prelar_trl.checkpoint import load_checkpoint
-from prelar_trl.envs import make_env
-from prelar_trl.models import make_agent
-from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.record import RunFolder, bootstrap_interval, write_video
 
 register()

@@ -10,6 +10,15 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase
+
+from prelar_trl.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from prelar_trl.data import EpisodeReplay
+from prelar_trl.envs import make_env
+from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.modules import WorldModelPolicy
+from prelar_trl.presets import METHODS
 from prelar_trl.recipes.common import (
     CHECKPOINT,
     EpisodeTracker,
@@ -29,15 +38,6 @@ from prelar_trl.recipes.common import (
 )
 from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.schema import FinetuneConfig, register
-from tensordict import TensorDictBase
-from torchrl.envs import EnvBase
-
-from prelar_trl.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from prelar_trl.data import EpisodeReplay
-from prelar_trl.envs import make_env
-from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
-from prelar_trl.modules import WorldModelPolicy
-from prelar_trl.presets import METHODS
 from prelar_trl.record import Logger, Progress, RunFolder
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 

@@ -12,9 +12,6 @@ from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig
-from prelar_trl.recipes.common import CHECKPOINT, overrides, plain
-from prelar_trl.recipes.entry import recipe, settings
-from prelar_trl.recipes.schema import ImportOfficialConfig, register
 from torch import nn
 
 from prelar_trl.checkpoint import load_checkpoint, save_checkpoint
@@ -24,6 +21,9 @@ from prelar_trl.official import (
     official_action_dim,
     save_official_checkpoint,
 )
+from prelar_trl.recipes.common import CHECKPOINT, overrides, plain
+from prelar_trl.recipes.entry import recipe, settings
+from prelar_trl.recipes.schema import ImportOfficialConfig, register
 from prelar_trl.record import RunFolder
 
 register()

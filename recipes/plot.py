@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
-from prelar_trl.recipes.entry import recipe
 
+from prelar_trl.recipes.entry import recipe
 from prelar_trl.record import html_report
 
 

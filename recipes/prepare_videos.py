@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from prelar_trl.recipes.entry import recipe
 
 from prelar_trl.data import ClipStore
 from prelar_trl.data.sources import (
@@ -31,6 +30,7 @@ from prelar_trl.data.sources import (
     prepare,
     write_lists,
 )
+from prelar_trl.recipes.entry import recipe
 from prelar_trl.record import Progress
 
 KINDS = ("videos", "something", "frames", "episodes")

@@ -10,6 +10,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from tensordict import TensorDict
+
+from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
+from prelar_trl.data import VideoClips
+from prelar_trl.models import make_world_model, make_world_model_loss
+from prelar_trl.modules import WorldModel
+from prelar_trl.objectives import total_loss
 from prelar_trl.recipes.common import (
     CHECKPOINT,
     Interruption,
@@ -25,13 +32,6 @@ from prelar_trl.recipes.common import (
 )
 from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.schema import PretrainConfig, register
-from tensordict import TensorDict
-
-from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
-from prelar_trl.data import VideoClips
-from prelar_trl.models import make_world_model, make_world_model_loss
-from prelar_trl.modules import WorldModel
-from prelar_trl.objectives import total_loss
 from prelar_trl.record import (
     Logger,
     Progress,

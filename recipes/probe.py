@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from prelar_trl.recipes.common import CHECKPOINT, choose_device, seed_everything
-from prelar_trl.recipes.entry import recipe, settings
-from prelar_trl.recipes.schema import ProbeConfig, register
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -37,6 +34,9 @@ from prelar_trl.probes import (
     rank_correlation,
     transfer,
 )
+from prelar_trl.recipes.common import CHECKPOINT, choose_device, seed_everything
+from prelar_trl.recipes.entry import recipe, settings
+from prelar_trl.recipes.schema import ProbeConfig, register
 from prelar_trl.record import (
     RunFolder,
     film_rows,

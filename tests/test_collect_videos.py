@@ -8,9 +8,9 @@ import torch
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 from PIL import Image
-from prelar_trl.recipes.collect_videos import check, collect, draw_sheet, env_names, summary
 
 from prelar_trl.data import StoreError, VideoClips
+from prelar_trl.recipes.collect_videos import check, collect, draw_sheet, env_names, summary
 
 TOY = {"env": "toy", "episodes": 5, "pixels": 16, "max_steps": 12, "after_success": None}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from prelar_trl.recipes import schema
-from prelar_trl.recipes.entry import settings
 
 from prelar_trl.presets import METHODS, SIZES, LossSettings, ModelSettings
+from prelar_trl.recipes import schema
+from prelar_trl.recipes.entry import settings
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

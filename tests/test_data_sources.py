@@ -14,7 +14,6 @@ import pytest
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 from PIL import Image
-from prelar_trl.recipes.prepare_videos import run, summary
 
 from prelar_trl.data import ClipStore, StoreError, VideoClips
 from prelar_trl.data.sources import (
@@ -30,6 +29,7 @@ from prelar_trl.data.sources import (
     read_list,
     video_clip,
 )
+from prelar_trl.recipes.prepare_videos import run, summary
 
 needs_opencv = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None, reason="optical flow needs opencv-python-headless"

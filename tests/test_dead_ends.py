@@ -8,9 +8,6 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from prelar_trl.recipes.entry import settings
-from prelar_trl.recipes.finetune import finetune
-from prelar_trl.recipes.pretrain import pretrain
 from tensordict import TensorDict
 
 from prelar_trl import presets
@@ -25,6 +22,9 @@ from prelar_trl.models import (
 from prelar_trl.modules import WorldModel, context
 from prelar_trl.official import load_official_checkpoint, official_name, save_official_checkpoint
 from prelar_trl.presets import METHODS, Method
+from prelar_trl.recipes.entry import settings
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, TINY, make_clips
 

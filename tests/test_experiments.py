@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+
+from prelar_trl.models import make_world_model, make_world_model_loss
+from prelar_trl.presets import model_settings
 from prelar_trl.recipes.common import check_run, overrides
 from prelar_trl.recipes.entry import settings
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
-
-from prelar_trl.models import make_world_model, make_world_model_loss
-from prelar_trl.presets import model_settings
 from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, TINY, make_clips
 
 FILES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))

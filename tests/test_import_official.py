@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from prelar_trl.official import official_action_dim, read_official
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.import_official import export_official, import_official
 from prelar_trl.recipes.schema import FinetuneConfig, ImportOfficialConfig, ModelOverrides
-
-from prelar_trl.official import official_action_dim, read_official
 from tests.parity import Fixture, fixtures
 from tests.toy_runs import STEPS, checkpoint
 

@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from prelar_trl.recipes.pretrain import pretrain
-from prelar_trl.recipes.probe import probe
-from prelar_trl.recipes.schema import ProbeConfig
 from scipy.ndimage import gaussian_filter
 from tensordict import TensorDict
 
@@ -28,6 +25,9 @@ from prelar_trl.probes import (
     rank_correlation,
     transfer,
 )
+from prelar_trl.recipes.pretrain import pretrain
+from prelar_trl.recipes.probe import probe
+from prelar_trl.recipes.schema import ProbeConfig
 from prelar_trl.record import ssim
 from tests.toy_runs import CLIPS, TINY, make_clips, pretrain_config
 

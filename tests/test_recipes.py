@@ -16,12 +16,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from prelar_trl.recipes import evaluate as evaluate_recipe
-from prelar_trl.recipes import plot as plot_recipe
-from prelar_trl.recipes.evaluate import evaluate
-from prelar_trl.recipes.finetune import finetune
-from prelar_trl.recipes.pretrain import pretrain
-from prelar_trl.recipes.schema import EvaluateConfig
 from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, SerialEnv
@@ -29,6 +23,12 @@ from torchrl.envs import EnvBase, SerialEnv
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
 from prelar_trl.presets import METHODS
+from prelar_trl.recipes import evaluate as evaluate_recipe
+from prelar_trl.recipes import plot as plot_recipe
+from prelar_trl.recipes.evaluate import evaluate
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.pretrain import pretrain
+from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import read_video
 from tests.toy_runs import (
     FINETUNE_ARGS,

@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+from prelar_trl.data import ClipWriter
+from prelar_trl.envs import ToyEnv, make_env
 from prelar_trl.recipes import collect_videos as collect_recipe
 from prelar_trl.recipes import evaluate as evaluate_recipe
 from prelar_trl.recipes import finetune as finetune_recipe
@@ -17,9 +20,6 @@ from prelar_trl.recipes import plot as plot_recipe
 from prelar_trl.recipes import pretrain as pretrain_recipe
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
-
-from prelar_trl.data import ClipWriter
-from prelar_trl.envs import ToyEnv, make_env
 from prelar_trl.updates import WorldModelUpdate
 from tests.toy_runs import (
     FINETUNE_ARGS,
@@ -249,7 +249,6 @@ def test_evaluation_refuses(fails, made, tmp_path):
 def test_evaluation_in_an_environment_with_other_actions(made):
     from prelar_trl.recipes.evaluate import evaluate
     from prelar_trl.recipes.schema import EvaluateConfig
-
     from tests.test_recipes import OwnEnv
 
     cfg = EvaluateConfig(run=str(made.fine), episodes=1, device="cpu")

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from prelar_trl.recipes.plot import main
 
+from prelar_trl.recipes.plot import main
 from prelar_trl.record import (
     Logger,
     RunFolder,

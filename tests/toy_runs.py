@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+
 from prelar_trl.recipes.collect_videos import collect
 from prelar_trl.recipes.schema import FinetuneConfig, ModelOverrides, PretrainConfig
-
 from prelar_trl.updates import WorldModelUpdate
 
 ROOT = Path(__file__).parents[1]
