@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,6 +18,8 @@ from prelar_trl.modules.world_model import WorldModel
 from prelar_trl.objectives import ActorLoss, CriticLoss, LambdaTarget, WorldModelLoss, total_loss
 
 __all__ = ["BehaviorUpdate", "WorldModelUpdate", "frozen"]
+
+Precision = Literal["32", "bf16"]
 
 
 @contextmanager
@@ -50,7 +53,7 @@ def clip_and_step(optimizer: Optimizer, clip: float) -> Tensor:
 class Update:
     """Base of the two updates: optimizers by name, autocast, saving and loading."""
 
-    def __init__(self, precision: str, clip: float) -> None:
+    def __init__(self, precision: Precision, clip: float) -> None:
         if precision not in ("32", "bf16"):
             raise ValueError(f"precision={precision!r} is unknown; choose 32 or bf16")
         self.mixed, self.clip = precision == "bf16", clip
@@ -95,7 +98,7 @@ class WorldModelUpdate(Update):
         lr: float = 3e-4,
         frozen_updates: int | None = None,
         clip: float = 100.0,
-        precision: str = "32",
+        precision: Precision = "32",
     ) -> None:
         super().__init__(precision, clip)
         self.loss = loss
@@ -165,11 +168,11 @@ class BehaviorUpdate(Update):
         actor_lr: float = 8e-5,
         critic_lr: float = 8e-5,
         entropy_scale: float = 1e-4,
-        gradient: str = "dynamics",
+        gradient: Literal["dynamics", "reinforce", "both"] = "dynamics",
         slow_every: int = 100,
         imag_batch: int | None = None,
         clip: float = 100.0,
-        precision: str = "32",
+        precision: Precision = "32",
     ) -> None:
         super().__init__(precision, clip)
         if horizon < 2:

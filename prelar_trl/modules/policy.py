@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -29,7 +31,9 @@ class WorldModelPolicy(TensorDictModuleBase):
             drawn in both.
     """
 
-    def __init__(self, world_model: WorldModel, actor: Actor, mode: str = "sample") -> None:
+    def __init__(
+        self, world_model: WorldModel, actor: Actor, mode: Literal["sample", "mode"] = "sample"
+    ) -> None:
         super().__init__()
         if mode not in ("sample", "mode"):
             raise ValueError(f"mode={mode!r} is unknown; choose sample or mode")

@@ -144,13 +144,16 @@ class RSSM(nn.Module):
         states = State(torch.stack(stochs, 1), torch.stack(deters, 1))
         return states, torch.stack(posteriors, 1), self.prior(states.deter)
 
-    def imagine(self, action: Tensor | None, state: State, sample: bool = True, steps: int = 0):
+    def imagine(
+        self, action: Tensor | None, state: State, sample: bool = True, steps: int = 0
+    ) -> tuple[State, Tensor]:
         """Roll the prior forward under given actions.
 
         Args:
-            action: ``[B, T, A]``, or None for ``steps`` action-free steps.
+            action: ``[B, T, A]``, or None for the action-free RSSM.
             state: the state before the first step, ``[B, ...]``.
             sample: draw the stochastic state; otherwise take its mode. Default: True.
+            steps: how many without actions; with them their number T counts.
 
         Returns:
             Prior states ``[B, T, ...]`` and prior statistics ``[B, T, S, K]``.
