@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,16 @@ def test_interrupted_finetuning_continues_with_replay_and_counters(tmp_path, mon
     assert state["behavior_update"]["count"] == 5
     episodes = [int(row["step"]) for row in rows(run) if row["train/return"]]
     assert episodes == [10, 20, 30, 40, 50, 60]
+
+
+def test_a_continued_run_needs_its_pretrained_run_no_more(path, tmp_path):
+    pretrained = shutil.copytree(path.pre, tmp_path / "pre")
+    cfg = finetune_config(tmp_path / "fine", pretrained=str(pretrained), env_steps=40)
+    finetune(cfg)
+    shutil.rmtree(pretrained)
+    cfg.resume, cfg.env_steps = True, 60
+    finetune(cfg)
+    assert checkpoint(tmp_path / "fine")["step"] == 60
 
 
 def test_updates_that_an_interruption_cut_off_are_made_up_for(tmp_path, monkeypatch):
