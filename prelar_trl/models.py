@@ -16,6 +16,7 @@ from prelar_trl.modules.heads import MLP, Actor
 from prelar_trl.modules.rssm import RSSM
 from prelar_trl.modules.world_model import WorldModel
 from prelar_trl.objectives import LatentActionLoss, VideoBonus, WorldModelLoss
+from prelar_trl.objectives.common import check_weights
 from prelar_trl.presets import ModelSettings, Phase, find_preset, loss_settings, model_settings
 
 __all__ = [
@@ -181,7 +182,16 @@ def make_world_model_loss(
     preset = find_preset(method, phase)
     s = loss_settings(overrides)
     merged = {**getattr(preset, f"{phase}_weights"), **(weights or {})}
+    check_weights(dict.fromkeys(merged, 0), (*WorldModelLoss.TERMS, *LatentActionLoss.TERMS))
     merged = {name: weight for name, weight in merged.items() if weight is not None}
+    for name in ("reward", "aux_reward", "discount"):
+        if (name in merged) != (name in world_model.heads):
+            raise ValueError(
+                f"method={method}, phase={phase}: {name!r} needs both a head (model.heads) and a "
+                f"weight (loss.weights), but has {'a weight' if name in merged else 'a head'} only"
+            )
+    if "af_kl" in merged and world_model.lower_rssm is None:
+        raise ValueError(f"method={method} has no lower RSSM in phase={phase}: remove weight af_kl")
     latent_weights = {name: merged.pop(name) for name in LatentActionLoss.TERMS if name in merged}
     latent = world_model.rssm.latent.kind
     latent_action_loss = None
@@ -243,6 +253,7 @@ def load_pretrained(world_model: WorldModel, state: Mapping[str, Tensor]) -> Non
         part = {key[len(prefix) :]: x for key, x in state.items() if key.startswith(prefix)}
         own = module.state_dict()
         problems += [f"{prefix}{key} is missing" for key in own.keys() - part.keys()]
+        problems += [f"{prefix}{key} has no place" for key in part.keys() - own.keys()]
         problems += [
             f"{prefix}{key} is {tuple(part[key].shape)} there and {tuple(own[key].shape)} here"
             for key in own.keys() & part.keys()
@@ -256,7 +267,7 @@ def load_pretrained(world_model: WorldModel, state: Mapping[str, Tensor]) -> Non
             "use the size and model options it was trained with"
         )
     for name, module in pretrained_modules(world_model).items():
-        module.load_state_dict(parts[name], strict=False)
+        module.load_state_dict(parts[name])
 
 
 def _make_decoder(s: ModelSettings, feat_dim: int, network: Mapping[str, Any]) -> nn.Module:

@@ -7,6 +7,7 @@ dicts. They are read as weights only; no code in a file is ever run.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def save_official_checkpoint(folder: str | Path, model: nn.Module) -> None:
     for file, prefix in PARTS.items():
         part = {key[len(prefix) :]: x for key, x in state.items() if key.startswith(prefix)}
         if part:
-            torch.save(part, folder / file)
+            _write(part, folder / file)
     if isinstance(model, Agent):  # of their reward normaliser, which never moves
         state["_task_behavior.rewnorm.mag"] = torch.ones((), dtype=torch.float64)
     aliases = {"_task_behavior.": "_expl_behavior."}
@@ -186,7 +187,14 @@ def save_official_checkpoint(folder: str | Path, model: nn.Module) -> None:
         aliases["wm.rssm."] = "wm.af_rssm."
     for prefix, alias in aliases.items():
         state |= {alias + k[len(prefix) :]: x for k, x in state.items() if k.startswith(prefix)}
-    torch.save(state, folder / "variables.pt")
+    _write(state, folder / "variables.pt")
+
+
+def _write(state: dict[str, Tensor], path: Path) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    torch.save(state, part)
+    os.replace(part, path)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -167,7 +167,7 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
             td = env.rand_action(td) if random_phase else act(policy, td, device)
             td, following = env.step_and_maybe_reset(td)
             replay.add(td.exclude("belief", ("next", "belief")))
-            before, steps = steps, steps + per_step
+            before, steps, updates = steps, steps + per_step, model_update.count
             for episode in tracker.update(td["next"]):
                 names = ("return", "success", "length")
                 logger.log({f"train/{name}": episode[name] for name in names}, steps)
@@ -183,8 +183,9 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
                 while debt >= 1 and not interruption.requested:
                     losses = train()
                     debt -= 1
-            metrics = {} if losses is None else shown(losses)
-            bar.update(per_step, frames=per_step, metrics=metrics)
+            metrics = {} if losses is None else {"updates": model_update.count, **shown(losses)}
+            trained = (model_update.count - updates) * cfg.batch_size * cfg.batch_length
+            bar.update(per_step, frames=trained, metrics=metrics)
             if losses is not None and crossed(before, steps, cfg.log_every):
                 check_finite(losses, steps)
                 logger.log(without_twins(losses), steps)
@@ -269,7 +270,7 @@ def evaluate(
     workers = min(cfg.num_workers, cfg.eval_episodes)
     env = make_training_env(cfg, env_factory, cfg.seed + EVAL_SEED, workers)
     env = env.append_transform(policy.make_primer())
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         records, films = play(env, lambda td: act(policy, td, device), cfg.eval_episodes)
     env.close(raise_if_closed=False)
     logger.log({f"eval/{name}": value for name, value in summarise(records).items()}, step)

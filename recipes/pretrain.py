@@ -154,7 +154,9 @@ def predict(
 ) -> None:
     """Open-loop prediction on held-out clips: PSNR, a video grid and a film strip."""
     world_model.eval()
-    with torch.random.fork_rng():  # looking does not change the training
+    device = batch["pixels"].device
+    # Looking must not change the training's random draws.
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = world_model.open_loop(batch, context)
     quality = psnr(model, batch["pixels"]).mean(0).cpu()  # [T]
     logger.log(

@@ -197,7 +197,9 @@ def test_unknown_names_are_errors_that_name_the_choices() -> None:
     ],
 )
 def test_finetuning_takes_encoder_decoder_and_rssm(method: str, source: str) -> None:
-    pretrained, model = tiny_world_model(source, "pretrain"), tiny_world_model(method, "finetune")
+    images = {"images": "context"} if source == "contextwm" else {}
+    pretrained = tiny_world_model(source, "pretrain")
+    model = tiny_world_model(method, "finetune", **images)
     own = {k: x.clone() for k, x in model.state_dict().items()}
     state = pretrained.state_dict()
     load_pretrained(model, state)
@@ -220,8 +222,26 @@ def test_pretraining_of_another_size_is_an_error_and_nothing_is_copied() -> None
     state.pop("encoder.conv_in.bias")
     with pytest.raises(ValueError, match="1 tensors differ .*encoder.conv_in.bias is missing"):
         load_pretrained(model, state)
+    state = tiny_world_model("prelar", "pretrain", ensemble=2).state_dict()
+    with pytest.raises(ValueError, match="rssm.prior_heads.1.0.bias has no place"):
+        load_pretrained(model, state)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize(
+    ("heads", "weights", "message"),
+    [
+        (("reward", "aux_reward", "discount"), {}, "'discount' needs both .* a head only"),
+        (("reward",), {}, "'aux_reward' needs both .* a weight only"),
+        (("reward", "aux_reward"), {"af_kl": 1.0}, "no lower RSSM"),
+        (("reward", "aux_reward"), {"bogus": None}, "unknown loss weight 'bogus'"),
+    ],
+)
+def test_heads_and_weights_must_agree(heads: tuple, weights: dict, message: str) -> None:
+    model = tiny_world_model("prelar", "finetune", heads=heads)
+    with pytest.raises(ValueError, match=message):
+        make_world_model_loss("prelar", "finetune", model, weights=weights)
 
 
 # ---------------------------------------------------------------------- agents

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -35,5 +36,12 @@ def weighted(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tens
 
 
 def total_loss(losses: TensorDict) -> Tensor:
-    """The sum of all ``loss_*`` entries."""
-    return sum(value for name, value in losses.items() if name.startswith("loss_"))
+    """The sum of all ``loss_*`` entries.
+
+    Raises:
+        ValueError: there is none, as when every weight is 0.
+    """
+    terms = [value for name, value in losses.items() if name.startswith("loss_")]
+    if not terms:
+        raise ValueError("no loss has a weight: nothing can be trained")
+    return torch.stack(terms).sum()
