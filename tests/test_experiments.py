@@ -42,7 +42,7 @@ def test_an_experiment_is_a_whole_command_of_its_recipe(name):
 
 
 def test_every_experiment_is_in_the_table():
-    table = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    table = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in FILES if f"experiment={name}" not in table] == []
 
 

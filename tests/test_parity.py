@@ -27,6 +27,8 @@ from tests.parity import Fixture, fixtures, relative_error
 
 OUTPUT, LOSS, BEHAVIOUR = 5e-4, 1e-4, 2e-3
 GRADIENT = {torch.float32: 1e-1, torch.float64: 3e-2}
+# Adam's first step is g / (|g| + eps), about the sign of g: an entry near zero that rounds to the
+# other side moves by twice the learning rate, however small its gradient's error is.
 STEP = {torch.float32: 3e-1, torch.float64: 2e-1}
 EXACT_GRADIENT, EXACT_STEP = 1e-5, 1e-3  # without batch norm
 
