@@ -35,7 +35,7 @@ install: $(STAMP)
 	@:
 
 test: install
-	@$(RENDERING) $(PY) -m pytest
+	@$(RENDERING) $(PY) -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
