@@ -10,6 +10,11 @@ import torch
 from prelar_trl.record import Progress
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
 def test_lines_tell_count_pace_time_left_and_metrics(monkeypatch) -> None:
     clock = iter([0.0] + [x for x in (40.0, 80.0, 120.0) for _ in range(2)] + [120.0] * 4)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
@@ -26,10 +31,43 @@ def test_lines_tell_count_pace_time_left_and_metrics(monkeypatch) -> None:
     assert "to go" not in last
 
 
-def test_a_quick_loop_prints_only_the_last_line() -> None:
+def test_without_a_terminal_progress_is_a_line_at_the_end():
     stream = io.StringIO()
-    with Progress(3, name="collect", unit="episodes", stream=stream) as bar:
+    with Progress(5, name="pretrain", stream=stream) as bar:
+        for _ in range(5):
+            bar.update(frames=400, metrics={"image": torch.tensor(12.345)})
+    (line,) = stream.getvalue().splitlines()
+    assert line.startswith("pretrain: 5/5 updates after 0:00:0")
+    assert "updates/s" in line and "frames/s" in line and "image 12.3" in line
+
+
+def test_without_a_terminal_progress_is_a_line_every_so_often():
+    stream = io.StringIO()
+    with Progress(3, every=0, stream=stream) as bar:
         for _ in range(3):
             bar.update()
-    assert stream.getvalue().count("\n") == 1
-    assert stream.getvalue().startswith("collect: 3/3 episodes after 0:00:00, ")
+    assert len(stream.getvalue().splitlines()) == 4
+
+
+def test_a_resumed_bar_counts_only_its_own_updates_for_the_rate():
+    stream = io.StringIO()
+    with Progress(1000, initial=1000, stream=stream):
+        pass
+    assert "1000/1000" in stream.getvalue() and " 0 updates/s" in stream.getvalue()
+
+
+def test_on_a_terminal_progress_is_a_bar():
+    stream = Terminal()
+    with Progress(4, name="pretrain", stream=stream) as bar:
+        bar.update(4, frames=8, metrics={"kl": 3.0})
+    assert "pretrain 100%|" in stream.getvalue()
+    assert "4/4" in stream.getvalue() and "kl 3" in stream.getvalue()
+
+
+def test_metrics_are_not_fetched_before_they_are_shown():
+    class Costly:
+        def __float__(self):
+            raise AssertionError("fetched")
+
+    bar = Progress(10, stream=io.StringIO())
+    bar.update(metrics={"loss": Costly()})

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
-import torch
 
 from prelar_trl.record import (
     bootstrap_interval,
     interquartile_mean,
-    progress,
     wilson_interval,
 )
 
@@ -59,50 +55,3 @@ def test_wilson_interval_agrees_with_its_formula():
 def test_wilson_interval_refuses_impossible_counts(successes, episodes):
     with pytest.raises(ValueError, match=f"successes={successes}, episodes={episodes}"):
         wilson_interval(successes, episodes)
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_without_a_terminal_progress_is_a_line_at_the_end():
-    stream = io.StringIO()
-    with progress(5, name="pretrain", stream=stream) as bar:
-        for _ in range(5):
-            bar.update(frames=400, metrics={"image": torch.tensor(12.345)})
-    (line,) = stream.getvalue().splitlines()
-    assert line.startswith("pretrain: 5/5 updates after 00:00:0")
-    assert "updates/s" in line and "frames/s" in line and "image 12.3" in line
-
-
-def test_without_a_terminal_progress_is_a_line_every_so_often():
-    stream = io.StringIO()
-    with progress(3, every=0, stream=stream) as bar:
-        for _ in range(3):
-            bar.update()
-    assert len(stream.getvalue().splitlines()) == 4
-
-
-def test_a_resumed_bar_counts_only_its_own_updates_for_the_rate():
-    stream = io.StringIO()
-    with progress(1000, initial=1000, stream=stream):
-        pass
-    assert "1000/1000" in stream.getvalue() and " 0 updates/s" in stream.getvalue()
-
-
-def test_on_a_terminal_progress_is_a_bar():
-    stream = Terminal()
-    with progress(4, name="pretrain", stream=stream) as bar:
-        bar.update(4, frames=8, metrics={"kl": 3.0})
-    assert "pretrain 100%|" in stream.getvalue()
-    assert "4/4" in stream.getvalue() and "kl 3" in stream.getvalue()
-
-
-def test_metrics_are_not_fetched_before_they_are_shown():
-    class Costly:
-        def __float__(self):
-            raise AssertionError("fetched")
-
-    bar = progress(10, stream=io.StringIO())
-    bar.update(metrics={"loss": Costly()})

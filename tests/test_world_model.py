@@ -106,7 +106,7 @@ def gradients_of(model: WorldModel, term: Callable[[TensorDict], torch.Tensor]) 
 
 
 def test_heads_send_gradients_into_the_representation_only_if_told_to() -> None:
-    model = world_model(
+    model = tiny_world_model(
         "prelar",
         "finetune",
         heads=("reward", "aux_reward", "discount"),

@@ -10,7 +10,7 @@ from prelar_trl.record.plots import (
     plot_scatter,
     read_metrics,
 )
-from prelar_trl.record.progress import Progress, progress
+from prelar_trl.record.progress import Progress
 from prelar_trl.record.quality import psnr, ssim
 from prelar_trl.record.report import html_report
 from prelar_trl.record.run import RunFolder, check_space
@@ -42,7 +42,6 @@ __all__ = [
     "plot_curves",
     "plot_psnr_by_step",
     "plot_scatter",
-    "progress",
     "psnr",
     "read_metrics",
     "read_video",

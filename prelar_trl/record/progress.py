@@ -122,11 +122,6 @@ class Progress:
         self.close()
 
 
-def progress(total: int, **options: object) -> Progress:
-    """A :class:`Progress`, for use in a ``with`` statement."""
-    return Progress(total, **options)
-
-
 def _clock(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
