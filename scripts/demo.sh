@@ -8,6 +8,7 @@ demo=$2
 task=metaworld/drawer-open
 needed=4 # dB that open-loop prediction must gain over the first update
 mkdir -p "$demo"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # threads that spin stall on a busy machine
 
 # step NAME FOLDER RECIPE ARGS...: run a recipe once; an unfinished step starts anew.
 step() {
