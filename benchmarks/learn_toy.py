@@ -41,7 +41,7 @@ def settings(run: Path, seed: int) -> FinetuneConfig:
         max_steps=STEPS,
         run=str(run),
         seed=seed,
-        env_steps=7_000,
+        env_steps=6_000,
         prefill=1_500,
         pretrain_updates=400,
         train_every=4,
