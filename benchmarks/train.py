@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
 from prelar_trl.presets import METHODS, SIZES
-from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
+from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate, keep_freed_memory
 
 ACTION_DIM = 4
 PROTOCOL = ("world_model_ms", "behavior_ms", "peak_mib")
@@ -114,6 +114,8 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(config["threads"])
     torch.manual_seed(0)
     device = config["device"]
+    if device == "cpu":
+        keep_freed_memory()
     update, behavior_update = make_updates(config)
     watch = Stopwatch(device)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from prelar_trl.models import make_world_model
 from prelar_trl.modules import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
+from prelar_trl.modules.convnets import UpsampledConv2d
 
 NORMS = ["batch", "layer", "group", "none"]
 
@@ -108,3 +109,27 @@ def test_norm_layers_start_at_their_defaults() -> None:
         if isinstance(layer, (nn.BatchNorm2d, nn.LayerNorm)):
             assert (layer.weight == 1).all() and (layer.bias == 0).all()
     assert model.rssm.cell.norm.eps == 1e-3
+
+
+def test_convolving_an_upsampled_map_needs_no_upsampling() -> None:
+    conv = UpsampledConv2d(3, 5, 3, padding=1, bias=False).double()
+    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
+    larger = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    plain = nn.functional.conv2d(larger, conv.weight, padding=1)
+    torch.testing.assert_close(conv(x), plain)
+    mix = torch.randn_like(plain)
+    for a, b in zip(
+        torch.autograd.grad((conv(x) * mix).sum(), (x, conv.weight)),
+        torch.autograd.grad((plain * mix).sum(), (x, conv.weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_plain_decoder_is_its_chain_of_transposed_convolutions() -> None:
+    decoder, feat = CNNDecoder(6, depth=2), torch.randn(3, 6)
+    x = decoder.linear_in(feat)[..., None, None]
+    for i, conv in enumerate(decoder.convs):
+        torch.nn.init.normal_(conv.bias)
+        x = conv(nn.functional.elu(x) if i else x)
+    torch.testing.assert_close(decoder(feat), x)

@@ -93,7 +93,7 @@ class ContextLayer(ResidualLayer):
         attended, _ = self.attention(queries, keys, keys, need_weights=False)
         attended = self.dropout(attended).transpose(1, 2).reshape(x.shape)
         z = F.relu(x + self.attention_norm(attended))
-        return F.relu(self.skip(x) + self.block(z))
+        return self.block(z).add_(self.skip(x)).relu_()
 
 
 class ContextDecoder(ResNetDecoder):
@@ -122,7 +122,7 @@ class ContextDecoder(ResNetDecoder):
         self, in_channels: int, out_channels: int, norm: Norm, size: int, index: int
     ) -> nn.Module:
         if index % 2 or size >= ATTENTION_BELOW:
-            return ResidualLayer(in_channels, out_channels, norm, size)
+            return super().make_layer(in_channels, out_channels, norm, size, index)
         return ContextLayer(
             in_channels, out_channels, norm, size, self.mask, self.attention_dropout
         )
@@ -132,7 +132,8 @@ class ContextDecoder(ResNetDecoder):
         x = self.linear_in(feat).unflatten(-1, self.first_map)
         x = x.contiguous(memory_format=torch.channels_last)
         for stage, shortcut in zip(self.stages, reversed(context), strict=True):
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            if isinstance(stage[0], ContextLayer):  # others do it themselves
+                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             for layer in stage:
                 x = layer(x, shortcut) if isinstance(layer, ContextLayer) else layer(x)
         return self.conv_out(x)

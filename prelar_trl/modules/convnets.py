@@ -36,19 +36,24 @@ def make_norm(norm: Norm, channels: int, size: int) -> list[nn.Module]:
 class ResidualLayer(nn.Module):
     """``relu(skip(x) + [conv3x3 -> norm -> relu -> conv3x3 -> norm](x))``.
 
-    ``skip`` is the identity, or conv1x1 and norm where the number of channels changes.
+    ``skip`` is the identity, or conv1x1 and norm where the number of channels changes. With
+    ``upsample`` x is first made twice as large (nearest).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm: Norm, size: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: Norm, size: int, upsample: bool = False
+    ) -> None:
         super().__init__()
+        self.upsample = upsample
         self.skip = nn.Sequential()
         if in_channels != out_channels:
             self.skip = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, bias=False),
                 *make_norm(norm, out_channels, size),
             )
+        first = UpsampledConv2d if upsample else nn.Conv2d
         self.block = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+            first(in_channels, out_channels, 3, padding=1, bias=False),
             *make_norm(norm, out_channels, size),
             nn.ReLU(inplace=True),
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
@@ -56,7 +61,24 @@ class ResidualLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.skip(x) + self.block(x))
+        y = self.block(x)
+        if self.upsample:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return y.add_(self.skip(x)).relu_()
+
+
+class UpsampledConv2d(nn.Conv2d):
+    """A 3x3 convolution of its input up-sampled 2x (nearest).
+
+    Equal neighbours share the sum of their weights. So a transposed 4x4 convolution of the input as
+    it is gives the same, with 16 products a pixel of the input instead of 36.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.weight.transpose(0, 1).flip(2, 3)
+        kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
+        kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))
+        return F.conv_transpose2d(x, kernel, stride=2, padding=1)
 
 
 class ResNetEncoder(nn.Module):
@@ -98,7 +120,7 @@ class ResNetEncoder(nn.Module):
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The map of every stage before its pooling, largest first, and the pooled last one."""
-        x = F.elu(self.conv_in(x.contiguous(memory_format=channels_last)))
+        x = F.elu(self.conv_in(x.contiguous(memory_format=channels_last)), inplace=True)
         maps = []
         for stage in self.stages:
             maps.append(stage(x))
@@ -148,13 +170,12 @@ class ResNetDecoder(nn.Module):
         self, in_channels: int, out_channels: int, norm: Norm, size: int, index: int
     ) -> nn.Module:
         """The residual layer number ``index`` of the stage of resolution ``size``."""
-        return ResidualLayer(in_channels, out_channels, norm, size)
+        return ResidualLayer(in_channels, out_channels, norm, size, upsample=index == 0)
 
     def forward(self, feat: Tensor) -> Tensor:
         x = self.linear_in(feat).unflatten(-1, self.first_map)
         x = x.contiguous(memory_format=channels_last)
         for stage in self.stages:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
             for layer in stage:
                 x = layer(x)
         return self.conv_out(x)
@@ -178,7 +199,7 @@ class CNNEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=channels_last)
         for conv in self.convs:
-            x = F.elu(conv(x))
+            x = F.elu(conv(x), inplace=True)
         return x.flatten(1)
 
 
@@ -196,7 +217,11 @@ class CNNDecoder(nn.Module):
         )
 
     def forward(self, feat: Tensor) -> Tensor:
-        x = self.linear_in(feat)[..., None, None]
-        for i, conv in enumerate(self.convs):
-            x = conv(F.elu(x) if i else x)
+        first, *others = self.convs
+        # On one pixel a transposed convolution is a matrix product.
+        weight = first.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [k*k*C, 32*depth]
+        x = F.linear(self.linear_in(feat), weight).unflatten(-1, (*first.kernel_size, -1))
+        x = x.permute(0, 3, 1, 2) + first.bias[:, None, None]
+        for conv in others:
+            x = conv(F.elu(x, inplace=True))
         return x

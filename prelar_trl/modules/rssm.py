@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules.distributions import Categorical, Gaussian
+from prelar_trl.modules.unrolled import UnrolledLinear
 
 __all__ = ["RSSM", "State"]
 
@@ -33,8 +34,11 @@ class GRUCell(nn.Module):
         self.norm = nn.LayerNorm(3 * size, eps=1e-3)
 
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
-        gates = self.norm(self.linear(torch.cat([x, deter], -1)))
-        reset, candidate, update = gates.chunk(3, -1)
+        return self.gate(self.linear(torch.cat([x, deter], -1)), deter)
+
+    def gate(self, raw: Tensor, deter: Tensor) -> Tensor:
+        """The new state from the linear layer's output ``[..., 3 D]`` and the old state."""
+        reset, candidate, update = self.norm(raw).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)
         return update * candidate + (1 - update) * deter
@@ -127,16 +131,19 @@ class RSSM(nn.Module):
             [self.deter, self.embed_dim], 1
         )
         embed_bias = F.linear(embed, embed_weight, self.posterior_hidden.bias)  # [B, T, hidden]
+        input_layer = UnrolledLinear(stoch_weight, _each_step(action_bias, batch, steps))
+        cell, out = self.cell.linear, self.posterior_out
+        gates = UnrolledLinear(cell.weight, _each_step(cell.bias, batch, steps))
+        posterior_hidden = UnrolledLinear(deter_weight, embed_bias.transpose(0, 1))
+        posterior_out = UnrolledLinear(out.weight, _each_step(out.bias, batch, steps))
 
         stoch, deter = state
         stochs, deters, posteriors = [], [], []
-        for t in range(steps):
-            mask = keep[:, t]
+        for mask in keep.unbind(1):
             stoch, deter = self.latent.flatten(stoch) * mask, deter * mask
-            bias = action_bias[:, t] if action is not None else action_bias
-            deter = self.cell(F.elu(F.linear(stoch, stoch_weight) + bias), deter)
-            hidden = F.elu(F.linear(deter, deter_weight) + embed_bias[:, t])
-            posterior = self.latent.statistics(self.posterior_out(hidden))
+            x = F.elu(input_layer(stoch))
+            deter = self.cell.gate(gates(torch.cat([x, deter], -1)), deter)
+            posterior = self.latent.statistics(posterior_out(F.elu(posterior_hidden(deter))))
             stoch = self.latent.draw(posterior, sample)
             stochs.append(stoch)
             deters.append(deter)
@@ -218,3 +225,8 @@ class RSSM(nn.Module):
         if keep is not None:
             action = action * keep
         return weight[:, :flat], F.linear(action, weight[:, flat : flat + width], bias)
+
+
+def _each_step(bias: Tensor, batch: int, steps: int) -> Tensor:
+    """A bias ``[out]``, or ``[B, T, out]``, for each step of a loop: ``[T, B, out]``."""
+    return bias.transpose(0, 1) if bias.dim() == 3 else bias.expand(steps, batch, -1)
