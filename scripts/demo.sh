@@ -26,8 +26,8 @@ step() {
 
 step videos "" collect_videos data="$demo/videos" env="$task" episodes=24
 step pretrain "$demo/pretrain" pretrain data="$demo/videos" run="$demo/pretrain" \
-    method=prelar size=tiny updates=1000 batch_size=8 clip_len=16 lr=1e-3 \
-    log_every=20 video_every=250
+    method=prelar size=tiny updates=800 batch_size=8 clip_len=16 lr=1e-3 \
+    log_every=20 video_every=200
 "$python" - "$demo/pretrain/metrics.csv" "$needed" <<'EOF'
 import sys
 
