@@ -41,8 +41,9 @@ class UnrolledLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
+        kind = weight.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
             weight, bias = weight.to(dtype), bias.to(dtype)
         self.inputs: list[Tensor] = []
         self.weight = weight.detach().t()
