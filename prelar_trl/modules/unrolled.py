@@ -46,6 +46,9 @@ class UnrolledLinear:
             dtype = torch.get_autocast_dtype(kind)
             weight, bias = weight.to(dtype), bias.to(dtype)
         self.inputs: list[Tensor] = []
+        if torch.compiler.is_compiling():  # the compiler cannot trace a list that fills later
+            self.weight, self.biases = weight.t(), iter(bias.unbind(0))
+            return
         self.weight = weight.detach().t()
         self.biases = iter(_WeightAfterwards.apply(weight, bias, self.inputs).unbind(0))
 
