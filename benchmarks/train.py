@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -44,6 +45,14 @@ from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate, keep_freed_memo
 ACTION_DIM = 4
 PROTOCOL = ("world_model_ms", "behavior_ms", "peak_mib")
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
+
+
+def linear_flop(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+    """Operations of a linear layer, from the shapes of input and weight."""
+    return 2 * math.prod(x) * weight[0]
+
+
+LINEAR_FLOP = {torch.ops.mkldnn._linear_pointwise.default: linear_flop}  # torch has no formula
 
 
 def random_batch(sequences: int, steps: int, device: str) -> TensorDict:
@@ -128,7 +137,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
             with watch("behavior"):
                 behavior_update(start)
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=LINEAR_FLOP) as counter:
         step()
     if config["compile"]:
         compile_networks(update)

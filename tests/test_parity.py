@@ -120,8 +120,27 @@ def test_outputs_and_losses_agree(fixture: Fixture, model: torch.nn.Module) -> N
         if name == "va_kl" and "latent_kl" not in losses.keys():
             assert theirs["losses/va_kl"] == 0  # deterministic: the authors log a zero
             continue
-        assert relative_error(losses[LOSS_NAMES[name]], theirs[f"losses/{name}"]) < LOSS, name
-    assert relative_error(total_loss(losses), theirs["model_loss"]) < LOSS
+        expected = theirs[f"losses/{name}"]
+        if name == "rank":
+            expected = expected - rank_of_rounding_noise(fixture)
+        assert relative_error(losses[LOSS_NAMES[name]], expected) < LOSS, name
+    total = total_loss(losses)
+    if "losses/rank" in theirs:
+        weight = losses["loss_action_state_consistency"] / losses["action_state_consistency"]
+        total = total + weight * rank_of_rounding_noise(fixture)
+    assert relative_error(total, theirs["model_loss"]) < LOSS
+
+
+def rank_of_rounding_noise(fixture: Fixture) -> float:
+    """What the authors' rank loss counts for actions that were exchanged for themselves.
+
+    Their state divergences are zero, as are those of the actions, so they have no order. The
+    authors' come out as rounding noise around 1e-7, and each pair adds 1 to the sum over all pairs.
+    """
+    order = fixture.draws("randperm")[0]
+    fixed = (order == torch.arange(len(order))).sum().item()
+    transitions = fixture.batch().shape[1] - 1
+    return fixed * transitions * (fixed * transitions - 1) / (len(order) * transitions) ** 2
 
 
 def test_video_bonus_agrees(fixture: Fixture, model: torch.nn.Module) -> None:

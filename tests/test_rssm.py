@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prelar_trl.modules.linear import UnrolledLinear
 from prelar_trl.modules.rssm import RSSM, State
-from prelar_trl.modules.unrolled import UnrolledLinear
 
 B, T, A, E = 3, 5, 4, 6
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.convnets import Norm, ResNetEncoder
 from prelar_trl.modules.distributions import Categorical, Gaussian
+from prelar_trl.modules.linear import Linear
 
 __all__ = ["ActionCode", "ActionEncoder", "LatentActionEncoder"]
 
@@ -97,9 +98,9 @@ class LatentActionEncoder(nn.Module):
         self.code = ActionCode(variant, size, classes, deter_size)
         self.encoder = ResNetEncoder(FRAME_CHANNELS[frames], depth, stages, layers, norm)
         self.head = nn.Sequential(
-            nn.Linear(self.encoder.embed_dim, hidden),
+            Linear(self.encoder.embed_dim, hidden),
             nn.ELU(),
-            nn.Linear(hidden, self.code.num_outputs),
+            Linear(hidden, self.code.num_outputs),
         )
 
     def forward(
@@ -161,11 +162,11 @@ class ActionEncoder(nn.Module):
         self.action_dim, self.window = action_dim, window
         self.code = ActionCode(variant, size, classes, deter_size)
         self.hidden = (
-            nn.Linear(action_dim, hidden)
+            Linear(action_dim, hidden)
             if window == 1
             else nn.Conv1d(action_dim, hidden, window, padding=window - 1)
         )
-        self.out = nn.Linear(hidden, self.code.num_outputs)
+        self.out = Linear(hidden, self.code.num_outputs)
 
     def forward(self, action: Tensor, sample: bool = True) -> tuple[Tensor, Tensor | None]:
         """``[..., T, A]`` -> codes ``[..., T, U]`` and their statistics, or None.

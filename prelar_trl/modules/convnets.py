@@ -13,6 +13,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, channels_last, nn
 
+from prelar_trl.modules.linear import Linear, linear
+
 __all__ = ["IMAGE_SIZE", "CNNDecoder", "CNNEncoder", "ResNetDecoder", "ResNetEncoder"]
 
 IMAGE_SIZE = 64
@@ -151,7 +153,7 @@ class ResNetDecoder(nn.Module):
         super().__init__()
         channels, size = depth * 2 ** (stages - 1), IMAGE_SIZE // 2 ** (stages + 1)
         self.first_map = (channels, size, size)
-        self.linear_in = nn.Linear(in_features, channels * size**2)
+        self.linear_in = Linear(in_features, channels * size**2)
         self.stages = nn.ModuleList()
         for _ in range(stages):
             size *= 2
@@ -210,7 +212,7 @@ class CNNDecoder(nn.Module):
         super().__init__()
         last = len(kernels) - 1
         channels = [32 * depth, *(depth * 2 ** (last - 1 - i) for i in range(last)), 3]
-        self.linear_in = nn.Linear(in_features, channels[0])
+        self.linear_in = Linear(in_features, channels[0])
         self.convs = nn.ModuleList(
             nn.ConvTranspose2d(c_in, c_out, kernel, stride=2)
             for c_in, c_out, kernel in zip(channels, channels[1:], kernels, strict=False)
@@ -220,7 +222,7 @@ class CNNDecoder(nn.Module):
         first, *others = self.convs
         # On one pixel a transposed convolution is a matrix product.
         weight = first.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [k*k*C, 32*depth]
-        x = F.linear(self.linear_in(feat), weight).unflatten(-1, (*first.kernel_size, -1))
+        x = linear(self.linear_in(feat), weight).unflatten(-1, (*first.kernel_size, -1))
         x = x.permute(0, 3, 1, 2) + first.bias[:, None, None]
         for conv in others:
             x = conv(F.elu(x, inplace=True))

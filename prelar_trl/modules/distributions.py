@@ -79,9 +79,10 @@ class Categorical:
         """One-hot sample, or mode, ``[..., S, K]``; the gradient is that of the probabilities."""
         logits = at_least_float32(statistics)
         probs = logits.softmax(-1)
-        if sample:  # Gumbel-max: no host synchronisation, static shapes
-            gumbel = -torch.empty_like(logits).exponential_().log()
-            index = (logits.detach() + gumbel).argmax(-1, keepdim=True)
+        if sample:  # inverse CDF: one random number a variable, no host synchronisation
+            below = probs.detach().cumsum(-1)
+            threshold = torch.rand_like(below[..., :1]) * below[..., -1:]
+            index = (below <= threshold).sum(-1, keepdim=True).clamp_max(self.classes - 1)
         else:
             index = logits.argmax(-1, keepdim=True)
         one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)

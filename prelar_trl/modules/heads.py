@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules.distributions import TruncatedNormal, at_least_float32
+from prelar_trl.modules.linear import Linear
 
 __all__ = ["MLP", "Actor"]
 
@@ -18,9 +19,9 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [in_features] + [units] * layers
         self.layers = nn.ModuleList(
-            nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+            Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
         )
-        self.out = nn.Linear(sizes[-1], out_features)
+        self.out = Linear(sizes[-1], out_features)
 
     def trunk(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -39,7 +40,7 @@ class Actor(MLP):
 
     def __init__(self, in_features: int, action_dim: int, layers: int = 4, units: int = 400):
         super().__init__(in_features, action_dim, layers, units)
-        self.std_out = nn.Linear(self.out.in_features, action_dim)
+        self.std_out = Linear(self.out.in_features, action_dim)
 
     def forward(self, feat: Tensor) -> TruncatedNormal:
         x = self.trunk(feat)

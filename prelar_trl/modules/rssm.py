@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules.distributions import Categorical, Gaussian
-from prelar_trl.modules.unrolled import UnrolledLinear
+from prelar_trl.modules.linear import Linear, UnrolledLinear, linear
 
 __all__ = ["RSSM", "State"]
 
@@ -30,7 +30,7 @@ class GRUCell(nn.Module):
 
     def __init__(self, input_size: int, size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(input_size + size, 3 * size)
+        self.linear = Linear(input_size + size, 3 * size)
         self.norm = nn.LayerNorm(3 * size, eps=1e-3)
 
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
@@ -80,16 +80,14 @@ class RSSM(nn.Module):
         self.latent = Categorical(stoch, classes) if classes else Gaussian(stoch)
         self.action_dim, self.embed_dim, self.deter = action_dim, embed_dim, deter
         self.feat_dim = self.latent.flat_size + deter
-        self.input_layer = nn.Linear(self.latent.flat_size + action_dim, hidden)
+        self.input_layer = Linear(self.latent.flat_size + action_dim, hidden)
         self.cell = GRUCell(hidden, deter)
         self.prior_heads = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(deter, hidden), nn.ELU(), nn.Linear(hidden, self.latent.num_outputs)
-            )
+            nn.Sequential(Linear(deter, hidden), nn.ELU(), Linear(hidden, self.latent.num_outputs))
             for _ in range(ensemble)
         )
-        self.posterior_hidden = nn.Linear(deter + embed_dim, hidden)
-        self.posterior_out = nn.Linear(hidden, self.latent.num_outputs)
+        self.posterior_hidden = Linear(deter + embed_dim, hidden)
+        self.posterior_out = Linear(hidden, self.latent.num_outputs)
 
     def initial_state(self, *batch: int) -> State:
         """The all-zero state of batch shape ``batch``, where the weights are."""
@@ -130,7 +128,7 @@ class RSSM(nn.Module):
         deter_weight, embed_weight = self.posterior_hidden.weight.split(
             [self.deter, self.embed_dim], 1
         )
-        embed_bias = F.linear(embed, embed_weight, self.posterior_hidden.bias)  # [B, T, hidden]
+        embed_bias = linear(embed, embed_weight, self.posterior_hidden.bias)  # [B, T, hidden]
         input_layer = UnrolledLinear(stoch_weight, _each_step(action_bias, batch, steps))
         cell, out = self.cell.linear, self.posterior_out
         gates = UnrolledLinear(cell.weight, _each_step(cell.bias, batch, steps))
@@ -188,7 +186,7 @@ class RSSM(nn.Module):
     def transition(self, state: State, action: Tensor | None) -> Tensor:
         """The deterministic half of a step: ``[..., D]``."""
         stoch_weight, bias = self._input_terms(action)
-        hidden = F.elu(F.linear(self.latent.flatten(state.stoch), stoch_weight) + bias)
+        hidden = F.elu(linear(self.latent.flatten(state.stoch), stoch_weight) + bias)
         return self.cell(hidden, state.deter)
 
     def prior(self, deter: Tensor) -> Tensor:
@@ -224,7 +222,7 @@ class RSSM(nn.Module):
             )
         if keep is not None:
             action = action * keep
-        return weight[:, :flat], F.linear(action, weight[:, flat : flat + width], bias)
+        return weight[:, :flat], linear(action, weight[:, flat : flat + width], bias)
 
 
 def _each_step(bias: Tensor, batch: int, steps: int) -> Tensor:

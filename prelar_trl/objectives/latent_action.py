@@ -176,7 +176,11 @@ class LatentActionLoss(LossModule):
             order = self.draw_permutation(batch, action.device)
             with torch.no_grad():  # the state divergence is never differentiated
                 shuffled = self.dynamics(stoch, deter, action[order].flatten(0, 1))
-                p = self.latent_divergence(prior, shuffled)
+                p = self.latent_divergence(prior, shuffled).unflatten(0, action.shape[:2])
+                # Exchanged for itself an action changes nothing: zero, without rounding noise,
+                # whose signs would count as an ordering.
+                itself = order == torch.arange(batch, device=order.device)
+                p = p.masked_fill(itself[:, None], 0.0).flatten()
             q = self._action_divergence(action, statistics, order)
             out["action_state_consistency"] = F.action_state_consistency(p, q, self.consistency)
             out["consistency_sign"] = F.action_state_consistency(p, q.detach(), "sign")

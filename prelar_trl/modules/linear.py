@@ -1,0 +1,123 @@
+"""Linear layers: through oneDNN on the CPU, and with one weight gradient for a whole time loop.
+
+torch sends float32 matrix products on the CPU to MKL, which on AMD processors leaves half of the
+vector unit idle. oneDNN, which ships with torch too, is 1.4 times as fast there, and twice for the
+few rows of a step of the recurrence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+__all__ = ["Linear", "UnrolledLinear", "linear"]
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``: ``[..., in]`` -> ``[..., out]``, for a weight ``[out, in]``.
+
+    The same as :func:`torch.nn.functional.linear`, in other kernels where those are faster. There
+    it cannot be differentiated twice.
+    """
+    if _use_onednn(x, weight, bias):
+        return _OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """:class:`torch.nn.Linear` by :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def _use_onednn(*tensors: Tensor | None) -> bool:
+    return (
+        _HAS_ONEDNN
+        and not torch.compiler.is_compiling()
+        and all(x is None or (x.is_cpu and x.dtype == torch.float32) for x in tensors)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()  # vmap knows no rule for it
+    )
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight.contiguous()  # a slice would take oneDNN's slow way, element by element
+        ctx.save_for_backward(x, weight)
+        return _onednn(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
+        return (
+            _onednn(grad, weight.t()) if to_x else None,
+            rows.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None,
+            rows.sum(0) if to_bias else None,
+        )
+
+
+class _WeightAfterwards(torch.autograd.Function):
+    """The bias of every step; its gradient gives that of the weight, once the loop is done."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, inputs: list[Tensor]) -> Tensor:
+        ctx.inputs = inputs
+        return bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        weight = None
+        if ctx.needs_input_grad[0]:
+            x = torch.stack(ctx.inputs).flatten(0, 1)  # [T*B, in]
+            weight = grad.flatten(0, 1).t() @ x
+        return weight, grad, None
+
+
+class UnrolledLinear:
+    """``x_t W^T + b_t`` for t = 0, 1, ..., T-1, called once a step.
+
+    Autograd would add up T products for the gradient of ``W``, each of which reads and writes a
+    matrix of the size of ``W`` for the few rows of one step. Here it is one product over all steps.
+    It works because the gradient of ``b_t`` is that of the output of step t.
+
+    Args:
+        weight: ``[out, in]``.
+        bias: of each step, ``[T, B, out]``.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        kind = weight.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # meta has no autocast
+            dtype = torch.get_autocast_dtype(kind)
+            weight, bias = weight.to(dtype), bias.to(dtype)
+        self.inputs: list[Tensor] = []
+        if torch.compiler.is_compiling():  # the compiler cannot trace a list that fills later
+            self.weight, self.biases = weight, iter(bias.unbind(0))
+            return
+        self.weight = weight.detach().contiguous()
+        self.biases = iter(_WeightAfterwards.apply(weight, bias, self.inputs).unbind(0))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[B, in]`` -> ``[B, out]`` of the next step."""
+        x = x.to(self.weight.dtype)
+        self.inputs.append(x.detach())
+        if _use_onednn(x, self.weight):
+            return linear(x, self.weight) + next(self.biases)
+        return torch.addmm(next(self.biases), x, self.weight.t())

@@ -1,0 +1,75 @@
+"""Linear layers: equal to torch's own whatever the shape, layout or mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prelar_trl.modules import linear as module
+from prelar_trl.modules.linear import Linear, linear
+
+IN, OUT = 24, 10
+
+
+def gradients(function, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    y = function(x, weight, bias)
+    inputs = [t for t in (x, weight, bias) if t is not None]
+    return y, *torch.autograd.grad(y.square().sum(), inputs)
+
+
+@pytest.fixture
+def onednn_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each product that oneDNN computed."""
+    calls: list[int] = []
+    product = module._onednn
+    monkeypatch.setattr(module, "_onednn", lambda *args: calls.append(1) or product(*args))
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(1, IN), (7, IN), (3, 5, IN), (2, 3, 5, IN), (0, IN)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_values_and_gradients_are_those_of_torch(
+    shape: tuple[int, ...], with_bias: bool, onednn_calls: list[int]
+) -> None:
+    x = torch.randn(shape, requires_grad=True)
+    weight = torch.randn(OUT, IN, requires_grad=True)
+    bias = torch.randn(OUT, requires_grad=True) if with_bias else None
+    ours = gradients(linear, x, weight, bias)
+    torch.testing.assert_close(ours, gradients(F.linear, x, weight, bias), rtol=1e-5, atol=1e-4)
+    assert len(onednn_calls) == (2 if module._HAS_ONEDNN else 0)
+
+
+def test_slices_and_transposed_inputs() -> None:
+    wide = torch.randn(OUT, IN + 3, requires_grad=True)
+    x = torch.randn(IN, 7).t().requires_grad_()
+    ours = gradients(linear, x, wide[:, :IN], None)
+    theirs = gradients(F.linear, x, wide[:, :IN], None)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_gradient_of_a_sum_is_no_stranger() -> None:
+    x, layer = torch.randn(7, IN, requires_grad=True), Linear(IN, OUT)
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)  # an expanded gradient, strides of zero
+    torch.testing.assert_close(gradient, layer.weight.sum(0).expand(7, IN))
+
+
+def test_only_what_needs_a_gradient_gets_one(onednn_calls: list[int]) -> None:
+    layer = Linear(IN, OUT)
+    layer(torch.randn(7, IN)).sum().backward()
+    assert layer.weight.grad is not None
+    assert len(onednn_calls) == (1 if module._HAS_ONEDNN else 0)
+
+
+def test_other_modes_take_torch_s_kernels(onednn_calls: list[int]) -> None:
+    layer, x = Linear(IN, OUT), torch.randn(7, IN)
+    expected = F.linear(x, layer.weight, layer.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    torch.testing.assert_close(layer.double()(x.double()).float(), expected)
+    layer.float()
+    torch.testing.assert_close(torch.vmap(layer)(x), expected)
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), expected)
+    assert layer.to("meta")(x.to("meta")).is_meta
+    assert not onednn_calls
