@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, channels_last, nn
 
 from prelar_trl.modules.linear import Linear, linear
+from prelar_trl.modules.recompute import BatchNorm2d, keep_convolutions
 
 __all__ = ["IMAGE_SIZE", "CNNDecoder", "CNNEncoder", "ResNetDecoder", "ResNetEncoder"]
 
@@ -25,7 +27,7 @@ def make_norm(norm: Norm, channels: int, size: int) -> list[nn.Module]:
     """Normalisation of ``[N, channels, size, size]`` maps: a list of no or one module."""
     match norm:
         case "batch":
-            return [nn.BatchNorm2d(channels)]
+            return [BatchNorm2d(channels)]
         case "layer":
             return [nn.LayerNorm([channels, size, size])]
         case "group":
@@ -57,7 +59,7 @@ class ResidualLayer(nn.Module):
         self.block = nn.Sequential(
             first(in_channels, out_channels, 3, padding=1, bias=False),
             *make_norm(norm, out_channels, size),
-            nn.ReLU(inplace=True),
+            nn.ReLU(inplace=norm != "none"),  # never in a convolution's output
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
             *make_norm(norm, out_channels, size),
         )
@@ -66,7 +68,7 @@ class ResidualLayer(nn.Module):
         y = self.block(x)
         if self.upsample:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return y.add_(self.skip(x)).relu_()
+        return (y + self.skip(x)).relu_()
 
 
 class UpsampledConv2d(nn.Conv2d):
@@ -122,12 +124,17 @@ class ResNetEncoder(nn.Module):
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The map of every stage before its pooling, largest first, and the pooled last one."""
-        x = F.elu(self.conv_in(x.contiguous(memory_format=channels_last)), inplace=True)
+        x = self.conv_in(x.contiguous(memory_format=channels_last))
         maps = []
-        for stage in self.stages:
-            maps.append(stage(x))
-            x = F.avg_pool2d(maps[-1], 2)
+        for index in range(len(self.stages)):
+            stage_map, x = keep_convolutions(partial(self.run_stage, index), x)
+            maps.append(stage_map)
         return [*maps, x]
+
+    def run_stage(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage number ``index`` before and after its pooling."""
+        stage_map = self.stages[index](F.elu(x) if index == 0 else x)
+        return stage_map, F.avg_pool2d(stage_map, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.feature_maps(x)[-1].flatten(1)  # [N, C*H*W], channels first as in the paper
@@ -178,8 +185,7 @@ class ResNetDecoder(nn.Module):
         x = self.linear_in(feat).unflatten(-1, self.first_map)
         x = x.contiguous(memory_format=channels_last)
         for stage in self.stages:
-            for layer in stage:
-                x = layer(x)
+            x = keep_convolutions(nn.Sequential(*stage), x)
         return self.conv_out(x)
 
 
