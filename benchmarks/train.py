@@ -28,8 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
 from prelar_trl.presets import METHODS, SIZES
+from prelar_trl.record import Stopwatch
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate, keep_freed_memory
 
 ACTION_DIM = 4
@@ -72,22 +72,6 @@ def random_batch(sequences: int, steps: int, device: str) -> TensorDict:
         batch_size=shape,
     )
     return batch.to(device)
-
-
-class Stopwatch:
-    """Milliseconds of named stretches of work, the device's included."""
-
-    def __init__(self, device: str) -> None:
-        self.times: dict[str, list[float]] = {}
-        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        self.wait()
-        start = time.perf_counter()
-        yield
-        self.wait()
-        self.times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
 
 
 def peak_mib(device: str) -> float:
@@ -126,7 +110,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     if device == "cpu":
         keep_freed_memory()
     update, behavior_update = make_updates(config)
-    watch = Stopwatch(device)
+    watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
 
     def step() -> None:
         batch = random_batch(config["batch"], config["length"], device)

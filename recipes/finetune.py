@@ -6,6 +6,8 @@ python recipes/finetune.py env=metaworld/drawer-open pretrained=runs/pretrain ru
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ from prelar_trl.recipes.common import (
 )
 from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.schema import FinetuneConfig, register
-from prelar_trl.record import Logger, Progress, RunFolder
+from prelar_trl.record import Logger, Progress, RunFolder, Stopwatch
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 
 register()
@@ -46,8 +48,14 @@ EVAL_SEED = 10_000  # the evaluation environment's seed lies apart from the trai
 FRAME_BYTES = 3 * 64 * 64
 
 
-def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
-    """The whole run: environment, agent, loop. ``env_factory`` takes make_env's arguments."""
+def finetune(
+    cfg: FinetuneConfig, env_factory: Any = make_env, watch: Stopwatch | None = None
+) -> None:
+    """The whole run: environment, agent, loop.
+
+    ``env_factory`` takes make_env's arguments; ``watch`` tells where the time goes.
+    """
+    watch = watch or Stopwatch()
     loggers = check_run(cfg, "finetune")
     if cfg.prefill >= cfg.env_steps:
         raise ValueError(f"prefill={cfg.prefill} leaves nothing of env_steps={cfg.env_steps}")
@@ -121,7 +129,8 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
     steps, debt = 0, float(cfg.pretrain_updates)  # debt: updates to make up for
     if checkpoint is not None:
         steps, debt = checkpoint["step"], checkpoint["debt"]
-        env.set_seed(cfg.seed + steps)  # not the first episodes again
+        with deaf_to_interrupts():
+            env.set_seed(cfg.seed + steps)  # not the first episodes again
         agent.load_state_dict(checkpoint["agent"])
         model_update.load_state_dict(checkpoint["model_update"])
         behavior_update.load_state_dict(checkpoint["behavior_update"])
@@ -151,26 +160,42 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
         save_checkpoint(run.checkpoints / CHECKPOINT, state)
 
     def train() -> TensorDictBase:
-        batch = replay.sample()
-        losses = model_update(batch)
-        start = losses.pop("state").update(batch.select("terminated", "action"))
-        return losses.update(behavior_update(start))
+        with watch("replay"):
+            batch = replay.sample()
+        with watch("world_model"):
+            losses = model_update(batch)
+        with watch("behavior"):
+            start = losses.pop("state").update(batch.select("terminated", "action"))
+            return losses.update(behavior_update(start))
 
     per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
     bar = Progress(cfg.env_steps, initial=steps, name="finetune", unit="steps")
-    with open_logger(run, loggers, checkpoint) as logger, Interruption() as interruption, bar:
+    with (
+        ExitStack() as opened,
+        open_logger(run, loggers, checkpoint) as logger,
+        Interruption() as interruption,
+        bar,
+    ):
+        opened.callback(env.close, raise_if_closed=False)
+        evaluation = Evaluation(cfg, env_factory, agent, device)
+        opened.enter_context(closing(evaluation))
         with deaf_to_interrupts():
             td, losses = env.reset(), None
+        logger.log_times({"startup_s": watch.lap(steps)["seconds"]}, steps)
         tracker = EpisodeTracker(td.numel())
         while steps < cfg.env_steps and not interruption.requested:
             random_phase = steps < cfg.prefill
-            td = env.rand_action(td) if random_phase else act(policy, td, device)
-            td, following = env.step_and_maybe_reset(td)
-            replay.add(td.exclude("belief", ("next", "belief")))
+            with watch("policy"):
+                td = env.rand_action(td) if random_phase else act(policy, td, device)
+            with watch("env"):
+                td, following = env.step_and_maybe_reset(td)
+            with watch("replay"):
+                replay.add(td.exclude("belief", ("next", "belief")))
             before, steps, updates = steps, steps + per_step, model_update.count
-            for episode in tracker.update(td["next"]):
-                names = ("return", "success", "length")
-                logger.log({f"train/{name}": episode[name] for name in names}, steps)
+            with watch("logging"):
+                for episode in tracker.update(td["next"]):
+                    names = ("return", "success", "length")
+                    logger.log({f"train/{name}": episode[name] for name in names}, steps)
             td = following
 
             if steps >= cfg.prefill and replay.num_episodes:
@@ -185,18 +210,23 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
                     debt -= 1
             metrics = {} if losses is None else {"updates": model_update.count, **shown(losses)}
             trained = (model_update.count - updates) * cfg.batch_size * cfg.batch_length
-            bar.update(per_step, frames=trained, metrics=metrics)
-            if losses is not None and crossed(before, steps, cfg.log_every):
-                check_finite(losses, steps)
-                logger.log(without_twins(losses), steps)
-            if losses is not None and crossed(before, steps, cfg.checkpoint_every):
-                check_finite(losses, steps)
-                save()
+            with watch("logging"):
+                bar.update(per_step, frames=trained, metrics=metrics)
+                if losses is not None and crossed(before, steps, cfg.log_every):
+                    check_finite(losses, steps)
+                    logger.log(without_twins(losses), steps)
+                if losses is not None and crossed(before, steps, cfg.checkpoint_every):
+                    check_finite(losses, steps)
+                    save()
             if not random_phase and crossed(before, steps, cfg.eval_every):
-                evaluate(cfg, env_factory, agent, logger, steps, device)
-        if losses is not None:
-            check_finite(losses, steps)
-        save()
+                with watch("evaluation"):
+                    evaluation(logger, steps)
+            if crossed(before, steps, cfg.log_every):
+                logger.log_times(watch.lap(steps), steps)
+        with watch("logging"):
+            if losses is not None:
+                check_finite(losses, steps)
+            save()
         if not interruption.requested:
             if not replay.num_episodes:
                 raise ValueError(
@@ -204,8 +234,9 @@ def finetune(cfg: FinetuneConfig, env_factory: Any = make_env) -> None:
                     "env_steps, or lower max_steps"
                 )
             if not crossed(before, steps, cfg.eval_every):
-                evaluate(cfg, env_factory, agent, logger, steps, device)
-    env.close()
+                with watch("evaluation"):
+                    evaluation(logger, steps)
+        logger.log_times(watch.lap(steps), steps)
     if interruption.requested:
         sys.exit(f"stopped after {steps} steps; to continue: the same command with resume=true")
     print(f"fine-tuned agent: {run.path}")
@@ -255,26 +286,38 @@ def load_pretrained_run(cfg: FinetuneConfig, agent: Agent) -> None:
     load_pretrained(agent.world_model, checkpoint["model"])
 
 
-def evaluate(
-    cfg: FinetuneConfig,
-    env_factory: Any,
-    agent: Agent,
-    logger: Logger,
-    step: int,
-    device: torch.device,
-) -> None:
-    """Episodes with the policy's mode in an environment of their own."""
-    if not cfg.eval_episodes:
-        return
-    policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
-    workers = min(cfg.num_workers, cfg.eval_episodes)
-    env = make_training_env(cfg, env_factory, cfg.seed + EVAL_SEED, workers)
-    env = env.append_transform(policy.make_primer())
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        records, films = play(env, lambda td: act(policy, td, device), cfg.eval_episodes)
-    env.close(raise_if_closed=False)
-    logger.log({f"eval/{name}": value for name, value in summarise(records).items()}, step)
-    logger.log_video("eval", films[0], step, fps=30)
+class Evaluation:
+    """Episodes with the policy's mode, from the same initial states each time.
+
+    Its environment is made by the first one and kept: to start processes takes seconds.
+    """
+
+    def __init__(
+        self, cfg: FinetuneConfig, env_factory: Any, agent: Agent, device: torch.device
+    ) -> None:
+        self.cfg, self.env_factory, self.device = cfg, env_factory, device
+        self.policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
+        self.env: EnvBase | None = None
+
+    def __call__(self, logger: Logger, step: int) -> None:
+        cfg, device, seed = self.cfg, self.device, self.cfg.seed + EVAL_SEED
+        if not cfg.eval_episodes:
+            return
+        if self.env is None:
+            workers = min(cfg.num_workers, cfg.eval_episodes)
+            env = make_training_env(cfg, self.env_factory, seed, workers)
+            self.env = env.append_transform(self.policy.make_primer())
+        with deaf_to_interrupts():
+            self.env.set_seed(seed)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            policy = partial(act, self.policy, device=device)
+            records, films = play(self.env, policy, cfg.eval_episodes)
+        logger.log({f"eval/{name}": value for name, value in summarise(records).items()}, step)
+        logger.log_video("eval", films[0], step, fps=30)
+
+    def close(self) -> None:
+        if self.env is not None:
+            self.env.close(raise_if_closed=False)
 
 
 @recipe("finetune")

@@ -94,7 +94,12 @@ def make_env(
     if isinstance(name_or_env, EnvBase):
         raise ValueError("num_workers > 1 needs a function that makes the environment, not one env")
     seeds = [{"seed": seed + worker} for worker in range(num_workers)]
-    return ParallelEnv(num_workers, build, create_env_kwargs=seeds, device=device)
+    # Not TorchRL's default, which takes num_workers threads away from this process for good: its
+    # updates run while the workers wait.
+    threads = torch.get_num_threads()
+    return ParallelEnv(
+        num_workers, build, create_env_kwargs=seeds, device=device, num_threads=threads
+    )
 
 
 def _make_one(

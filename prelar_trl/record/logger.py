@@ -26,7 +26,8 @@ Scalar = float | int | bool | Tensor
 class Logger:
     """Writes the metrics and videos of one run.
 
-    ``metrics.csv`` always, in the run folder; ``tensorboard/`` and ``wandb/`` beside it.
+    ``metrics.csv`` always, in the run folder; ``tensorboard/`` and ``wandb/`` beside it. Speed goes
+    to ``times.csv``, so that ``metrics.csv`` is the same for the same seed.
     Weights & Biases works offline unless an API key is set or ``WANDB_MODE`` says otherwise.
 
     Args:
@@ -51,7 +52,9 @@ class Logger:
     ) -> None:
         check_backends(backends)
         self.run = run
+        self._resume_step = resume_step
         self._csv = CsvTable(run.metrics, resume_step=resume_step)
+        self._times: CsvTable | None = None
         self._tensorboard = None
         self._wandb = None
         if "tensorboard" in backends:
@@ -69,8 +72,17 @@ class Logger:
         Raises:
             ValueError: a value is not a number.
         """
+        self._write(self._csv, metrics, step)
+
+    def log_times(self, times: Mapping[str, Scalar], step: int) -> None:
+        """As :meth:`log`, for what differs between two runs with the same seed."""
+        if self._times is None:
+            self._times = CsvTable(self.run.times, resume_step=self._resume_step)
+        self._write(self._times, times, step)
+
+    def _write(self, table: CsvTable, metrics: Mapping[str, Scalar], step: int) -> None:
         values = to_floats(metrics)
-        self._csv.append({"step": step, **values})
+        table.append({"step": step, **values})
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -101,6 +113,8 @@ class Logger:
     def close(self) -> None:
         """Flush and close all backends."""
         self._csv.close()
+        if self._times is not None:
+            self._times.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -35,8 +35,9 @@ MEBIBYTE = 2**20
 class RunFolder:
     """The folder of one run.
 
-    ``config.yaml``, ``versions.json``, ``metrics.csv``, ``checkpoints/``, ``videos/`` and
-    ``pictures/``. Make one with :meth:`create`, open an existing one with :meth:`load`.
+    ``config.yaml``, ``versions.json``, ``metrics.csv``, ``times.csv`` (fine-tuning),
+    ``checkpoints/``, ``videos/`` and ``pictures/``. Make one with :meth:`create`, open an existing
+    one with :meth:`load`.
 
     Attributes:
         path: the folder.
@@ -127,6 +128,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The CSV file of metrics."""
         return self.path / "metrics.csv"
+
+    @property
+    def times(self) -> Path:
+        """The CSV file of speed and of where the time went."""
+        return self.path / "times.csv"
 
     @property
     def checkpoints(self) -> Path:
