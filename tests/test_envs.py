@@ -265,6 +265,27 @@ def test_workers_are_seeded_apart_and_feed_a_collector():
         assert torch.equal(batches[0]["state"][worker, 0], alone["state"])
 
 
+def test_workers_seeded_again_repeat_their_episodes_and_leave_the_threads_alone():
+    torch.set_num_threads(3)
+    env = make_env("toy", max_steps=3, num_workers=2, pixels=None)
+    actions = iter(torch.rand(24, 2, 2) * 2 - 1)
+    try:
+        starts = []
+        for _ in range(2):
+            env.set_seed(5)
+            rollout = env.rollout(
+                8,
+                lambda td: td.set("action", next(actions)),
+                break_when_any_done=False,
+            )
+            starts.append(rollout["state"][rollout["is_first"].squeeze(-1)])
+        assert torch.get_num_threads() == 3
+    finally:
+        env.close()
+    assert starts[0].shape == (6, 4) and torch.equal(*starts)
+    assert len(starts[0].unique(dim=0)) == 6  # each worker and episode its own
+
+
 @pytest.mark.parametrize(("backend", "status"), [(None, 0), ("glfw", 1)])
 def test_rendering_check_finds_a_backend_or_prints_the_remedy_in_one_line(backend, status):
     unset = ("DISPLAY", "MUJOCO_GL", "PYOPENGL_PLATFORM")

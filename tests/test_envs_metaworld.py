@@ -126,6 +126,24 @@ def test_objects_are_placed_anew_at_each_reset_from_the_seed():
     assert not torch.equal(first[0, 39:], first[1, 39:])
 
 
+def test_an_environment_seeded_again_repeats_its_episodes_to_the_last_bit():
+    env = make_env("metaworld/drawer-open", seed=1, max_steps=10)
+    torch.manual_seed(0)
+    actions = torch.rand(20, 4) * 2 - 1
+
+    def play():
+        moves = iter(actions)
+        return env.rollout(20, lambda td: td.set("action", next(moves)), break_when_any_done=False)
+
+    fresh = play()
+    env.rollout(7)  # another episode, broken off
+    env.set_seed(1)
+    again = play()
+    for key in ("pixels", "state", ("next", "reward"), ("next", "pixels")):
+        assert torch.equal(fresh[key], again[key]), key
+    env.close()
+
+
 def test_first_observation_and_picture_show_the_episode_that_is_played():
     env = make_env("metaworld/window-close")
     for _ in range(3):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -23,14 +24,17 @@ from torchrl.envs import EnvBase, SerialEnv
 
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
+from prelar_trl.envs.toy import ToyEnv
 from prelar_trl.presets import METHODS
 from prelar_trl.recipes import evaluate as evaluate_recipe
+from prelar_trl.recipes import finetune as finetune_recipe
 from prelar_trl.recipes import plot as plot_recipe
 from prelar_trl.recipes.evaluate import evaluate
-from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.finetune import EVAL_SEED, finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import read_video
+from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 from tests.toy_runs import (
     FINETUNE_ARGS,
     PRETRAIN_ARGS,
@@ -66,8 +70,8 @@ def path(clips, tmp_path_factory):
     return SimpleNamespace(pre=pre, fine=fine, result=result, report=report)
 
 
-def rows(run):
-    with open(run / "metrics.csv", newline="") as file:
+def rows(run, name="metrics.csv"):
+    with open(run / name, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -111,6 +115,74 @@ def test_finetuning_metrics_are_complete_and_finite(path):
     assert [int(row["step"]) for row in table if row["eval/return"]] == [40, 60]
 
 
+def test_finetuning_says_where_its_time_goes(path):
+    start, *table = rows(path.fine, "times.csv")
+    assert start["step"] == "0" and float(start["startup_s"]) > 0
+    assert [int(row["step"]) for row in table] == [10, 20, 30, 40, 50, 60, 60]
+    shares = [{k: float(v) for k, v in row.items() if "time/" in k and v} for row in table]
+    assert all(sum(share.values()) == pytest.approx(1) for share in shares)
+    assert all(0 <= x <= 1 for share in shares for x in share.values())
+    for row, share in zip(table, shares, strict=True):
+        trained, last = 20 <= int(row["step"]), row is table[-1]
+        collected = {"time/env", "time/policy", "time/replay"}
+        assert collected <= share.keys() or last
+        assert ({"time/world_model", "time/behavior"} <= share.keys()) == (trained and not last)
+        assert ("time/evaluation" in share) == (int(row["step"]) == 40 or last)
+        assert bool(row["steps_per_s"]) != last
+        if not last:
+            assert float(row["steps_per_s"]) == pytest.approx(10 / float(row["seconds"]))
+
+
+class Watched(torch.Tensor):
+    """A tensor that notes when its value is asked for: on a GPU the program would wait."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        asks = ("item", "tolist", "numpy", "cpu", "nonzero", "__float__", "__int__", "__bool__")
+        Watched.reads += function.__name__ in asks
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Before each update of the world model: how often a loss was read so far."""
+    counts, Watched.reads = [], 0
+
+    def watch(kind):
+        real = kind.__call__
+
+        def call(self, batch):
+            if kind is WorldModelUpdate:
+                counts.append(Watched.reads)
+            losses = real(self, batch)
+            for name in losses.exclude("state").keys():
+                losses[name] = losses[name].as_subclass(Watched)
+            return losses
+
+        monkeypatch.setattr(kind, "__call__", call)
+
+    watch(WorldModelUpdate)
+    watch(BehaviorUpdate)
+    return counts
+
+
+def test_finetuning_reads_no_loss_but_to_show_it(tmp_path, reads):
+    finetune(finetune_config(tmp_path / "a", log_every=1_000, checkpoint_every=1_000))
+    assert reads == [0] * 5 and Watched.reads > 0
+    first = Watched.reads
+    finetune(finetune_config(tmp_path / "b", log_every=10, checkpoint_every=1_000))
+    assert first < reads[-1]  # logged
+
+
+def test_pretraining_reads_no_loss_but_to_show_it(clips, tmp_path, reads):
+    rarely = {"log_every": 1_000, "checkpoint_every": 1_000}
+    pretrain(pretrain_config(clips, tmp_path / "a", updates=5, **rarely))
+    assert reads[0] == 0 < reads[1]  # the first update is logged
+    assert reads[1:] == [reads[1]] * 4
+
+
 def test_pretraining_leaves_predictions_to_look_at(path):
     videos = sorted(p.name for p in (path.pre / "videos").iterdir())
     assert videos == ["openloop_000001.mp4", "openloop_000003.mp4"]
@@ -152,6 +224,52 @@ def test_evaluation_of_several_environments_at_once(path):
     done = evaluate(cfg, env_factory=two_at_once)
     assert [record["worker"] for record in done["records"]] == [0, 1, 0]
     evaluate(cfg)
+
+
+@pytest.mark.parametrize("end", ["done", "interrupted", "failed"])
+def test_evaluations_share_one_environment_which_is_closed(end, tmp_path, monkeypatch):
+    made, closed = [], []
+    monkeypatch.setattr(ToyEnv, "close", lambda self, **options: closed.append(self))
+
+    def factory(name, *, seed, **options):
+        made.append((seed, make_env(name, seed=seed, **options)))
+        return made[-1][1]
+
+    if end == "interrupted":
+        interrupt_after(monkeypatch, 3)
+    if end == "failed":
+        real = WorldModelUpdate.__call__
+
+        def call(self, batch):
+            if self.count == 2:
+                raise RuntimeError("broken")
+            return real(self, batch)
+
+        monkeypatch.setattr(WorldModelUpdate, "__call__", call)
+    with nullcontext() if end == "done" else pytest.raises((SystemExit, RuntimeError)):
+        finetune(finetune_config(tmp_path / "a", eval_every=12), env_factory=factory)
+    evaluations = [row for row in rows(tmp_path / "a") if row["eval/return"]]
+    assert len(evaluations) == {"done": 4, "interrupted": 2, "failed": 2}[end]
+    assert [seed for seed, _ in made] == [0, EVAL_SEED]
+    assert [id(env) for env in closed] == [id(env.base_env) for _, env in reversed(made)]
+
+
+def test_each_evaluation_starts_from_the_same_states(tmp_path, monkeypatch):
+    starts = []
+    real = finetune_recipe.play
+
+    def play(env, policy, episodes):
+        def note(td):
+            starts.extend(td["state"][td["is_first"].squeeze(-1)].tolist())
+            return policy(td)
+
+        return real(env, note, episodes)
+
+    monkeypatch.setattr(finetune_recipe, "play", play)
+    cfg = finetune_config(tmp_path / "a", eval_every=30, eval_episodes=3)
+    finetune(cfg, env_factory=two_at_once)
+    assert len(starts) == 8 and starts[:4] == starts[4:]
+    assert len({tuple(start) for start in starts}) == 4
 
 
 def test_finetuning_in_several_environments_at_once(tmp_path):

@@ -17,8 +17,8 @@ def run(tmp_path):
     return RunFolder.create(tmp_path / "run", {"seed": 0})
 
 
-def rows(run):
-    with open(run.metrics, newline="") as file:
+def rows(run, path=None):
+    with open(path or run.metrics, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -52,6 +52,21 @@ def test_resume_drops_what_was_logged_beyond_the_checkpoint(run):
         ("1", "1.0"),
         ("2", "2.0"),
         ("3", "30.0"),
+    ]
+
+
+def test_speed_has_a_table_of_its_own(run):
+    """Two runs with the same seed have the same metrics.csv."""
+    with Logger(run) as logger:
+        for step in (1, 2, 3):
+            logger.log({"a": 1.0}, step)
+            logger.log_times({"steps_per_s": 10.0 * step}, step)
+    with Logger(run, resume_step=1) as logger:
+        logger.log_times({"steps_per_s": 5.0, "time/env": 0.5}, 2)
+    assert rows(run) == [{"step": "1", "a": "1.0"}]
+    assert rows(run, run.times) == [
+        {"step": "1", "steps_per_s": "10.0", "time/env": ""},
+        {"step": "2", "steps_per_s": "5.0", "time/env": "0.5"},
     ]
 
 
