@@ -432,17 +432,21 @@ def test_terminated_process_leaves_a_loadable_checkpoint(clips, tmp_path):
 def test_ctrl_c_reaches_only_the_parent_of_several_environments(tmp_path):
     run = tmp_path / "fine"
     command = [sys.executable, str(ROOT / "recipes" / "finetune.py"), *FINETUNE_ARGS]
-    command += [f"run={run}", "num_workers=2", "env_steps=1000000", "eval_episodes=0"]
+    command += [f"run={run}", "num_workers=2", "env_steps=1000000", "eval_episodes=2"]
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while process.poll() is None and not (run / "checkpoints" / "last.pt").exists():
-        time.sleep(0.2)
+    while process.poll() is None and not list(run.glob("videos/eval_*.mp4")):
+        time.sleep(0.2)  # until there are workers for the evaluation too
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
     assert "to continue: the same command with resume=true" in errors.splitlines()[-1]
-    assert checkpoint(run)["step"] >= 20
+    assert checkpoint(run)["step"] >= 40
+    with pytest.raises(ProcessLookupError):  # nothing of its group is left, soon
+        for _ in range(50):
+            os.killpg(process.pid, 0)
+            time.sleep(0.2)
 
 
 class OwnEnv(EnvBase):
