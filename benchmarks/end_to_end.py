@@ -25,7 +25,7 @@ import torch
 from prelar_trl.presets import METHODS, SIZES
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.schema import FinetuneConfig
-from prelar_trl.record import Stopwatch
+from prelar_trl.stopwatch import Stopwatch
 
 STRETCHES = ("env", "policy", "replay", "world_model", "behavior", "evaluation", "logging", "rest")
 

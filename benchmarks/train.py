@@ -28,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,24 @@ import torch.nn.functional as F
 from tensordict import TensorDict
 from torch.utils.flop_counter import FlopCounterMode
 
+from prelar_trl.allocator import keep_freed_memory, tcmalloc_environment
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
+from prelar_trl.modules.linear import linear
 from prelar_trl.presets import METHODS, SIZES
-from prelar_trl.record import Stopwatch
-from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate, keep_freed_memory
+from prelar_trl.stopwatch import Stopwatch
+from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 
 ACTION_DIM = 4
 PROTOCOL = ("world_model_ms", "behavior_ms", "peak_mib")
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 
 
-def linear_flop(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+def linear_flop(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
     """Operations of a linear layer, from the shapes of input and weight."""
     return 2 * math.prod(x) * weight[0]
 
 
-LINEAR_FLOP = {torch.ops.mkldnn._linear_pointwise.default: linear_flop}  # torch has no formula
+LINEAR_FLOP = {torch.ops.mkldnn._linear_pointwise: linear_flop}  # torch has no formula
 
 
 def random_batch(sequences: int, steps: int, device: str) -> TensorDict:
@@ -190,16 +192,16 @@ def rates(device: str, precision: str, threads: int) -> dict[str, float]:
             torch.autograd.grad(y, (x, weight), torch.ones_like(y))
 
         convs.append(best(conv, 3 * 2 * images * (channels * size) ** 2 * 9))
-    return {"matmul_gflops": best(lambda: a @ b, 2 * side**3), "conv_gflops": max(convs)}
+    return {"matmul_gflops": best(lambda: linear(a, b), 2 * side**3), "conv_gflops": max(convs)}
 
 
-def run(command: list[str]) -> dict[str, Any]:
-    """The JSON of a command's last line.
+def run(command: list[str], environment: Mapping[str, str] = {}) -> dict[str, Any]:  # noqa: B006
+    """The JSON of a command's last line; ``environment`` is added to this process's own.
 
     Raises:
         SystemExit: the command failed or printed something else.
     """
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)} failed with code {done.returncode}")
     try:
@@ -309,6 +311,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
     peaks = {precision: rates(args.device, precision, args.threads) for precision in args.precision}
     shared = {name: getattr(args, name) for name in ("device", "threads", "warmup", "updates")}
+    allocator = tcmalloc_environment() if args.device == "cpu" else {}
     rows = []
     for method, phase, size, batch, length, precision, compiled in itertools.product(
         args.method, args.phase, args.size, args.batch, args.length, args.precision, args.compile
@@ -320,7 +323,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         command = [sys.executable, __file__, "--worker", json.dumps(config)]
         ours, theirs = [], []
         for _ in range(args.rounds or (2 if args.baseline else 1)):
-            ours.append(run(command))
+            ours.append(run(command, allocator))
             if args.baseline:
                 theirs.append(run(shlex.split(args.baseline)))
         row = summarise(ours, peaks[precision])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -18,25 +17,9 @@ from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.world_model import WorldModel
 from prelar_trl.objectives import ActorLoss, CriticLoss, LambdaTarget, WorldModelLoss, total_loss
 
-__all__ = ["BehaviorUpdate", "WorldModelUpdate", "frozen", "keep_freed_memory"]
+__all__ = ["BehaviorUpdate", "WorldModelUpdate", "frozen"]
 
 Precision = Literal["32", "bf16"]
-
-
-def keep_freed_memory() -> bool:
-    """Let this process keep the memory it frees for what it allocates next (Linux with glibc).
-
-    By default glibc gives every large block back and has the kernel hand out, and clear, a new one:
-    up to a quarter of a CPU update's time. Call it before long work on the CPU; the process holds
-    its high-water mark of memory from then on.
-
-    Returns:
-        Whether the C library took the settings.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    # M_MMAP_MAX: no separate mappings; M_TRIM_THRESHOLD: never shrink; M_TOP_PAD: grow by 64 MiB.
-    settings = ((-4, 0), (-1, -1), (-2, 64 << 20))
-    return mallopt is not None and all(mallopt(name, value) for name, value in settings)
 
 
 @contextmanager

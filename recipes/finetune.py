@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
+from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
@@ -40,7 +41,8 @@ from prelar_trl.recipes.common import (
 )
 from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.schema import FinetuneConfig, register
-from prelar_trl.record import Logger, Progress, RunFolder, Stopwatch
+from prelar_trl.record import Logger, Progress, RunFolder
+from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 
 register()
@@ -323,7 +325,10 @@ class Evaluation:
 @recipe("finetune")
 def main(config: DictConfig) -> None:
     """Entry point."""
-    finetune(settings(config))
+    cfg = settings(config)
+    if choose_device(cfg.device).type == "cpu":
+        with_tcmalloc()
+    finetune(cfg)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from tensordict import TensorDict
 
+from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
 from prelar_trl.data import VideoClips
 from prelar_trl.models import make_world_model, make_world_model_loss
@@ -174,7 +175,10 @@ def predict(
 @recipe("pretrain")
 def main(config: DictConfig) -> None:
     """Entry point."""
-    pretrain(settings(config))
+    cfg = settings(config)
+    if choose_device(cfg.device).type == "cpu":
+        with_tcmalloc()
+    pretrain(cfg)
 
 
 if __name__ == "__main__":

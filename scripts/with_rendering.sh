@@ -6,6 +6,7 @@ set -euo pipefail
 python=$1
 shift
 packages=(libegl1 libgl1 libosmesa6)
+faster=(libtcmalloc-minimal4t64 libtcmalloc-minimal4) # training on the CPU; one of the two exists
 
 renders() { "$python" -m prelar_trl.envs.rendering >/dev/null 2>&1 </dev/null; }
 
@@ -26,7 +27,7 @@ if ! choose_backend; then
         echo "MuJoCo cannot render off-screen: installing ${packages[*]}" >&2
         export DEBIAN_FRONTEND=noninteractive
         apt-get update -qq || true
-        for package in "${packages[@]}"; do # one by one: not every release has them all
+        for package in "${packages[@]}" "${faster[@]}"; do # one by one: not every release has all
             apt-get install -y -qq "$package" >/dev/null </dev/null || true
         done
     fi

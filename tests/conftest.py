@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ["PRELAR_MALLOC"] = "system"  # a recipe would restart the test program
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -23,8 +23,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own workers run here: importing the libraries anew takes seconds."""
     run = train.run
 
-    def shortcut(command: list[str]) -> dict:
-        return train.main(command[2:]) if "--worker" in command else run(command)
+    def shortcut(command: list[str], *args: dict) -> dict:
+        return train.main(command[2:]) if "--worker" in command else run(command, *args)
 
     monkeypatch.setattr(train, "run", shortcut)
     rates = {"matmul_gflops": 100.0, "conv_gflops": 50.0}

@@ -93,7 +93,7 @@ class ContextLayer(ResidualLayer):
         attended, _ = self.attention(queries, keys, keys, need_weights=False)
         attended = self.dropout(attended).transpose(1, 2).reshape(x.shape)
         z = F.relu(x + self.attention_norm(attended))
-        return (self.block(z) + self.skip(x)).relu_()
+        return self.join(self.block(z), self.skip(x))
 
 
 class ContextDecoder(ResNetDecoder):

@@ -49,6 +49,7 @@ class ResidualLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.upsample = upsample
+        self.in_place = norm != "none"  # a convolution's output stays as it is
         self.skip = nn.Sequential()
         if in_channels != out_channels:
             self.skip = nn.Sequential(
@@ -59,7 +60,7 @@ class ResidualLayer(nn.Module):
         self.block = nn.Sequential(
             first(in_channels, out_channels, 3, padding=1, bias=False),
             *make_norm(norm, out_channels, size),
-            nn.ReLU(inplace=norm != "none"),  # never in a convolution's output
+            nn.ReLU(inplace=self.in_place),
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
             *make_norm(norm, out_channels, size),
         )
@@ -68,7 +69,11 @@ class ResidualLayer(nn.Module):
         y = self.block(x)
         if self.upsample:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return (y + self.skip(x)).relu_()
+        return self.join(y, self.skip(x))
+
+    def join(self, y: Tensor, skip: Tensor) -> Tensor:
+        """``relu(y + skip)``, in place of ``y`` where that is allowed."""
+        return (y.add_(skip) if self.in_place else y + skip).relu_()
 
 
 class UpsampledConv2d(nn.Conv2d):
@@ -124,7 +129,7 @@ class ResNetEncoder(nn.Module):
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The map of every stage before its pooling, largest first, and the pooled last one."""
-        x = self.conv_in(x.contiguous(memory_format=channels_last))
+        x = x.contiguous(memory_format=channels_last)
         maps = []
         for index in range(len(self.stages)):
             stage_map, x = keep_convolutions(partial(self.run_stage, index), x)
@@ -132,8 +137,8 @@ class ResNetEncoder(nn.Module):
         return [*maps, x]
 
     def run_stage(self, index: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Stage number ``index`` before and after its pooling."""
-        stage_map = self.stages[index](F.elu(x) if index == 0 else x)
+        """Stage number ``index``, the first with the layer before it: its map, and that pooled."""
+        stage_map = self.stages[index](F.elu(self.conv_in(x)) if index == 0 else x)
         return stage_map, F.avg_pool2d(stage_map, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,7 +190,8 @@ class ResNetDecoder(nn.Module):
         x = self.linear_in(feat).unflatten(-1, self.first_map)
         x = x.contiguous(memory_format=channels_last)
         for stage in self.stages:
-            x = keep_convolutions(nn.Sequential(*stage), x)
+            for layer in stage:
+                x = keep_convolutions(layer, x)
         return self.conv_out(x)
 
 

@@ -15,7 +15,6 @@ from prelar_trl.record.quality import psnr, ssim
 from prelar_trl.record.report import html_report
 from prelar_trl.record.run import RunFolder, check_space
 from prelar_trl.record.statistics import bootstrap_interval, interquartile_mean, wilson_interval
-from prelar_trl.record.stopwatch import Stopwatch
 from prelar_trl.record.video import (
     contact_sheet,
     film_rows,
@@ -31,7 +30,6 @@ __all__ = [
     "Logger",
     "Progress",
     "RunFolder",
-    "Stopwatch",
     "bootstrap_interval",
     "check_backends",
     "check_space",

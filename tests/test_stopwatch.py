@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from prelar_trl.record import Stopwatch
+from prelar_trl.stopwatch import Stopwatch
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""Networks that keep little for the backward pass: the same numbers, less memory."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from prelar_trl.modules import ResNetDecoder, ResNetEncoder, convnets
+from prelar_trl.modules.recompute import BatchNorm2d, keep_convolutions
+
+
+def plain(function: Callable, *inputs: Tensor) -> Tensor:
+    return function(*inputs)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the results of operations that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        result = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        return result
+
+
+def kept_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that are kept between the forward and the backward pass, the result included."""
+    with LiveBytes() as live:
+        y = model(x)
+        kept = sum(live.sizes.values())
+    y.sum().backward()
+    return kept
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "group", "none"])
+@pytest.mark.parametrize("network", [ResNetEncoder, ResNetDecoder])
+def test_gradients_and_statistics_are_those_of_keeping_everything(
+    network: type, norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = network(3, depth=4, norm=norm).train()
+    theirs = copy.deepcopy(ours)
+    x = torch.randn(5, 3, 64, 64) if network is ResNetEncoder else torch.randn(5, 3)
+    results = []
+    for model in (ours, theirs):
+        for _ in range(2):  # the second pass reads the statistics of the first
+            y = model(x)
+            y.square().sum().backward()
+        results.append((y, [p.grad for p in model.parameters()], model.state_dict()))
+        monkeypatch.setattr(convnets, "keep_convolutions", plain)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_batch_norm_counts_a_batch_once() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm2d(4))
+    x = torch.randn(2, 3, 8, 8)
+    keep_convolutions(model, x).sum().backward()
+    assert model[1].num_batches_tracked == 1
+    torch.testing.assert_close(model[1].running_mean, 0.1 * model[0](x).mean((0, 2, 3)))
+
+
+def test_an_evaluated_batch_norm_uses_its_statistics_both_times() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNorm2d(4)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    keep_convolutions(model, x).square().sum().backward()
+    ours = model[0].weight.grad.clone()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(ours, model[0].weight.grad, rtol=0, atol=0)
+
+
+def test_two_fifths_of_the_memory_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = ResNetEncoder(3, depth=16).train(), torch.randn(4, 3, 64, 64)
+    ours = kept_bytes(model, x)
+    monkeypatch.setattr(convnets, "keep_convolutions", plain)
+    assert 0 < ours < 0.65 * kept_bytes(model, x)
+
+
+def test_no_convolution_with_many_products_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        model, x = ResNetEncoder(3, depth=16).train(), torch.randn(2, 3, 64, 64)
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        return counter.get_total_flops()
+
+    ours = count()
+    monkeypatch.setattr(convnets, "keep_convolutions", plain)
+    assert count() <= ours < 1.05 * count()
+
+
+def test_nothing_is_recomputed_where_no_gradient_is_wanted() -> None:
+    model, x = ResNetEncoder(3, depth=4).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert model(x).grad_fn is None
