@@ -62,7 +62,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(16 << 20)  # 64 MiB
 before = faults()
-for _ in range(3):
+for _ in range(10):
     torch.ones(15 << 20)  # a little less: glibc cannot reuse a hole of the same size
 print(faults() - before)
 """
