@@ -60,10 +60,10 @@ if sys.argv[1] == "keep" and not keep_freed_memory():
     print("unsupported"); sys.exit()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(16 << 20)  # 64 MiB
+torch.ones(21 << 20)
 before = faults()
-for _ in range(10):
-    torch.ones(15 << 20)  # a little less: glibc cannot reuse a hole of the same size
+for size in range(20, 10, -1):  # falling: glibc does not reuse a hole for the same size
+    torch.ones(size << 20)  # 80 to 44 MiB
 print(faults() - before)
 """
 
