@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import platform
 import shlex
@@ -47,14 +46,6 @@ from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 ACTION_DIM = 4
 PROTOCOL = ("world_model_ms", "behavior_ms", "peak_mib")
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
-
-
-def linear_flop(x: tuple[int, ...], weight: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Operations of a linear layer, from the shapes of input and weight."""
-    return 2 * math.prod(x) * weight[0]
-
-
-LINEAR_FLOP = {torch.ops.mkldnn._linear_pointwise: linear_flop}  # torch has no formula
 
 
 def random_batch(sequences: int, steps: int, device: str) -> TensorDict:
@@ -113,18 +104,7 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
         keep_freed_memory()
     update, behavior_update = make_updates(config)
     watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
-
-    def step() -> None:
-        batch = random_batch(config["batch"], config["length"], device)
-        with watch("world_model"):
-            losses = update(batch)
-        if behavior_update is not None:
-            start = losses["state"].update(batch.select("terminated", "action"))
-            with watch("behavior"):
-                behavior_update(start)
-
-    with FlopCounterMode(display=False, custom_mapping=LINEAR_FLOP) as counter:
-        step()
+    step = stepper(config, update, behavior_update, watch)
     if config["compile"]:
         compile_networks(update)
     for _ in range(config["warmup"]):
@@ -135,8 +115,6 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     for _ in range(config["updates"]):
         step()
     trained = update.loss if behavior_update is None else behavior_update.agent
-    counts = counter.get_flop_counts()["Global"]
-    conv = sum(count for op, count in counts.items() if "conv" in str(op))
     result = {
         **config,
         "world_model_ms": statistics.median(watch.times["world_model"]),
@@ -144,10 +122,39 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
         "updates_ms": watch.times,
         "peak_mib": peak_mib(device),
         "parameters": sum(p.numel() for p in trained.parameters()),
-        "conv_gflop": conv / 1e9,
-        "matmul_gflop": (sum(counts.values()) - conv) / 1e9,
+        **count_gflop(config),
     }
     return result
+
+
+def stepper(
+    config: dict[str, Any],
+    update: WorldModelUpdate,
+    behavior_update: BehaviorUpdate | None,
+    watch: Stopwatch,
+) -> Callable[[], None]:
+    """One whole update on a new batch, as a function."""
+
+    def step() -> None:
+        batch = random_batch(config["batch"], config["length"], config["device"])
+        with watch("world_model"):
+            losses = update(batch)
+        if behavior_update is not None:
+            start = losses["state"].update(batch.select("terminated", "action"))
+            with watch("behavior"):
+                behavior_update(start)
+
+    return step
+
+
+def count_gflop(config: dict[str, Any]) -> dict[str, float]:
+    """Operations of one update, on the meta device, which has shapes but computes nothing."""
+    config = config | {"device": "meta", "precision": "32"}
+    with FlopCounterMode(display=False) as counter:
+        stepper(config, *make_updates(config), Stopwatch())()
+    counts = counter.get_flop_counts()["Global"]
+    conv = sum(count for op, count in counts.items() if "conv" in str(op))
+    return {"conv_gflop": conv / 1e9, "matmul_gflop": (sum(counts.values()) - conv) / 1e9}
 
 
 def compile_networks(update: WorldModelUpdate) -> None:
@@ -295,7 +302,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--compile", nargs="+", default=["off"], choices=["off", "on"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--warmup", type=int, default=1, help="updates before the clock starts")
+    parser.add_argument("--warmup", type=int, default=2, help="updates before the clock starts")
     parser.add_argument("--updates", type=int, default=5, help="timed updates of a process")
     parser.add_argument("--rounds", type=int, help="processes a configuration; default 1, or 2")
     parser.add_argument("--baseline", help="command to compare with")

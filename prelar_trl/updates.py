@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -61,8 +61,8 @@ class Update:
         self.optimizers: dict[str, Optimizer] = {}
         self.count = 0
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.mixed)
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16) if self.mixed else nullcontext()
 
     def step_optimizers(self) -> dict[str, Tensor]:
         return {

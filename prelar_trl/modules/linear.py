@@ -104,7 +104,7 @@ class UnrolledLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         kind = weight.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind):  # meta has no autocast
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
             weight, bias = weight.to(dtype), bias.to(dtype)
         self.inputs: list[Tensor] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
@@ -52,7 +54,9 @@ class VideoBonus(nn.Module):
 
         In training mode the batch enters the memory and moves the magnitude.
         """
-        with torch.autocast(embed.device.type, enabled=False):
+        kind = embed.device.type
+        available = torch.amp.is_autocast_available(kind)  # not on the meta device
+        with torch.autocast(kind, enabled=False) if available else nullcontext():
             clips = sliding_mean(embed.to(self.projection.dtype), self.window) @ self.projection
         points = clips.flatten(0, 1)  # [N, P]
         if self.training:
