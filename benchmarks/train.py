@@ -79,6 +79,7 @@ def peak_mib(device: str) -> float:
 def make_updates(config: dict[str, Any]) -> tuple[WorldModelUpdate, BehaviorUpdate | None]:
     """The training steps of a configuration, with new weights."""
     method, phase, options = config["method"], config["phase"], {"size": config["size"]}
+    how = {"precision": config["precision"], "compile": "on" if config["compile"] else "off"}
     behavior_update = bonus = None
     if phase == "pretrain":
         model = make_world_model(method, phase, action_dim=ACTION_DIM, **options)
@@ -86,12 +87,10 @@ def make_updates(config: dict[str, Any]) -> tuple[WorldModelUpdate, BehaviorUpda
     else:
         agent = make_agent(method, action_dim=ACTION_DIM, **options).to(config["device"])
         model, bonus = agent.world_model, agent.video_bonus
-        behavior_update = BehaviorUpdate(agent, precision=config["precision"])
+        behavior_update = BehaviorUpdate(agent, **how)
     loss = make_world_model_loss(method, phase, model, video_bonus=bonus).to(config["device"])
     pretrained = phase == "finetune" and METHODS[method].checkpoint
-    update = WorldModelUpdate(
-        loss, frozen_updates=0 if pretrained else None, precision=config["precision"]
-    )
+    update = WorldModelUpdate(loss, frozen_updates=0 if pretrained else None, **how)
     return update, behavior_update
 
 
@@ -105,8 +104,6 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     update, behavior_update = make_updates(config)
     watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
     step = stepper(config, update, behavior_update, watch)
-    if config["compile"]:
-        compile_networks(update)
     for _ in range(config["warmup"]):
         step()
     watch.times.clear()
@@ -149,20 +146,12 @@ def stepper(
 
 def count_gflop(config: dict[str, Any]) -> dict[str, float]:
     """Operations of one update, on the meta device, which has shapes but computes nothing."""
-    config = config | {"device": "meta", "precision": "32"}
+    config = config | {"device": "meta", "precision": "32", "compile": False}
     with FlopCounterMode(display=False) as counter:
         stepper(config, *make_updates(config), Stopwatch())()
     counts = counter.get_flop_counts()["Global"]
     conv = sum(count for op, count in counts.items() if "conv" in str(op))
     return {"conv_gflop": conv / 1e9, "matmul_gflop": (sum(counts.values()) - conv) / 1e9}
-
-
-def compile_networks(update: WorldModelUpdate) -> None:
-    """Compile what is called as a whole: the networks on images."""
-    model = update.loss.world_model
-    for module in (model.encoder, model.decoder, model.latent_action_encoder):
-        if module is not None:
-            module.compile()
 
 
 def rates(device: str, precision: str, threads: int) -> dict[str, float]:

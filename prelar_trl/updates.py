@@ -13,9 +13,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from prelar_trl.compilation import CompileMode, ForwardBackward
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.world_model import WorldModel
-from prelar_trl.objectives import ActorLoss, CriticLoss, LambdaTarget, WorldModelLoss, total_loss
+from prelar_trl.objectives import ActorLoss, CriticLoss, LambdaTarget, WorldModelLoss
 
 __all__ = ["BehaviorUpdate", "WorldModelUpdate", "frozen"]
 
@@ -90,6 +91,7 @@ class WorldModelUpdate(Update):
             move during the first ``frozen_updates`` updates; None: one group. Default: None.
         clip: largest global gradient norm of a group. Default: 100.
         precision: ``32``, or ``bf16`` for autocast. Default: ``32``.
+        compile: see :class:`ForwardBackward`. Default: ``off``.
     """
 
     def __init__(
@@ -100,9 +102,11 @@ class WorldModelUpdate(Update):
         frozen_updates: int | None = None,
         clip: float = 100.0,
         precision: Precision = "32",
+        compile: CompileMode = "off",
     ) -> None:
         super().__init__(precision, clip)
         self.loss = loss
+        self.forward_backward = ForwardBackward(self._losses, loss, compile)
         model: WorldModel = loss.world_model
         groups = {"model": list(loss.parameters())}
         if frozen_updates is not None:
@@ -124,15 +128,16 @@ class WorldModelUpdate(Update):
     def __call__(self, batch: TensorDictBase) -> TensorDict:
         """Train on a batch ``[B, T]``; returns the losses and the posterior ``state``."""
         self.loss.train()
-        with self.autocast(batch["pixels"].device):
-            losses = self.loss(batch)
-        total_loss(losses).backward()
-        losses = losses.detach()
+        losses = self.forward_backward(batch)
         losses.update(self.step_optimizers())
         if self.scheduler is not None:
             self.scheduler.step()
         self.count += 1
         return losses
+
+    def _losses(self, batch: TensorDictBase) -> TensorDict:
+        with self.autocast(batch["pixels"].device):
+            return self.loss(batch)
 
     def state_dict(self) -> dict:
         state = super().state_dict()
@@ -157,7 +162,7 @@ class BehaviorUpdate(Update):
         entropy_scale, gradient: see :class:`ActorLoss`.
         slow_every: updates from copy to copy of the slow critic, the first included. Default: 100.
         imag_batch: start from that many random states instead of all. Default: all.
-        clip, precision: see :class:`WorldModelUpdate`.
+        clip, precision, compile: see :class:`WorldModelUpdate`.
     """
 
     def __init__(
@@ -174,6 +179,7 @@ class BehaviorUpdate(Update):
         imag_batch: int | None = None,
         clip: float = 100.0,
         precision: Precision = "32",
+        compile: CompileMode = "off",
     ) -> None:
         super().__init__(precision, clip)
         if horizon < 2:
@@ -181,6 +187,7 @@ class BehaviorUpdate(Update):
                 f"horizon={horizon} must be at least 2: the first step trains no actor"
             )
         self.agent, self.horizon = agent, horizon
+        self.forward_backward = ForwardBackward(self._losses, agent, compile)
         self.slow_every, self.imag_batch = slow_every, imag_batch
         self.target = LambdaTarget(agent.slow_critic, lmbda)
         self.actor_loss = ActorLoss(gradient=gradient, entropy_scale=entropy_scale)
@@ -197,14 +204,16 @@ class BehaviorUpdate(Update):
             start = self.agent.world_model.starts(start)
             start = start[torch.randperm(len(start), device=start["deter"].device)]
             start = start[: self.imag_batch]
-        with frozen(self.agent.world_model), self.autocast(start["deter"].device):
-            imagined = self.agent.world_model.imagine(self.agent.actor, start, self.horizon, sample)
-            imagined = self.target(imagined)
-            losses = self.actor_loss(imagined).update(self.critic_loss(imagined))
-        total_loss(losses).backward()
-        losses = losses.detach()
+        with frozen(self.agent.world_model):
+            losses = self.forward_backward(start, sample)
         losses.update(self.step_optimizers())
         if self.count % self.slow_every == 0:
             self.agent.slow_critic.load_state_dict(self.agent.critic.state_dict())
         self.count += 1
         return losses
+
+    def _losses(self, start: TensorDictBase, sample: bool) -> TensorDict:
+        with self.autocast(start["deter"].device):
+            imagined = self.agent.world_model.imagine(self.agent.actor, start, self.horizon, sample)
+            imagined = self.target(imagined)
+            return self.actor_loss(imagined).update(self.critic_loss(imagined))

@@ -68,6 +68,8 @@ def check_run(cfg: Any, phase: str) -> tuple[str, ...]:
         raise ValueError(f"size={cfg.size!r} is unknown; choose {', '.join(SIZES)}")
     if cfg.precision not in ("32", "bf16"):
         raise ValueError(f"precision={cfg.precision!r} is unknown; choose 32 or bf16")
+    if cfg.compile not in ("auto", "on", "off"):
+        raise ValueError(f"compile={cfg.compile!r} is unknown; choose auto, on or off")
     for name, value in asdict(cfg).items():
         low = 1 if name.endswith(POSITIVE) or name == "updates" else 0
         if type(value) in (int, float) and value < low:
@@ -96,6 +98,7 @@ def open_run(
         return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
     run = RunFolder.load(cfg.run)
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
+    changeable += ("compile",)
     for name, value in plain(asdict(cfg)).items():
         if name not in changeable and run.config.get(name) != value:
             raise ValueError(

@@ -101,6 +101,7 @@ def finetune(
         frozen_updates=cfg.frozen_updates if cfg.pretrained else None,
         clip=cfg.clip,
         precision=cfg.precision,
+        compile=cfg.compile,
     )
     behavior_update = BehaviorUpdate(
         agent,
@@ -114,6 +115,7 @@ def finetune(
         imag_batch=cfg.imag_batch,
         clip=cfg.clip,
         precision=cfg.precision,
+        compile=cfg.compile,
     )
     policy = WorldModelPolicy(agent.world_model, agent.actor)
     env = env.append_transform(policy.make_primer())

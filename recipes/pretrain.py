@@ -61,7 +61,9 @@ def pretrain(cfg: PretrainConfig) -> None:
     loss = make_world_model_loss(cfg.method, "pretrain", world_model, **overrides(cfg.loss))
     loss.to(device)
     clips, heldout = open_clips(cfg, world_model, device)
-    update = WorldModelUpdate(loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision)
+    update = WorldModelUpdate(
+        loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision, compile=cfg.compile
+    )
 
     run, checkpoint = open_run(cfg, world_model)
     if checkpoint is not None:

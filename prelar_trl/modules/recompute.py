@@ -50,7 +50,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm that counts a batch once, although :func:`keep_convolutions` computes it twice."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and _recomputing.get():
+        # The compiler, which cannot trace a ContextVar, never finds it set.
+        if self.training and not torch.compiler.is_compiling() and _recomputing.get():
             # Momentum 0 leaves the running statistics as they are.
             running = self.running_mean, self.running_var
             return F.batch_norm(x, *running, self.weight, self.bias, True, 0.0, self.eps)

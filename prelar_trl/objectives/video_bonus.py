@@ -67,5 +67,6 @@ class VideoBonus(nn.Module):
         bonus = knn_distance(points, self.memory, valid, self.k)
         if self.training:
             magnitude = bonus.abs().mean().to(self.magnitude.dtype)
-            self.magnitude.lerp_(magnitude, 1 - self.momentum)
+            # A view: torch.compile drops in-place changes of float64 scalars (torch 2.13).
+            self.magnitude.view(1).lerp_(magnitude, 1 - self.momentum)
         return (bonus / (self.magnitude.to(bonus.dtype) + 1e-8)).unflatten(0, clips.shape[:2])

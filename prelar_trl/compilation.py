@@ -1,0 +1,106 @@
+"""Losses and their gradients through torch.compile, or eager where that is off or fails."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from prelar_trl.objectives import total_loss
+
+__all__ = ["CompileMode", "ForwardBackward"]
+
+CompileMode = Literal["auto", "on", "off"]
+COMPILED_DEVICES = ("cuda",)  # of auto: an update on the CPU does not get faster
+TRIALS = 3  # a CUDA graph is warmed up by the first call, recorded in the second, then replayed
+
+
+class ForwardBackward:
+    """Computes losses and adds the gradient of their sum to the parameters' ``grad``.
+
+    Compiled it is one graph forward and one backward of static shapes, on CUDA with CUDA graphs,
+    and makes the random draws of the eager one.
+
+    Args:
+        losses: function that returns a TensorDict with ``loss_*`` entries.
+        module: has all parameters and buffers that ``losses`` uses.
+        compile: ``auto`` compiles on CUDA, and goes on eagerly with a warning where that fails;
+            ``on`` compiles on every device, and raises; ``off`` is eager. Default: ``off``.
+    """
+
+    def __init__(
+        self,
+        losses: Callable[..., TensorDict],
+        module: nn.Module,
+        compile: CompileMode = "off",
+    ) -> None:
+        if compile not in get_args(CompileMode):
+            raise ValueError(f"compile={compile!r} is unknown; choose auto, on or off")
+        self.losses, self.module, self.mode = losses, module, compile
+        self.compiled: Callable[..., tuple[Tensor, TensorDict]] | None = None
+        self.trials = TRIALS
+
+    def __call__(self, *inputs: Any) -> TensorDict:
+        """The detached losses of these inputs."""
+        device = next(self.module.parameters()).device
+        if self.mode == "off" or (self.mode == "auto" and device.type not in COMPILED_DEVICES):
+            return self._eager(*inputs)
+        if self.compiled is None:
+            # Options, not mode="reduce-overhead", which is the second one: only one may be given.
+            options = {"fallback_random": True, "triton.cudagraphs": device.type == "cuda"}
+            self.compiled = torch.compile(
+                self._forward, fullgraph=True, dynamic=False, options=options
+            )
+        if not self.trials:
+            return self._graphs(*inputs)
+        before = self._state(device)
+        try:
+            losses = self._graphs(*inputs)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            if self.mode == "on":
+                raise RuntimeError(f"compile=on failed ({failure}); use compile=off") from error
+        else:
+            self.trials -= 1
+            return losses
+        self._restore(before)
+        losses = self._eager(*inputs)  # an error of the inputs comes again, and is raised
+        warnings.warn(f"compile=auto failed ({failure}); goes on as compile=off", stacklevel=1)
+        self.mode, self.compiled = "off", None
+        return losses
+
+    def _forward(self, *inputs: Any) -> tuple[Tensor, TensorDict]:
+        losses = self.losses(*inputs)
+        return total_loss(losses), losses.detach()
+
+    def _eager(self, *inputs: Any) -> TensorDict:
+        total, losses = self._forward(*inputs)
+        total.backward()
+        return losses
+
+    def _graphs(self, *inputs: Any) -> TensorDict:
+        if next(self.module.parameters()).is_cuda:
+            torch.compiler.cudagraph_mark_step_begin()
+        total, losses = self.compiled(*inputs)
+        total.backward()
+        return losses.clone()  # the next replay of a CUDA graph overwrites its outputs
+
+    def _state(self, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        """What a call changes, but for gradients: buffers and random generators."""
+        buffers = [x.clone() for x in self.module.buffers()]
+        cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return buffers, torch.get_rng_state(), cuda_rng
+
+    def _restore(self, state: tuple[list[Tensor], Tensor, Tensor | None]) -> None:
+        buffers, rng, cuda_rng = state
+        for buffer, value in zip(self.module.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        torch.set_rng_state(rng)
+        if cuda_rng is not None:
+            torch.cuda.set_rng_state(cuda_rng, next(self.module.parameters()).device)
+        for parameter in self.module.parameters():
+            parameter.grad = None

@@ -1,0 +1,198 @@
+"""Compiled updates: equal to eager ones, and eager where compiling fails."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from prelar_trl import compilation
+from prelar_trl.compilation import CompileMode, ForwardBackward
+from prelar_trl.models import Agent
+from prelar_trl.recipes.pretrain import pretrain
+from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
+from tests.tiny import batch, same, tiny
+from tests.toy_runs import checkpoint, make_clips, pretrain_config
+
+torch_compile = torch.compile
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced forward and backward as in a compiled update, but run by torch's own kernels."""
+
+    def compile(function: Callable, *, options: dict[str, Any], **how: Any) -> Callable:
+        return torch_compile(function, backend="aot_eager", **how)
+
+    monkeypatch.setattr(torch, "compile", compile)
+
+
+def trained(method: str, phase: str, mode: CompileMode) -> list[TensorDict]:
+    """Losses, weights and buffers after each of three updates of everything, in float64."""
+    torch.manual_seed(3)
+    model, loss = tiny(method, phase)
+    model.double(), loss.double()
+    updates = [WorldModelUpdate(loss, compile=mode)]
+    if isinstance(model, Agent):
+        updates.append(BehaviorUpdate(model, horizon=3, imag_batch=4, compile=mode))
+    results = []
+    for _ in range(3):
+        data = batch(2, 3)
+        for name in ("action", "reward"):
+            data[name] = data[name].double()
+        losses = updates[0](data)
+        start = losses.pop("state").update(data.select("terminated", "action"))
+        for update in updates[1:]:
+            losses.update(update(start))
+        values = {"losses": losses.clone(), "rng": torch.get_rng_state()}
+        values["model"] = {name: x.clone() for name, x in model.state_dict().items()}
+        results.append(TensorDict(values))
+    return results
+
+
+def assert_compiled_equals_eager(method: str, phase: str) -> None:
+    expected, results = trained(method, phase, "off"), trained(method, phase, "on")
+    for after in (0, 2):
+        same(results[after], expected[after])
+
+
+@pytest.mark.parametrize("case", [("prelar", "finetune"), ("contextwm", "pretrain")])
+def test_compiled_updates_equal_eager_ones(case: tuple[str, str], without_inductor: None) -> None:
+    assert_compiled_equals_eager(*case)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_updates_compiled_by_inductor_equal_eager_ones() -> None:
+    assert_compiled_equals_eager("prelar", "finetune")
+
+
+class Noisy(nn.Module):
+    """A loss with a parameter, a buffer that it moves, and a random draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> TensorDict:
+        self.calls.add_(1)
+        error = self.weight * x + torch.randn(3)
+        return TensorDict({"loss_x": error.square().sum(), "x": error.detach().sum()})
+
+
+class FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no C++ compiler\nand much more")
+
+
+def fail_in(where: str, call: int) -> Callable:
+    """torch.compile whose result fails in that call, after it has changed things."""
+
+    def compile(function: Callable, **how: Any) -> Callable:
+        calls = iter(range(100))
+
+        def compiled(*inputs: Any) -> tuple[torch.Tensor, TensorDict]:
+            total, losses = function(*inputs)
+            if next(calls) == call:
+                total = FailingBackward.apply(total)
+                if where == "forward":
+                    total.backward()
+            return total, losses
+
+        return compiled
+
+    return compile
+
+
+def train_noisy(mode: CompileMode) -> tuple[ForwardBackward, list[torch.Tensor]]:
+    torch.manual_seed(5)
+    module = Noisy()
+    run, seen = ForwardBackward(module, module, mode), []
+    for step in range(5):
+        losses = run(torch.full((3,), float(step)))
+        seen += [losses["loss_x"], losses["x"], module.weight.grad.clone(), module.calls.clone()]
+        module.weight.grad = None
+    return run, [*seen, torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_auto_goes_on_eagerly_with_one_warning_where_compiling_fails(
+    where: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = train_noisy("off")
+    monkeypatch.setattr(compilation, "COMPILED_DEVICES", ("cpu",))
+    monkeypatch.setattr(torch, "compile", fail_in(where, call))
+    with pytest.warns(UserWarning) as caught:
+        run, seen = train_noisy("auto")
+    (message,) = (str(warning.message) for warning in caught)
+    assert message == (
+        "compile=auto failed (RuntimeError: no C++ compiler); goes on as compile=off"
+    )
+    assert run.mode == "off" and run.compiled is None
+    for a, b in zip(seen, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_on_raises_where_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", fail_in("forward", 0))
+    message = r"^compile=on failed \(RuntimeError: no C\+\+ compiler\); use compile=off$"
+    with pytest.raises(RuntimeError, match=message):
+        train_noisy("on")
+
+
+def test_an_error_of_the_inputs_is_not_the_compilers(
+    monkeypatch: pytest.MonkeyPatch, without_inductor: None
+) -> None:
+    monkeypatch.setattr(compilation, "COMPILED_DEVICES", ("cpu",))
+    module = Noisy()
+    run = ForwardBackward(module, module, "auto")
+    with warnings.catch_warnings(), pytest.raises(RuntimeError, match="size of tensor"):
+        warnings.simplefilter("error")
+        run(torch.ones(2))
+    assert run(torch.ones(3))["loss_x"].isfinite() and run.compiled is not None
+
+
+def test_auto_is_eager_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda *args, **how: pytest.fail("compiled"))
+    train_noisy("auto")
+
+
+def test_an_unknown_mode_is_named() -> None:
+    with pytest.raises(ValueError, match="compile='yes' is unknown; choose auto, on or off"):
+        ForwardBackward(Noisy(), Noisy(), "yes")
+
+
+def test_a_run_continues_compiled_or_not(tmp_path: Path, without_inductor: None) -> None:
+    data = make_clips(tmp_path / "clips")
+    pretrain(pretrain_config(data, tmp_path / "eager", compile="off"))
+    for updates, mode in enumerate(("on", "off", "on"), 1):
+        run = tmp_path / "mixed"
+        options = {"updates": updates, "compile": mode, "resume": updates > 1}
+        pretrain(pretrain_config(data, run, **options))
+    expected, found = checkpoint(tmp_path / "eager"), checkpoint(tmp_path / "mixed")
+    assert expected.keys() == found.keys() and expected["step"] == found["step"] == 3
+    assert torch.equal(expected["rng"]["torch"], found["rng"]["torch"])
+    assert expected["model"].keys() == found["model"].keys()
+    for name, value in expected["model"].items():
+        torch.testing.assert_close(found["model"][name], value, rtol=1e-3, atol=1e-4)
