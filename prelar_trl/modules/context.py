@@ -175,7 +175,8 @@ def _coin(images: Tensor) -> Tensor:
 
 
 def _uniform(images: Tensor, low: float, high: float) -> Tensor:
-    return images.new_empty(images.shape[0]).uniform_(low, high)
+    draws = torch.rand(images.shape[0], dtype=images.dtype, device=images.device)
+    return low + (high - low) * draws  # uniform_ draws other numbers when compiled
 
 
 def _shift(images: Tensor, pad: int) -> Tensor:
