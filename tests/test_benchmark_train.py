@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import train
 
@@ -49,6 +52,19 @@ def test_each_configuration_is_a_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     convolutions = [row["conv_gflop"] for row in rows]
     assert convolutions == sorted(set(convolutions), reverse=True)
     assert "dreamerv2" in capsys.readouterr().out
+
+
+def test_a_compiled_update_does_the_work_of_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile(function: Callable, *, options: dict, **how: Any) -> Callable:
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile)
+    eager, ours = train.main([*SIZES, "--compile", "off", "on"])["rows"]
+    assert [eager["compile"], ours["compile"], len(compiled)] == [False, True, 1]
+    assert ours["conv_gflop"] == eager["conv_gflop"] > 0
 
 
 def test_the_ratio_is_ours_over_the_baseline() -> None:

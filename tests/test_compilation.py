@@ -16,10 +16,12 @@ from torch import nn
 from prelar_trl import compilation
 from prelar_trl.compilation import CompileMode, ForwardBackward
 from prelar_trl.models import Agent
+from prelar_trl.modules.context import augment
+from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 from tests.tiny import batch, same, tiny
-from tests.toy_runs import checkpoint, make_clips, pretrain_config
+from tests.toy_runs import checkpoint, finetune_config, make_clips, pretrain_config
 
 torch_compile = torch.compile
 
@@ -75,9 +77,13 @@ def test_compiled_updates_equal_eager_ones(without_inductor: None) -> None:
     assert_compiled_equals_eager("prelar", "finetune")
 
 
-@pytest.mark.parametrize("augmentation", ["shift", "scale", "erasing"])
-def test_a_compiled_context_is_the_eager_one(augmentation: str, without_inductor: None) -> None:
-    assert_compiled_equals_eager("contextwm", "pretrain", augmentation=augmentation)
+@pytest.mark.parametrize("augmentation", ["shift", "flip", "scale", "erasing"])
+def test_compiled_augmentations_draw_what_the_eager_ones_draw(augmentation: str) -> None:
+    images, results = torch.rand(4, 3, 16, 16) - 0.5, []
+    for function in (augment, torch.compile(augment, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(7)
+        results.append(function(images, augmentation))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.slow
@@ -189,16 +195,27 @@ def test_an_unknown_mode_is_named() -> None:
         ForwardBackward(Noisy(), Noisy(), "yes")
 
 
+def assert_same_run(first: Path, second: Path, part: str) -> None:
+    """Equal but for rounding, which Adam enlarges where a gradient is nearly nothing but that."""
+    ours, theirs = checkpoint(first), checkpoint(second)
+    assert ours.keys() == theirs.keys() and ours["step"] == theirs["step"]
+    assert torch.equal(ours["rng"]["torch"], theirs["rng"]["torch"])
+    assert ours[part].keys() == theirs[part].keys()
+    for name, value in ours[part].items():
+        assert (value - theirs[part][name]).abs().double().mean() < 3e-5, name  # a step: 3e-4
+
+
 def test_a_run_continues_compiled_or_not(tmp_path: Path, without_inductor: None) -> None:
-    data = make_clips(tmp_path / "clips")
-    pretrain(pretrain_config(data, tmp_path / "eager", compile="off"))
+    data, options = make_clips(tmp_path / "clips"), {"method": "apv"}
+    pretrain(pretrain_config(data, tmp_path / "eager", compile="off", **options))
     for updates, mode in enumerate(("on", "off", "on"), 1):
-        run = tmp_path / "mixed"
-        options = {"updates": updates, "compile": mode, "resume": updates > 1}
-        pretrain(pretrain_config(data, run, **options))
-    expected, found = checkpoint(tmp_path / "eager"), checkpoint(tmp_path / "mixed")
-    assert expected.keys() == found.keys() and expected["step"] == found["step"] == 3
-    assert torch.equal(expected["rng"]["torch"], found["rng"]["torch"])
-    assert expected["model"].keys() == found["model"].keys()
-    for name, value in expected["model"].items():
-        assert (found["model"][name] - value).abs().double().mean() < 3e-5, name  # moved by 9e-4
+        options |= {"updates": updates, "compile": mode, "resume": updates > 1}
+        pretrain(pretrain_config(data, tmp_path / "mixed", **options))
+    assert_same_run(tmp_path / "mixed", tmp_path / "eager", "model")
+
+
+def test_compiled_fine_tuning_is_the_eager_one(tmp_path: Path, without_inductor: None) -> None:
+    for mode in ("off", "on"):
+        options = {"method": "dreamerv2", "env_steps": 40, "eval_episodes": 0, "compile": mode}
+        finetune(finetune_config(tmp_path / mode, **options))
+    assert_same_run(tmp_path / "on", tmp_path / "off", "agent")

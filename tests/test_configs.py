@@ -153,6 +153,12 @@ def test_every_model_and_loss_option_is_read(kind):
     assert unread <= {"weights"}  # merged by name: an argument of make_world_model_loss
 
 
+@pytest.mark.parametrize("recipe", ["pretrain", "finetune"])
+@pytest.mark.parametrize("mode", ["auto", "on", "off"])
+def test_compile_takes_words_that_yaml_holds_for_booleans(recipe, mode):
+    assert settings(composed(recipe, *given(recipe), f"compile={mode}")).compile == mode
+
+
 @pytest.mark.parametrize("recipe", TYPED)
 def test_no_recipe_reads_a_key_that_is_not_there(recipe):
     tree = ast.parse((ROOT / "recipes" / f"{recipe}.py").read_text())

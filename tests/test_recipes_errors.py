@@ -105,6 +105,7 @@ def finetune_fails(fails, tmp_path):
         ("method=dreamerv2", ["method=dreamerv2", "'pretrain'"]),
         ("size=huge", ["size=huge is unknown", "full, small, tiny"]),
         ("precision=16", ["'16'", "32 or bf16"]),
+        ("compile=yes", ["'yes'", "auto, on or off"]),
         ("device=quantum", ["quantum", "auto, cpu, cuda"]),
         ("device=meta", ["meta", "auto, cpu, cuda"]),
         ("logger=paper", ["'paper'", "csv, tensorboard, wandb"]),
