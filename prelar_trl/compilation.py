@@ -50,7 +50,8 @@ class ForwardBackward:
         if self.mode == "off" or (self.mode == "auto" and device.type not in COMPILED_DEVICES):
             return self._eager(*inputs)
         if self.compiled is None:
-            # Options, not mode="reduce-overhead", which is the second one: only one may be given.
+            # The second option is what mode="reduce-overhead" means; torch takes no mode beside
+            # options.
             options = {"fallback_random": True, "triton.cudagraphs": device.type == "cuda"}
             self.compiled = torch.compile(
                 self._forward, fullgraph=True, dynamic=False, options=options

@@ -68,7 +68,8 @@ def trained(method: str, phase: str, mode: CompileMode, **options: Any) -> list[
 
 def assert_compiled_equals_eager(method: str, phase: str, **options: Any) -> None:
     expected = trained(method, phase, "off", **options)
-    results = trained(method, phase, "on", **options)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        results = trained(method, phase, "on", **options)
     for after in (0, 2):
         same(results[after], expected[after])
 
