@@ -41,7 +41,7 @@ class ForwardBackward:
         if compile not in get_args(CompileMode):
             raise ValueError(f"compile={compile!r} is unknown; choose auto, on or off")
         self.losses, self.module, self.mode = losses, module, compile
-        self.compiled: Callable[..., tuple[Tensor, TensorDict]] | None = None
+        self.compiled: Callable[..., TensorDict] | None = None
         self.trials = TRIALS
 
     def __call__(self, *inputs: Any) -> TensorDict:
@@ -54,7 +54,7 @@ class ForwardBackward:
             # options.
             options = {"fallback_random": True, "triton.cudagraphs": device.type == "cuda"}
             self.compiled = torch.compile(
-                self._forward, fullgraph=True, dynamic=False, options=options
+                self.losses, fullgraph=True, dynamic=False, options=options
             )
         if not self.trials:
             return self._graphs(*inputs)
@@ -74,21 +74,17 @@ class ForwardBackward:
         self.mode, self.compiled = "off", None
         return losses
 
-    def _forward(self, *inputs: Any) -> tuple[Tensor, TensorDict]:
-        losses = self.losses(*inputs)
-        return total_loss(losses), losses.detach()
-
     def _eager(self, *inputs: Any) -> TensorDict:
-        total, losses = self._forward(*inputs)
-        total.backward()
-        return losses
+        losses = self.losses(*inputs)
+        total_loss(losses).backward()
+        return losses.detach()
 
     def _graphs(self, *inputs: Any) -> TensorDict:
         if next(self.module.parameters()).is_cuda:
             torch.compiler.cudagraph_mark_step_begin()
-        total, losses = self.compiled(*inputs)
-        total.backward()
-        return losses.clone()  # the next replay of a CUDA graph overwrites its outputs
+        losses = self.compiled(*inputs)
+        total_loss(losses).backward()
+        return losses.detach().clone()  # the next replay of a CUDA graph overwrites its outputs
 
     def _state(self, device: torch.device) -> tuple[list[Tensor], Tensor, Tensor | None]:
         """What a call changes, but for gradients: buffers and random generators."""

@@ -124,13 +124,13 @@ def fail_in(where: str, call: int) -> Callable:
     def compile(function: Callable, **how: Any) -> Callable:
         calls = iter(range(100))
 
-        def compiled(*inputs: Any) -> tuple[torch.Tensor, TensorDict]:
-            total, losses = function(*inputs)
+        def compiled(*inputs: Any) -> TensorDict:
+            losses = function(*inputs)
             if next(calls) == call:
-                total = FailingBackward.apply(total)
+                losses["loss_x"] = FailingBackward.apply(losses["loss_x"])
                 if where == "forward":
-                    total.backward()
-            return total, losses
+                    losses["loss_x"].backward()
+            return losses
 
         return compiled
 
