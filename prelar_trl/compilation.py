@@ -62,7 +62,7 @@ class ForwardBackward:
         try:
             losses = self._graphs(*inputs)
         except Exception as error:
-            failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if self.mode == "on":
                 raise RuntimeError(f"compile=on failed ({failure}); use compile=off") from error
         else:

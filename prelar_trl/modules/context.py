@@ -176,7 +176,7 @@ def _coin(images: Tensor) -> Tensor:
 
 def _uniform(images: Tensor, low: float, high: float) -> Tensor:
     draws = torch.rand(images.shape[0], dtype=images.dtype, device=images.device)
-    return low + (high - low) * draws  # uniform_ draws other numbers when compiled
+    return low + (high - low) * draws  # not uniform_: it differs when compiled
 
 
 def _shift(images: Tensor, pad: int) -> Tensor:

@@ -153,7 +153,8 @@ class LatentActionLoss(LossModule):
 
     def draw_permutation(self, batch: int, device: torch.device) -> Tensor:
         """A random order of the sequences, ``[B]``."""
-        return torch.randperm(batch, device=device)
+        # Not randperm, by which inductor cannot index (torch 2.13).
+        return torch.rand(batch, device=device).argsort()
 
     def draw_others(self, batch: int, device: torch.device) -> Tensor:
         """``negatives`` other sequences for each, ``[K, B]``, all different while K < B."""
