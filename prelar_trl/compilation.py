@@ -15,7 +15,7 @@ from prelar_trl.objectives import total_loss
 __all__ = ["CompileMode", "ForwardBackward"]
 
 CompileMode = Literal["auto", "on", "off"]
-COMPILED_DEVICES = ("cuda",)  # of auto: an update on the CPU does not get faster
+COMPILED_DEVICES = ("cuda",)  # of auto: on the CPU compiling takes minutes
 TRIALS = 3  # a CUDA graph is warmed up by the first call, recorded in the second, then replayed
 
 
