@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.presets import METHODS, SIZES
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.schema import FinetuneConfig
@@ -130,6 +131,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.error("--wait is for --device cuda: nothing runs on beside the program on a CPU")
     if args.steps % args.workers:
         parser.error(f"--steps {args.steps} is no multiple of --workers {args.workers}")
+    if args.device == "cpu":
+        with_tcmalloc()  # as the recipe
     result = measure(args)
     report = {
         **{name: value for name, value in vars(args).items() if name != "json"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 __all__ = ["keep_freed_memory", "tcmalloc_environment", "with_tcmalloc"]
 
 CHOICE = "PRELAR_MALLOC"  # environment variable; "system" leaves the allocator as it is
+PRELOAD = ("LD_PRELOAD", "TCMALLOC_RELEASE_RATE", "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD")
 
 
 def tcmalloc_environment() -> dict[str, str]:
@@ -22,24 +24,31 @@ def tcmalloc_environment() -> dict[str, str]:
 
     Also empty if another library is preloaded already, or with ``PRELAR_MALLOC=system``.
     """
-    if os.environ.get(CHOICE) == "system" or os.environ.get("LD_PRELOAD"):
+    if os.environ.get(CHOICE) or os.environ.get("LD_PRELOAD"):
         return {}
     library = ctypes.util.find_library("tcmalloc_minimal") if sys.platform == "linux" else None
     if library is None:
         return {}
-    return {
-        "LD_PRELOAD": library,
-        "TCMALLOC_RELEASE_RATE": "0",  # never back to the kernel
-        "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**62),  # no report of large blocks
-    }
+    # Never back to the kernel, and no report of large blocks.
+    return dict(zip(PRELOAD, (library, "0", str(2**62)), strict=True)) | {CHOICE: "tcmalloc"}
 
 
 def with_tcmalloc() -> None:
-    """Start this program anew, with the same arguments, under tcmalloc; else keep freed memory."""
-    environment = tcmalloc_environment()
-    if environment:
+    """Start this program anew, with the same arguments, under tcmalloc; else keep freed memory.
+
+    Only a program that can be started anew: no worker process, no script from standard input, no
+    interactive session. Its own children run without tcmalloc.
+    """
+    if os.environ.get(CHOICE) == "tcmalloc":  # started anew
+        for name in PRELOAD:
+            os.environ.pop(name, None)
+    environment, arguments = tcmalloc_environment(), sys.orig_argv[1:]
+    interactive = not arguments or "-" in arguments or sys.flags.interactive
+    if environment and not interactive and multiprocessing.parent_process() is None:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os.environ.update(environment)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        os.execv(sys.executable, [sys.executable, *arguments])
     keep_freed_memory()
 
 

@@ -100,4 +100,4 @@ class ForwardBackward:
         if cuda_rng is not None:
             torch.cuda.set_rng_state(cuda_rng, next(self.module.parameters()).device)
         for parameter in self.module.parameters():
-            parameter.grad = None
+            parameter.grad = None  # as each update leaves them

@@ -33,7 +33,9 @@ def recipe(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], N
 
             @wraps(body)
             def job(config: DictConfig) -> None:
-                with one_line_errors(full):
+                with one_line_errors(full), mock.patch.dict(os.environ):
+                    if not full:  # a program that is started from here decides anew
+                        os.environ.pop(FULL_ERROR, None)
                     body(config)
 
             run = hydra.main(version_base="1.3", config_path="../configs", config_name=name)(job)

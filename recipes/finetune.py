@@ -225,7 +225,7 @@ def finetune(
             if not random_phase and crossed(before, steps, cfg.eval_every):
                 with watch("evaluation"):
                     evaluation(logger, steps)
-            if crossed(before, steps, cfg.log_every):
+            if crossed(before, steps, cfg.log_every) and steps < cfg.env_steps:
                 logger.log_times(watch.lap(steps), steps)
         with watch("logging"):
             if losses is not None:

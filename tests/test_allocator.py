@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +16,7 @@ from prelar_trl import allocator
 def installed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     """A machine with tcmalloc; the programs that were started in place of this one."""
     started: list[tuple[str, list[str]]] = []
-    monkeypatch.delenv("PRELAR_MALLOC", raising=False)
-    for name in ("LD_PRELOAD", "TCMALLOC_RELEASE_RATE", "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD"):
+    for name in (*allocator.PRELOAD, allocator.CHOICE):
         monkeypatch.setenv(name, "")  # put back afterwards
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(allocator.ctypes.util, "find_library", lambda name: f"lib{name}.so.4")
@@ -34,6 +35,7 @@ def test_the_program_starts_anew_once_with_the_same_arguments(
     assert allocator.os.environ["LD_PRELOAD"] == "libtcmalloc_minimal.so.4"
     allocator.with_tcmalloc()
     assert len(installed) == 1
+    assert "LD_PRELOAD" not in allocator.os.environ  # the children choose for themselves
 
 
 @pytest.mark.parametrize("reason", ["choice", "preloaded", "missing"])
@@ -97,3 +99,13 @@ def allocator_of_this_machine() -> dict[str, str]:
     if not environment:
         pytest.skip("tcmalloc is not installed here: apt-get install libtcmalloc-minimal4")
     return environment
+
+
+def test_a_recipe_that_was_started_anew_still_ends_with_one_line(tmp_path: Path) -> None:
+    environment = os.environ | {"PRELAR_MALLOC": ""}
+    if not allocator_of_this_machine():
+        pytest.skip("tcmalloc is not installed here")
+    command = [sys.executable, "-m", "prelar_trl.recipes.pretrain", "device=cpu", "size=tiny"]
+    command += [f"data={tmp_path / 'none'}", f"run={tmp_path / 'run'}"]
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert done.returncode and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

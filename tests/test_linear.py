@@ -73,3 +73,8 @@ def test_other_modes_take_torch_s_kernels(onednn_calls: list[int]) -> None:
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), expected)
     assert layer.to("meta")(x.to("meta")).is_meta
     assert not onednn_calls
+
+
+def test_a_wrong_width_says_so() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        Linear(IN, OUT)(torch.randn(7, IN + 1))

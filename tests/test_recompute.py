@@ -106,3 +106,13 @@ def test_nothing_is_recomputed_where_no_gradient_is_wanted() -> None:
     model, x = ResNetEncoder(3, depth=4).eval(), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert model(x).grad_fn is None
+
+
+def test_a_network_may_run_twice_under_one_autocast() -> None:
+    model, x = ResNetEncoder(3, depth=4).train(), torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            model(x)
+        loss = (model(x) + model(x)).float().sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

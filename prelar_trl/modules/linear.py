@@ -24,10 +24,11 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``: ``[..., in]`` -> ``[..., out]``, for a weight ``[out, in]``.
 
-    The same as :func:`torch.nn.functional.linear`, in other kernels where those are faster. There
+    The same as :func:`torch.nn.functional.linear`, on the CPU in float32 in oneDNN's kernels. There
     it cannot be differentiated twice.
     """
-    if _use_onednn(x, weight, bias):
+    fits = x.shape[-1] == weight.shape[1] > 0 and (bias is None or len(bias) == len(weight))
+    if fits and _use_onednn(x, weight, bias):
         return _OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -50,15 +51,15 @@ def _use_onednn(*tensors: Tensor | None) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # The weight must be dense: a slice takes oneDNN's slow way, element by element.
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = weight.contiguous()  # a slice would take oneDNN's slow way, element by element
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias)
+        return _onednn(x, weight.contiguous(), bias)
 
     @staticmethod
     @once_differentiable
@@ -67,7 +68,7 @@ class _OneDNNLinear(torch.autograd.Function):
         to_x, to_weight, to_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         return (
-            _onednn(grad, weight.t()) if to_x else None,
+            _onednn(grad, weight.contiguous().t()) if to_x else None,
             rows.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )
