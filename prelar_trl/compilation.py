@@ -28,8 +28,9 @@ class ForwardBackward:
     Args:
         losses: function that returns a TensorDict with ``loss_*`` entries.
         module: has all parameters and buffers that ``losses`` uses.
-        compile: ``auto`` compiles on CUDA, and goes on eagerly with a warning where that fails;
-            ``on`` compiles on every device, and raises; ``off`` is eager. Default: ``off``.
+        compile: ``auto`` compiles on CUDA, and goes on eagerly with a warning where one of the
+            first three calls fails (gradients must be None then); ``on`` compiles on every device,
+            and raises; ``off`` is eager. Default: ``off``.
     """
 
     def __init__(
