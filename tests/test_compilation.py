@@ -19,7 +19,7 @@ from prelar_trl.models import Agent
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
-from tests.tiny import batch, same, tiny
+from tests.tiny import batch, same, tiny, train_in_float64
 from tests.toy_runs import checkpoint, finetune_config, make_clips, pretrain_config
 
 torch_compile = torch.compile
@@ -52,13 +52,7 @@ def trained(method: str, phase: str, mode: CompileMode, **options: Any) -> list[
         updates.append(BehaviorUpdate(model, horizon=3, imag_batch=4, compile=mode))
     results = []
     for _ in range(3):
-        data = batch(2, 3)
-        for name in ("action", "reward"):
-            data[name] = data[name].double()
-        losses = updates[0](data)
-        start = losses.pop("state").update(data.select("terminated", "action"))
-        for update in updates[1:]:
-            losses.update(update(start))
+        losses = train_in_float64(updates, batch(2, 3))
         values = {"losses": losses.clone(), "rng": torch.get_rng_state()}
         values["model"] = {name: x.clone() for name, x in model.state_dict().items()}
         results.append(TensorDict(values))

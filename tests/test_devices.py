@@ -10,7 +10,7 @@ from tensordict import TensorDict
 
 from prelar_trl.models import Agent
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
-from tests.tiny import PHASES, batch, same, tiny
+from tests.tiny import PHASES, batch, same, tiny, train_in_float64
 
 OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("contextwm", "pretrain", {"augmentation": "shift"}),
@@ -68,16 +68,8 @@ def test_compiled_updates_on_a_gpu_equal_eager_ones(method, phase, monkeypatch) 
         updates = [WorldModelUpdate(loss, compile=compile)]
         if isinstance(model, Agent):
             updates.append(BehaviorUpdate(model, horizon=3, imag_batch=5, compile=compile))
-        history = []
-        for _ in range(5):
-            data = batch().to("cuda")
-            for name in ("action", "reward"):
-                data[name] = data[name].double()
-            losses = updates[0](data)
-            start = losses.pop("state").update(data.select("terminated", "action"))
-            for update in updates[1:]:
-                losses.update(update(start))
-            history.append(losses)  # looked at only after the graphs were replayed
+        # Looked at only after the graphs were replayed.
+        history = [train_in_float64(updates, batch().to("cuda")) for _ in range(5)]
         results.append((history, model.state_dict(), torch.cuda.get_rng_state()))
     (expected, expected_state, expected_rng), (history, state, rng) = results
     assert torch.equal(rng, expected_rng)

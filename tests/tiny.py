@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from prelar_trl.models import Agent, make_agent, make_world_model, make_world_mo
 from prelar_trl.modules import WorldModel
 from prelar_trl.objectives import WorldModelLoss
 from prelar_trl.presets import METHODS
+from prelar_trl.updates import Update
 
 ACTION_DIM = 2
 TINY: dict[str, Any] = {
@@ -60,6 +62,17 @@ def tiny(
         method, phase, agent.world_model, video_bonus=agent.video_bonus, weights=weights
     )
     return agent, loss
+
+
+def train_in_float64(updates: Sequence[Update], data: TensorDict) -> TensorDict:
+    """One update of the world model, then of the behaviour if there is one; all their losses."""
+    for name in ("action", "reward"):
+        data[name] = data[name].double()
+    losses = updates[0](data)
+    start = losses.pop("state").update(data.select("terminated", "action"))
+    for update in updates[1:]:
+        losses.update(update(start))
+    return losses
 
 
 def batch(sequences: int = 2, steps: int = 4, **entries: torch.Tensor) -> TensorDict:
