@@ -325,6 +325,12 @@ def test_knn_distance_equals_a_search_by_hand() -> None:
         torch.testing.assert_close(distance, expected)
 
 
+def test_knn_distance_of_a_point_from_itself_is_nothing() -> None:
+    x = 100 * torch.randn(20, 128)
+    valid = torch.ones(20, dtype=torch.bool)
+    assert F.knn_distance(x, x, valid, 1).max() < 1e-4  # a float32 product would be off by 1
+
+
 def test_knn_distance_with_little_memory_counts_what_is_there() -> None:
     x, memory = torch.randn(5, 3), torch.zeros(20, 3)
     memory[:2] = torch.randn(2, 3)

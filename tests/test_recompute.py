@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.modules import ResNetDecoder, ResNetEncoder, convnets
-from prelar_trl.modules.recompute import BatchNorm2d, keep_convolutions
+from prelar_trl.modules.recompute import BatchNorm2d, _products, keep_convolutions
 
 
 def plain(function: Callable, *inputs: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def test_two_fifths_of_the_memory_are_saved(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_no_convolution_with_many_products_runs_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     def count() -> int:
-        model, x = ResNetEncoder(3, depth=16).train(), torch.randn(2, 3, 64, 64)
+        model, x = ResNetEncoder(3, depth=24).train(), torch.randn(2, 3, 64, 64)
         with FlopCounterMode(display=False) as counter:
             model(x).sum().backward()
         return counter.get_total_flops()
@@ -100,6 +100,24 @@ def test_no_convolution_with_many_products_runs_twice(monkeypatch: pytest.Monkey
     ours = count()
     monkeypatch.setattr(convnets, "keep_convolutions", plain)
     assert count() <= ours < 1.05 * count()
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [nn.Conv2d(6, 4, 3, padding=1), nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1)],
+)
+def test_products_of_an_output_are_those_that_are_counted(convolution: nn.Module) -> None:
+    seen: list[float] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+            if operation is torch.ops.aten.convolution.default:
+                seen.append(_products(*args))
+            return operation(*args, **(kwargs or {}))
+
+    with Products(), FlopCounterMode(display=False) as counter:
+        y = convolution(torch.randn(2, 6, 8, 8))
+    assert seen == [counter.get_total_flops() / 2 / y.numel()]
 
 
 def test_nothing_is_recomputed_where_no_gradient_is_wanted() -> None:

@@ -99,7 +99,7 @@ class LatentActionEncoder(nn.Module):
         self.encoder = ResNetEncoder(FRAME_CHANNELS[frames], depth, stages, layers, norm)
         self.head = nn.Sequential(
             Linear(self.encoder.embed_dim, hidden),
-            nn.ELU(),
+            nn.ELU(inplace=True),
             Linear(hidden, self.code.num_outputs),
         )
 
@@ -177,4 +177,4 @@ class ActionEncoder(nn.Module):
             x = self.hidden(action)
         else:
             x = self.hidden(action.transpose(1, 2))[..., : action.shape[1]].transpose(1, 2)
-        return self.code(self.out(F.elu(x)), sample)
+        return self.code(self.out(F.elu(x, inplace=True)), sample)

@@ -66,10 +66,8 @@ class ResidualLayer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.block(x)
-        if self.upsample:
-            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.join(y, self.skip(x))
+        skip = self.skip(F.interpolate(x, scale_factor=2.0) if self.upsample else x)
+        return self.join(self.block(x), skip)
 
     def join(self, y: Tensor, skip: Tensor) -> Tensor:
         """``relu(y + skip)``, in place of ``y`` where that is allowed."""
@@ -170,11 +168,13 @@ class ResNetDecoder(nn.Module):
         for _ in range(stages):
             size *= 2
             self.stages.append(
-                nn.ModuleList(
-                    self.make_layer(
-                        channels, channels // 2 if i == layers - 1 else channels, norm, size, i
+                nn.Sequential(
+                    *(
+                        self.make_layer(
+                            channels, channels // 2 if i == layers - 1 else channels, norm, size, i
+                        )
+                        for i in range(layers)
                     )
-                    for i in range(layers)
                 )
             )
             channels //= 2
@@ -189,9 +189,9 @@ class ResNetDecoder(nn.Module):
     def forward(self, feat: Tensor) -> Tensor:
         x = self.linear_in(feat).unflatten(-1, self.first_map)
         x = x.contiguous(memory_format=channels_last)
-        for stage in self.stages:
-            for layer in stage:
-                x = keep_convolutions(layer, x)
+        *stages, last = self.stages
+        for part in (*stages, *last):  # of the largest maps no more than a layer at a time
+            x = keep_convolutions(part, x)
         return self.conv_out(x)
 
 

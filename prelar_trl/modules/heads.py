@@ -25,7 +25,7 @@ class MLP(nn.Module):
 
     def trunk(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = F.elu(layer(x))
+            x = F.elu(layer(x), inplace=True)
         return x
 
     def forward(self, x: Tensor) -> Tensor:

@@ -52,7 +52,10 @@ def _use_onednn(*tensors: Tensor | None) -> bool:
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # The weight must be dense: a slice takes oneDNN's slow way, element by element.
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    # No view in autograd's eyes, so that activations may work in place.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class _OneDNNLinear(torch.autograd.Function):

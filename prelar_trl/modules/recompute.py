@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import (
 
 __all__ = ["BatchNorm2d", "keep_convolutions"]
 
-PRODUCTS_KEPT = 100  # a convolution with more of them for each output is not computed twice
+PRODUCTS_KEPT = 200  # a convolution with more of them for each output is not computed twice
 
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 
@@ -26,8 +27,8 @@ _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
 def keep_convolutions(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """``function(*inputs)``, of which only the convolutions' outputs are kept for the gradient.
 
-    Norms, activations, sums, poolings and the smallest convolutions (of images, 1x1) are computed
-    again during the backward pass. For the networks of this package that saves two fifths of the
+    Norms, activations, sums, poolings and the smallest convolutions (of images, 1x1, to the largest
+    up-sampled map) are computed again during the backward pass. For the networks of this package that saves two fifths of the
     memory and costs a few percent of the time. Nothing changes where no gradient is wanted, or
     where a compiler traces: it decides by itself. The result can be differentiated once
     (no ``retain_graph``).
@@ -70,9 +71,23 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if operation is torch.ops.aten.convolution.default and args[1][0].numel() > PRODUCTS_KEPT:
+    if operation is torch.ops.aten.convolution.default and _products(*args) > PRODUCTS_KEPT:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _products(
+    x: Any,
+    weight: Tensor,
+    bias: Any,
+    stride: list[int],
+    pad: Any,
+    dilation: Any,
+    transposed: bool,
+    *_: Any,
+) -> float:
+    """Products for each output of a convolution, of a transposed one on average."""
+    return weight[:, 0].numel() / math.prod(stride) if transposed else weight[0].numel()
 
 
 def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -38,10 +38,9 @@ class GRUCell(nn.Module):
 
     def gate(self, raw: Tensor, deter: Tensor) -> Tensor:
         """The new state from the linear layer's output ``[..., 3 D]`` and the old state."""
-        reset, candidate, update = self.norm(raw).chunk(3, -1)
+        reset, candidate, update = self.norm(raw).to(deter.dtype).chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        update = torch.sigmoid(update - 1)
-        return update * candidate + (1 - update) * deter
+        return torch.lerp(deter, candidate, torch.sigmoid(update - 1))
 
 
 class RSSM(nn.Module):
@@ -83,7 +82,9 @@ class RSSM(nn.Module):
         self.input_layer = Linear(self.latent.flat_size + action_dim, hidden)
         self.cell = GRUCell(hidden, deter)
         self.prior_heads = nn.ModuleList(
-            nn.Sequential(Linear(deter, hidden), nn.ELU(), Linear(hidden, self.latent.num_outputs))
+            nn.Sequential(
+                Linear(deter, hidden), nn.ELU(inplace=True), Linear(hidden, self.latent.num_outputs)
+            )
             for _ in range(ensemble)
         )
         self.posterior_hidden = Linear(deter + embed_dim, hidden)
@@ -139,9 +140,10 @@ class RSSM(nn.Module):
         stochs, deters, posteriors = [], [], []
         for mask in keep.unbind(1):
             stoch, deter = self.latent.flatten(stoch) * mask, deter * mask
-            x = F.elu(input_layer(stoch))
+            x = F.elu(input_layer(stoch), inplace=True)
             deter = self.cell.gate(gates(torch.cat([x, deter], -1)), deter)
-            posterior = self.latent.statistics(posterior_out(F.elu(posterior_hidden(deter))))
+            hidden = F.elu(posterior_hidden(deter), inplace=True)
+            posterior = self.latent.statistics(posterior_out(hidden))
             stoch = self.latent.draw(posterior, sample)
             stochs.append(stoch)
             deters.append(deter)
@@ -185,9 +187,12 @@ class RSSM(nn.Module):
 
     def transition(self, state: State, action: Tensor | None) -> Tensor:
         """The deterministic half of a step: ``[..., D]``."""
-        stoch_weight, bias = self._input_terms(action)
-        hidden = F.elu(linear(self.latent.flatten(state.stoch), stoch_weight) + bias)
-        return self.cell(hidden, state.deter)
+        x = self.latent.flatten(state.stoch)
+        if action is not None:
+            x = torch.cat([x, self._checked(action)], -1)
+        missing = self.input_layer.in_features - x.shape[-1]
+        hidden = self.input_layer(F.pad(x, (0, missing)) if missing else x)
+        return self.cell(F.elu(hidden, inplace=True), state.deter)
 
     def prior(self, deter: Tensor) -> Tensor:
         """Prior statistics of ``deter`` ``[..., D]``: one random head of the ensemble per step.
@@ -205,24 +210,24 @@ class RSSM(nn.Module):
 
     def posterior(self, deter: Tensor, embed: Tensor) -> Tensor:
         """Posterior statistics given ``deter`` ``[..., D]`` and ``embed`` ``[..., E]``."""
-        hidden = F.elu(self.posterior_hidden(torch.cat([deter, embed], -1)))
+        hidden = F.elu(self.posterior_hidden(torch.cat([deter, embed], -1)), inplace=True)
         return self.latent.statistics(self.posterior_out(hidden))
 
-    def _input_terms(
-        self, action: Tensor | None, keep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Weight of the stochastic state, and the action's share of the input layer plus bias."""
+    def _input_terms(self, action: Tensor | None, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight of the stochastic state, and the actions' share of the input layer plus bias."""
         flat, weight, bias = self.latent.flat_size, self.input_layer.weight, self.input_layer.bias
         if action is None:
             return weight[:, :flat], bias
-        width = action.shape[-1]
-        if width > self.action_dim:
+        columns = slice(flat, flat + self._checked(action).shape[-1])
+        return weight[:, :flat], linear(action * keep, weight[:, columns], bias)
+
+    def _checked(self, action: Tensor) -> Tensor:
+        if action.shape[-1] > self.action_dim:
             raise ValueError(
-                f"the action has {width} dimensions but this RSSM takes at most {self.action_dim}"
+                f"the action has {action.shape[-1]} dimensions but this RSSM takes at most "
+                f"{self.action_dim}"
             )
-        if keep is not None:
-            action = action * keep
-        return weight[:, :flat], linear(action, weight[:, flat : flat + width], bias)
+        return action
 
 
 def _each_step(bias: Tensor, batch: int, steps: int) -> Tensor:
