@@ -28,10 +28,10 @@ def keep_convolutions(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """``function(*inputs)``, of which only the convolutions' outputs are kept for the gradient.
 
     Norms, activations, sums, poolings and the smallest convolutions (of images, 1x1, to the largest
-    up-sampled map) are computed again during the backward pass. For the networks of this package that saves two fifths of the
-    memory and costs a few percent of the time. Nothing changes where no gradient is wanted, or
-    where a compiler traces: it decides by itself. The result can be differentiated once
-    (no ``retain_graph``).
+    up-sampled map) are computed again during the backward pass. For the networks of this package
+    that saves two fifths of the memory and costs a few percent of the time. Nothing changes where
+    no gradient is wanted, or where a compiler traces: it decides by itself. The result can be
+    differentiated once (no ``retain_graph``).
 
     Args:
         function: of tensors; deterministic, with batch norms of this module only, and without

@@ -180,7 +180,7 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
     Returns:
         ``[N]``.
     """
-    # A matrix product instead of differences; in float64, where a point is at 1e-8 from itself.
+    # A matrix product instead of differences; in float64, or a point is far from itself.
     a, b = x.double(), memory.double()
     square = (a.square().sum(1)[:, None] + b.square().sum(1)).addmm_(a, b.t(), alpha=-2)
     distance = square.clamp_min(0).sqrt().to(x.dtype).masked_fill(~valid, torch.inf)
