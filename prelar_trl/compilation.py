@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -16,6 +17,7 @@ __all__ = ["CompileMode", "ForwardBackward"]
 
 CompileMode = Literal["auto", "on", "off"]
 COMPILED_DEVICES = ("cuda",)  # of auto: on the CPU compiling takes minutes
+EAGER_CALLS = 2  # of auto, before it compiles: the second gives the time to beat
 TRIALS = 3  # a CUDA graph is warmed up by the first call, recorded in the second, then replayed
 
 
@@ -28,9 +30,10 @@ class ForwardBackward:
     Args:
         losses: function that returns a TensorDict with ``loss_*`` entries.
         module: has all parameters and buffers that ``losses`` uses.
-        compile: ``auto`` compiles on CUDA, and goes on eagerly with a warning where one of the
-            first three calls fails (gradients must be None then); ``on`` compiles on every device,
-            and raises; ``off`` is eager. Default: ``off``.
+        compile: ``auto`` compiles on CUDA after two eager calls, and goes on eagerly with a warning
+            where one of the first three compiled calls fails (gradients must be None then) or the
+            third is slower than the eager ones; ``on`` compiles on every device, and raises;
+            ``off`` is eager. Default: ``off``.
     """
 
     def __init__(
@@ -43,13 +46,18 @@ class ForwardBackward:
             raise ValueError(f"compile={compile!r} is unknown; choose auto, on or off")
         self.losses, self.module, self.mode = losses, module, compile
         self.compiled: Callable[..., TensorDict] | None = None
-        self.trials = TRIALS
+        self.eager_calls, self.trials = EAGER_CALLS, TRIALS
+        self.eager_seconds = 0.0
 
     def __call__(self, *inputs: Any) -> TensorDict:
         """The detached losses of these inputs."""
         device = next(self.module.parameters()).device
         if self.mode == "off" or (self.mode == "auto" and device.type not in COMPILED_DEVICES):
             return self._eager(*inputs)
+        if self.mode == "auto" and self.eager_calls:
+            self.eager_calls -= 1
+            losses, self.eager_seconds = _timed(device, self._eager, *inputs)
+            return losses
         if self.compiled is None:
             # The second option is what mode="reduce-overhead" means; torch takes no mode beside
             # options.
@@ -61,19 +69,24 @@ class ForwardBackward:
             return self._graphs(*inputs)
         before = self._state(device)
         try:
-            losses = self._graphs(*inputs)
+            losses, seconds = _timed(device, self._graphs, *inputs)
         except Exception as error:
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if self.mode == "on":
-                raise RuntimeError(f"compile=on failed ({failure}); use compile=off") from error
-        else:
-            self.trials -= 1
+                raise RuntimeError(f"compile=on failed ({reason}); use compile=off") from error
+            self._restore(before)
+            losses = self._eager(*inputs)  # an error of the inputs comes again, and is raised
+            self._give_up(f"failed ({reason})")
             return losses
-        self._restore(before)
-        losses = self._eager(*inputs)  # an error of the inputs comes again, and is raised
-        warnings.warn(f"compile=auto failed ({failure}); goes on as compile=off", stacklevel=1)
-        self.mode, self.compiled = "off", None
+        self.trials -= 1
+        if self.mode == "auto" and not self.trials and seconds > self.eager_seconds:
+            times = f"{1e3 * seconds:.0f} ms, eager {1e3 * self.eager_seconds:.0f} ms"
+            self._give_up(f"is no gain ({times})")
         return losses
+
+    def _give_up(self, reason: str) -> None:
+        warnings.warn(f"compile=auto {reason}; goes on as compile=off", stacklevel=3)
+        self.mode, self.compiled = "off", None
 
     def _eager(self, *inputs: Any) -> TensorDict:
         losses = self.losses(*inputs)
@@ -102,3 +115,15 @@ class ForwardBackward:
             torch.cuda.set_rng_state(cuda_rng, next(self.module.parameters()).device)
         for parameter in self.module.parameters():
             parameter.grad = None  # as each update leaves them
+
+
+def _timed(
+    device: torch.device, function: Callable[..., TensorDict], *inputs: Any
+) -> tuple[TensorDict, float]:
+    """What the function returns, and its seconds, those of the GPU included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = function(*inputs)
+    wait()
+    return result, time.perf_counter() - start

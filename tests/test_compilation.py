@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from prelar_trl import compilation
-from prelar_trl.compilation import CompileMode, ForwardBackward
+from prelar_trl.compilation import EAGER_CALLS, TRIALS, CompileMode, ForwardBackward
 from prelar_trl.models import Agent
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
@@ -130,7 +131,7 @@ def train_noisy(mode: CompileMode) -> tuple[ForwardBackward, list[torch.Tensor]]
     torch.manual_seed(5)
     module = Noisy()
     run, seen = ForwardBackward(module, module, mode), []
-    for step in range(5):
+    for step in range(EAGER_CALLS + TRIALS + 2):
         losses = run(torch.full((3,), float(step)))
         seen += [losses["loss_x"], losses["x"], module.weight.grad.clone(), module.calls.clone()]
         module.weight.grad = None
@@ -156,6 +157,41 @@ def test_auto_goes_on_eagerly_with_one_warning_where_compiling_fails(
         assert torch.equal(a, b)
 
 
+def slow_by(seconds: float) -> Callable:
+    """torch.compile whose result takes that much longer."""
+
+    def compile(function: Callable, **how: Any) -> Callable:
+        return lambda *inputs: time.sleep(seconds) or function(*inputs)
+
+    return compile
+
+
+def test_auto_goes_on_eagerly_where_compiled_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, expected = train_noisy("off")
+    monkeypatch.setattr(compilation, "COMPILED_DEVICES", ("cpu",))
+    monkeypatch.setattr(torch, "compile", slow_by(0.2))
+    with pytest.warns(
+        UserWarning, match=r"^compile=auto is no gain \(\d+ ms, eager \d+ ms\); "
+    ) as w:
+        run, seen = train_noisy("auto")
+    assert len(w) == 1 and run.mode == "off" and run.compiled is None
+    for a, b in zip(seen, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_auto_stays_compiled_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "COMPILED_DEVICES", ("cpu",))
+    monkeypatch.setattr(torch, "compile", slow_by(0.0))
+    eager = ForwardBackward._eager
+    monkeypatch.setattr(
+        ForwardBackward, "_eager", lambda self, *x: time.sleep(0.2) or eager(self, *x)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run, _ = train_noisy("auto")
+    assert run.mode == "auto" and run.compiled is not None
+
+
 def test_on_raises_where_compiling_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", fail_in("forward", 0))
     message = r"^compile=on failed \(RuntimeError: no C\+\+ compiler and more\); use compile=off$"
@@ -169,6 +205,8 @@ def test_an_error_of_the_inputs_is_not_the_compilers(
     monkeypatch.setattr(compilation, "COMPILED_DEVICES", ("cpu",))
     module = Noisy()
     run = ForwardBackward(module, module, "auto")
+    for _ in range(EAGER_CALLS):
+        run(torch.ones(3))
     with warnings.catch_warnings(), pytest.raises(RuntimeError, match="size of tensor"):
         warnings.simplefilter("error")
         run(torch.ones(2))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from prelar_trl.modules import linear as module
-from prelar_trl.modules.linear import Linear, linear
+from prelar_trl.modules.linear import Linear, cast_once, linear
 
 IN, OUT = 24, 10
 
@@ -73,6 +73,23 @@ def test_other_modes_take_torch_s_kernels(onednn_calls: list[int]) -> None:
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager")(x), expected)
     assert layer.to("meta")(x.to("meta")).is_meta
     assert not onednn_calls
+
+
+def test_cast_once_holds_frozen_weights_in_the_type_of_autocast() -> None:
+    frozen, trained = Linear(IN, OUT).requires_grad_(False), Linear(OUT, OUT)
+    x = torch.randn(7, IN, requires_grad=True)
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(trained(frozen(x)).float().square().sum(), x)[0]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradient()
+        with cast_once(nn.Sequential(frozen, trained), None):
+            assert frozen.cast[0].dtype == torch.bfloat16 and trained.cast is None
+            torch.testing.assert_close(gradient(), expected, rtol=0, atol=0)
+    assert frozen.cast is None
+    with cast_once(frozen):
+        assert frozen.cast[0] is frozen.weight
 
 
 def test_a_wrong_width_says_so() -> None:

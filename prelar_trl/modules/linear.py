@@ -7,6 +7,8 @@ few rows of a step of the recurrence.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-__all__ = ["Linear", "UnrolledLinear", "linear"]
+__all__ = ["Linear", "UnrolledLinear", "as_operand", "cast_once", "linear"]
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
@@ -36,8 +38,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     """:class:`torch.nn.Linear` by :func:`linear`."""
 
+    cast: tuple[Tensor, Tensor | None] | None = None  # weight and bias, see cast_once
+
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        weight, bias = self.cast or (self.weight, self.bias)
+        return linear(x, weight, bias)
+
+
+def as_operand(x: Tensor) -> Tensor:
+    """``x`` in the type that autocast gives to matrix products: one cast for several of them."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+@contextmanager
+def cast_once(*modules: nn.Module | None) -> Iterator[None]:
+    """Inside, frozen linear layers of the modules do not cast their weights at every call.
+
+    Autocast remembers what it has cast of trained weights only.
+    """
+    layers = [
+        layer
+        for module in modules
+        if module is not None
+        for layer in module.modules()
+        if isinstance(layer, Linear) and not layer.weight.requires_grad
+    ]
+    for layer in layers:
+        bias = None if layer.bias is None else as_operand(layer.bias)
+        layer.cast = as_operand(layer.weight), bias
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None
 
 
 def _use_onednn(*tensors: Tensor | None) -> bool:
@@ -107,10 +143,7 @@ class UnrolledLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        kind = weight.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-            weight, bias = weight.to(dtype), bias.to(dtype)
+        weight, bias = as_operand(weight), as_operand(bias)
         self.inputs: list[Tensor] = []
         if torch.compiler.is_compiling():  # the compiler cannot trace a list that fills later
             self.weight, self.biases = weight, iter(bias.unbind(0))

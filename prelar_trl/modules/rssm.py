@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules.distributions import Categorical, Gaussian
-from prelar_trl.modules.linear import Linear, UnrolledLinear, linear
+from prelar_trl.modules.linear import Linear, UnrolledLinear, as_operand, linear
 
 __all__ = ["RSSM", "State"]
 
@@ -98,8 +98,9 @@ class RSSM(nn.Module):
         )
 
     def feat(self, state: State) -> Tensor:
-        """``concat(flat stoch, deter)``, ``[..., F]``."""
-        return torch.cat([self.latent.flatten(state.stoch), state.deter], -1)
+        """``concat(flat stoch, deter)``, ``[..., F]``, in the type of autocast where that is on."""
+        stoch = self.latent.flatten(state.stoch)
+        return torch.cat([as_operand(stoch), as_operand(state.deter)], -1)
 
     def observe(
         self,

@@ -7,6 +7,7 @@ D deter, F feature = S*K + D, A action, U latent action, N imagined trajectories
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextEncoder
 from prelar_trl.modules.distributions import at_least_float32
 from prelar_trl.modules.heads import Actor
+from prelar_trl.modules.linear import cast_once
 from prelar_trl.modules.rssm import RSSM, State
 
 __all__ = ["WorldModel", "normalise_pixels"]
@@ -202,15 +204,17 @@ class WorldModel(TensorDictModuleBase):
         history = start["action_history"] if self._window > 1 else None
         state = State(start["stoch"], start["deter"])
         feats, actions, log_probs, entropies = [self.rssm.feat(state)], [], [], []
-        for _ in range(horizon):
-            policy = actor(feats[-1].detach())
-            action = policy.draw(sample)
-            code, history = self._next_code(action, history, sample)
-            state, _ = self.rssm.step(state, code, sample)
-            feats.append(self.rssm.feat(state))
-            actions.append(action)
-            log_probs.append(policy.log_prob(action.detach()))
-            entropies.append(policy.entropy())
+        compiling = torch.compiler.is_compiling()  # a compiler casts once anyway
+        with nullcontext() if compiling else cast_once(self.rssm, self.action_encoder):
+            for _ in range(horizon):
+                policy = actor(feats[-1].detach())
+                action = policy.draw(sample)
+                code, history = self._next_code(action, history, sample)
+                state, _ = self.rssm.step(state, code, sample)
+                feats.append(self.rssm.feat(state))
+                actions.append(action)
+                log_probs.append(policy.log_prob(action.detach()))
+                entropies.append(policy.entropy())
         feat = torch.stack(feats, 1)  # [N, H+1, F]
         discount = self.imagined_discount(feat, start.get("terminated", None))
         ones = torch.ones_like(discount[:, :1])
