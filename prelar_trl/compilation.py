@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -17,8 +18,8 @@ __all__ = ["CompileMode", "ForwardBackward"]
 
 CompileMode = Literal["auto", "on", "off"]
 COMPILED_DEVICES = ("cuda",)  # of auto: on the CPU compiling takes minutes
-EAGER_CALLS = 2  # of auto, before it compiles: the second gives the time to beat
-TRIALS = 3  # a CUDA graph is warmed up by the first call, recorded in the second, then replayed
+EAGER_CALLS = 2  # of auto, before it compiles: the faster one gives the time to beat
+TRIALS = 5  # a CUDA graph is warmed up by the first call, recorded in the second, then replayed
 
 
 class ForwardBackward:
@@ -31,8 +32,8 @@ class ForwardBackward:
         losses: function that returns a TensorDict with ``loss_*`` entries.
         module: has all parameters and buffers that ``losses`` uses.
         compile: ``auto`` compiles on CUDA after two eager calls, and goes on eagerly with a warning
-            where one of the first three compiled calls fails (gradients must be None then) or the
-            third is slower than the eager ones; ``on`` compiles on every device, and raises;
+            where one of the first five compiled calls fails (gradients must be None then) or none
+            of them is faster than the eager ones; ``on`` compiles on every device, and raises;
             ``off`` is eager. Default: ``off``.
     """
 
@@ -47,7 +48,7 @@ class ForwardBackward:
         self.losses, self.module, self.mode = losses, module, compile
         self.compiled: Callable[..., TensorDict] | None = None
         self.eager_calls, self.trials = EAGER_CALLS, TRIALS
-        self.eager_seconds = 0.0
+        self.eager_seconds = self.compiled_seconds = math.inf  # the fastest call's
 
     def __call__(self, *inputs: Any) -> TensorDict:
         """The detached losses of these inputs."""
@@ -55,8 +56,9 @@ class ForwardBackward:
         if self.mode == "off" or (self.mode == "auto" and device.type not in COMPILED_DEVICES):
             return self._eager(*inputs)
         if self.mode == "auto" and self.eager_calls:
+            losses, seconds = _timed(device, self._eager, *inputs)
+            self.eager_seconds = min(self.eager_seconds, seconds)
             self.eager_calls -= 1
-            losses, self.eager_seconds = _timed(device, self._eager, *inputs)
             return losses
         if self.compiled is None:
             # The second option is what mode="reduce-overhead" means; torch takes no mode beside
@@ -67,21 +69,23 @@ class ForwardBackward:
             )
         if not self.trials:
             return self._graphs(*inputs)
-        before = self._state(device)
+        before, failure = self._state(device), ""
         try:
             losses, seconds = _timed(device, self._graphs, *inputs)
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             if self.mode == "on":
-                raise RuntimeError(f"compile=on failed ({reason}); use compile=off") from error
+                raise RuntimeError(f"compile=on failed ({failure}); use compile=off") from error
+        if failure:  # only here the failed call's tensors are free
             self._restore(before)
             losses = self._eager(*inputs)  # an error of the inputs comes again, and is raised
-            self._give_up(f"failed ({reason})")
+            self._give_up(f"failed ({failure})")
             return losses
         self.trials -= 1
-        if self.mode == "auto" and not self.trials and seconds > self.eager_seconds:
-            times = f"{1e3 * seconds:.0f} ms, eager {1e3 * self.eager_seconds:.0f} ms"
-            self._give_up(f"is no gain ({times})")
+        self.compiled_seconds = min(self.compiled_seconds, seconds)
+        if self.mode == "auto" and not self.trials and self.compiled_seconds > self.eager_seconds:
+            compiled, eager = 1e3 * self.compiled_seconds, 1e3 * self.eager_seconds
+            self._give_up(f"is no gain ({compiled:.0f} ms, eager {eager:.0f} ms)")
         return losses
 
     def _give_up(self, reason: str) -> None:
@@ -121,9 +125,9 @@ def _timed(
     device: torch.device, function: Callable[..., TensorDict], *inputs: Any
 ) -> tuple[TensorDict, float]:
     """What the function returns, and its seconds, those of the GPU included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait(device)
     start = time.perf_counter()
     result = function(*inputs)
-    wait()
+    wait(device)
     return result, time.perf_counter() - start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ def train_noisy(mode: CompileMode) -> tuple[ForwardBackward, list[torch.Tensor]]
     return run, [*seen, torch.get_rng_state()]
 
 
-@pytest.mark.parametrize("call", [0, 1])
+@pytest.mark.parametrize("call", [0, 1, 4])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_auto_goes_on_eagerly_with_one_warning_where_compiling_fails(
     where: str, call: int, monkeypatch: pytest.MonkeyPatch
@@ -177,6 +178,41 @@ def test_auto_goes_on_eagerly_where_compiled_is_slower(monkeypatch: pytest.Monke
     assert len(w) == 1 and run.mode == "off" and run.compiled is None
     for a, b in zip(seen, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_failed_call_s_tensors_are_free_when_the_eager_one_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compilation, "COMPILED_DEVICES", ("cpu",))
+    held: list[weakref.ref] = []
+
+    def compile(function: Callable, **how: Any) -> Callable:
+        def compiled(x: torch.Tensor) -> TensorDict:
+            activation = x * 2
+            held.append(weakref.ref(activation))
+            raise RuntimeError(f"no memory for {activation.sum()}")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    module = Noisy()
+    run, alive = ForwardBackward(module, module, "auto"), []
+    eager = run._eager
+    run._eager = lambda x: alive.extend(ref() is not None for ref in held) or eager(x)
+    with pytest.warns(UserWarning, match="no memory"):
+        for _ in range(EAGER_CALLS + 1):
+            run(torch.ones(3))
+    assert alive == [False]
+
+
+def test_an_eager_call_that_fails_gives_no_time_to_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "COMPILED_DEVICES", ("cpu",))
+    module = Noisy()
+    run = ForwardBackward(module, module, "auto")
+    for _ in range(EAGER_CALLS + 1):
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            run(torch.ones(2))
+    assert run.eager_seconds == float("inf") and run.compiled is None
 
 
 def test_auto_stays_compiled_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -328,7 +328,10 @@ def test_knn_distance_equals_a_search_by_hand() -> None:
 def test_knn_distance_of_a_point_from_itself_is_nothing() -> None:
     x = 100 * torch.randn(20, 128)
     valid = torch.ones(20, dtype=torch.bool)
-    assert F.knn_distance(x, x, valid, 1).max() < 1e-4  # a float32 product would be off by 1
+    x.requires_grad_()
+    distance = F.knn_distance(x, x, valid, 1)
+    assert distance.max() < 1e-4  # a float32 product would be off by 1
+    assert torch.autograd.grad(distance.sum(), x)[0].isfinite().all()
 
 
 def test_knn_distance_with_little_memory_counts_what_is_there() -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules import linear as module
-from prelar_trl.modules.linear import Linear, cast_once, linear
+from prelar_trl.modules.linear import Linear, as_operand, cast_once, linear
 
 IN, OUT = 24, 10
 
@@ -90,6 +90,35 @@ def test_cast_once_holds_frozen_weights_in_the_type_of_autocast() -> None:
     assert frozen.cast is None
     with cast_once(frozen):
         assert frozen.cast[0] is frozen.weight
+
+
+def test_cast_once_leaves_nothing_behind_when_a_cast_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = nn.Sequential(Linear(IN, OUT), Linear(OUT, OUT)).requires_grad_(False)
+    casts = iter([layers[0].bias, layers[0].weight])
+    monkeypatch.setattr(module, "as_operand", lambda x: next(casts))
+    with pytest.raises(RuntimeError, match="StopIteration"), cast_once(layers):
+        pass
+    assert all(layer.cast is None for layer in layers)
+
+
+def test_as_operand_casts_what_autocast_would() -> None:
+    assert as_operand(torch.ones(2)).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert as_operand(torch.ones(2)).dtype == torch.bfloat16
+        assert as_operand(torch.ones(2).double()).dtype == torch.float64
+
+
+def test_an_activation_may_work_in_place() -> None:
+    layer = Linear(IN, OUT)
+    for shape in ((7, IN), (3, 5, IN)):
+        x = torch.randn(shape, requires_grad=True)
+        (ours,) = torch.autograd.grad(F.elu(layer(x), inplace=True).square().sum(), x)
+        (theirs,) = torch.autograd.grad(
+            F.elu(F.linear(x, layer.weight, layer.bias)).square().sum(), x
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrong_width_says_so() -> None:

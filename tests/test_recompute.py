@@ -83,8 +83,10 @@ def test_an_evaluated_batch_norm_uses_its_statistics_both_times() -> None:
     torch.testing.assert_close(ours, model[0].weight.grad, rtol=0, atol=0)
 
 
-def test_two_fifths_of_the_memory_are_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = ResNetEncoder(3, depth=16).train(), torch.randn(4, 3, 64, 64)
+@pytest.mark.parametrize("network", [ResNetEncoder, ResNetDecoder])
+def test_two_fifths_of_the_memory_are_saved(network: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(3, depth=16).train()
+    x = torch.randn(4, 3, 64, 64) if network is ResNetEncoder else torch.randn(4, 3)
     ours = kept_bytes(model, x)
     monkeypatch.setattr(convnets, "keep_convolutions", plain)
     assert 0 < ours < 0.65 * kept_bytes(model, x)
@@ -104,7 +106,11 @@ def test_no_convolution_with_many_products_runs_twice(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     "convolution",
-    [nn.Conv2d(6, 4, 3, padding=1), nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1)],
+    [
+        nn.Conv2d(6, 4, 3, padding=1, groups=2),
+        nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1),
+        nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1, groups=2),
+    ],
 )
 def test_products_of_an_output_are_those_that_are_counted(convolution: nn.Module) -> None:
     seen: list[float] = []

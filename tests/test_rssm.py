@@ -147,6 +147,10 @@ def test_a_narrow_action_counts_as_padded_with_zeros() -> None:
     torch.testing.assert_close(
         rssm.transition(state, action[:, 0]), rssm.transition(state, padded[:, 0])
     )
+    everywhere = action[0, 0].expand(B, -1)
+    torch.testing.assert_close(
+        rssm.transition(state, action[0, 0]), rssm.transition(state, everywhere)
+    )
 
 
 def test_no_action_equals_a_zero_action() -> None:

@@ -38,7 +38,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     """:class:`torch.nn.Linear` by :func:`linear`."""
 
-    cast: tuple[Tensor, Tensor | None] | None = None  # weight and bias, see cast_once
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cast: tuple[Tensor, Tensor | None] | None = None  # weight and bias, see cast_once
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.cast or (self.weight, self.bias)
@@ -48,6 +50,8 @@ class Linear(nn.Linear):
 def as_operand(x: Tensor) -> Tensor:
     """``x`` in the type that autocast gives to matrix products: one cast for several of them."""
     kind = x.device.type
+    if x.dtype == torch.float64:  # autocast leaves it
+        return x
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
@@ -57,7 +61,8 @@ def as_operand(x: Tensor) -> Tensor:
 def cast_once(*modules: nn.Module | None) -> Iterator[None]:
     """Inside, frozen linear layers of the modules do not cast their weights at every call.
 
-    Autocast remembers what it has cast of trained weights only.
+    Autocast remembers what it has cast of trained weights only. The weights must stay as they are,
+    and autocast too.
     """
     layers = [
         layer
@@ -66,10 +71,10 @@ def cast_once(*modules: nn.Module | None) -> Iterator[None]:
         for layer in module.modules()
         if isinstance(layer, Linear) and not layer.weight.requires_grad
     ]
-    for layer in layers:
-        bias = None if layer.bias is None else as_operand(layer.bias)
-        layer.cast = as_operand(layer.weight), bias
     try:
+        for layer in layers:
+            bias = None if layer.bias is None else as_operand(layer.bias)
+            layer.cast = as_operand(layer.weight), bias
         yield
     finally:
         for layer in layers:

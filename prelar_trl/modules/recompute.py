@@ -81,13 +81,16 @@ def _products(
     weight: Tensor,
     bias: Any,
     stride: list[int],
-    pad: Any,
+    padding: Any,
     dilation: Any,
     transposed: bool,
-    *_: Any,
+    output_padding: Any,
+    groups: int,
 ) -> float:
     """Products for each output of a convolution, of a transposed one on average."""
-    return weight[:, 0].numel() / math.prod(stride) if transposed else weight[0].numel()
+    if transposed:
+        return weight[:, 0].numel() / groups / math.prod(stride)
+    return weight[0].numel()
 
 
 def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -190,7 +190,7 @@ class RSSM(nn.Module):
         """The deterministic half of a step: ``[..., D]``."""
         x = self.latent.flatten(state.stoch)
         if action is not None:
-            x = torch.cat([x, self._checked(action)], -1)
+            x = torch.cat([x, self._checked(action).expand(*x.shape[:-1], -1)], -1)
         missing = self.input_layer.in_features - x.shape[-1]
         hidden = self.input_layer(F.pad(x, (0, missing)) if missing else x)
         return self.cell(F.elu(hidden, inplace=True), state.deter)

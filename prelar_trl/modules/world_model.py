@@ -40,7 +40,8 @@ class WorldModel(TensorDictModuleBase):
     Writes ``embed, stoch, deter, feat, posterior, prior`` (the statistics),
     ``("prediction", <head>)`` for every head and for ``pixels``; with a latent-action encoder
     ``latent_action`` and ``latent_action_statistics`` (zero at t = 0); for a stack
-    ``("lower", "stoch" | "deter" | "feat" | "posterior" | "prior")``.
+    ``("lower", "stoch" | "deter" | "feat" | "posterior" | "prior")``. Under autocast features and
+    predictions have its type, states float32.
 
     Args:
         encoder: images ``[N, 3, 64, 64]`` -> ``[N, E]``.

@@ -180,10 +180,16 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
     Returns:
         ``[N]``.
     """
-    # A matrix product instead of differences; in float64, or a point is far from itself.
+    # A matrix product instead of differences; in float64, or a point is far from itself. Not zero,
+    # where the root has no gradient.
     a, b = x.double(), memory.double()
     square = (a.square().sum(1)[:, None] + b.square().sum(1)).addmm_(a, b.t(), alpha=-2)
-    distance = square.clamp_min(0).sqrt().to(x.dtype).masked_fill(~valid, torch.inf)
+    distance = (
+        square.clamp_min(torch.finfo(x.dtype).tiny)
+        .sqrt()
+        .to(x.dtype)
+        .masked_fill(~valid, torch.inf)
+    )
     nearest = distance.topk(min(k, memory.shape[0]), largest=False).values  # [N, k]
     found = nearest.isfinite()
     return nearest.where(found, 0.0).sum(-1) / found.sum(-1).clamp_min(1)
