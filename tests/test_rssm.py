@@ -61,7 +61,8 @@ def test_observing_equals_a_naive_computation_step_by_step(classes: int) -> None
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         deter = update * candidate + (1 - update) * deter
         naive_prior = rssm.latent.statistics(rssm.prior_heads[0](deter))
-        naive = rssm.posterior(deter, embed[:, t])
+        hidden = F.elu(rssm.posterior_hidden(torch.cat([deter, embed[:, t]], -1)))
+        naive = rssm.latent.statistics(rssm.posterior_out(hidden))
         stoch = rssm.latent.flatten(rssm.latent.draw(naive, sample=False))
         torch.testing.assert_close(states.deter[:, t], deter)
         torch.testing.assert_close(posterior[:, t], naive)

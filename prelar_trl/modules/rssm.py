@@ -209,11 +209,6 @@ class RSSM(nn.Module):
         index = index.expand(stacked.shape[1:])[None]
         return self.latent.statistics(stacked.gather(0, index)[0])
 
-    def posterior(self, deter: Tensor, embed: Tensor) -> Tensor:
-        """Posterior statistics given ``deter`` ``[..., D]`` and ``embed`` ``[..., E]``."""
-        hidden = F.elu(self.posterior_hidden(torch.cat([deter, embed], -1)), inplace=True)
-        return self.latent.statistics(self.posterior_out(hidden))
-
     def _input_terms(self, action: Tensor | None, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Weight of the stochastic state, and the actions' share of the input layer plus bias."""
         flat, weight, bias = self.latent.flat_size, self.input_layer.weight, self.input_layer.bias
