@@ -20,9 +20,10 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -99,6 +100,21 @@ def sha256(file: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def whole_clip(
+    line: bytes, handles: dict[str, BinaryIO], streams: dict[str, Stream]
+) -> dict[str, Any] | None:
+    """The journal's record, if the clip's data, next in the open files, agree with it."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    for key, stream in streams.items():
+        size = record["frames"] * stream.frame_bytes
+        if zlib.crc32(handles[key].read(size)) != record["crc32"][key]:
+            return None
+    return record
 
 
 class ClipStore:

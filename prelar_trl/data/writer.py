@@ -29,6 +29,7 @@ from prelar_trl.data.store import (
     sha256,
     shard_file,
     streams_of,
+    whole_clip,
 )
 
 logger = logging.getLogger(__name__)
@@ -364,7 +365,7 @@ class ClipWriter:
         if journal.exists():
             handles = {k: shard_file(self.path, k, shard).open("rb") for k in self.streams}
             for line in journal.read_bytes().split(b"\n")[:-1]:
-                record = _whole_clip(line, handles, self.streams)
+                record = whole_clip(line, handles, self.streams)
                 if record is None:
                     break
                 self._clips += 1
@@ -395,18 +396,3 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _whole_clip(
-    line: bytes, handles: dict[str, BinaryIO], streams: dict[str, Stream]
-) -> dict[str, Any] | None:
-    """The journal's record, if the clip's data agree with it."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    for key, stream in streams.items():
-        size = record["frames"] * stream.frame_bytes
-        if zlib.crc32(handles[key].read(size)) != record["crc32"][key]:
-            return None
-    return record
