@@ -29,8 +29,8 @@ def keep_convolutions(function: Callable[..., Any], *inputs: Tensor) -> Any:
 
     Norms, activations, sums, poolings and the smallest convolutions (of images, 1x1, to the largest
     up-sampled map) are computed again during the backward pass. For the networks of this package
-    that saves two fifths of the memory and costs a few percent of the time. Nothing changes where
-    no gradient is wanted, or where a compiler traces: it decides by itself. The result can be
+    that saves half of the memory and costs a few percent of the time. Nothing changes where no
+    gradient is wanted, or where a compiler traces: it decides by itself. The result can be
     differentiated once (no ``retain_graph``).
 
     Args:
