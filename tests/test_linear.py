@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,18 @@ def test_only_what_needs_a_gradient_gets_one(onednn_calls: list[int]) -> None:
     layer(torch.randn(7, IN)).sum().backward()
     assert layer.weight.grad is not None
     assert len(onednn_calls) == (1 if module._HAS_ONEDNN else 0)
+
+
+def test_a_frozen_layer_keeps_no_input() -> None:
+    frozen = Linear(IN, OUT).requires_grad_(False)
+    x = torch.randn(7, IN, requires_grad=True)
+    hidden = 2 * x
+    released = weakref.ref(hidden)
+    y = frozen(hidden)
+    del hidden
+    assert released() is None
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * frozen.weight.sum(0).expand(7, IN))
 
 
 def test_other_modes_take_torch_s_kernels(onednn_calls: list[int]) -> None:

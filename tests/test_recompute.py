@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from prelar_trl.modules import ResNetDecoder, ResNetEncoder, convnets
+from prelar_trl.modules import ResNetDecoder, ResNetEncoder, convnets, rssm
 from prelar_trl.modules.recompute import BatchNorm2d, _products, keep_convolutions
 
 
@@ -109,6 +109,23 @@ def test_no_convolution_with_many_products_runs_twice(
     ours = count()
     monkeypatch.setattr(convnets, "keep_convolutions", plain)
     assert count() <= ours < 1.05 * count()
+
+
+def test_a_step_of_imagination_keeps_the_gates_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, rows = 32, 5
+    cell = rssm.GRUCell(size, size)
+    x, deter = torch.randn(2, rows, size, requires_grad=True)
+    weights = list(cell.parameters())
+    results, kept = [], []
+    for _ in range(2):
+        with LiveBytes(cell) as live:
+            y = cell(x, deter)
+            kept.append(sum(live.sizes.values()) / (4 * rows * size))
+        results.append((y, torch.autograd.grad(y.square().sum(), (x, deter, *weights))))
+        monkeypatch.setattr(rssm, "keep_inputs", plain)
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    # Input (2), gates (3), new state (1); plainly also norm (3), both sigmoids, product and tanh.
+    assert 6 <= kept[0] < 7 and kept[1] >= 12
 
 
 @pytest.mark.parametrize(

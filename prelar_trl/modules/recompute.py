@@ -1,4 +1,4 @@
-"""Less memory for convolutional networks: the backward pass recomputes what is cheap."""
+"""Less memory: the backward pass recomputes what is cheap."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-__all__ = ["BatchNorm2d", "keep_convolutions"]
+__all__ = ["BatchNorm2d", "keep_convolutions", "keep_inputs"]
 
 PRODUCTS_KEPT = 200  # a convolution with more of them for each output is not computed twice
 
@@ -37,25 +37,15 @@ def keep_convolutions(function: Callable[..., Any], *inputs: Tensor) -> Any:
         function: of tensors; deterministic, with batch norms of this module only, and without
             in-place changes of a convolution's output.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(*inputs)
+    return _checkpoint(function, inputs, context_fn=_contexts)
 
-    def uncached(*inputs: Tensor) -> Any:
-        # Weights that autocast has cast before would be missing when they are cast again.
-        before = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
-        try:
-            return function(*inputs)
-        finally:
-            torch.set_autocast_cache_enabled(before)
 
-    return checkpoint(
-        uncached,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=_contexts,
-    )
+def keep_inputs(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """``function(*inputs)``, of which only the inputs are kept for the gradient.
+
+    For a few cheap operations on large tensors; otherwise as :func:`keep_convolutions`.
+    """
+    return _checkpoint(function, inputs)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -68,6 +58,22 @@ class BatchNorm2d(nn.BatchNorm2d):
             running = self.running_mean, self.running_var
             return F.batch_norm(x, *running, self.weight, self.bias, True, 0.0, self.eps)
         return super().forward(x)
+
+
+def _checkpoint(function: Callable[..., Any], inputs: tuple[Tensor, ...], **options: Any) -> Any:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+
+    def uncached(*inputs: Tensor) -> Any:
+        # Weights that autocast has cast before would be missing when they are cast again.
+        before = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return function(*inputs)
+        finally:
+            torch.set_autocast_cache_enabled(before)
+
+    return checkpoint(uncached, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.distributions import Categorical, Gaussian
 from prelar_trl.modules.linear import Linear, UnrolledLinear, as_operand, linear
+from prelar_trl.modules.recompute import keep_inputs
 
 __all__ = ["RSSM", "State"]
 
@@ -34,7 +35,7 @@ class GRUCell(nn.Module):
         self.norm = nn.LayerNorm(3 * size, eps=1e-3)
 
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
-        return self.gate(self.linear(torch.cat([x, deter], -1)), deter)
+        return keep_inputs(self.gate, self.linear(torch.cat([x, deter], -1)), deter)
 
     def gate(self, raw: Tensor, deter: Tensor) -> Tensor:
         """The new state from the linear layer's output ``[..., 3 D]`` and the old state."""
