@@ -14,19 +14,21 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from prelar_trl.data import ClipStore, ClipWriter
 from prelar_trl.envs import make_env, metaworld_tasks, toy_expert
-from prelar_trl.recipes.entry import recipe
+from prelar_trl.recipes.entry import recipe, settings
+from prelar_trl.recipes.schema import CollectVideosConfig, register
 from prelar_trl.record import (
     Progress,
     check_space,
@@ -34,6 +36,8 @@ from prelar_trl.record import (
     wilson_interval,
     write_picture,
 )
+
+register()
 
 EVALUATION_TASKS = (
     "lever-pull",
@@ -57,7 +61,7 @@ class Episode(NamedTuple):
     expert: bool
 
 
-def env_names(env: str, tasks: str | list[str]) -> list[str]:
+def env_names(env: str, tasks: Any) -> list[str]:
     """The environments to collect from, by their names for ``make_env``.
 
     Raises:
@@ -70,7 +74,7 @@ def env_names(env: str, tasks: str | list[str]) -> list[str]:
     elif tasks == "all":
         chosen = list(metaworld_tasks())
     else:
-        chosen = [tasks] if isinstance(tasks, str) else list(tasks)
+        chosen = [str(task) for task in (tasks if isinstance(tasks, list) else [tasks])]
     if not chosen:
         raise ValueError("tasks is empty: write evaluation, all, or a list of Meta-world tasks")
     known = metaworld_tasks()
@@ -99,32 +103,37 @@ def cached_env(name: str, **options: Any) -> EnvBase:
     return make_env(name, **options)
 
 
-def collect_episode(number: int, *, names: list[str], cfg: dict[str, Any]) -> Episode:
+def collect_episode(number: int, *, names: list[str], cfg: CollectVideosConfig) -> Episode:
     """Rolls out episode ``number``. A pure function of its arguments."""
-    rng = np.random.default_rng([cfg["seed"], number])
-    index = rng.integers(len(names)) if cfg["random_tasks"] else number % len(names)
+    rng = np.random.default_rng([cfg.seed, number])
+    index = rng.integers(len(names)) if cfg.random_tasks else number % len(names)
     name = names[int(index)]
-    options = ("camera", "render_quality", "pixels", "max_steps")
-    env = cached_env(name, **{key: cfg[key] for key in options})
+    env = cached_env(
+        name,
+        camera=cfg.camera,
+        render_quality=cfg.render_quality,
+        pixels=cfg.pixels,
+        max_steps=cfg.max_steps,
+    )
     env.set_seed(int(rng.integers(2**31)))
     expert = expert_for(name)
-    if rng.random() < cfg["random_fraction"]:
+    if rng.random() < cfg.random_fraction:
         expert = None
     size = env.action_spec.shape[-1]
     step = env.reset()
     frames, actions = [step["pixels"].numpy().copy()], [np.zeros(size, np.float32)]
     success, left = False, None
-    for _ in range(cfg["max_steps"]):
+    for _ in range(cfg.max_steps):
         if expert is None:
             action = rng.uniform(-1, 1, size)
         else:
-            action = expert(step) + cfg["noise"] * rng.standard_normal(size)
+            action = expert(step) + cfg.noise * rng.standard_normal(size)
         action = np.clip(action, -1, 1).astype(np.float32)
         step = env.step(step.set("action", torch.from_numpy(action)))["next"]
         frames.append(step["pixels"].numpy().copy())
         actions.append(action)
         if bool(step["success"]) and not success:
-            success, left = True, cfg["after_success"]
+            success, left = True, cfg.after_success
         if bool(step["done"]) or left == 0:
             break
         left = None if left is None else left - 1
@@ -150,32 +159,32 @@ def episode_stream(
         yield pool.imap(collect, numbers)
 
 
-def check(cfg: dict[str, Any]) -> None:
+def check(cfg: CollectVideosConfig) -> None:
     """Raises ValueError for settings that cannot work."""
     for key, low in (("episodes", 1), ("max_steps", 1), ("workers", 1), ("pixels", 8)):
-        if cfg[key] < low:
-            raise ValueError(f"{key}={cfg[key]} must be at least {low}")
-    if cfg["noise"] < 0:
+        if getattr(cfg, key) < low:
+            raise ValueError(f"{key}={getattr(cfg, key)} must be at least {low}")
+    if cfg.noise < 0:
         raise ValueError(f"noise={cfg['noise']} must not be negative")
-    if not 0 <= cfg["random_fraction"] <= 1:
+    if not 0 <= cfg.random_fraction <= 1:
         raise ValueError(f"random_fraction={cfg['random_fraction']} must lie in 0..1")
-    if cfg["after_success"] is not None and cfg["after_success"] < 0:
+    if cfg.after_success is not None and cfg.after_success < 0:
         raise ValueError(f"after_success={cfg['after_success']} must be null or not negative")
 
 
-def collect(cfg: dict[str, Any]) -> ClipStore:
+def collect(cfg: CollectVideosConfig) -> ClipStore:
     """Brings the store to ``episodes`` episodes and returns it.
 
     Raises:
         ValueError, OSError, RuntimeError: bad settings, no space, no renderer: before any work.
     """
     check(cfg)
-    names = env_names(cfg["env"], cfg["tasks"])
+    names = env_names(cfg.env, cfg.tasks)
     not_settings = ("data", "episodes", "workers")
-    info = {k: v for k, v in cfg.items() if k not in not_settings} | {"envs": names}
-    size = cfg["pixels"]
+    info = {k: v for k, v in asdict(cfg).items() if k not in not_settings} | {"envs": names}
+    size = cfg.pixels
     writer = ClipWriter(
-        cfg["data"],
+        cfg.data,
         source="collect_videos",
         height=size,
         width=size,
@@ -183,11 +192,11 @@ def collect(cfg: dict[str, Any]) -> ClipStore:
         info=info,
     )
     with writer:
-        numbers = range(writer.num_clips, cfg["episodes"])
-        check_space(cfg["data"], len(numbers) * (cfg["max_steps"] + 1) * 3 * size * size)
+        numbers = range(writer.num_clips, cfg.episodes)
+        check_space(cfg.data, len(numbers) * (cfg.max_steps + 1) * 3 * size * size)
         job = partial(collect_episode, names=names, cfg=cfg)
-        bar = Progress(cfg["episodes"], initial=numbers.start, name="collect", unit="episodes")
-        with episode_stream(numbers, job, cfg["workers"]) as episodes:
+        bar = Progress(cfg.episodes, initial=numbers.start, name="collect", unit="episodes")
+        with episode_stream(numbers, job, cfg.workers) as episodes:
             for number, episode in zip(numbers, episodes, strict=True):
                 writer.add(
                     episode.frames,
@@ -198,7 +207,7 @@ def collect(cfg: dict[str, Any]) -> ClipStore:
                 )
                 bar.update(frames=len(episode.frames))
         bar.close()
-    return ClipStore(cfg["data"])
+    return ClipStore(cfg.data)
 
 
 def draw_sheet(store: ClipStore) -> Path:
@@ -238,7 +247,7 @@ def summary(store: ClipStore) -> str:
 @recipe("collect_videos")
 def main(config: DictConfig) -> None:
     """Collect, then say what there is."""
-    store = collect(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    store = collect(settings(config))
     print(summary(store))
     print(f"clip store: {store.path}, contact sheet: {draw_sheet(store)}")
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from prelar_trl.recipes.entry import recipe
+from prelar_trl.recipes.entry import recipe, settings
+from prelar_trl.recipes.schema import register
 from prelar_trl.record import html_report
+
+register()
 
 
 @recipe("plot")
 def main(config: DictConfig) -> None:
     """Write the report and say where it is."""
-    runs = OmegaConf.to_container(config, resolve=True)["runs"]
+    cfg = settings(config)
+    runs = cfg.runs if isinstance(cfg.runs, list) else [cfg.runs]
     if not runs:
-        raise ValueError("no runs given: say which, e.g. runs=[runs/pretrain,runs/finetune]")
-    path = html_report(config.out, [runs] if isinstance(runs, str) else runs, title=config.title)
+        raise ValueError("runs is empty: say which, e.g. runs=[runs/pretrain,runs/finetune]")
+    path = html_report(cfg.out, [str(run) for run in runs], title=cfg.title)
     print(f"report: {Path(path).resolve()}")
 
 

@@ -11,9 +11,8 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from prelar_trl.data import ClipStore
 from prelar_trl.data.sources import (
@@ -30,8 +29,11 @@ from prelar_trl.data.sources import (
     prepare,
     write_lists,
 )
-from prelar_trl.recipes.entry import recipe
+from prelar_trl.recipes.entry import recipe, settings
+from prelar_trl.recipes.schema import PrepareVideosConfig, register
 from prelar_trl.record import Progress
+
+register()
 
 KINDS = ("videos", "something", "frames", "episodes")
 EXPORTS = {"npz": export_episodes, "jpeg": export_frames}
@@ -49,40 +51,45 @@ def detect(root: Path, lists: dict[str, str] | None) -> str:
     return "episodes" if next(root.glob("*.npz"), None) else "videos"
 
 
-def make_source(cfg: dict[str, Any]) -> Source:
+def make_source(cfg: PrepareVideosConfig) -> Source:
     """The source that the config describes.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: bad settings, before any work.
     """
-    root = Path(cfg["source"]).expanduser()
-    kind = detect(root, cfg["lists"]) if cfg["kind"] == "auto" else cfg["kind"]
+    root = Path(cfg.source).expanduser()
+    kind = detect(root, cfg.lists) if cfg.kind == "auto" else cfg.kind
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown: choose auto, {', '.join(KINDS)}")
-    if cfg["export_as"] not in EXPORTS:
+    if cfg.export_as not in EXPORTS:
         raise ValueError(f"export_as={cfg['export_as']!r} is unknown: choose {', '.join(EXPORTS)}")
     for key, kinds in ONLY_FOR.items():
-        if cfg[key] and kind not in kinds:
+        if getattr(cfg, key) and kind not in kinds:
             raise ValueError(f"{key}= is for kind={' or '.join(kinds)}, this source is {kind!r}")
-    if cfg["flow"]:
+    if cfg.flow:
         opencv()
-    keys = ("resize", "stride", "max_frames", "flow")
-    options = FrameOptions(size=cfg["pixels"], **{key: cfg[key] for key in keys})
+    options = FrameOptions(
+        size=cfg.pixels,
+        resize=cfg.resize,
+        stride=cfg.stride,
+        max_frames=cfg.max_frames,
+        flow=cfg.flow,
+    )
     if kind == "something":
-        return SomethingSomething(root, options, labels=cfg["labels"])
+        return SomethingSomething(root, options, labels=cfg.labels)
     if kind == "frames":
-        if not cfg["lists"]:
+        if not cfg.lists:
             raise ValueError("kind=frames needs lists={train: <file>, heldout: <file>}")
-        return FrameLists(root, options, lists=cfg["lists"], labels=cfg["labels"])
+        return FrameLists(root, options, lists=cfg.lists, labels=cfg.labels)
     if kind == "episodes":
-        return EpisodeFolder(root, options, actions=cfg["actions"])
+        return EpisodeFolder(root, options, actions=cfg.actions)
     return VideoFolder(root, options)
 
 
-def run(cfg: dict[str, Any]) -> ClipStore:
+def run(cfg: PrepareVideosConfig) -> ClipStore:
     """Prepares the store; see `prelar_trl.data.sources.prepare` for what it raises."""
     source = make_source(cfg)
-    data = Path(cfg["data"]).expanduser()
+    data = Path(cfg.data).expanduser()
     bar: list[Progress] = []
 
     def show(done: int, total: int, frames: int) -> None:
@@ -93,17 +100,17 @@ def run(cfg: dict[str, Any]) -> ClipStore:
     store = prepare(
         source,
         data,
-        min_frames=cfg["min_frames"],
-        workers=cfg["workers"] or os.cpu_count() or 1,
-        shard_bytes=cfg["shard_mib"] * 2**20,
-        info={"labels": cfg["labels"], "actions": cfg["actions"]},
+        min_frames=cfg.min_frames,
+        workers=cfg.workers or os.cpu_count() or 1,
+        shard_bytes=cfg.shard_mib * 2**20,
+        info={"labels": cfg.labels, "actions": cfg.actions},
         progress=show,
     )
     for each in bar:
         each.close()
     write_lists(store, store.path / "lists")
-    if cfg["export"]:
-        EXPORTS[cfg["export_as"]](store, Path(cfg["export"]).expanduser())
+    if cfg.export:
+        EXPORTS[cfg.export_as](store, Path(cfg.export).expanduser())
     return store
 
 
@@ -129,7 +136,7 @@ def summary(store: ClipStore) -> str:
 @recipe("prepare_videos")
 def main(config: DictConfig) -> None:
     """Prepare, then say what there is."""
-    store = run(OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+    store = run(settings(config))
     print(summary(store))
     print(f"clip store: {store.path}")
 

@@ -131,6 +131,57 @@ class ProbeConfig:
 
 
 @dataclass
+class CollectVideosConfig:
+    """``collect_videos.py``: episodes of scripted experts into a clip store."""
+
+    data: str = MISSING  # clip store folder; if it exists, collecting continues
+    episodes: int = 100  # how many the store holds in the end
+    env: str = "metaworld"  # the tasks below, or one: metaworld/<task>, toy, gym/<id>, ...
+    tasks: Any = "evaluation"  # the six of the papers, all, or a list of Meta-world tasks
+    random_tasks: bool = False  # draw the task of each episode, instead of one after the other
+    noise: float = 0.3  # standard deviation of the Gaussian noise on the expert's actions
+    random_fraction: float = 0.0  # share of episodes with uniformly random actions instead
+    max_steps: int = 150  # per episode
+    after_success: int | None = 20  # an episode's steps after its first success; null: all
+    camera: str | None = None  # null: corner in Meta-world, else the env's first camera
+    render_quality: str = "fast"  # fast or full
+    pixels: int = 64
+    workers: int = 1  # processes
+    seed: int = 0
+
+
+@dataclass
+class PrepareVideosConfig:
+    """``prepare_videos.py``: videos of any kind into a clip store."""
+
+    source: str = MISSING  # the folder to read
+    data: str = MISSING  # clip store folder; run again to continue an interrupted one
+    kind: str = "auto"  # auto, videos (also folders of pictures), something, frames, episodes
+    pixels: int = 64  # height and width of the stored frames
+    resize: str = "squeeze"  # official, ignores the aspect ratio; or crop: the middle square
+    stride: int = 1  # keep every n-th frame
+    max_frames: int | None = None  # cut clips off after that many kept frames
+    min_frames: int = 2  # skip shorter clips
+    flow: bool = False  # also store optical flow (needs opencv-python-headless)
+    labels: list[Any] | None = None  # something, frames: only these, by number or template
+    lists: dict[str, str] | None = None  # frames: {train: train.txt, heldout: validation.txt}
+    actions: bool = False  # episodes: also keep the true actions, for probes
+    export: str | None = None  # afterwards write the store into this folder as well
+    export_as: str = "npz"  # npz (DreamerV2 episodes) or jpeg (official folders and lists)
+    workers: int | None = None  # decoding processes; null: one a core
+    shard_mib: int = 256  # size of one file of the store
+
+
+@dataclass
+class PlotConfig:
+    """``plot.py``: a report from run folders."""
+
+    runs: Any = MISSING  # run folders, one or a list
+    out: str = "report.html"
+    title: str = "Training report"
+
+
+@dataclass
 class ImportOfficialConfig:
     """``import_official.py``: the authors' checkpoint into a run folder, or the reverse."""
 
@@ -152,6 +203,9 @@ def register() -> None:
         "finetune": FinetuneConfig,
         "evaluate": EvaluateConfig,
         "probe": ProbeConfig,
+        "collect_videos": CollectVideosConfig,
+        "prepare_videos": PrepareVideosConfig,
+        "plot": PlotConfig,
         "import_official": ImportOfficialConfig,
     }.items():
         store.store(name=f"{recipe}_schema", node=schema)

@@ -1,24 +1,22 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize
-from omegaconf import OmegaConf
 from PIL import Image
 
 from prelar_trl.data import StoreError, VideoClips
 from prelar_trl.recipes.collect_videos import check, collect, draw_sheet, env_names, summary
+from prelar_trl.recipes.schema import CollectVideosConfig
 
 TOY = {"env": "toy", "episodes": 5, "pixels": 16, "max_steps": 12, "after_success": None}
 
 
-def config(path: Path, **overrides) -> dict:
-    with initialize(version_base="1.3", config_path="../configs"):
-        plain = OmegaConf.to_container(compose("collect_videos", overrides=[f"data={path}"]))
-    return plain | overrides
+def config(path: Path, **overrides) -> CollectVideosConfig:
+    return CollectVideosConfig(data=str(path), **overrides)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -54,8 +52,7 @@ def test_actions_are_those_that_led_to_the_frames(tmp_path) -> None:
 def test_interrupted_continued_and_parallel_collecting_give_the_same_store(tmp_path) -> None:
     whole = contents(collect(config(tmp_path / "whole", **TOY, random_fraction=0.4)).path)
     for episodes in (2, 5):
-        cfg = config(tmp_path / "two", **TOY, random_fraction=0.4) | {"episodes": episodes}
-        collect(cfg)
+        collect(config(tmp_path / "two", **TOY | {"episodes": episodes}, random_fraction=0.4))
     assert contents(tmp_path / "two") == whole
     collect(config(tmp_path / "parallel", **TOY, random_fraction=0.4, workers=2))
     assert contents(tmp_path / "parallel") == whole
@@ -65,10 +62,10 @@ def test_a_finished_store_is_left_alone_and_other_settings_are_refused(tmp_path)
     cfg = config(tmp_path / "s", **TOY)
     collect(cfg)
     before = contents(tmp_path / "s")
-    assert len(collect(cfg)) == len(collect(cfg | {"episodes": 1})) == 5
+    assert len(collect(cfg)) == len(collect(replace(cfg, episodes=1))) == 5
     assert contents(tmp_path / "s") == before
     with pytest.raises(StoreError, match="was begun with info.noise=0.3, not 0.9"):
-        collect(cfg | {"noise": 0.9})
+        collect(replace(cfg, noise=0.9))
 
 
 def test_an_episode_ends_some_steps_after_success(tmp_path) -> None:

@@ -11,8 +11,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from hydra import compose, initialize
-from omegaconf import OmegaConf
 from PIL import Image
 
 from prelar_trl.data import ClipStore, StoreError, VideoClips
@@ -30,6 +28,7 @@ from prelar_trl.data.sources import (
     video_clip,
 )
 from prelar_trl.recipes.prepare_videos import run, summary
+from prelar_trl.recipes.schema import PrepareVideosConfig
 
 needs_opencv = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None, reason="optical flow needs opencv-python-headless"
@@ -84,10 +83,9 @@ def assert_upright(pixels: np.ndarray) -> None:
     assert pixels[:, 2, :, margin[0]].mean() > 150 > 60 > pixels[:, 2, :, margin[1]].mean()
 
 
-def config(source: Path, data: Path, **overrides) -> dict:
-    with initialize(version_base="1.3", config_path="../configs"):
-        plain = compose("prepare_videos", overrides=[f"source={source}", f"data={data}"])
-    return OmegaConf.to_container(plain) | {"workers": 1, "source": str(source)} | overrides
+def config(source: Path, data: Path, **overrides) -> PrepareVideosConfig:
+    options = {"source": str(source), "data": str(data), "workers": 1} | overrides
+    return PrepareVideosConfig(**options)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi", ".mov", ".gif"])
@@ -426,7 +424,7 @@ def test_flow_is_a_second_stream_of_the_store(tmp_path) -> None:
 def test_bad_settings_are_refused_before_any_work(tmp_path, overrides: dict, message: str) -> None:
     encode(tmp_path / "v" / "a.mp4", ramp(3))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run(config(tmp_path / "v", tmp_path / "s") | overrides)
+        run(config(tmp_path / "v", tmp_path / "s", **overrides))
 
 
 def test_nothing_usable_is_an_error(tmp_path) -> None:

@@ -17,6 +17,7 @@ from prelar_trl.recipes import collect_videos as collect_recipe
 from prelar_trl.recipes import evaluate as evaluate_recipe
 from prelar_trl.recipes import finetune as finetune_recipe
 from prelar_trl.recipes import plot as plot_recipe
+from prelar_trl.recipes import prepare_videos as prepare_recipe
 from prelar_trl.recipes import pretrain as pretrain_recipe
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
@@ -158,7 +159,8 @@ def test_missing_values_are_named(fails, made, tmp_path):
     assert "run is not given" in fails(pretrain_recipe, f"data={made.clips}")
     assert "env is not given" in fails(finetune_recipe, f"run={tmp_path / 'a'}")
     assert "run is not given" in fails(evaluate_recipe)
-    assert "runs=" in fails(plot_recipe)
+    assert "runs is not given" in fails(plot_recipe)
+    assert "source is not given" in fails(prepare_recipe, f"data={tmp_path / 'a'}")
 
 
 def test_missing_clip_store(pretrain_fails, tmp_path):
@@ -265,6 +267,30 @@ def test_report_of_a_missing_run(fails, tmp_path):
 def test_collecting_from_an_unknown_environment(fails, tmp_path):
     assert "'tetris'" in fails(collect_recipe, f"data={tmp_path / 'v'}", "env=tetris")
     assert "data is not given" in fails(collect_recipe, "env=toy")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argument", "part"),
+    [
+        (collect_recipe, "episodes=many", "episodes=many"),
+        (collect_recipe, "tasks=3", "unknown Meta-world task '3'"),
+        (collect_recipe, "tasks=[]", "tasks is empty"),
+        (collect_recipe, "frames=3", "'frames'"),
+        (prepare_recipe, "stride=half", "stride=half"),
+        (prepare_recipe, "shard_mib=null", "shard_mib=null"),
+        (prepare_recipe, "shard_mib=0", "shard_mib=0"),
+        (prepare_recipe, "workers=-1", "workers=-1"),
+        (prepare_recipe, "lists=train.txt", "lists=train.txt"),
+        (prepare_recipe, "labels=3", "labels=3"),
+        (plot_recipe, "runs=[]", "runs is empty"),
+        (plot_recipe, "runs=3", "3"),
+    ],
+)
+def test_wrong_values_are_named(recipe, argument, part, fails, tmp_path):
+    given = {collect_recipe: (), prepare_recipe: (f"source={tmp_path}",), plot_recipe: ()}[recipe]
+    folder = () if recipe is plot_recipe else (f"data={tmp_path / 'store'}",)
+    assert part in fails(recipe, *folder, *given, argument)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pretrained_run_of_another_method(finetune_fails, made):

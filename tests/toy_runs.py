@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from prelar_trl.recipes.collect_videos import collect
-from prelar_trl.recipes.schema import FinetuneConfig, ModelOverrides, PretrainConfig
+from prelar_trl.recipes.schema import (
+    CollectVideosConfig,
+    FinetuneConfig,
+    ModelOverrides,
+    PretrainConfig,
+)
 from prelar_trl.updates import WorldModelUpdate
 
 ROOT = Path(__file__).parents[1]
@@ -55,10 +59,8 @@ FINETUNE_ARGS = [f"{k}={v}" for k, v in STEPS.items()] + ["size=tiny", "threads=
 
 def make_clips(path: Path, **changes: Any) -> Path:
     """A clip store of five toy episodes of nine frames."""
-    cfg = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "collect_videos.yaml"))
-    del cfg["defaults"], cfg["hydra"]
-    small = {"env": "toy", "episodes": 5, "max_steps": 8, "after_success": None}
-    collect({**cfg, **small, "data": str(path), **changes})
+    small = {"env": "toy", "episodes": 5, "max_steps": 8, "after_success": None} | changes
+    collect(CollectVideosConfig(data=str(path), **small))
     return path
 
 
