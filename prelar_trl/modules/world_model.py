@@ -29,7 +29,7 @@ def normalise_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     """uint8 pixels -> images in [-0.5, 0.5]."""
     if pixels.dtype != torch.uint8:
         raise TypeError(f"pixels have dtype {pixels.dtype}; store frames as uint8 in [0, 255]")
-    return pixels.to(dtype) / 255 - 0.5
+    return pixels.to(dtype).div_(255).sub_(0.5)
 
 
 class WorldModel(TensorDictModuleBase):

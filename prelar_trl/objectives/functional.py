@@ -34,8 +34,9 @@ def gaussian_nll(mean: Tensor, target: Tensor, event_dims: int = 1) -> Tensor:
 
     ``(target - mean)^2 / 2``, summed over the last ``event_dims`` dimensions, in float32.
     """
-    error = (at_least_float32(target) - at_least_float32(mean)).square().mul(0.5)
-    return error.flatten(-event_dims).sum(-1) if event_dims else error
+    mean, target = at_least_float32(mean), at_least_float32(target)
+    error = F.mse_loss(mean, target, reduction="none")
+    return 0.5 * (error.flatten(-event_dims).sum(-1) if event_dims else error)
 
 
 def balanced_kl(

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from prelar_trl.modules.distributions import at_least_float32
+from prelar_trl.modules.world_model import normalise_pixels
 from prelar_trl.objectives.common import check_weights, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, Kind, LatentActionLoss
@@ -132,7 +133,7 @@ class WorldModelLoss(LossModule):
                     self.free_avg,
                 )
         if "image" in self.weights:
-            target = out[keys.pixels].float() / 255 - 0.5
+            target = normalise_pixels(out[keys.pixels])
             values["image"] = gaussian_nll(self._prediction(out, "pixels"), target, 3).mean()
         if "reward" in self.weights:
             target = out[keys.reward]
