@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prelar_trl.models import make_world_model
-from prelar_trl.modules import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
+from prelar_trl.modules import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder, convnets
 from prelar_trl.modules.convnets import UpsampledConv2d
 
 NORMS = ["batch", "layer", "group", "none"]
@@ -133,3 +133,21 @@ def test_plain_decoder_is_its_chain_of_transposed_convolutions() -> None:
         torch.nn.init.normal_(conv.bias)
         x = conv(nn.functional.elu(x) if i else x)
     torch.testing.assert_close(decoder(feat), x)
+
+
+@pytest.mark.parametrize("network", [CNNEncoder, CNNDecoder])
+def test_plain_networks_take_some_frames_at_a_time(
+    network: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network(3, depth=4)
+    x = torch.randn(7, 3, 64, 64) if network is CNNEncoder else torch.randn(7, 3)
+    results, frames = [], []
+    for conv in model.convs:
+        conv.register_forward_hook(lambda _, inputs, __: frames.append(len(inputs[0])))
+    for part in (7, 3):
+        monkeypatch.setattr(convnets, "PART", part)
+        frames.clear()
+        y = model(x)
+        results.append((y, torch.autograd.grad(y.square().sum(), tuple(model.parameters()))))
+        assert max(frames) == part
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

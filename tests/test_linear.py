@@ -51,6 +51,23 @@ def test_slices_and_transposed_inputs() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
+def test_a_weight_by_columns_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_columns = torch.randn(IN, OUT, requires_grad=True)
+    x = torch.randn(7, IN, requires_grad=True)
+    expected = gradients(F.linear, x, by_columns.t(), None)
+    weights: list[Tensor] = []
+    product = module._onednn
+    monkeypatch.setattr(
+        module, "_onednn", lambda x, weight, *b: weights.append(weight) or product(x, weight, *b)
+    )
+    y = linear(x, by_columns.t())
+    y.square().sum().backward()
+    ours = y, x.grad, by_columns.grad.t()
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+    assert by_columns.grad.is_contiguous()
+    assert {w.data_ptr() for w in weights} <= {by_columns.data_ptr()}
+
+
 def test_gradient_of_a_sum_is_no_stranger() -> None:
     x, layer = torch.randn(7, IN, requires_grad=True), Linear(IN, OUT)
     (gradient,) = torch.autograd.grad(layer(x).sum(), x)  # an expanded gradient, strides of zero

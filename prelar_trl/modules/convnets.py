@@ -7,10 +7,11 @@ features ``[N, F]`` to image means ``[N, 3, 64, 64]``. Activations are channels-
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, channels_last, nn
 
@@ -20,6 +21,7 @@ from prelar_trl.modules.recompute import BatchNorm2d, keep_convolutions
 __all__ = ["IMAGE_SIZE", "CNNDecoder", "CNNEncoder", "ResNetDecoder", "ResNetEncoder"]
 
 IMAGE_SIZE = 64
+PART = 50  # frames
 Norm = Literal["batch", "layer", "group", "none"]
 
 
@@ -35,6 +37,17 @@ def make_norm(norm: Norm, channels: int, size: int) -> list[nn.Module]:
         case "none":
             return []
     raise ValueError(f"norm={norm!r} is unknown; choose batch, layer, group or none")
+
+
+def by_parts(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``network(x)``, on the CPU for :data:`PART` frames after the other.
+
+    The gradients of the largest maps then exist for some frames at a time only. Not for networks
+    with batch norm, which couples the frames.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return network(x)
+    return torch.cat([network(part) for part in x.split(PART)])
 
 
 class ResidualLayer(nn.Module):
@@ -211,7 +224,9 @@ class CNNEncoder(nn.Module):
         self.embed_dim = channels[-1] * size**2
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=channels_last)
+        return by_parts(self.run_convs, x.contiguous(memory_format=channels_last))
+
+    def run_convs(self, x: Tensor) -> Tensor:
         for conv in self.convs:
             x = F.elu(conv(x), inplace=True)
         return x.flatten(1)
@@ -231,11 +246,15 @@ class CNNDecoder(nn.Module):
         )
 
     def forward(self, feat: Tensor) -> Tensor:
-        first, *others = self.convs
+        first = self.convs[0]
         # On one pixel a transposed convolution is a matrix product.
-        weight = first.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [k*k*C, 32*depth]
-        x = linear(self.linear_in(feat), weight).unflatten(-1, (*first.kernel_size, -1))
-        x = x.permute(0, 3, 1, 2) + first.bias[:, None, None]
-        for conv in others:
-            x = conv(F.elu(x, inplace=True))
-        return x
+        x = linear(self.linear_in(feat), first.weight.flatten(1).t())  # [N, C*k*k]
+        x = x.unflatten(-1, first.weight.shape[1:]).contiguous(memory_format=channels_last)
+        return by_parts(self.run_convs, F.elu(x + first.bias[:, None, None], inplace=True))
+
+    def run_convs(self, x: Tensor) -> Tensor:
+        """The images from the first map on."""
+        *hidden, last = self.convs[1:]
+        for conv in hidden:
+            x = F.elu(conv(x), inplace=True)
+        return last(x)

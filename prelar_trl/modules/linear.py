@@ -92,7 +92,7 @@ def _use_onednn(*tensors: Tensor | None) -> bool:
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # The weight must be dense: a slice takes oneDNN's slow way, element by element.
+    # The weight must be dense, see _dense: a slice takes oneDNN's slow way, element by element.
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     # No view in autograd's eyes, so that activations may work in place.
@@ -103,7 +103,7 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _onednn(x, weight.contiguous(), bias)
+        return _onednn(x, _dense(weight), bias)
 
     @staticmethod
     @once_differentiable
@@ -112,10 +112,20 @@ class _OneDNNLinear(torch.autograd.Function):
         to_x, to_weight, to_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         return (
-            _onednn(grad, weight.contiguous().t()) if to_x else None,
-            rows.t() @ x.reshape(-1, x.shape[-1]) if to_weight else None,
+            _onednn(grad, _dense(weight).t()) if to_x else None,
+            _weight_gradient(rows, x.reshape(-1, x.shape[-1]), weight) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )
+
+
+def _dense(weight: Tensor) -> Tensor:
+    """The weight without gaps, by rows or by columns: a slice is copied."""
+    return weight if weight.t().is_contiguous() else weight.contiguous()
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``grad^T x`` in the layout of the weight, so that it becomes its ``grad`` as it is."""
+    return (x.t() @ grad).t() if weight.t().is_contiguous() else grad.t() @ x
 
 
 class _WeightAfterwards(torch.autograd.Function):

@@ -43,7 +43,8 @@ def keep_convolutions(function: Callable[..., Any], *inputs: Tensor) -> Any:
 def keep_inputs(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """``function(*inputs)``, of which only the inputs are kept for the gradient.
 
-    For a few cheap operations on large tensors; otherwise as :func:`keep_convolutions`.
+    For a few cheap operations on large tensors. Nothing changes where no gradient is wanted, or
+    where a compiler traces.
     """
     return _checkpoint(function, inputs)
 
