@@ -165,11 +165,11 @@ def check(cfg: CollectVideosConfig) -> None:
         if getattr(cfg, key) < low:
             raise ValueError(f"{key}={getattr(cfg, key)} must be at least {low}")
     if cfg.noise < 0:
-        raise ValueError(f"noise={cfg['noise']} must not be negative")
+        raise ValueError(f"noise={cfg.noise} must not be negative")
     if not 0 <= cfg.random_fraction <= 1:
-        raise ValueError(f"random_fraction={cfg['random_fraction']} must lie in 0..1")
+        raise ValueError(f"random_fraction={cfg.random_fraction} must lie in 0..1")
     if cfg.after_success is not None and cfg.after_success < 0:
-        raise ValueError(f"after_success={cfg['after_success']} must be null or not negative")
+        raise ValueError(f"after_success={cfg.after_success} must be null or not negative")
 
 
 def collect(cfg: CollectVideosConfig) -> ClipStore:

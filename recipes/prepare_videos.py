@@ -62,7 +62,7 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown: choose auto, {', '.join(KINDS)}")
     if cfg.export_as not in EXPORTS:
-        raise ValueError(f"export_as={cfg['export_as']!r} is unknown: choose {', '.join(EXPORTS)}")
+        raise ValueError(f"export_as={cfg.export_as!r} is unknown: choose {', '.join(EXPORTS)}")
     for key, kinds in ONLY_FOR.items():
         if getattr(cfg, key) and kind not in kinds:
             raise ValueError(f"{key}= is for kind={' or '.join(kinds)}, this source is {kind!r}")
@@ -88,6 +88,8 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
 
 def run(cfg: PrepareVideosConfig) -> ClipStore:
     """Prepares the store; see `prelar_trl.data.sources.prepare` for what it raises."""
+    if cfg.shard_mib < 1:
+        raise ValueError(f"shard_mib={cfg.shard_mib} must be at least 1")
     source = make_source(cfg)
     data = Path(cfg.data).expanduser()
     bar: list[Progress] = []

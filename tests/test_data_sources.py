@@ -84,8 +84,8 @@ def assert_upright(pixels: np.ndarray) -> None:
 
 
 def config(source: Path, data: Path, **overrides) -> PrepareVideosConfig:
-    options = {"source": str(source), "data": str(data), "workers": 1} | overrides
-    return PrepareVideosConfig(**options)
+    options = {"data": str(data), "workers": 1} | overrides
+    return PrepareVideosConfig(source=str(source), **options)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi", ".mov", ".gif"])
@@ -408,7 +408,6 @@ def test_flow_is_a_second_stream_of_the_store(tmp_path) -> None:
     ("overrides", "message"),
     [
         ({"kind": "films"}, "kind='films' is unknown"),
-        ({"source": "nowhere"}, "'nowhere' does not exist"),
         ({"resize": "stretch"}, "resize='stretch' is unknown"),
         ({"stride": 0}, "stride=0"),
         ({"pixels": 4}, "size=4"),
@@ -425,6 +424,11 @@ def test_bad_settings_are_refused_before_any_work(tmp_path, overrides: dict, mes
     encode(tmp_path / "v" / "a.mp4", ramp(3))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(config(tmp_path / "v", tmp_path / "s", **overrides))
+
+
+def test_a_missing_folder_is_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="'nowhere' does not exist"):
+        run(config(Path("nowhere"), tmp_path / "s"))
 
 
 def test_nothing_usable_is_an_error(tmp_path) -> None:
