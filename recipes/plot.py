@@ -20,9 +20,9 @@ register()
 def main(config: DictConfig) -> None:
     """Write the report and say where it is."""
     cfg = settings(config)
-    runs = cfg.runs if isinstance(cfg.runs, list) else [cfg.runs]
-    if not runs:
+    if not cfg.runs:
         raise ValueError("runs is empty: say which, e.g. runs=[runs/pretrain,runs/finetune]")
+    runs = cfg.runs if isinstance(cfg.runs, list) else [cfg.runs]
     path = html_report(cfg.out, [str(run) for run in runs], title=cfg.title)
     print(f"report: {Path(path).resolve()}")
 

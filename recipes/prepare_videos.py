@@ -58,6 +58,8 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
         ValueError, FileNotFoundError, ImportError: bad settings, before any work.
     """
     root = Path(cfg.source).expanduser()
+    if not isinstance(cfg.lists, dict | None):
+        raise ValueError(f"lists={cfg.lists} must be {{train: <file>, heldout: <file>}}")
     kind = detect(root, cfg.lists) if cfg.kind == "auto" else cfg.kind
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown: choose auto, {', '.join(KINDS)}")

@@ -164,7 +164,7 @@ class PrepareVideosConfig:
     min_frames: int = 2  # skip shorter clips
     flow: bool = False  # also store optical flow (needs opencv-python-headless)
     labels: list[Any] | None = None  # something, frames: only these, by number or template
-    lists: dict[str, str] | None = None  # frames: {train: train.txt, heldout: validation.txt}
+    lists: Any = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
     actions: bool = False  # episodes: also keep the true actions, for probes
     export: str | None = None  # afterwards write the store into this folder as well
     export_as: str = "npz"  # npz (DreamerV2 episodes) or jpeg (official folders and lists)

@@ -161,6 +161,14 @@ def test_no_recipe_reads_a_key_that_is_not_there(recipe):
     assert of_cfg <= {f.name for f in fields(SCHEMAS[recipe])}
 
 
+def test_preparing_takes_lists_and_labels():
+    lists = "lists={train: train.txt, heldout: validation.txt}"
+    cfg = settings(composed("prepare_videos", *given("prepare_videos"), lists, "labels=[0, x]"))
+    assert cfg.lists == {"train": "train.txt", "heldout": "validation.txt"}
+    assert cfg.labels == [0, "x"]
+    assert settings(composed("plot", "runs=[a,b]")).runs == ["a", "b"]
+
+
 def test_every_recipe_starts_from_its_own_configuration():
     for recipe in RECIPES:
         assert f'@recipe("{recipe}")' in (ROOT / "recipes" / f"{recipe}.py").read_text()

@@ -135,6 +135,11 @@ def test_plain_decoder_is_its_chain_of_transposed_convolutions() -> None:
     torch.testing.assert_close(decoder(feat), x)
 
 
+def test_plain_decoder_works_under_vmap() -> None:
+    decoder, feat = CNNDecoder(4, depth=2), torch.randn(2, 3, 4)
+    torch.testing.assert_close(torch.vmap(decoder)(feat)[1], decoder(feat[1]))
+
+
 @pytest.mark.parametrize("network", [CNNEncoder, CNNDecoder])
 def test_plain_networks_take_some_frames_at_a_time(
     network: type, monkeypatch: pytest.MonkeyPatch

@@ -283,13 +283,18 @@ def test_collecting_from_an_unknown_environment(fails, tmp_path):
         (prepare_recipe, "lists=train.txt", "lists=train.txt"),
         (prepare_recipe, "labels=3", "labels=3"),
         (plot_recipe, "runs=[]", "runs is empty"),
-        (plot_recipe, "runs=3", "3"),
+        (plot_recipe, "runs=null", "runs is empty"),
+        (plot_recipe, "runs=3", "run folder 3 does not exist"),
     ],
 )
-def test_wrong_values_are_named(recipe, argument, part, fails, tmp_path):
-    given = {collect_recipe: (), prepare_recipe: (f"source={tmp_path}",), plot_recipe: ()}[recipe]
-    folder = () if recipe is plot_recipe else (f"data={tmp_path / 'store'}",)
-    assert part in fails(recipe, *folder, *given, argument)
+def test_wrong_values_are_named(recipe, argument, part, fails, tmp_path, monkeypatch):
+    given = {
+        collect_recipe: ("data=store",),
+        prepare_recipe: ("data=store", f"source={tmp_path}"),
+        plot_recipe: (),
+    }
+    monkeypatch.chdir(tmp_path)
+    assert part in fails(recipe, *given[recipe], argument)
     assert not list(tmp_path.iterdir())
 
 

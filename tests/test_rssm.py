@@ -230,3 +230,16 @@ def test_weight_gradients_taken_after_the_loop_are_those_of_every_step() -> None
     plain = torch.autograd.grad(unroll(lambda x, t: x @ weight.t() + bias[t]), leaves)
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_step_works_under_functorch() -> None:
+    rssm, action = make(), torch.randn(B, A)
+    state = State(torch.randn(B, 3, 4), torch.randn(B, 8))
+    expected = rssm.transition(state, action)
+    torch.testing.assert_close(torch.vmap(rssm.transition)(state, action), expected)
+
+    def total(action: Tensor) -> Tensor:
+        return rssm.transition(state, action).sum()
+
+    x = action.clone().requires_grad_()
+    torch.testing.assert_close(torch.func.grad(total)(action), *torch.autograd.grad(total(x), x))

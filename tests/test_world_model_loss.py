@@ -46,6 +46,15 @@ def test_world_model_loss_takes_keyword_arguments() -> None:
             torch.testing.assert_close(value, expected[key])
 
 
+def test_float_frames_are_refused_whoever_predicts() -> None:
+    _, loss = tiny("dreamerv2", "finetune", weights={"image": 1.0})
+    data = loss.world_model(batch())
+    loss.world_model = TensorDictModule(nn.Identity(), ["pixels"], ["pixels"])
+    assert loss(data)["image"].isfinite()
+    with pytest.raises(TypeError, match="pixels have dtype torch.float32; store frames as uint8"):
+        loss(data.update({"pixels": data["pixels"].float()}))
+
+
 def test_world_model_loss_is_its_formula() -> None:
     agent, loss = tiny(
         "dreamerv2",

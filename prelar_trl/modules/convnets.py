@@ -40,12 +40,12 @@ def make_norm(norm: Norm, channels: int, size: int) -> list[nn.Module]:
 
 
 def by_parts(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``network(x)``, on the CPU for :data:`PART` frames after the other.
+    """``network(x)``, on the CPU :data:`PART` frames at a time.
 
-    The gradients of the largest maps then exist for some frames at a time only. Not for networks
-    with batch norm, which couples the frames.
+    The gradients of the largest maps then exist for one part at a time only. Not for networks with
+    batch norm, which couples the frames.
     """
-    if not x.is_cpu or torch.compiler.is_compiling():
+    if len(x) <= PART or not x.is_cpu or torch.compiler.is_compiling():
         return network(x)
     return torch.cat([network(part) for part in x.split(PART)])
 
@@ -249,12 +249,12 @@ class CNNDecoder(nn.Module):
         first = self.convs[0]
         # On one pixel a transposed convolution is a matrix product.
         x = linear(self.linear_in(feat), first.weight.flatten(1).t())  # [N, C*k*k]
-        x = x.unflatten(-1, first.weight.shape[1:]).contiguous(memory_format=channels_last)
-        return by_parts(self.run_convs, F.elu(x + first.bias[:, None, None], inplace=True))
+        x = x.unflatten(-1, first.weight[0].flatten(1).shape).mT.contiguous() + first.bias
+        x = x.unflatten(1, first.kernel_size).permute(0, 3, 1, 2)  # [N, C, k, k], channels-last
+        return by_parts(self.run_convs, x)
 
     def run_convs(self, x: Tensor) -> Tensor:
-        """The images from the first map on."""
-        *hidden, last = self.convs[1:]
-        for conv in hidden:
-            x = F.elu(conv(x), inplace=True)
-        return last(x)
+        """The convolutions after the first."""
+        for index, conv in enumerate(self.convs[1:]):
+            x = conv(F.elu(x, inplace=index > 0))  # a part of the first map is a view
+        return x

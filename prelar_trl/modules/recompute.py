@@ -30,8 +30,8 @@ def keep_convolutions(function: Callable[..., Any], *inputs: Tensor) -> Any:
     Norms, activations, sums, poolings and the smallest convolutions (of images, 1x1, to the largest
     up-sampled map) are computed again during the backward pass. For the networks of this package
     that saves half of the memory and costs a few percent of the time. Nothing changes where no
-    gradient is wanted, or where a compiler traces: it decides by itself. The result can be
-    differentiated once (no ``retain_graph``).
+    gradient is wanted, or where a compiler or functorch traces. The result can be differentiated
+    once (no ``retain_graph``), while the weights are as they were.
 
     Args:
         function: of tensors; deterministic, with batch norms of this module only, and without
@@ -43,8 +43,7 @@ def keep_convolutions(function: Callable[..., Any], *inputs: Tensor) -> Any:
 def keep_inputs(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """``function(*inputs)``, of which only the inputs are kept for the gradient.
 
-    For a few cheap operations on large tensors. Nothing changes where no gradient is wanted, or
-    where a compiler traces.
+    For a few cheap operations on large tensors; exceptions as in :func:`keep_convolutions`.
     """
     return _checkpoint(function, inputs)
 
@@ -62,7 +61,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def _checkpoint(function: Callable[..., Any], inputs: tuple[Tensor, ...], **options: Any) -> Any:
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
         return function(*inputs)
 
     def uncached(*inputs: Tensor) -> Any:

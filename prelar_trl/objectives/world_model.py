@@ -45,6 +45,9 @@ class WorldModelLoss(LossModule):
     Returns (forward): a TensorDict of ``loss_<term>`` (weighted, scalar); ``<term>`` (unweighted,
     detached) and the mean ``bonus``; and ``state``, the detached posterior states (``stoch``,
     ``deter``, batch ``[B, T]``) from which imagination starts.
+
+    Raises (forward):
+        TypeError: ``pixels``, the target of ``image``, are not uint8.
     """
 
     @dataclass
