@@ -12,7 +12,7 @@ import multiprocessing
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
@@ -61,7 +61,7 @@ class Episode(NamedTuple):
     expert: bool
 
 
-def env_names(env: str, tasks: Any) -> list[str]:
+def env_names(env: str, tasks: str | Sequence[str]) -> list[str]:
     """The environments to collect from, by their names for ``make_env``.
 
     Raises:
@@ -74,7 +74,7 @@ def env_names(env: str, tasks: Any) -> list[str]:
     elif tasks == "all":
         chosen = list(metaworld_tasks())
     else:
-        chosen = [str(task) for task in (tasks if isinstance(tasks, list) else [tasks])]
+        chosen = [str(task) for task in (tasks if isinstance(tasks, list | tuple) else [tasks])]
     if not chosen:
         raise ValueError("tasks is empty: write evaluation, all, or a list of Meta-world tasks")
     known = metaworld_tasks()

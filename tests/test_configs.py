@@ -29,13 +29,8 @@ GROUPS = {
 }
 # Written into config.yaml, where another recipe reads it.
 READ_LATER = {"import_official": {"env"}}
-GIVEN = {
-    "data": "d",
-    "run": "r",
-    "env": "toy",
-    "source": "s",
-    "runs": "r",
-}  # for what has no default
+# For what has no default.
+GIVEN = {"data": "d", "run": "r", "env": "toy", "source": "s", "runs": "r"}
 
 
 def composed(recipe, *overrides):
