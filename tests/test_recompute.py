@@ -111,6 +111,24 @@ def test_no_convolution_with_many_products_runs_twice(
     assert count() <= ours < 1.05 * count()
 
 
+def test_the_last_convolution_is_freed_before_the_gradients_before_it() -> None:
+    first, last = nn.Conv2d(3, 4, 8), nn.Conv2d(4, 4, 8)  # the last is not computed twice
+    alive: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        hidden = first(x)
+        hidden.register_hook(lambda _: alive.append(kept() is not None))
+        return last(hidden.relu())
+
+    y = keep_convolutions(function, torch.randn(2, 3, 20, 20))
+    kept = weakref.ref(y.untyped_storage())
+    loss = y.square().sum()
+    del y
+    assert kept() is not None
+    loss.backward()
+    assert alive == [False]
+
+
 def test_a_step_of_imagination_keeps_the_gates_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
     size, rows = 32, 5
     cell = rssm.GRUCell(size, size)

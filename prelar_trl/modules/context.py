@@ -93,7 +93,7 @@ class ContextLayer(ResidualLayer):
         attended, _ = self.attention(queries, keys, keys, need_weights=False)
         attended = self.dropout(attended).transpose(1, 2).reshape(x.shape)
         z = F.relu(x + self.attention_norm(attended))
-        return self.join(self.block(z), self.skip(x))
+        return self.join(self.convolve(z), self.shortcut(x))
 
 
 class ContextDecoder(ResNetDecoder):

@@ -70,20 +70,35 @@ class ResidualLayer(nn.Module):
                 *make_norm(norm, out_channels, size),
             )
         first = UpsampledConv2d if upsample else nn.Conv2d
+        last_norm = make_norm(norm, out_channels, size)
         self.block = nn.Sequential(
             first(in_channels, out_channels, 3, padding=1, bias=False),
             *make_norm(norm, out_channels, size),
             nn.ReLU(inplace=self.in_place),
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-            *make_norm(norm, out_channels, size),
+            *last_norm,
         )
+        self.convolved = len(self.block) - len(last_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        skip = self.skip(F.interpolate(x, scale_factor=2.0) if self.upsample else x)
-        return self.join(self.block(x), skip)
+        skip = self.shortcut(x)
+        return self.join(self.convolve(x), skip)
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What is added to the block's result; half as large where that is ``x`` itself."""
+        if not self.skip:
+            return x
+        return self.skip(F.interpolate(x, scale_factor=2.0) if self.upsample else x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The block up to its last convolution."""
+        return self.block[: self.convolved](x)
 
     def join(self, y: Tensor, skip: Tensor) -> Tensor:
-        """``relu(y + skip)``, in place of ``y`` where that is allowed."""
+        """``relu(norm(y) + skip)``, in place where that is allowed."""
+        y = self.block[self.convolved :](y)
+        if skip.shape != y.shape:
+            skip = F.interpolate(skip, scale_factor=2.0)
         return (y.add_(skip) if self.in_place else y + skip).relu_()
 
 
@@ -202,9 +217,12 @@ class ResNetDecoder(nn.Module):
     def forward(self, feat: Tensor) -> Tensor:
         x = self.linear_in(feat).unflatten(-1, self.first_map)
         x = x.contiguous(memory_format=channels_last)
-        *stages, last = self.stages
-        for part in (*stages, *last):  # of the largest maps no more than a layer at a time
-            x = keep_convolutions(part, x)
+        *stages, largest = self.stages
+        for stage in stages:
+            x = keep_convolutions(stage, x)
+        for layer in largest:  # of the largest maps no more than a branch at a time
+            skip = keep_convolutions(layer.shortcut, x)
+            x = layer.join(keep_convolutions(layer.convolve, x), skip)
         return self.conv_out(x)
 
 

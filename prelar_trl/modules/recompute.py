@@ -37,7 +37,8 @@ def keep_convolutions(function: Callable[..., Any], *inputs: Tensor) -> Any:
         function: of tensors; deterministic, with batch norms of this module only, and without
             in-place changes of a convolution's output.
     """
-    return _checkpoint(function, inputs, context_fn=_contexts)
+    # The second computation takes the outputs out of store, up to the last.
+    return _checkpoint(function, inputs, context_fn=_contexts, early_stop=False)
 
 
 def keep_inputs(function: Callable[..., Any], *inputs: Tensor) -> Any:
