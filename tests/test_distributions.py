@@ -154,6 +154,14 @@ def test_truncated_normal_sums_over_the_action() -> None:
     torch.testing.assert_close(joint.entropy(), single.entropy().sum())
 
 
+def test_stacked_truncated_normals_are_those_of_each() -> None:
+    parts = [TruncatedNormal(MEAN.roll(i)[None], STD.roll(i)[None]) for i in range(3)]  # [1, 5]
+    stacked, value = TruncatedNormal.stack(parts, 1), MEAN[None]  # [1, 3, 5]
+    for index, part in enumerate(parts):
+        assert stacked.log_prob(value[:, None])[:, index] == part.log_prob(value)
+        assert stacked.entropy()[:, index] == part.entropy()
+
+
 def test_truncated_normal_density_integrates_to_one() -> None:
     grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
     for mean, std in zip(MEAN, STD, strict=True):

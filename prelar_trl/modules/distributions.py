@@ -10,6 +10,7 @@ a TensorDict under one key:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +149,13 @@ class TruncatedNormal:
         self._low, self._high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
         self._cdf_low = torch.special.ndtr(self._low)
         self._mass = (torch.special.ndtr(self._high) - self._cdf_low).clamp_min(1e-7)
+
+    @classmethod
+    def stack(cls, parts: Sequence[TruncatedNormal], dim: int) -> TruncatedNormal:
+        """Distributions of one shape as one, with a new dimension ``dim`` of mean and std."""
+        return cls(
+            torch.stack([p.mean for p in parts], dim), torch.stack([p.std for p in parts], dim)
+        )
 
     @property
     def mode(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextEncoder
-from prelar_trl.modules.distributions import at_least_float32
+from prelar_trl.modules.distributions import TruncatedNormal, at_least_float32
 from prelar_trl.modules.heads import Actor
 from prelar_trl.modules.linear import cast_once
 from prelar_trl.modules.rssm import RSSM, State
@@ -204,7 +204,7 @@ class WorldModel(TensorDictModuleBase):
         start = (self.starts(start) if start.dim() != 1 else start).detach()
         history = start["action_history"] if self._window > 1 else None
         state = State(start["stoch"], start["deter"])
-        feats, actions, log_probs, entropies = [self.rssm.feat(state)], [], [], []
+        feats, actions, policies = [self.rssm.feat(state)], [], []
         compiling = torch.compiler.is_compiling()  # a compiler casts once anyway
         with nullcontext() if compiling else cast_once(self.rssm, self.action_encoder):
             for _ in range(horizon):
@@ -214,17 +214,17 @@ class WorldModel(TensorDictModuleBase):
                 state, _ = self.rssm.step(state, code, sample)
                 feats.append(self.rssm.feat(state))
                 actions.append(action)
-                log_probs.append(policy.log_prob(action.detach()))
-                entropies.append(policy.entropy())
+                policies.append(policy)
         feat = torch.stack(feats, 1)  # [N, H+1, F]
+        action, policy = torch.stack(actions, 1), TruncatedNormal.stack(policies, 1)
         discount = self.imagined_discount(feat, start.get("terminated", None))
         ones = torch.ones_like(discount[:, :1])
         return TensorDict(
             {
                 "feat": feat,
-                "action": F.pad(torch.stack(actions, 1), (0, 0, 1, 0)),
-                "log_prob": F.pad(torch.stack(log_probs, 1), (1, 0)).unsqueeze(-1),
-                "entropy": F.pad(torch.stack(entropies, 1), (0, 1)).unsqueeze(-1),
+                "action": F.pad(action, (0, 0, 1, 0)),
+                "log_prob": F.pad(policy.log_prob(action.detach()), (1, 0)).unsqueeze(-1),
+                "entropy": F.pad(policy.entropy(), (0, 1)).unsqueeze(-1),
                 "reward": at_least_float32(self.heads["reward"](feat)),
                 "discount": discount,
                 "weight": torch.cat([ones, discount[:, :-1]], 1).cumprod(1).detach(),
