@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from prelar_trl.models import make_world_model
 from prelar_trl.modules import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder, convnets
-from prelar_trl.modules.convnets import UpsampledConv2d
+from prelar_trl.modules.convnets import ResidualLayer, UpsampledConv2d
 
 NORMS = ["batch", "layer", "group", "none"]
 
@@ -124,6 +125,32 @@ def test_convolving_an_upsampled_map_needs_no_upsampling() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("channels", [6, 4])
+def test_residual_layer_is_its_formula(channels: int, norm: str, training: bool) -> None:
+    layer = ResidualLayer(6, channels, norm, 8, upsample=True).double().train(training)
+    x = torch.randn(3, 6, 4, 4, dtype=torch.float64)
+    up = F.interpolate(x, scale_factor=2.0)
+    first, *rest = layer.block
+    y = F.conv2d(up, first.weight, padding=1)
+    for module in rest:
+        y = module(y)
+    expected = (layer.skip(up) + y).relu()
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.by_branches(x), expected)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_resnet_decoder_is_its_chain_of_layers(layers: int) -> None:
+    decoder = ResNetDecoder(3, depth=4, layers=layers)
+    feat = torch.randn(2, 3)
+    x = decoder.linear_in(feat).unflatten(1, decoder.first_map)
+    for stage in decoder.stages:
+        x = stage(x)
+    torch.testing.assert_close(decoder(feat), decoder.conv_out(x))
 
 
 def test_plain_decoder_is_its_chain_of_transposed_convolutions() -> None:

@@ -155,11 +155,13 @@ def test_truncated_normal_sums_over_the_action() -> None:
 
 
 def test_stacked_truncated_normals_are_those_of_each() -> None:
-    parts = [TruncatedNormal(MEAN.roll(i)[None], STD.roll(i)[None]) for i in range(3)]  # [1, 5]
-    stacked, value = TruncatedNormal.stack(parts, 1), MEAN[None]  # [1, 3, 5]
+    mean, std = (torch.stack([x, x.flip(0)]) for x in (MEAN, STD))  # [2, 5]
+    parts = [TruncatedNormal(mean.roll(i, 1), std.roll(i, 1)) for i in range(3)]
+    stacked = TruncatedNormal.stack(parts, 1)  # [2, 3, 5]
     for index, part in enumerate(parts):
-        assert stacked.log_prob(value[:, None])[:, index] == part.log_prob(value)
-        assert stacked.entropy()[:, index] == part.entropy()
+        ours, theirs = stacked.log_prob(mean[:, None])[:, index], part.log_prob(mean)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(stacked.entropy()[:, index], part.entropy())
 
 
 def test_truncated_normal_density_integrates_to_one() -> None:

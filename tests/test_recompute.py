@@ -111,7 +111,7 @@ def test_no_convolution_with_many_products_runs_twice(
     assert count() <= ours < 1.05 * count()
 
 
-def test_the_last_convolution_is_freed_before_the_gradients_before_it() -> None:
+def test_the_last_output_is_freed_before_earlier_layers_get_gradients() -> None:
     first, last = nn.Conv2d(3, 4, 8), nn.Conv2d(4, 4, 8)  # the last is not computed twice
     alive: list[bool] = []
 

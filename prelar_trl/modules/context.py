@@ -93,7 +93,8 @@ class ContextLayer(ResidualLayer):
         attended, _ = self.attention(queries, keys, keys, need_weights=False)
         attended = self.dropout(attended).transpose(1, 2).reshape(x.shape)
         z = F.relu(x + self.attention_norm(attended))
-        return self.join(self.convolve(z), self.shortcut(x))
+        skip = self.shortcut(x)
+        return self.join(self.convolve(z), skip)
 
 
 class ContextDecoder(ResNetDecoder):

@@ -78,26 +78,32 @@ class ResidualLayer(nn.Module):
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
             *last_norm,
         )
-        self.convolved = len(self.block) - len(last_norm)
+        self.before_norm = len(self.block) - len(last_norm)  # modules of the block before the last
 
     def forward(self, x: Tensor) -> Tensor:
         skip = self.shortcut(x)
         return self.join(self.convolve(x), skip)
 
+    def by_branches(self, x: Tensor) -> Tensor:
+        """The same; the backward pass computes one branch again at a time, their sum not at all."""
+        # The skip first: its gradient, as wide as x, is then the last and waits for no other.
+        skip = keep_convolutions(self.shortcut, x)
+        return self.join(keep_convolutions(self.convolve, x), skip)
+
     def shortcut(self, x: Tensor) -> Tensor:
-        """What is added to the block's result; half as large where that is ``x`` itself."""
+        """What :meth:`join` adds: ``x`` as it is, not up-sampled, where there is no convolution."""
         if not self.skip:
             return x
         return self.skip(F.interpolate(x, scale_factor=2.0) if self.upsample else x)
 
     def convolve(self, x: Tensor) -> Tensor:
-        """The block up to its last convolution."""
-        return self.block[: self.convolved](x)
+        """The block through its last convolution, without the norm after it."""
+        return self.block[: self.before_norm](x)
 
     def join(self, y: Tensor, skip: Tensor) -> Tensor:
-        """``relu(norm(y) + skip)``, in place where that is allowed."""
-        y = self.block[self.convolved :](y)
-        if skip.shape != y.shape:
+        """``relu(norm(y) + skip)`` of what the branches gave, in place where that is allowed."""
+        y = self.block[self.before_norm :](y)
+        if self.upsample and not self.skip:
             skip = F.interpolate(skip, scale_factor=2.0)
         return (y.add_(skip) if self.in_place else y + skip).relu_()
 
@@ -220,9 +226,8 @@ class ResNetDecoder(nn.Module):
         *stages, largest = self.stages
         for stage in stages:
             x = keep_convolutions(stage, x)
-        for layer in largest:  # of the largest maps no more than a branch at a time
-            skip = keep_convolutions(layer.shortcut, x)
-            x = layer.join(keep_convolutions(layer.convolve, x), skip)
+        for layer in largest:
+            x = layer.by_branches(x)
         return self.conv_out(x)
 
 

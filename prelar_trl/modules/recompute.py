@@ -37,7 +37,7 @@ def keep_convolutions(function: Callable[..., Any], *inputs: Tensor) -> Any:
         function: of tensors; deterministic, with batch norms of this module only, and without
             in-place changes of a convolution's output.
     """
-    # The second computation takes the outputs out of store, up to the last.
+    # An early stop would leave the output of a last convolution in store until the graph is freed.
     return _checkpoint(function, inputs, context_fn=_contexts, early_stop=False)
 
 

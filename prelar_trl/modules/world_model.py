@@ -190,7 +190,7 @@ class WorldModel(TensorDictModuleBase):
             entropy    e0   e1   e2  ...  0         of the policy at z_k
 
         Args:
-            actor: features ``[N, F]`` -> action distribution; reads detached features.
+            actor: features ``[N, F]`` -> :class:`TruncatedNormal`; reads detached features.
             start: ``stoch, deter`` and optionally ``terminated``, any batch shape (``[B, T]``
                 becomes N = B*T). An action window also needs ``action`` ``[B, T, A]``, or what
                 :meth:`starts` made of it.
@@ -216,7 +216,7 @@ class WorldModel(TensorDictModuleBase):
                 actions.append(action)
                 policies.append(policy)
         feat = torch.stack(feats, 1)  # [N, H+1, F]
-        action, policy = torch.stack(actions, 1), TruncatedNormal.stack(policies, 1)
+        action, policy = torch.stack(actions, 1), TruncatedNormal.stack(policies, 1)  # [N, H, A]
         discount = self.imagined_discount(feat, start.get("terminated", None))
         ones = torch.ones_like(discount[:, :1])
         return TensorDict(
