@@ -78,7 +78,7 @@ class ResidualLayer(nn.Module):
             nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
             *last_norm,
         )
-        self.before_norm = len(self.block) - len(last_norm)  # modules of the block before the last
+        self.before_norm = len(self.block) - len(last_norm)  # modules before its last norm
 
     def forward(self, x: Tensor) -> Tensor:
         skip = self.shortcut(x)
@@ -86,7 +86,7 @@ class ResidualLayer(nn.Module):
 
     def by_branches(self, x: Tensor) -> Tensor:
         """The same; the backward pass computes one branch again at a time, their sum not at all."""
-        # The skip first: its gradient, as wide as x, is then the last and waits for no other.
+        # The skip first: its gradient, as large as x, then comes last and need not be kept meanwhile.
         skip = keep_convolutions(self.shortcut, x)
         return self.join(keep_convolutions(self.convolve, x), skip)
 
