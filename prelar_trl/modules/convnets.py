@@ -86,7 +86,7 @@ class ResidualLayer(nn.Module):
 
     def by_branches(self, x: Tensor) -> Tensor:
         """The same; the backward pass computes one branch again at a time, their sum not at all."""
-        # The skip first: its gradient, as large as x, then comes last and need not be kept meanwhile.
+        # The skip first: its gradient, as large as x, comes last and is not kept meanwhile.
         skip = keep_convolutions(self.shortcut, x)
         return self.join(keep_convolutions(self.convolve, x), skip)
 
