@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
+from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
 from prelar_trl.modules.heads import MLP, Actor
+from prelar_trl.modules.latent_actions import LatentActions, make_latent_actions
 from prelar_trl.modules.rssm import RSSM
 from prelar_trl.modules.world_model import WorldModel
 from prelar_trl.objectives import LatentActionLoss, VideoBonus, WorldModelLoss
@@ -71,7 +72,7 @@ def make_world_model(
     s = model_settings(method, phase, size, overrides)
     network = {"depth": s.depth, "stages": s.stages, "layers": s.layers, "norm": s.norm}
     if encoder is None:
-        encoder = CNNEncoder(3, s.depth) if s.images == "cnn" else ResNetEncoder(3, **network)
+        encoder = _make_encoder(s, 3, network)
     dynamics = {
         "stoch": s.stoch,
         "classes": s.classes,
@@ -79,25 +80,25 @@ def make_world_model(
         "hidden": s.hidden,
         "ensemble": s.ensemble,
     }
-    code = {
-        "size": s.latent_action_size,
-        "classes": s.latent_action_classes,
-        "deter_size": s.latent_action_deter,
-        "hidden": s.latent_action_hidden,
-    }
     latent_action_encoder = action_encoder = lower_rssm = context_encoder = None
-    code_dim, embed_dim = action_dim, encoder.embed_dim
+    latent_dim, embed_dim = action_dim, encoder.embed_dim
     if s.actions == "latent":
+        latent_actions = _make_latent_actions(s)
         latent_action_encoder = LatentActionEncoder(
-            frames=s.frames, variant=s.latent_action, **code, **network
+            _make_encoder(s, FRAME_CHANNELS[s.frames], network),
+            latent_actions,
+            frames=s.frames,
+            hidden=s.latent_action_hidden,
+            shift=s.latent_action_shift,
         )
-        code_dim = latent_action_encoder.code.dim
+        latent_dim = latent_actions.dim
     elif s.actions == "encoded":
+        latent_actions = _make_action_code(s)
         action_encoder = ActionEncoder(
-            action_dim, variant=s.action_code, window=s.action_window, **code
+            action_dim, latent_actions, hidden=s.latent_action_hidden, window=s.action_window
         )
-        code_dim = action_encoder.code.dim
-    width = code_dim if s.action_width is None else s.action_width
+        latent_dim = latent_actions.dim
+    width = latent_dim if s.action_width is None else s.action_width
     if s.stacked:
         lower_rssm = RSSM(width, embed_dim, **dynamics)
         embed_dim = lower_rssm.feat_dim + (embed_dim if s.concat_embed else 0)
@@ -168,7 +169,8 @@ def make_world_model_loss(
     world_model: WorldModel,
     *,
     video_bonus: VideoBonus | None = None,
-    weights: Mapping[str, float] | None = None,
+    weights: Mapping[str, float | None] | None = None,
+    action_dim: int | None = None,
     **overrides: Any,
 ) -> WorldModelLoss:
     """The loss of a method.
@@ -177,12 +179,18 @@ def make_world_model_loss(
         world_model: from :func:`make_world_model` with the same method and phase.
         video_bonus: the agent's bonus, in fine-tuning.
         weights: weights that replace the preset's one by one; ``None`` as a weight removes a term.
+        action_dim: size of the true actions that ``action_label`` reads from latent ones.
         overrides: further fields of :class:`LossSettings`.
     """
     preset = find_preset(method, phase)
     s = loss_settings(overrides)
     merged = {**getattr(preset, f"{phase}_weights"), **(weights or {})}
-    check_weights(dict.fromkeys(merged, 0), (*WorldModelLoss.TERMS, *LatentActionLoss.TERMS))
+    kind = None
+    if world_model.latent_action_encoder is not None:
+        kind = world_model.latent_action_encoder.latent_actions
+    latent_terms = LatentActionLoss.TERMS + (kind.outputs().losses if kind is not None else ())
+    check_weights(dict.fromkeys(merged, 0), (*WorldModelLoss.TERMS, *latent_terms))
+    latent_weights = {name: merged.pop(name) for name in latent_terms if name in merged}
     merged = {name: weight for name, weight in merged.items() if weight is not None}
     for name in ("reward", "aux_reward", "discount"):
         if (name in merged) != (name in world_model.heads):
@@ -192,26 +200,27 @@ def make_world_model_loss(
             )
     if "af_kl" in merged and world_model.lower_rssm is None:
         raise ValueError(f"method={method} has no lower RSSM in phase={phase}: remove weight af_kl")
-    latent_weights = {name: merged.pop(name) for name in LatentActionLoss.TERMS if name in merged}
     latent = world_model.rssm.latent.kind
     latent_action_loss = None
-    if latent_weights:
-        if world_model.latent_action_encoder is None:
-            raise ValueError(
-                f"method={method} has no latent actions in phase={phase}, "
-                f"so it cannot weigh {', '.join(latent_weights)}"
-            )
-        distribution = world_model.latent_action_encoder.code.latent
+    if kind is None and any(weight is not None for weight in latent_weights.values()):
+        raise ValueError(
+            f"method={method} has no latent actions in phase={phase}, "
+            f"so it cannot weigh {', '.join(latent_weights)}"
+        )
+    if kind is not None:
         latent_action_loss = LatentActionLoss(
             world_model.rssm,
+            kind,
             weights=latent_weights,
             latent=latent,
-            action=None if distribution is None else distribution.kind,
             consistency=s.consistency,
-            prior_std=s.prior_std,
+            free_nats=s.latent_free_nats,
+            warmup=s.latent_warmup,
+            warmup_start=s.latent_warmup_start,
             negatives=s.negatives,
             temperature=s.temperature,
             contrast_dynamics=s.contrast_dynamics,
+            action_dim=action_dim,
         )
     loss = WorldModelLoss(
         world_model,
@@ -268,6 +277,29 @@ def load_pretrained(world_model: WorldModel, state: Mapping[str, Tensor]) -> Non
         )
     for name, module in pretrained_modules(world_model).items():
         module.load_state_dict(parts[name])
+
+
+def _make_encoder(s: ModelSettings, channels: int, network: Mapping[str, Any]) -> nn.Module:
+    if s.images == "cnn":
+        return CNNEncoder(channels, s.depth)
+    return ResNetEncoder(channels, **network)
+
+
+def _make_latent_actions(s: ModelSettings) -> LatentActions:
+    """The kind that pre-training infers."""
+    shared = {"classes": s.latent_action_classes, "deter_size": s.latent_action_deter}
+    return make_latent_actions(
+        s.latent_action, size=s.latent_action_size, shared=shared, **s.latent_action_options
+    )
+
+
+def _make_action_code(s: ModelSettings) -> LatentActions:
+    """The kind that the action encoder gives: as wide as the latent actions of pre-training."""
+    latent_actions = _make_latent_actions(s)
+    if s.action_code == s.latent_action:
+        return latent_actions
+    shared = {"classes": s.latent_action_classes, "deter_size": s.latent_action_deter}
+    return make_latent_actions(s.action_code, size=latent_actions.dim, shared=shared)
 
 
 def _make_decoder(s: ModelSettings, feat_dim: int, network: Mapping[str, Any]) -> nn.Module:

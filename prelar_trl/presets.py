@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from prelar_trl.modules.actions import FrameInput, Variant
-from prelar_trl.modules.context import Augmentation
+from prelar_trl.modules.actions import FrameInput
+from prelar_trl.modules.augmentation import Augmentation
 from prelar_trl.modules.convnets import Norm
 from prelar_trl.objectives.functional import ConsistencyMode
 
@@ -59,13 +59,15 @@ class ModelSettings:
     ensemble: int = 1
     # latent actions
     frames: FrameInput = "concat"
-    latent_action: Variant = "gaussian"
+    latent_action: str = "gaussian"  # a registered kind, or package.module:Class
     latent_action_size: int = 64
-    latent_action_classes: int = 0
-    latent_action_deter: int = 64
+    latent_action_classes: int = 0  # of kinds that have classes
+    latent_action_deter: int = 64  # of kinds with a deterministic part
+    latent_action_options: Mapping[str, Any] = field(default_factory=dict)  # further ones
     latent_action_hidden: int = 1024
+    latent_action_shift: int = 0  # pixels by which its frames are moved in training
     # action encoder, into the same space
-    action_code: Variant = "deterministic"
+    action_code: str = "deterministic"  # kind of latent action that it gives
     action_window: int = 1
     # video bonus
     bonus_embed: Literal["embed", "feat", "lower"] | None = None
@@ -85,7 +87,9 @@ class LossSettings:
     free_nats: float = 0.0
     free_avg: bool = True
     consistency: ConsistencyMode = "soft"
-    prior_std: float = 1.0
+    latent_free_nats: float = 0.0  # of latent_kl
+    latent_warmup: int = 0  # updates over which latent_kl rises to its weight
+    latent_warmup_start: float = 0.01  # share of the weight at the start
     negatives: int = 4
     temperature: float | None = 1.0
     contrast_dynamics: bool = True

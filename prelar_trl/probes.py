@@ -14,7 +14,6 @@ from torch import Tensor
 
 from prelar_trl.modules import WorldModel
 from prelar_trl.modules.actions import LatentActionEncoder
-from prelar_trl.modules.distributions import Categorical
 from prelar_trl.record import psnr, ssim
 
 __all__ = [
@@ -48,7 +47,7 @@ def openloop_quality(
         ``{"psnr" | "ssim": {prediction: float32 [B, T]}}``.
     """
     pixels = batch["pixels"]
-    own, _ = world_model.action_codes(batch, world_model.images(pixels))
+    own, _ = world_model.dynamics_actions(batch, world_model.images(pixels))
     if own is None:
         predictions = {"no_actions": world_model.open_loop(batch, context)}
     else:
@@ -79,20 +78,21 @@ def transfer(
         Frames in [0, 1], ``[B, T, 3, H, W]``, imagined with the source's and with the target's
         own actions.
     """
-    codes = [
-        world_model.action_codes(x, world_model.images(x["pixels"]))[0] for x in (source, target)
+    actions = [
+        world_model.dynamics_actions(x, world_model.images(x["pixels"]))[0]
+        for x in (source, target)
     ]
-    if codes[0] is None:
+    if actions[0] is None:
         raise ValueError("this world model has no latent actions to transfer")
-    moved = world_model.open_loop(target, context, _switch(codes[1], codes[0], context))
-    return moved, world_model.open_loop(target, context, codes[1])
+    moved = world_model.open_loop(target, context, _switch(actions[1], actions[0], context))
+    return moved, world_model.open_loop(target, context, actions[1])
 
 
 @torch.no_grad()
 def latent_action_features(
     encoder: LatentActionEncoder, images: Tensor, flow: Tensor | None = None
 ) -> Tensor:
-    """Latent actions without noise: means, probabilities of categoricals, deterministic parts.
+    """Latent actions without noise, as their kind wants them read.
 
     Args:
         images: ``[B, T, 3, H, W]`` in [-0.5, 0.5]; flow: alike, for encoders of optical flow.
@@ -100,12 +100,8 @@ def latent_action_features(
     Returns:
         ``[B, T-1, X]``; index t is the transition from frame t to frame t+1.
     """
-    code, statistics = encoder(images, flow, sample=False)
-    code = code[:, 1:]
-    if not isinstance(encoder.code.latent, Categorical):
-        return code
-    deterministic = code[..., : encoder.code.deter_size]
-    return torch.cat([deterministic, statistics.softmax(-1).flatten(-2)], -1)
+    action, params = encoder(images, flow, sample=False)
+    return encoder.latent_actions.features(action[:, 1:], params)
 
 
 def frame_difference(images: Tensor, size: int = 8) -> Tensor:
@@ -176,23 +172,22 @@ def action_effects(
     if batch.shape[0] <= exchanges:
         raise ValueError(f"{exchanges} exchanges need more than {batch.shape[0]} sequences")
     out = world_model(batch.select(*world_model.in_keys))
-    rssm, latent = world_model.rssm, world_model.latent_action_encoder.code.latent
+    rssm, kind = world_model.rssm, world_model.latent_action_encoder.latent_actions
     stoch, deter = out["stoch"][:, :-1], out["deter"][:, :-1]
     posterior, action = out["posterior"][:, 1:], out["latent_action"][:, 1:]  # [B, T-1, U]
+    params = out.get("latent_action_statistics", None)
+    params = None if params is None else params[:, 1:]
     prior = rssm(stoch, deter, action)  # anew, so that a tie with another action is exact
     own = rssm.latent.kl(posterior, prior)  # [B, T-1]
     explained = torch.ones_like(own, dtype=torch.bool)
     distances: dict[str, list[Tensor]] = {"state": [], "latent": [], "true": []}
     for shift in range(1, exchanges + 1):
-        shuffled = rssm(stoch, deter, action.roll(shift, 0))
+        other = action.roll(shift, 0)
+        shuffled = rssm(stoch, deter, other)
         explained &= own < rssm.latent.kl(posterior, shuffled)
         distances["state"].append(rssm.latent.kl(prior, shuffled))
-        if latent is None:
-            change = (action - action.roll(shift, 0)).square().sum(-1)
-        else:
-            statistics = out["latent_action_statistics"][:, 1:]
-            change = latent.kl(statistics, statistics.roll(shift, 0))
-        distances["latent"].append(change)
+        other_params = None if params is None else params.roll(shift, 0)
+        distances["latent"].append(kind.distance(action, params, other, other_params))
         if "action" in batch.keys():
             true = batch["action"][:, 1:]
             distances["true"].append((true - true.roll(shift, 0)).norm(dim=-1))
@@ -207,6 +202,6 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
     return float(spearmanr(x.cpu().numpy(), y.cpu().numpy()).statistic)
 
 
-def _switch(code: Tensor, other: Tensor, step: int) -> Tensor:
-    """``code`` before ``step``, ``other`` from there on."""
-    return torch.cat([code[:, :step], other[:, step:]], 1)
+def _switch(action: Tensor, other: Tensor, step: int) -> Tensor:
+    """``action`` before ``step``, ``other`` from there on."""
+    return torch.cat([action[:, :step], other[:, step:]], 1)

@@ -178,7 +178,7 @@ def calibrate(untrained: WorldModel, clips: VideoClips) -> None:
         untrained.train()
         for _ in range(CALIBRATION):
             batch = clips.sample()
-            untrained.action_codes(batch, untrained.images(batch["pixels"]))
+            untrained.dynamics_actions(batch, untrained.images(batch["pixels"]))
     untrained.eval()
 
 

@@ -124,6 +124,7 @@ class Fixture:
             "latent_action_size": code["deter"] if variant == "deterministic" else code["stoch"],
             "latent_action_classes": 0 if variant == "deterministic" else code["discrete"],
             "latent_action_deter": code["deter"],
+            "latent_action_options": {"prior_std": 1.2449187} if variant == "gaussian" else {},
         }
 
     def model(self) -> Any:
@@ -141,7 +142,6 @@ class Fixture:
             "free_nats": config["kl"]["free"],
             "free_avg": config["kl"]["free_avg"],
             "consistency": "sign",
-            "prior_std": 1.2449187,
         }
         world_model, bonus = model, None
         weights: dict[str, float | None] = {}

@@ -8,26 +8,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from prelar_trl.modules.actions import ActionCode, ActionEncoder, LatentActionEncoder
+from prelar_trl.modules import ResNetEncoder, make_latent_actions
+from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
 
 B, T = 2, 4
-VARIANTS: dict[str, tuple[dict[str, Any], int, tuple[int, ...] | None]] = {
-    "gaussian": ({"variant": "gaussian", "size": 5}, 5, (5, 2)),
-    "deterministic": ({"variant": "deterministic", "size": 5}, 5, None),
-    "categorical": ({"variant": "categorical", "size": 5, "classes": 3}, 15, (5, 3)),
-    "mixed": ({"variant": "mixed", "size": 5, "deter_size": 4}, 9, (5, 2)),
-    "mixed categorical": (
-        {"variant": "mixed", "size": 5, "classes": 3, "deter_size": 4},
-        19,
-        (5, 3),
-    ),
+KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int, ...] | None]] = {
+    "gaussian": ("gaussian", {"size": 5}, 5, (5, 2)),
+    "deterministic": ("deterministic", {"size": 5}, 5, None),
+    "categorical": ("categorical", {"size": 5, "classes": 3}, 15, (5, 3)),
+    "mixed": ("mixed", {"size": 5, "deter_size": 4}, 9, (5, 2)),
+    "mixed categorical": ("mixed", {"size": 5, "classes": 3, "deter_size": 4}, 19, (5, 3)),
+    "fsq": ("fsq", {"size": 5, "levels": (8, 5, 5)}, 3, None),
+    "vq": ("vq", {"size": 5, "codes": 7}, 5, (5,)),
 }
 FRAMES = ["concat", "diff", "catdiff", "flow"]
 
 
-def make(frames: str = "concat", **code: Any) -> LatentActionEncoder:
-    options = {"hidden": 6, "depth": 4, "layers": 1, "norm": "group"}
-    return LatentActionEncoder(frames=frames, **options, **code)
+def make(
+    frames: str = "concat", kind: str = "gaussian", shift: int = 0, **options: Any
+) -> LatentActionEncoder:
+    network = ResNetEncoder(FRAME_CHANNELS.get(frames, 3), depth=4, layers=1, norm="group")
+    latent_actions = make_latent_actions(kind, **{"size": 5, **options})
+    return LatentActionEncoder(network, latent_actions, frames=frames, hidden=6, shift=shift)
+
+
+def action_encoder(kind: str = "deterministic", window: int = 1, **options: Any) -> ActionEncoder:
+    latent_actions = make_latent_actions(kind, **{"size": 5, **options})
+    return ActionEncoder(3, latent_actions, hidden=16, window=window)
 
 
 def images() -> Tensor:
@@ -35,20 +42,21 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("frames", FRAMES)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", KINDS)
 def test_latent_actions_have_one_row_per_frame_and_are_zero_at_the_first(
     name: str, frames: str
 ) -> None:
-    code, dim, statistics_shape = VARIANTS[name]
-    encoder = make(frames, **code)
-    action, statistics = encoder(images(), images())
-    assert action.shape == (B, T, dim) == (B, T, encoder.code.dim)
+    kind, options, dim, params_shape = KINDS[name]
+    encoder = make(frames, kind, **options)
+    action, params = encoder(images(), images())
+    assert action.shape == (B, T, dim) == (B, T, encoder.latent_actions.dim)
     assert action[:, 0].abs().max() == 0
-    assert (action[:, 1:].abs().sum(-1) > 0).all()
-    if statistics_shape is None:
-        assert statistics is None
+    if kind != "fsq":  # whose middle level is zero
+        assert (action[:, 1:].abs().sum(-1) > 0).all()
+    if params_shape is None:
+        assert params is None
     else:
-        assert statistics.shape == (B, T - 1, *statistics_shape)
+        assert params.shape == (B, T - 1, *params_shape)
 
 
 @pytest.mark.parametrize("frames", FRAMES)
@@ -86,49 +94,49 @@ def test_flow_must_be_given() -> None:
         make("flow")(images())
 
 
-def test_unknown_names_are_errors() -> None:
+def test_shifted_frames_move_alike_and_in_training_only() -> None:
+    encoder, pixels = make("catdiff", "deterministic", shift=4), images()
+    seen = []
+    encoder.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    encoder(pixels)
+    before, after, difference = seen[0].chunk(3, 1)
+    torch.testing.assert_close(after - before, difference)
+    assert not torch.equal(before, pixels[:, :-1].flatten(0, 1))
+    encoder.eval()(pixels)
+    assert torch.equal(seen[1][:, :3], pixels[:, :-1].flatten(0, 1))
+
+
+def test_bad_settings_are_errors() -> None:
     with pytest.raises(ValueError, match="frames='both' is unknown"):
         make("both")
-    with pytest.raises(ValueError, match="variant='normal' is unknown"):
-        ActionCode("normal")
-    with pytest.raises(ValueError, match="classes=0"):
-        ActionCode("categorical", 4)
+    with pytest.raises(ValueError, match="shift=-1"):
+        make(shift=-1)
     with pytest.raises(ValueError, match="window=0"):
-        ActionEncoder(3, window=0)
+        action_encoder(window=0)
 
 
-def test_gaussian_code_has_no_least_std() -> None:
-    code = ActionCode("gaussian", 2)
-    _, statistics = code(torch.tensor([1.0, 2.0, 0.0, -40.0]))
-    torch.testing.assert_close(
-        statistics, torch.tensor([[1.0, 1.0], [2.0, 0.0]]), atol=1e-6, rtol=0
-    )
-
-
-def test_only_the_stochastic_part_of_a_code_is_drawn() -> None:
-    code = ActionCode("mixed", size=3, deter_size=2)
-    raw = torch.randn(8)
-    first, second = code(raw)[0], code(raw)[0]
-    assert torch.equal(first[:2], raw[:2]) and torch.equal(second[:2], raw[:2])
-    assert (first[2:] != second[2:]).all()
-    assert torch.equal(code(raw, sample=False)[0], raw[:5])
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("window", [1, 3])
-def test_action_encoder_has_every_variant_and_a_window(name: str, window: int) -> None:
-    code, dim, statistics_shape = VARIANTS[name]
-    encoder = ActionEncoder(3, hidden=6, window=window, **code)
-    encoded, statistics = encoder(torch.randn(B, T, 3))
+def test_action_encoder_has_every_kind_and_a_window(name: str, window: int) -> None:
+    kind, options, dim, params_shape = KINDS[name]
+    encoder = action_encoder(kind, window, **options)
+    encoded, params = encoder(torch.randn(B, T, 3))
     assert encoded.shape == (B, T, dim)
-    assert (statistics is None) == (statistics_shape is None)
-    if statistics is not None:
-        assert statistics.shape == (B, T, *statistics_shape)
+    assert (params is None) == (params_shape is None)
+    if params is not None:
+        assert params.shape == (B, T, *params_shape)
+
+
+def test_action_encoder_leaves_the_codebook_as_pretraining_made_it() -> None:
+    encoder = action_encoder("vq")
+    before = encoder.latent_actions.codebook.clone()
+    encoder.train()(torch.randn(B, T, 3))
+    assert torch.equal(encoder.latent_actions.codebook, before)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_action_encoder_sees_the_last_actions_only(window: int) -> None:
-    encoder, action = ActionEncoder(3, hidden=16, window=window), torch.randn(1, 8, 3)
+    encoder, action = action_encoder(window=window), torch.randn(1, 8, 3)
     before, _ = encoder(action)
     action[:, 4] += 1
     after, _ = encoder(action)
@@ -137,11 +145,11 @@ def test_action_encoder_sees_the_last_actions_only(window: int) -> None:
 
 
 def test_action_window_starts_with_zeros() -> None:
-    encoder, action = ActionEncoder(3, hidden=6, window=3), torch.randn(2, 4, 3)
+    encoder, action = action_encoder(window=3), torch.randn(2, 4, 3)
     padded = torch.cat([torch.zeros(2, 5, 3), action], 1)
     torch.testing.assert_close(encoder(action)[0], encoder(padded)[0][:, 5:])
 
 
 def test_action_encoder_without_a_window_takes_any_leading_shape() -> None:
-    encoder, action = ActionEncoder(3, hidden=6), torch.randn(2, 4, 3)
+    encoder, action = action_encoder(), torch.randn(2, 4, 3)
     torch.testing.assert_close(encoder(action)[0][1, 2], encoder(action[1, 2])[0])

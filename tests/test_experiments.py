@@ -20,6 +20,9 @@ from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, TINY, make_clips
 FILES = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 
 
+PRIOR = {"prior_std": 1.2449187}
+
+
 def recipe_of(name: str) -> str:
     return "finetune" if name.endswith("_metaworld") else "pretrain"
 
@@ -48,10 +51,10 @@ def test_every_experiment_is_in_the_table():
 
 def test_the_command_line_wins_over_the_experiment_and_that_over_the_preset():
     plain = composed("prelar_rlbench")
-    assert (plain.loss.consistency, plain.loss.prior_std) == ("sign", 1.2449187)
+    assert (plain.loss.consistency, plain.model.latent_action_options) == ("sign", PRIOR)
     changed = composed("prelar_rlbench", "loss.consistency=soft", "size=tiny", "updates=7")
     assert (changed.loss.consistency, changed.size, changed.updates) == ("soft", "tiny", 7)
-    assert changed.loss.prior_std == 1.2449187
+    assert changed.model.latent_action_options == PRIOR
     assert composed("prelar_rlbench", "method=prelar_no_cl").method == "prelar_no_cl"
 
 

@@ -13,6 +13,11 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from prelar_trl.models import make_world_model_loss
 from prelar_trl.modules import MLP
+from prelar_trl.modules.latent_actions import (
+    CategoricalActions,
+    DeterministicActions,
+    GaussianActions,
+)
 from prelar_trl.objectives import (
     ActorLoss,
     CriticLoss,
@@ -79,7 +84,10 @@ LOSSES = {
         lambda: LatentActionLoss(Dynamics(), weights={"action_contrast": 1.0}),
         prediction,
     ),
-    "deterministic": (lambda: LatentActionLoss(Dynamics(), action=None), prediction),
+    "deterministic": (
+        lambda: LatentActionLoss(Dynamics(), DeterministicActions(size=4)),
+        prediction,
+    ),
     "actor": (ActorLoss, trajectory),
     "reinforce": (lambda: ActorLoss(gradient="reinforce"), trajectory),
     "critic": (lambda: CriticLoss(MLP(D, 1, 1, 8)), trajectory),
@@ -203,7 +211,9 @@ def test_nothing_depends_on_the_exploration_type(pair) -> None:
 def test_latent_kl_is_that_of_the_transitions_from_the_prior() -> None:
     td = prediction()
     for std in (1.0, 1.5):
-        loss = LatentActionLoss(Dynamics(), weights={"latent_kl": 1.0}, prior_std=std)
+        loss = LatentActionLoss(
+            Dynamics(), GaussianActions(size=1, prior_std=std), weights={"latent_kl": 1.0}
+        )
         mean, scale = td["latent_action_statistics"][:, 1:].unbind(-1)
         expected = torch.distributions.kl_divergence(
             torch.distributions.Normal(mean, scale), torch.distributions.Normal(0.0, std)
@@ -214,7 +224,9 @@ def test_latent_kl_is_that_of_the_transitions_from_the_prior() -> None:
 def test_latent_kl_of_categorical_actions_is_that_from_the_uniform() -> None:
     td = prediction(False)
     td["latent_action_statistics"] = torch.randn(B, T, 4, 5)
-    loss = LatentActionLoss(Dynamics(), weights={"latent_kl": 1.0}, action="categorical")
+    loss = LatentActionLoss(
+        Dynamics(), CategoricalActions(size=4, classes=5), weights={"latent_kl": 1.0}
+    )
     entropy = torch.distributions.Categorical(logits=td["latent_action_statistics"][:, 1:])
     expected = (math.log(5) - entropy.entropy()).sum(-1).mean()
     torch.testing.assert_close(loss(td)["latent_kl"], expected)
@@ -254,7 +266,7 @@ def test_consistency_trains_the_latent_actions_only() -> None:
 
 def test_deterministic_actions_are_compared_by_squared_distance() -> None:
     td = prediction()
-    loss = LatentActionLoss(Dynamics(), action=None)
+    loss = LatentActionLoss(Dynamics(), DeterministicActions(size=4))
     assert "latent_kl" not in loss.weights
     loss(td)["loss_action_state_consistency"].backward()
     assert td["latent_action"].grad[:, 1:].abs().max() > 0
@@ -344,7 +356,7 @@ def test_bad_settings_are_errors() -> None:
     with pytest.raises(ValueError, match="unknown loss weight 'picture'.*image"):
         WorldModelLoss(tiny_world_model(), weights={"picture": 1.0})
     with pytest.raises(ValueError, match="prior_std=0"):
-        LatentActionLoss(Dynamics(), prior_std=0)
+        GaussianActions(size=2, prior_std=0)
     with pytest.raises(ValueError, match="negatives=0"):
         LatentActionLoss(Dynamics(), negatives=0)
     with pytest.raises(ValueError, match="kl_balance=2"):

@@ -101,7 +101,7 @@ def test_outputs_and_losses_agree(fixture: Fixture, model: torch.nn.Module) -> N
         raw = theirs["va_state/std"]  # theirs is the network's output
         assert relative_error(std, 2 * torch.sigmoid(raw / 2)) < OUTPUT
     if "act_code/deter" in theirs:
-        code, _ = world_model.action_codes(batch, None)
+        code, _ = world_model.dynamics_actions(batch, None)
         assert relative_error(code, theirs["act_code/deter"]) < OUTPUT
     for name, key in (("stoch", "stoch"), ("deter", "deter"), ("logit", "posterior")):
         if f"af_observe/0/{name}" in theirs:

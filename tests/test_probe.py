@@ -15,7 +15,7 @@ from tensordict import TensorDict
 
 from prelar_trl.data import VideoClips
 from prelar_trl.models import make_world_model
-from prelar_trl.modules.actions import LatentActionEncoder
+from prelar_trl.modules import LatentActionEncoder, ResNetEncoder, make_latent_actions
 from prelar_trl.probes import (
     action_effects,
     frame_difference,
@@ -206,15 +206,18 @@ def test_transferred_actions_act_after_the_frames_that_were_seen():
 
 def test_features_are_means_or_probabilities():
     images = torch.rand(2, 5, 3, 64, 64) - 0.5
-    sizes = {"size": 3, "deter_size": 2, "hidden": 8, "depth": 4, "layers": 1}
-    for variant, classes, width in (
+    for kind, classes, width in (
         ("gaussian", 0, 3),
         ("deterministic", 0, 3),
         ("categorical", 4, 12),
         ("mixed", 4, 14),
         ("mixed", 0, 5),
     ):
-        encoder = LatentActionEncoder(variant=variant, classes=classes, **sizes).eval()
+        latent_actions = make_latent_actions(
+            kind, size=3, shared={"classes": classes, "deter_size": 2}
+        )
+        network = ResNetEncoder(6, depth=4, layers=1)
+        encoder = LatentActionEncoder(network, latent_actions, hidden=8).eval()
         x = latent_action_features(encoder, images)
         assert x.shape == (2, 4, width)
         torch.testing.assert_close(x, latent_action_features(encoder, images))

@@ -1,10 +1,15 @@
 """Networks. Inside: plain tensors. At the edge: TensorDictModules."""
 
-from prelar_trl.modules.actions import ActionCode, ActionEncoder, LatentActionEncoder
+from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
 from prelar_trl.modules.distributions import Categorical, Gaussian, TruncatedNormal
 from prelar_trl.modules.heads import MLP, Actor
+from prelar_trl.modules.latent_actions import (
+    LatentActions,
+    make_latent_actions,
+    register_latent_actions,
+)
 from prelar_trl.modules.policy import WorldModelPolicy
 from prelar_trl.modules.rssm import RSSM, State
 from prelar_trl.modules.world_model import WorldModel
@@ -12,7 +17,6 @@ from prelar_trl.modules.world_model import WorldModel
 __all__ = [
     "MLP",
     "RSSM",
-    "ActionCode",
     "ActionEncoder",
     "Actor",
     "CNNDecoder",
@@ -22,10 +26,13 @@ __all__ = [
     "ContextEncoder",
     "Gaussian",
     "LatentActionEncoder",
+    "LatentActions",
     "ResNetDecoder",
     "ResNetEncoder",
     "State",
     "TruncatedNormal",
     "WorldModel",
     "WorldModelPolicy",
+    "make_latent_actions",
+    "register_latent_actions",
 ]

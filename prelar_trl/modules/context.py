@@ -7,12 +7,11 @@ Source: ContextWM (Wu et al., NeurIPS 2023), section 3.2.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prelar_trl.modules.augmentation import Augmentation, augment
 from prelar_trl.modules.convnets import (
     Norm,
     ResidualLayer,
@@ -21,9 +20,8 @@ from prelar_trl.modules.convnets import (
     make_norm,
 )
 
-__all__ = ["Augmentation", "ContextDecoder", "ContextEncoder", "augment"]
+__all__ = ["ContextDecoder", "ContextEncoder"]
 
-Augmentation = Literal["none", "shift", "shift4", "flip", "scale", "erasing"]
 ATTENTION_BELOW = 32  # resolutions that attend to the context
 
 
@@ -148,83 +146,3 @@ def draw_frames(batch: int, steps: int, device: torch.device) -> Tensor:
 def draw_positions(rows: int, positions: int, device: torch.device) -> Tensor:
     """A random order of the positions for each row, ``[rows, positions]``."""
     return torch.rand(rows, positions, device=device).argsort(1)
-
-
-def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
-    """Augment each image ``[B, C, H, W]`` in [-0.5, 0.5] by its own random draw."""
-    match augmentation:
-        case "none":
-            return images
-        case "shift":
-            return _shift(images, 8)
-        case "shift4":
-            return _shift(images, 4)
-        case "flip":
-            return torch.where(_coin(images), images.flip(-1), images)
-        case "scale":
-            return _resized_crop(images)
-        case "erasing":
-            return _erase(images)
-    raise ValueError(
-        f"augmentation={augmentation!r} is unknown; "
-        "choose none, shift, shift4, flip, scale or erasing"
-    )
-
-
-def _coin(images: Tensor) -> Tensor:
-    return torch.rand(images.shape[0], 1, 1, 1, device=images.device) < 0.5
-
-
-def _uniform(images: Tensor, low: float, high: float) -> Tensor:
-    draws = torch.rand(images.shape[0], dtype=images.dtype, device=images.device)
-    return low + (high - low) * draws  # not uniform_: it differs when compiled
-
-
-def _shift(images: Tensor, pad: int) -> Tensor:
-    """Pad by repeating the border, then crop at a random place."""
-    batch, _, height, width = images.shape
-    padded = F.pad(images, (pad,) * 4, mode="replicate")
-    offset = torch.randint(2 * pad + 1, (2, batch, 1), device=images.device)
-    rows = offset[0] + torch.arange(height, device=images.device)  # [B, H]
-    columns = offset[1] + torch.arange(width, device=images.device)  # [B, W]
-    sequence = torch.arange(batch, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[sequence, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
-
-
-def _rectangle(images: Tensor, area: tuple[float, float], log_ratio: float) -> tuple[Tensor, ...]:
-    """Random height and width, as shares of the image, of the given area and aspect ratio."""
-    size = _uniform(images, *area)
-    ratio = _uniform(images, -log_ratio, log_ratio).exp()
-    return (size * ratio).sqrt().clamp(max=1), (size / ratio).sqrt().clamp(max=1)
-
-
-def _resized_crop(images: Tensor) -> Tensor:
-    """Crop 2/3 to all of the area at aspect ratio 3/4 to 4/3, resized to the whole image."""
-    height, width = _rectangle(images, (2 / 3, 1.0), 0.2877)  # log(4/3)
-    centre_y = (1 - height) * _uniform(images, -1, 1)
-    centre_x = (1 - width) * _uniform(images, -1, 1)
-    zero = torch.zeros_like(height)
-    theta = torch.stack(
-        [torch.stack([width, zero, centre_x], -1), torch.stack([zero, height, centre_y], -1)], 1
-    )
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def _erase(images: Tensor) -> Tensor:
-    """Grey out a rectangle of 2% to 33% of the area, aspect ratio 0.3 to 3.3, in half of them."""
-    height, width = _rectangle(images, (0.02, 0.33), 1.194)  # log(3.3)
-    top, left = (1 - height) * _uniform(images, 0, 1), (1 - width) * _uniform(images, 0, 1)
-
-    def inside(length: int, start: Tensor, extent: Tensor) -> Tensor:
-        centre = (torch.arange(length, device=images.device) + 0.5) / length
-        return (centre >= start[:, None]) & (centre < (start + extent)[:, None])
-
-    box = (
-        inside(images.shape[2], top, height)[:, None, :, None]
-        & (inside(images.shape[3], left, width)[:, None, None, :])
-    )
-    # 0 is mid grey: images lie in [-0.5, 0.5].
-    return images.masked_fill(box & _coin(images), 0.0)

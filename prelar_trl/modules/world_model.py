@@ -95,7 +95,7 @@ class WorldModel(TensorDictModuleBase):
         self.out_keys += [("prediction", name) for name in ("pixels", *self.heads)]
         if latent_action_encoder is not None:
             self.out_keys.append("latent_action")
-            if latent_action_encoder.code.latent is not None:
+            if latent_action_encoder.latent_actions.outputs().has_params:
                 self.out_keys.append("latent_action_statistics")
         if lower_rssm is not None:
             lower_keys = ("stoch", "deter", "feat", "posterior", "prior")
@@ -107,10 +107,10 @@ class WorldModel(TensorDictModuleBase):
         """Observe a batch ``[B, T]`` and predict; writes ``out_keys`` into ``tensordict``."""
         images = self.images(tensordict["pixels"])
         embed = self.encode(images)
-        code, statistics = self.action_codes(tensordict, images)
-        out = self.observe(embed, code, tensordict["is_first"])
+        action, statistics = self.dynamics_actions(tensordict, images)
+        out = self.observe(embed, action, tensordict["is_first"])
         if self.latent_action_encoder is not None:
-            out["latent_action"] = code
+            out["latent_action"] = action
             if statistics is not None:
                 padding = (0, 0) * (statistics.dim() - 2) + (1, 0)
                 out["latent_action_statistics"] = F.pad(statistics, padding)  # [B, T, ...]
@@ -134,7 +134,7 @@ class WorldModel(TensorDictModuleBase):
         maps = () if context is None else (context,)
         return self.decoder(feat.flatten(0, 1), *maps).unflatten(0, feat.shape[:2])
 
-    def action_codes(
+    def dynamics_actions(
         self, tensordict: TensorDictBase, images: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """What the RSSM is given as actions, ``[B, T, U]``, and its statistics, or None."""
@@ -153,12 +153,12 @@ class WorldModel(TensorDictModuleBase):
     def observe(
         self,
         embed: Tensor,
-        code: Tensor | None,
+        action: Tensor | None,
         is_first: Tensor,
         state: State | None = None,
         lower_state: State | None = None,
     ) -> TensorDict:
-        """Filter embeddings ``[B, T, E]``; is_first ``[B, T, 1]``."""
+        """Filter embeddings ``[B, T, E]`` under actions of the dynamics; is_first ``[B, T, 1]``."""
         out = TensorDict({"embed": embed}, batch_size=embed.shape[:2])
         first = is_first.squeeze(-1)
         if self.lower_rssm is not None:
@@ -171,7 +171,7 @@ class WorldModel(TensorDictModuleBase):
                 batch_size=out.batch_size,
             )
             embed = torch.cat([embed, feat], -1) if self.concat_embed else feat
-        states, posterior, prior = self.rssm.observe(embed, code, first, state, self.sample)
+        states, posterior, prior = self.rssm.observe(embed, action, first, state, self.sample)
         out.update(states._asdict())
         return out.update({"feat": self.rssm.feat(states), "posterior": posterior, "prior": prior})
 
@@ -210,8 +210,8 @@ class WorldModel(TensorDictModuleBase):
             for _ in range(horizon):
                 policy = actor(feats[-1].detach())
                 action = policy.draw(sample)
-                code, history = self._next_code(action, history, sample)
-                state, _ = self.rssm.step(state, code, sample)
+                latent, history = self._next_latent_action(action, history, sample)
+                state, _ = self.rssm.step(state, latent, sample)
                 feats.append(self.rssm.feat(state))
                 actions.append(action)
                 policies.append(policy)
@@ -257,10 +257,10 @@ class WorldModel(TensorDictModuleBase):
         true_first = self.discount * (~terminated).float()
         return torch.cat([true_first.unsqueeze(1), discount[:, 1:]], 1)
 
-    def _next_code(
+    def _next_latent_action(
         self, action: Tensor, history: Tensor | None, sample: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Action ``[N, A]`` -> its code ``[N, U]``; ``history`` ``[N, window-1, A]`` moves on."""
+        """Action ``[N, A]`` -> that of the dynamics ``[N, U]``; ``history`` moves on by one."""
         if self.action_encoder is None:
             return action, None
         if history is None:
@@ -272,27 +272,27 @@ class WorldModel(TensorDictModuleBase):
 
     @torch.no_grad()
     def open_loop(
-        self, tensordict: TensorDictBase, context: int = 5, code: Tensor | None = None
+        self, tensordict: TensorDictBase, context: int = 5, action: Tensor | None = None
     ) -> Tensor:
         """See ``context`` frames, imagine the rest.
 
         Args:
-            code: what the RSSM is given as actions, ``[B, T, U]``. Default: the batch's own.
+            action: what the RSSM is given as actions, ``[B, T, U]``. Default: the batch's own.
 
         Returns:
             Predicted frames in [0, 1], ``[B, T, 3, H, W]``; the first ``context`` are
             reconstructions.
         """
         images = self.images(tensordict["pixels"])
-        if code is None:
-            code, _ = self.action_codes(tensordict, images)
-        seen = None if code is None else code[:, :context]
+        if action is None:
+            action, _ = self.dynamics_actions(tensordict, images)
+        seen = None if action is None else action[:, :context]
         is_first = tensordict["is_first"]
         out = self.observe(self.encode(images[:, :context]), seen, is_first[:, :context])
         last = State(out["stoch"][:, -1], out["deter"][:, -1])
         rest = images.shape[1] - context
         ahead, _ = self.rssm.imagine(
-            None if code is None else code[:, context:], last, self.sample, steps=rest
+            None if action is None else action[:, context:], last, self.sample, steps=rest
         )
         feat = torch.cat([out["feat"], self.rssm.feat(ahead)], 1)
         maps = None

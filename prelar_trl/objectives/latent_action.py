@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchrl.objectives import LossModule
 
-from prelar_trl.modules.distributions import at_least_float32, categorical_kl, gaussian_kl
+from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
+from prelar_trl.modules.latent_actions import GaussianActions, LatentActions
 from prelar_trl.objectives import functional as F
 from prelar_trl.objectives.common import check_weights, loss_keys, weighted
 
 __all__ = ["LatentActionLoss"]
 
-Kind = Literal["categorical", "gaussian"]
+StateKind = Literal["categorical", "gaussian"]
 KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "categorical": categorical_kl,
     "gaussian": gaussian_kl,
@@ -29,7 +30,7 @@ KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class LatentActionLoss(LossModule):
-    """Latent KL, action-state consistency and action contrast (PreLAR, sections 3.2 and 3.3).
+    """What trains latent actions (PreLAR, sections 3.2 and 3.3), besides the prediction itself.
 
     From each posterior state the dynamics is stepped with latent actions of *other* sequences of
     the batch; what those actions change, and how much, is compared with how different they are::
@@ -42,24 +43,34 @@ class LatentActionLoss(LossModule):
     Args:
         dynamics: module called as ``dynamics(stoch, deter, action) -> prior statistics``, such as
             ``world_model.rssm``. States are ``[N, ...]``, actions ``[N, U]``.
-        weights: weight of ``latent_kl``, ``action_state_consistency`` and ``action_contrast``; a
-            term without a weight is not computed. Default: 1 for the first two.
+        latent_actions: the kind of latent action: its KL, distance and own losses. Default:
+            Gaussian ones with the prior N(0, 1), of any size.
+        weights: weight of ``latent_kl``, ``action_state_consistency``, ``action_contrast``,
+            ``action_label`` and of the kind's own losses. Of the first four, a term without a
+            weight is not computed; one of the kind's own has the weight that the kind names, and
+            ``None`` removes it. Default: 1 for the first two.
         latent: kind of the state's distribution. Default: ``categorical``.
-        action: kind of the latent action's distribution, ``None`` for deterministic ones (which
-            have no ``latent_kl`` and are compared by squared distance). Default: ``gaussian``.
         consistency: mode of :func:`functional.action_state_consistency`. Default: ``soft``.
-        prior_std: std of the latent action's prior; the authors' code has 1.2449187. Default: 1.
+        free_nats: below this mean KL, ``latent_kl`` gives no gradient. Default: 0.
+        warmup: training calls over which the weight of ``latent_kl`` rises, geometrically, from
+            ``warmup_start`` times its value to all of it: latent actions are used before they are
+            squeezed. Default: 0.
+        warmup_start: default 0.01.
         negatives: number K of other actions a transition is contrasted with. Default: 4.
         temperature: of the contrast; None makes it learnable, from 1. Default: 1.
         contrast_dynamics: let the contrast's gradient reach the dynamics too. Default: True.
+        action_dim: size A of the true actions of ``action_label``. Default: none.
 
     Returns (forward): a TensorDict of ``loss_<term>`` (weighted) and, detached, ``<term>``,
-    ``consistency_sign``, ``contrast_accuracy``, ``contrast_chance``.
+    ``consistency_sign``, ``contrast_accuracy``, ``contrast_chance``, the kind's metrics.
+
+    Raises:
+        ValueError: a weight of an unknown term, a number out of its range.
     """
 
     @dataclass
     class _AcceptedKeys:
-        """Batch ``[B, T]``. Statistics and latent actions at t = 0 are not used."""
+        """Batch ``[B, T]``. Parameters and latent actions at t = 0 are not used."""
 
         stoch: NestedKey = "stoch"
         deter: NestedKey = "deter"
@@ -67,47 +78,71 @@ class LatentActionLoss(LossModule):
         prior: NestedKey = "prior"
         latent_action: NestedKey = "latent_action"
         latent_action_statistics: NestedKey = "latent_action_statistics"
+        action: NestedKey = "action"
+        labeled: NestedKey = "labeled"
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    TERMS = ("latent_kl", "action_state_consistency", "action_contrast")
+    TERMS = ("latent_kl", "action_state_consistency", "action_contrast", "action_label")
 
     def __init__(
         self,
         dynamics: nn.Module,
+        latent_actions: LatentActions | None = None,
         *,
-        weights: Mapping[str, float] | None = None,
-        latent: Kind = "categorical",
-        action: Kind | None = "gaussian",
+        weights: Mapping[str, float | None] | None = None,
+        latent: StateKind = "categorical",
         consistency: F.ConsistencyMode = "soft",
-        prior_std: float = 1.0,
+        free_nats: float = 0.0,
+        warmup: int = 0,
+        warmup_start: float = 0.01,
         negatives: int = 4,
         temperature: float | None = 1.0,
         contrast_dynamics: bool = True,
+        action_dim: int | None = None,
     ) -> None:
         super().__init__()
+        if latent_actions is None:
+            latent_actions = GaussianActions(size=1)  # its KL and distance know no size
         if weights is None:
             weights = {"latent_kl": 1.0, "action_state_consistency": 1.0}
-        self.weights = check_weights(weights, self.TERMS)
-        if action is None:
+        outputs = latent_actions.outputs()
+        own = {name: latent_actions.default_weights.get(name, 1.0) for name in outputs.losses}
+        chosen = {name: x for name, x in {**own, **weights}.items() if x is not None}
+        self.weights = check_weights(chosen, (*self.TERMS, *outputs.losses))
+        if not outputs.has_params:
             self.weights.pop("latent_kl", None)
-        if prior_std <= 0:
-            raise ValueError(f"prior_std={prior_std} must be positive")
-        if negatives < 1:
-            raise ValueError(f"negatives={negatives}: the contrast needs at least 1")
-        self.dynamics = dynamics
-        self.latent_divergence, self.action_kind = KL[latent], action
-        self.consistency, self.prior_std = consistency, prior_std
+        for name, value, low in (
+            ("free_nats", free_nats, 0),
+            ("warmup", warmup, 0),
+            ("negatives", negatives, 1),
+        ):
+            if value < low:
+                raise ValueError(f"{name}={value} must be at least {low}")
+        if not 0 < warmup_start <= 1:
+            raise ValueError(f"warmup_start={warmup_start} must lie in (0, 1]")
+        self.dynamics, self.latent_actions = dynamics, latent_actions
+        self.latent_divergence = KL[latent]
+        self.own_terms, self.own_metrics = outputs.losses, outputs.metrics
+        self.has_params = outputs.has_params
+        self.consistency, self.free_nats = consistency, free_nats
+        self.warmup, self.warmup_start = warmup, warmup_start
         self.negatives, self.contrast_dynamics = negatives, contrast_dynamics
+        self.register_buffer("calls", torch.zeros((), dtype=torch.float32))
         self.log_temperature = None
         if temperature is None:
             self.log_temperature = nn.Parameter(torch.zeros(()))
         self.temperature = temperature
+        self.label_head = None
+        if "action_label" in self.weights:
+            if action_dim is None:
+                raise ValueError("action_label needs action_dim, the size of the true actions")
+            self.label_head = nn.Linear(latent_actions.dim, action_dim)
         self._set_in_keys()
-        metrics = list(self.weights)
-        if "action_state_consistency" in metrics:
+        metrics = [*self.weights, *outputs.metrics]
+        if "action_state_consistency" in self.weights:
             metrics.append("consistency_sign")
-        if "action_contrast" in metrics:
+        if "action_contrast" in self.weights:
             metrics += ["contrast_accuracy", "contrast_chance"]
         self.out_keys = [*loss_keys(self.weights), *metrics]
 
@@ -116,40 +151,67 @@ class LatentActionLoss(LossModule):
         return False  # the modules keep their own parameters
 
     def _set_in_keys(self) -> None:
-        keys, self.in_keys = self.tensor_keys, []
-        consistency = "action_state_consistency" in self.weights
-        if self.action_kind is not None and (consistency or "latent_kl" in self.weights):
+        keys, weights = self.tensor_keys, self.weights
+        consistency, contrast = (
+            x in weights for x in ("action_state_consistency", "action_contrast")
+        )
+        own = bool(self.own_metrics) or any(name in weights for name in self.own_terms)
+        self.in_keys = []
+        if self.has_params and (consistency or own or "latent_kl" in weights):
             self.in_keys.append(keys.latent_action_statistics)
-        if consistency or "action_contrast" in self.weights:
-            self.in_keys += [keys.latent_action, keys.stoch, keys.deter]
+        if consistency or contrast or own or self.label_head is not None:
+            self.in_keys.append(keys.latent_action)
+        if consistency or contrast:
+            self.in_keys += [keys.stoch, keys.deter]
         if consistency:
             self.in_keys.append(keys.prior)
-        if "action_contrast" in self.weights:
+        if contrast:
             self.in_keys.append(keys.posterior)
+        if self.label_head is not None:
+            self.in_keys += [keys.action, keys.labeled]
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         self._set_in_keys()
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        keys = self.tensor_keys
-        out: dict[str, Tensor] = {}
-        statistics = None
-        if self.tensor_keys.latent_action_statistics in self.in_keys:
-            statistics = tensordict[keys.latent_action_statistics][:, 1:]  # [B, T-1, ...]
-        if "latent_kl" in self.weights:
-            out["latent_kl"] = self.latent_kl(statistics).mean()
-        if "action_state_consistency" in self.weights or "action_contrast" in self.weights:
-            out |= self._shuffled_terms(tensordict, statistics)
-        return weighted(out, self.weights)
+        keys, weights = self.tensor_keys, self.weights
+        values: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        action = params = None  # [B, T-1, U] and [B, T-1, ...]
+        if keys.latent_action in self.in_keys:
+            action = tensordict[keys.latent_action][:, 1:]
+        if keys.latent_action_statistics in self.in_keys:
+            params = tensordict[keys.latent_action_statistics][:, 1:]
+        if "latent_kl" in weights:
+            values["latent_kl"] = self.latent_actions.kl(params).mean()
+        if "action_state_consistency" in weights:
+            terms = self._consistency(tensordict, action, params)
+            values["action_state_consistency"], metrics["consistency_sign"] = terms
+        if "action_contrast" in weights:
+            contrast, accuracy = self._contrast(tensordict, action)
+            values["action_contrast"], metrics["contrast_accuracy"] = contrast, accuracy
+            metrics["contrast_chance"] = torch.full_like(accuracy, math.log(1 + self.negatives))
+        if self.label_head is not None:
+            values["action_label"] = self._label(tensordict, action)
+        if any(name in weights for name in self.own_terms):
+            own = self.latent_actions.extra_losses(action, params)
+            values |= {name: x for name, x in own.items() if name in weights}
+        if self.own_metrics:
+            metrics |= self.latent_actions.metrics(action, params)
+        losses = weighted(values, weights).update({k: x.detach() for k, x in metrics.items()})
+        if "loss_latent_kl" in losses.keys():
+            kl = values["latent_kl"].clamp_min(self.free_nats)
+            losses["loss_latent_kl"] = weights["latent_kl"] * self._warmup_factor() * kl
+        if self.training:
+            self.calls.add_(1)
+        return losses
 
-    def latent_kl(self, statistics: Tensor) -> Tensor:
-        """KL of the latent actions from their prior (Gaussian: N(0, prior_std^2), else uniform)."""
-        reference = torch.zeros_like(statistics)
-        if self.action_kind == "categorical":
-            return categorical_kl(statistics, reference)
-        reference[..., 1] = self.prior_std
-        return gaussian_kl(statistics, reference)
+    def _warmup_factor(self) -> Tensor | float:
+        """What the weight of ``latent_kl`` is multiplied by now."""
+        if not self.warmup:
+            return 1.0
+        return self.warmup_start ** (1 - (self.calls / self.warmup).clamp_max(1.0))
 
     def draw_permutation(self, batch: int, device: torch.device) -> Tensor:
         """A random order of the sequences, ``[B]``."""
@@ -164,56 +226,59 @@ class LatentActionLoss(LossModule):
         ahead = 1 + torch.arange(self.negatives, device=device) % (batch - 1)
         return order[(order.argsort() + ahead[:, None]) % batch]
 
-    def _shuffled_terms(
-        self, tensordict: TensorDictBase, statistics: Tensor | None
-    ) -> dict[str, Tensor]:
-        keys, out = self.tensor_keys, {}
-        action = tensordict[keys.latent_action][:, 1:]  # [B, T-1, U]
-        stoch = tensordict[keys.stoch][:, :-1].flatten(0, 1)  # [N, S, K], N = B*(T-1)
-        deter = tensordict[keys.deter][:, :-1].flatten(0, 1)
+    def _consistency(
+        self, tensordict: TensorDictBase, action: Tensor, params: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The consistency of the chosen mode, and that of mode ``sign``."""
+        keys = self.tensor_keys
+        stoch, deter = self._states(tensordict)
+        prior = tensordict[keys.prior][:, 1:].flatten(0, 1)  # [N, S, K], N = B*(T-1)
         batch = action.shape[0]
-        if "action_state_consistency" in self.weights:
-            prior = tensordict[keys.prior][:, 1:].flatten(0, 1)  # [N, S, K]
-            order = self.draw_permutation(batch, action.device)
-            with torch.no_grad():  # the state divergence is never differentiated
-                shuffled = self.dynamics(stoch, deter, action[order].flatten(0, 1))
-                p = self.latent_divergence(prior, shuffled).unflatten(0, action.shape[:2])
-                # Exchanged for itself an action changes nothing: zero, without rounding noise,
-                # whose signs would count as an ordering.
-                itself = order == torch.arange(batch, device=order.device)
-                p = p.masked_fill(itself[:, None], 0.0).flatten()
-            q = self._action_divergence(action, statistics, order)
-            out["action_state_consistency"] = F.action_state_consistency(p, q, self.consistency)
-            out["consistency_sign"] = F.action_state_consistency(p, q.detach(), "sign")
-        if "action_contrast" in self.weights:
-            posterior = tensordict[keys.posterior][:, 1:].flatten(0, 1).detach()
-            # The own action is stepped anew too: all candidates start from the same state.
-            others = action[self.draw_others(batch, action.device)]  # [K, B, T-1, U]
-            candidates = torch.cat([action[None], others]).flatten(0, 2)
-            count = 1 + self.negatives
-            parameters = dict(self.dynamics.named_parameters())
-            if not self.contrast_dynamics:  # neither by its weights nor by the states it led to
-                parameters = {name: x.detach() for name, x in parameters.items()}
-                stoch, deter = stoch.detach(), deter.detach()
-            repeated = (x.repeat(count, *[1] * (x.dim() - 1)) for x in (stoch, deter))
-            predicted = functional_call(self.dynamics, parameters, (*repeated, candidates))
-            kl = [self.latent_divergence(posterior, x) for x in predicted.chunk(count)]
-            kl = torch.stack(kl, 1)  # [N, 1+K]
-            temperature = self.temperature
-            if self.log_temperature is not None:
-                temperature = self.log_temperature.exp()
-            out["action_contrast"] = F.action_contrast(kl, temperature)
-            out["contrast_accuracy"] = (kl[:, :1] < kl[:, 1:]).all(1).float().mean()
-            out["contrast_chance"] = torch.full_like(
-                out["contrast_accuracy"], math.log(1 + self.negatives)
-            )
-        return out
+        order = self.draw_permutation(batch, action.device)
+        with torch.no_grad():  # the state divergence is never differentiated
+            shuffled = self.dynamics(stoch, deter, action[order].flatten(0, 1))
+            p = self.latent_divergence(prior, shuffled).unflatten(0, action.shape[:2])
+            # Exchanged for itself an action changes nothing: zero, without rounding noise,
+            # whose signs would count as an ordering.
+            itself = order == torch.arange(batch, device=order.device)
+            p = p.masked_fill(itself[:, None], 0.0).flatten()
+        other = None if params is None else params[order]
+        q = self.latent_actions.distance(action, params, action[order], other).flatten()
+        loss = F.action_state_consistency(p, q, self.consistency)
+        return loss, F.action_state_consistency(p, q.detach(), "sign")
 
-    def _action_divergence(
-        self, action: Tensor, statistics: Tensor | None, order: Tensor
-    ) -> Tensor:
-        """How different each action is from the one it was exchanged for, ``[N]``."""
-        if statistics is None:
-            action = at_least_float32(action)
-            return (action - action[order]).square().sum(-1).flatten()
-        return KL[self.action_kind](statistics, statistics[order]).flatten()
+    def _contrast(self, tensordict: TensorDictBase, action: Tensor) -> tuple[Tensor, Tensor]:
+        """InfoNCE over own and other actions, and how often the own explains best."""
+        keys = self.tensor_keys
+        stoch, deter = self._states(tensordict)
+        posterior = tensordict[keys.posterior][:, 1:].flatten(0, 1).detach()
+        # The own action is stepped anew too: all candidates start from the same state.
+        others = action[self.draw_others(action.shape[0], action.device)]  # [K, B, T-1, U]
+        candidates = torch.cat([action[None], others]).flatten(0, 2)
+        count = 1 + self.negatives
+        parameters = dict(self.dynamics.named_parameters())
+        if not self.contrast_dynamics:  # neither by its weights nor by the states it led to
+            parameters = {name: x.detach() for name, x in parameters.items()}
+            stoch, deter = stoch.detach(), deter.detach()
+        repeated = (x.repeat(count, *[1] * (x.dim() - 1)) for x in (stoch, deter))
+        predicted = functional_call(self.dynamics, parameters, (*repeated, candidates))
+        kl = [self.latent_divergence(posterior, x) for x in predicted.chunk(count)]
+        kl = torch.stack(kl, 1)  # [N, 1+K]
+        temperature = self.temperature
+        if self.log_temperature is not None:
+            temperature = self.log_temperature.exp()
+        accuracy = (kl[:, :1] < kl[:, 1:]).all(1).float().mean()
+        return F.action_contrast(kl, temperature), accuracy
+
+    def _label(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
+        """Mean squared error of the true actions, read linearly, where they are known."""
+        keys = self.tensor_keys
+        true, known = tensordict[keys.action][:, 1:], tensordict[keys.labeled][:, 1:]
+        error = (self.label_head(action) - true).square().mean(-1, keepdim=True)  # [B, T-1, 1]
+        return (error * known).sum() / known.sum().clamp_min(1)
+
+    def _states(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """The states before each transition, ``[N, ...]``."""
+        keys = self.tensor_keys
+        stoch, deter = tensordict[keys.stoch], tensordict[keys.deter]
+        return stoch[:, :-1].flatten(0, 1), deter[:, :-1].flatten(0, 1)

@@ -16,7 +16,7 @@ from prelar_trl.modules.distributions import at_least_float32
 from prelar_trl.modules.world_model import normalise_pixels
 from prelar_trl.objectives.common import check_weights, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
-from prelar_trl.objectives.latent_action import KL, Kind, LatentActionLoss
+from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
 from prelar_trl.objectives.video_bonus import VideoBonus
 
 __all__ = ["WorldModelLoss"]
@@ -73,7 +73,7 @@ class WorldModelLoss(LossModule):
         world_model: TensorDictModuleBase,
         *,
         weights: Mapping[str, float] | None = None,
-        latent: Kind = "categorical",
+        latent: StateKind = "categorical",
         kl_balance: float = 0.8,
         free_nats: float = 0.0,
         free_avg: bool = True,

@@ -1,0 +1,176 @@
+"""The socket of latent actions: what a kind of latent action is, and how one is found by name.
+
+Shape legend: ... any leading shape, U latent action, N transitions.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "LatentActions",
+    "Outputs",
+    "latent_action_kinds",
+    "make_latent_actions",
+    "register_latent_actions",
+]
+
+
+class LatentActions(nn.Module):
+    """A kind of latent action: how a network's output becomes one, and what that costs.
+
+    A kind of one's own derives from this class, sets ``num_outputs`` and ``dim`` and writes
+    :meth:`forward`; the rest has defaults that suit an action without a distribution. With
+    :func:`register_latent_actions` it gets a name for the configuration; without one it is found as
+    ``package.module:Class``.
+
+    Attributes:
+        num_outputs: width of the network output that it reads.
+        dim: U, width of the action that the dynamics takes.
+        default_weights: weight of each of :meth:`extra_losses` that the loss is given no weight
+            for. Default: 1 each.
+
+    Args:
+        size: number of latent variables, or the width of the action.
+        options: further settings of the kind.
+    """
+
+    num_outputs: int
+    dim: int
+    default_weights: ClassVar[Mapping[str, float]] = {}
+
+    def __init__(self, *, size: int, **options: Any) -> None:
+        super().__init__()
+
+    def forward(self, raw: Tensor, sample: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Network output ``[..., num_outputs]`` -> action ``[..., U]`` and parameters, or None.
+
+        The parameters ``[..., *]`` are what :meth:`kl`, :meth:`distance` and
+        :meth:`extra_losses` read of an action besides itself; they travel through a TensorDict
+        under one key. With ``sample=False`` the action is its distribution's mode.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def kl(self, params: Tensor) -> Tensor:
+        """KL divergence from the kind's prior, ``[...]``, in nats. Default: zeros, no prior."""
+        return torch.zeros(params.shape[:-1], device=params.device)
+
+    def distance(
+        self, action_a: Tensor, params_a: Tensor | None, action_b: Tensor, params_b: Tensor | None
+    ) -> Tensor:
+        """How different two actions are, ``[...]``. Default: the squared distance."""
+        dtype = torch.promote_types(action_a.dtype, torch.float32)
+        return (action_a.to(dtype) - action_b.to(dtype)).square().sum(-1)
+
+    def features(self, action: Tensor, params: Tensor | None) -> Tensor:
+        """What a probe reads of an action taken with ``sample=False``, ``[..., X]``, noise-free."""
+        return action
+
+    def extra_losses(self, action: Tensor, params: Tensor | None) -> dict[str, Tensor]:
+        """Losses of its own, scalars by name; a name is also that of its weight. Default: none."""
+        return {}
+
+    def metrics(self, action: Tensor, params: Tensor | None) -> dict[str, Tensor]:
+        """What to log besides, detached scalars by name. Default: none."""
+        return {}
+
+    @torch.no_grad()
+    def outputs(self) -> Outputs:
+        """What the kind gives, seen on an input of zeros in evaluation mode."""
+        tensors = [*self.parameters(), *self.buffers()]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        training = self.training
+        self.eval()
+        try:
+            action, params = self(torch.zeros(2, self.num_outputs, device=device), sample=False)
+            losses = tuple(self.extra_losses(action, params))
+            return Outputs(params is not None, losses, tuple(self.metrics(action, params)))
+        finally:
+            self.train(training)
+
+
+class Outputs(NamedTuple):
+    """Whether a kind's actions have parameters, and the names of its own losses and metrics."""
+
+    has_params: bool
+    losses: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+
+_KINDS: dict[str, type[LatentActions]] = {}
+Kind = TypeVar("Kind", bound=type[LatentActions])
+
+
+def register_latent_actions(name: str) -> Callable[[Kind], Kind]:
+    """Class decorator: makes a kind of latent action known by ``name``.
+
+    Raises:
+        ValueError: another class has that name.
+    """
+
+    def decorate(kind: Kind) -> Kind:
+        known = _KINDS.setdefault(name, kind)
+        if (known.__module__, known.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise ValueError(
+                f"the latent action {name!r} is {known.__qualname__}: take another name"
+            )
+        _KINDS[name] = kind
+        return kind
+
+    return decorate
+
+
+def latent_action_kinds() -> tuple[str, ...]:
+    """The registered names."""
+    return tuple(sorted(_KINDS))
+
+
+def make_latent_actions(
+    kind: str, *, size: int, shared: Mapping[str, Any] | None = None, **options: Any
+) -> LatentActions:
+    """A kind of latent action by its registered name, or by ``package.module:Class``.
+
+    Args:
+        kind: the name. A module that is named is imported.
+        size: see :class:`LatentActions`.
+        shared: options that go to those kinds only whose constructor names them.
+        options: options of the kind.
+
+    Raises:
+        ValueError: an unknown name, a class that is none, or options that the kind does not take.
+    """
+    cls = _find(kind)
+    known = inspect.signature(cls).parameters
+    chosen = {name: value for name, value in (shared or {}).items() if name in known}
+    try:
+        made = cls(size=size, **{**chosen, **options})
+    except TypeError as error:
+        raise ValueError(f"latent action {kind!r}, options {options}: {error}") from error
+    for name in ("num_outputs", "dim"):
+        if not isinstance(getattr(made, name, None), int):
+            raise ValueError(f"latent action {kind!r}: {cls.__name__} does not set {name}")
+    return made
+
+
+def _find(kind: str) -> type[LatentActions]:
+    if kind in _KINDS:
+        return _KINDS[kind]
+    module, colon, name = str(kind).partition(":")
+    if not colon:
+        raise ValueError(
+            f"latent action {kind!r} is unknown; choose {', '.join(latent_action_kinds())}, or "
+            "package.module:Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"latent action {kind!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, LatentActions)):
+        raise ValueError(f"latent action {kind!r} is no class derived from LatentActions")
+    return found
