@@ -14,6 +14,7 @@ from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
 from prelar_trl.modules.heads import MLP, Actor
 from prelar_trl.modules.latent_actions import LatentActions, make_latent_actions
+from prelar_trl.modules.patchnets import PatchDecoder, PatchEncoder
 from prelar_trl.modules.rssm import RSSM
 from prelar_trl.modules.world_model import WorldModel
 from prelar_trl.objectives import LatentActionLoss, VideoBonus, WorldModelLoss
@@ -281,7 +282,7 @@ def load_pretrained(world_model: WorldModel, state: Mapping[str, Tensor]) -> Non
 
 def _make_encoder(s: ModelSettings, channels: int, network: Mapping[str, Any]) -> nn.Module:
     if s.images == "cnn":
-        return CNNEncoder(channels, s.depth)
+        return (PatchEncoder if s.patches else CNNEncoder)(channels, s.depth)
     return ResNetEncoder(channels, **network)
 
 
@@ -305,7 +306,7 @@ def _make_action_code(s: ModelSettings) -> LatentActions:
 def _make_decoder(s: ModelSettings, feat_dim: int, network: Mapping[str, Any]) -> nn.Module:
     match s.images:
         case "cnn":
-            return CNNDecoder(feat_dim, s.depth)
+            return (PatchDecoder if s.patches else CNNDecoder)(feat_dim, s.depth)
         case "resnet":
             return ResNetDecoder(feat_dim, **network)
         case "context":

@@ -48,6 +48,7 @@ class ModelSettings:
     stages: int = 3
     layers: int = 2
     norm: Norm = "batch"
+    patches: bool = False  # cnn: 4x4 kernels that do not overlap
     augmentation: Augmentation = "none"
     context_mask: float = 0.75
     context_dropout: float = 0.1
@@ -121,6 +122,18 @@ SIZES: dict[str, dict[str, Any]] = {
         "bonus_memory": 1024,
         "bonus_projection": 64,
     },
+}
+
+
+# What a CPU core trains in minutes; measured in docs/performance.md.
+SIZES["mini"] = {
+    **SIZES["tiny"],
+    "images": "cnn",
+    "patches": True,
+    "depth": 16,
+    "stoch": 8,
+    "classes": 8,
+    "head_layers": 2,
 }
 
 
