@@ -25,6 +25,7 @@ __all__ = [
     "Agent",
     "load_pretrained",
     "make_agent",
+    "make_inverse_model",
     "make_world_model",
     "make_world_model_loss",
     "pretrained_modules",
@@ -254,6 +255,8 @@ def pretrained_modules(world_model: WorldModel) -> dict[str, nn.Module]:
 def load_pretrained(world_model: WorldModel, state: Mapping[str, Tensor]) -> None:
     """Copy encoder, decoder and RSSM of a pre-trained world model's ``state_dict``.
 
+    An action encoder that gives the same kind of latent action gets what that kind has learned.
+
     Raises:
         ValueError: naming every tensor that is missing or has another shape; nothing is copied.
     """
@@ -278,6 +281,29 @@ def load_pretrained(world_model: WorldModel, state: Mapping[str, Tensor]) -> Non
         )
     for name, module in pretrained_modules(world_model).items():
         module.load_state_dict(parts[name])
+    if world_model.action_encoder is not None:
+        kind = world_model.action_encoder.latent_actions
+        prefix = "latent_action_encoder.latent_actions."
+        learned = {key: state.get(prefix + key) for key in kind.state_dict()}
+        if all(x is not None and x.shape == kind.state_dict()[k].shape for k, x in learned.items()):
+            kind.load_state_dict(learned)
+
+
+def make_inverse_model(checkpoint: Mapping[str, Any]) -> LatentActionEncoder:
+    """The latent-action encoder of a pre-training checkpoint, frozen and in evaluation mode.
+
+    Raises:
+        ValueError: the run has no latent actions.
+    """
+    method = checkpoint["method"]
+    world_model = make_world_model(
+        method, "pretrain", action_dim=0, size=checkpoint["size"], **checkpoint["overrides"]
+    )
+    inverse_model = world_model.latent_action_encoder
+    if inverse_model is None:
+        raise ValueError(f"a pre-training run of method={method} has no latent actions")
+    world_model.load_state_dict(checkpoint["model"])
+    return inverse_model.requires_grad_(False).eval()
 
 
 def _make_encoder(s: ModelSettings, channels: int, network: Mapping[str, Any]) -> nn.Module:

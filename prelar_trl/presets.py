@@ -145,6 +145,7 @@ class Method:
         pretrain, finetune: overrides of :class:`ModelSettings`, or None without that phase.
         pretrain_weights, finetune_weights: weights of the loss terms.
         checkpoint: methods whose pre-training runs it fine-tunes from.
+        align_updates: of the action encoder, before a pre-trained model is fine-tuned.
     """
 
     finetune: Mapping[str, Any] | None
@@ -152,6 +153,7 @@ class Method:
     pretrain: Mapping[str, Any] | None = None
     pretrain_weights: Mapping[str, float] = field(default_factory=dict)
     checkpoint: tuple[str, ...] = ()
+    align_updates: int = 0
 
 
 VIDEO = {"image": 1.0, "kl": 1.0}
@@ -170,7 +172,7 @@ STACKED = {
 LATENT = {"actions": "latent"}
 ENCODED = {"actions": "encoded", "heads": ("reward", "aux_reward"), "bonus_embed": "embed"}
 PRELAR_WEIGHTS = {**VIDEO, "latent_kl": 1.0, "action_state_consistency": 1.0}
-PRELAR_CHECKPOINTS = ("prelar", "prelar_no_cl", "prelar_no_al_cl")
+PRELAR_CHECKPOINTS = ("prelar", "prelar_no_cl", "prelar_no_al_cl", "prelar_plus")
 
 METHODS: dict[str, Method] = {
     "dreamerv2": Method(
@@ -216,6 +218,15 @@ METHODS: dict[str, Method] = {
         finetune={"actions": "real", "action_width": 50, "heads": ("reward",)},
         finetune_weights=REWARD,
         checkpoint=("apv", "contextwm"),
+    ),
+    # Latent actions that act; every choice is explained in docs/latent_actions.md.
+    "prelar_plus": Method(
+        pretrain={**LATENT, "frames": "diff", "latent_action_shift": 20},
+        pretrain_weights={**VIDEO, "latent_kl": 0.03},
+        finetune=ENCODED,
+        finetune_weights=SHAPED,
+        checkpoint=PRELAR_CHECKPOINTS,
+        align_updates=400,
     ),
     "prelar_naive": Method(
         finetune={"actions": "encoded", "heads": ("reward",)},

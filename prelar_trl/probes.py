@@ -6,6 +6,8 @@ M samples, X features. World models are expected in ``eval()`` mode.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
@@ -18,6 +20,7 @@ from prelar_trl.record import psnr, ssim
 
 __all__ = [
     "action_effects",
+    "action_usage",
     "frame_difference",
     "latent_action_features",
     "linear_r2",
@@ -29,7 +32,10 @@ __all__ = [
 
 @torch.no_grad()
 def openloop_quality(
-    world_model: WorldModel, batch: TensorDictBase, context: int
+    world_model: WorldModel,
+    batch: TensorDictBase,
+    context: int,
+    metrics: Sequence[Callable[[Tensor, Tensor], Tensor]] = (psnr, ssim),
 ) -> dict[str, dict[str, Tensor]]:
     """PSNR and SSIM of open-loop predictions, frame by frame.
 
@@ -42,6 +48,7 @@ def openloop_quality(
     Args:
         batch: ``pixels, is_first``, ``[B, T]``; B at least 2.
         context: number of frames seen; their values are those of reconstructions.
+        metrics: what is compared. Default: PSNR and SSIM.
 
     Returns:
         ``{"psnr" | "ssim": {prediction: float32 [B, T]}}``.
@@ -60,7 +67,7 @@ def openloop_quality(
     predictions["last_frame"] = torch.cat([pixels[:, :context], last], 1).float() / 255
     return {
         metric.__name__: {name: metric(x, pixels) for name, x in predictions.items()}
-        for metric in (psnr, ssim)
+        for metric in metrics
     }
 
 
@@ -144,6 +151,34 @@ def linear_r2(
     error = (test_y - y.mean(0) - test_x @ weights).square().sum(0)
     total = (test_y - test_y.mean(0)).square().sum(0)
     return torch.where(total > 0, 1 - error / total, torch.nan)
+
+
+@torch.no_grad()
+def action_usage(world_model: WorldModel, batch: TensorDictBase, context: int) -> dict[str, float]:
+    """Does the dynamics use the latent actions? Two numbers to watch during pre-training.
+
+    Args:
+        batch: ``pixels, is_first``, ``[B, T]`` with B above 4; held-out clips.
+        context: frames seen before the prediction.
+
+    Returns:
+        - ``action_usage``: how often the own action explains the transition better than four
+          others, minus chance, over one minus chance: 0 ignored, 1 perfect;
+        - ``action_psnr_gap``: PSNR of the open-loop prediction under the own actions minus that
+          under another clip's, in dB.
+    """
+    batch = batch.select("pixels", "is_first", *world_model.in_keys)
+    exchanges = 4
+    explained = action_effects(world_model, batch, exchanges)["explained"].float().mean().item()
+    quality = {
+        name: x[:, context:].mean().item()
+        for name, x in openloop_quality(world_model, batch, context, (psnr,))["psnr"].items()
+    }
+    chance = 1 / (1 + exchanges)
+    return {
+        "action_usage": (explained - chance) / (1 - chance),
+        "action_psnr_gap": quality["own_actions"] - quality["other_actions"],
+    }
 
 
 @torch.no_grad()

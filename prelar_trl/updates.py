@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,10 +15,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from prelar_trl.compilation import CompileMode, ForwardBackward
 from prelar_trl.models import Agent, pretrained_modules
-from prelar_trl.modules.world_model import WorldModel
+from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
+from prelar_trl.modules.world_model import WorldModel, normalise_pixels
 from prelar_trl.objectives import ActorLoss, CriticLoss, LambdaTarget, WorldModelLoss
 
-__all__ = ["BehaviorUpdate", "WorldModelUpdate", "frozen"]
+__all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
 
 Precision = Literal["32", "bf16"]
 
@@ -92,6 +93,7 @@ class WorldModelUpdate(Update):
         clip: largest global gradient norm of a group. Default: 100.
         precision: ``32``, or ``bf16`` for autocast. Default: ``32``.
         compile: see :class:`ForwardBackward`. Default: ``off``.
+        rehearsal: pre-training video that is rehearsed. Default: none.
     """
 
     def __init__(
@@ -103,9 +105,10 @@ class WorldModelUpdate(Update):
         clip: float = 100.0,
         precision: Precision = "32",
         compile: CompileMode = "off",
+        rehearsal: Rehearsal | None = None,
     ) -> None:
         super().__init__(precision, clip)
-        self.loss = loss
+        self.loss, self.rehearsal = loss, rehearsal
         self.forward_backward = ForwardBackward(self._losses, loss, compile)
         model: WorldModel = loss.world_model
         groups = {"model": list(loss.parameters())}
@@ -125,30 +128,146 @@ class WorldModelUpdate(Update):
                 self.optimizers["pretrained"], lambda update: float(update >= frozen_updates)
             )
 
-    def __call__(self, batch: TensorDictBase) -> TensorDict:
-        """Train on a batch ``[B, T]``; returns the losses and the posterior ``state``."""
+    def __call__(self, batch: TensorDictBase, video: TensorDictBase | None = None) -> TensorDict:
+        """Train on a batch ``[B, T]``; returns the losses and the posterior ``state``.
+
+        With ``rehearsal``, ``video`` is a batch of clips.
+        """
         self.loss.train()
-        losses = self.forward_backward(batch)
+        if self.rehearsal is not None:
+            self.rehearsal.train()
+        losses = self.forward_backward(batch, video)
         losses.update(self.step_optimizers())
         if self.scheduler is not None:
             self.scheduler.step()
         self.count += 1
         return losses
 
-    def _losses(self, batch: TensorDictBase) -> TensorDict:
+    def _losses(self, batch: TensorDictBase, video: TensorDictBase | None) -> TensorDict:
         with self.autocast(batch["pixels"].device):
-            return self.loss(batch)
+            losses = self.loss(batch)
+            return losses if self.rehearsal is None else self.rehearsal(losses, video)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What the loss has beside its networks: temperature, heads of labels, counters."""
+        if self.loss.latent_action is None:
+            return {}
+        state = self.loss.latent_action.state_dict()
+        networks = ("dynamics.", "latent_actions.")
+        return {name: x for name, x in state.items() if not name.startswith(networks)}
 
     def state_dict(self) -> dict:
-        state = super().state_dict()
+        state = {**super().state_dict(), "loss": self.own_tensors()}
         if self.scheduler is not None:
             state["scheduler"] = {"last_epoch": self.scheduler.last_epoch}
         return state
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
+        if self.loss.latent_action is not None:
+            self.loss.latent_action.load_state_dict(state["loss"], strict=False)
         if self.scheduler is not None:
             self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+
+
+class Rehearsal(nn.Module):
+    """Pre-training video beside an environment's batch, so that what it taught is not forgotten.
+
+    The terms that video can give, ``image`` and ``kl``, become those of the joint batch: their mean
+    over the environment's rows and over the video's, by ``share``.
+
+    Args:
+        world_model: the one that is fine-tuned; encoder, decoder and RSSM are shared.
+        inverse_model: infers the video's latent actions, and stands still; None for a world model
+            that was pre-trained without actions.
+        share: the video's share of the joint batch, in (0, 1).
+        settings: further arguments of the video's :class:`WorldModelLoss`.
+
+    Raises:
+        ValueError: a share outside (0, 1), or a stacked world model, whose imagined RSSM no video
+            trains.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        inverse_model: LatentActionEncoder | None,
+        share: float,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if not 0 < share < 1:
+            raise ValueError(f"rehearse={share} must lie between 0 and 1")
+        if world_model.lower_rssm is not None:
+            raise ValueError(f"rehearse={share}: a stacked world model cannot rehearse video")
+        self.share, self.inverse_model = share, inverse_model
+        video_model = WorldModel(
+            world_model.encoder,
+            world_model.decoder,
+            world_model.rssm,
+            latent_action_encoder=inverse_model,
+            action_free=inverse_model is None,
+            sample=world_model.sample,
+        )
+        self.loss = WorldModelLoss(video_model, latent=world_model.rssm.latent.kind, **settings)
+
+    def train(self, mode: bool = True) -> Rehearsal:
+        super().train(mode)
+        if self.inverse_model is not None:
+            self.inverse_model.eval()
+        return self
+
+    def forward(self, losses: TensorDict, video: TensorDictBase) -> TensorDict:
+        """The environment's losses with the video's mixed in."""
+        seen = self.loss(video)
+        mixed = losses.copy()
+        for name in ("loss_image", "loss_kl"):
+            mixed[name] = torch.lerp(losses[name], seen[name], self.share)
+        mixed["rehearsal_image"], mixed["rehearsal_kl"] = seen["image"], seen["kl"]
+        return mixed
+
+
+class Alignment(Update):
+    """Regresses the action encoder on the latent actions that the inverse model infers.
+
+    Before fine-tuning the action encoder is random, and the pre-trained dynamics gets latent
+    actions that mean nothing to it. Here ``action_encoder(a_t)`` learns ``u_t(x_{t-1}, x_t)``.
+
+    Args:
+        action_encoder: it alone is trained.
+        inverse_model: of the pre-training run; stands still.
+        lr: learning rate of Adam. Default: 1e-3.
+    """
+
+    def __init__(
+        self, action_encoder: ActionEncoder, inverse_model: LatentActionEncoder, lr: float = 1e-3
+    ) -> None:
+        super().__init__("32", clip=100.0)
+        self.action_encoder, self.inverse_model = action_encoder, inverse_model.eval()
+        self.optimizers = {"align": make_adam(action_encoder.parameters(), lr)}
+
+    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """Train on ``pixels, action, is_first`` ``[B, T]``.
+
+        Returns:
+            ``align_error``, the mean squared error, and ``align_r2``, the share of the latent
+            actions' variance that the true actions explain.
+        """
+        known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
+        with torch.no_grad():
+            target, _ = self.inverse_model(normalise_pixels(batch["pixels"]), sample=False)
+            target = target[:, 1:]
+            count = known.sum().clamp_min(1)
+            mean = (target * known).sum((0, 1)) / count
+            variance = ((target - mean).square() * known).sum((0, 1)) / count
+        latent, _ = self.action_encoder(batch["action"], sample=False)
+        error = ((latent[:, 1:] - target).square() * known).sum((0, 1)) / count  # [U]
+        error.mean().backward()
+        self.step_optimizers()
+        self.count += 1
+        error = error.detach()
+        r2 = 1 - error.sum() / variance.sum().clamp_min(1e-8)
+        return {"align_error": error.mean(), "align_r2": r2}
 
 
 class BehaviorUpdate(Update):

@@ -6,6 +6,8 @@ python recipes/pretrain.py method=prelar data=videos/metaworld run=runs/pretrain
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
 from prelar_trl.data import VideoClips
 from prelar_trl.models import make_world_model, make_world_model_loss
 from prelar_trl.modules import WorldModel
-from prelar_trl.objectives import total_loss
+from prelar_trl.objectives import WorldModelLoss, total_loss
+from prelar_trl.probes import action_usage
 from prelar_trl.recipes.common import (
     CHECKPOINT,
     Interruption,
@@ -58,9 +61,8 @@ def pretrain(cfg: PretrainConfig) -> None:
     world_model = make_world_model(
         cfg.method, "pretrain", action_dim=0, size=cfg.size, **overrides(cfg.model)
     )
-    loss = make_world_model_loss(cfg.method, "pretrain", world_model, **overrides(cfg.loss))
-    loss.to(device)
     clips, heldout = open_clips(cfg, world_model, device)
+    loss = make_loss(cfg, world_model, clips).to(device)
     update = WorldModelUpdate(
         loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision, compile=cfg.compile
     )
@@ -72,6 +74,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             print(f"{run.path} has its {update.count} updates already; raise updates to continue")
             return
     fixed = heldout.sample()  # the same held-out clips throughout
+    guard = UsageGuard(cfg, world_model, fixed)
     losses = None
 
     def save() -> None:
@@ -99,12 +102,14 @@ def pretrain(cfg: PretrainConfig) -> None:
                 losses.pop("state")
                 check_finite(losses, step)
                 logger.log({**without_twins(losses), "loss": total_loss(losses)}, step)
+            if step % cfg.usage_every == 0 or last:
+                logger.log(guard(step), step)
             if step % cfg.video_every == 0 or step == 1 or last:
                 predict(world_model, fixed, logger, step, cfg.context)
             if step % cfg.checkpoint_every == 0:
                 check_finite(losses, step)
                 save()
-            bar.update(frames=frames, metrics=shown(losses))
+            bar.update(frames=frames, metrics={**shown(losses), **guard.latest})
         if losses is not None:
             check_finite(losses, update.count)
             save()
@@ -113,6 +118,62 @@ def pretrain(cfg: PretrainConfig) -> None:
             f"stopped after {update.count} updates; to continue: the same command with resume=true"
         )
     print(f"pre-trained world model: {run.path}")
+
+
+def make_loss(cfg: PretrainConfig, world_model: WorldModel, clips: VideoClips) -> WorldModelLoss:
+    """The method's loss, with a term for the labels if there are any."""
+    settings = overrides(cfg.loss)
+    weights = dict(settings.pop("weights", {}))
+    if cfg.labels:
+        weights.setdefault("action_label", 1.0)
+    elif weights.get("action_label") is not None:
+        raise ValueError("loss.weights has action_label but labels=0: add labels=<share or number>")
+    return make_world_model_loss(
+        cfg.method,
+        "pretrain",
+        world_model,
+        weights=weights,
+        action_dim=clips.action_dim if cfg.labels else None,
+        **settings,
+    )
+
+
+class UsageGuard:
+    """Watches on held-out clips whether the dynamics uses the latent actions; warns once if not."""
+
+    LEAST = 0.1  # of action_usage
+    CURES = "lower loss.weights.latent_kl or action_state_consistency, or use method=prelar_plus"
+
+    def __init__(self, cfg: PretrainConfig, world_model: WorldModel, batch: TensorDict) -> None:
+        self.cfg, self.world_model, self.batch = cfg, world_model, batch
+        self.latest: dict[str, float] = {}
+        self.warned = False
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """``action_usage`` and ``action_psnr_gap``; nothing without latent actions."""
+        if self.world_model.latent_action_encoder is None:
+            return {}
+        with looking(self.world_model, self.batch):
+            metrics = action_usage(self.world_model, self.batch, self.cfg.context)
+        self.latest = {"usage": metrics["action_usage"]}
+        early = step < max(self.cfg.updates // 10, self.cfg.loss.latent_warmup or 0)
+        if metrics["action_usage"] < self.LEAST and not (early or self.warned):
+            self.warned = True
+            print(
+                f"warning: after {step} updates the dynamics ignores the latent actions "
+                f"(action_usage {metrics['action_usage']:.2f}, 0 is chance): {self.CURES}",
+                file=sys.stderr,
+            )
+        return metrics
+
+
+@contextmanager
+def looking(world_model: WorldModel, batch: TensorDict) -> Iterator[None]:
+    """Evaluation mode, and random draws that the training does not feel."""
+    device = batch["pixels"].device
+    world_model.eval()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
 
 
 def open_clips(
@@ -133,6 +194,7 @@ def open_clips(
         seed=cfg.seed,
         split=splits[0],
         prefetch=cfg.prefetch,
+        labels=cfg.labels,
         **share,
         **common,
     )
@@ -156,10 +218,7 @@ def predict(
     world_model: WorldModel, batch: TensorDict, logger: Logger, step: int, context: int
 ) -> None:
     """Open-loop prediction on held-out clips: PSNR, a video grid and a film strip."""
-    world_model.eval()
-    device = batch["pixels"].device
-    # Looking must not change the training's random draws.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with looking(world_model, batch):
         model = world_model.open_loop(batch, context)
     quality = psnr(model, batch["pixels"]).mean(0).cpu()  # [T]
     logger.log(

@@ -61,6 +61,8 @@ class PretrainConfig(RunConfig):
     heldout: float = 0.1  # share of clips kept for the predictions; 0: predict training clips
     prefetch: int = 2  # batches prepared ahead
     context: int = 5  # frames seen before the open-loop prediction
+    labels: float = 0.0  # of that share (below 1) or number of clips the true actions are told
+    usage_every: int = 1_000  # updates between two looks at whether latent actions are used
     log_every: int = 100
     video_every: int = 5_000
     checkpoint_every: int = 1_000
@@ -76,6 +78,9 @@ class FinetuneConfig(RunConfig):
     prefill: int = 5_000  # environment steps of random actions
     pretrain_updates: int = 100  # before the first policy step
     frozen_updates: int | None = 100  # pre-trained parts stand still; null: one optimizer
+    align_updates: int | None = None  # of the action encoder, before all; null: the method's
+    align_lr: float = 1e-3
+    rehearse: float = 0.0  # share of each model batch that is pre-training video
     train_every: int = 5  # environment steps an update
     batch_size: int = 50
     batch_length: int = 50

@@ -24,7 +24,8 @@ Paths = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
 class VideoClips:
     """Samples windows of consecutive frames from one or several clip stores.
 
-    A batch never holds actions: they are kept for probes, see `sample_with_actions`.
+    A batch holds no actions, but for those of a few clips if ``labels`` asks for them; all of them
+    are kept for probes, see `sample_with_actions`.
 
     Args:
         path: a store; or a list of stores, as if they were one; or a mapping ``store: weight``, a
@@ -38,6 +39,9 @@ class VideoClips:
         heldout: share of the clips held out, at least one clip.
         law: how windows are drawn, see `prelar_trl.data.windows`.
         streams: image streams of a batch, e.g. ``("pixels", "flow")``.
+        labels: of so many clips (a share below 1, or a number) a batch also tells the true actions.
+            Which ones depends on ``seed`` and their names. The first rows of a batch, as large a
+            share of it but at least one, are drawn from them. Default: 0, none.
         prefetch: batches that a thread prepares ahead. They count as not drawn for `state_dict`.
         rank, world_size: this process's disjoint share of one stream of windows.
 
@@ -58,6 +62,7 @@ class VideoClips:
         heldout: float = 0.1,
         law: Law = "episodes",
         streams: Sequence[str] = ("pixels",),
+        labels: float = 0,
         prefetch: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -79,6 +84,9 @@ class VideoClips:
                 f"{self._where()} has {int(self._lengths.max())} frames: lower clip_len, or add "
                 "longer clips"
             )
+        self._label_sampler: WindowSampler | None = None
+        if labels:
+            self._choose_labeled(labels, seed, sampler)
         self._prefetch = prefetch
         self._executor = ThreadPoolExecutor(1, "clips") if prefetch else None
         self._pending: deque[tuple[dict[str, Any], Future[TensorDict]]] = deque()
@@ -98,18 +106,30 @@ class VideoClips:
         """Frames of the clips that are long enough."""
         return int(self._lengths[self._lengths >= self.clip_len].sum())
 
+    @property
+    def action_dim(self) -> int:
+        """Size A of the stored actions.
+
+        Raises:
+            ValueError: a store has no actions.
+        """
+        self._need_actions("")
+        return self.stores[0].streams[ACTIONS].shape[0]
+
     def sample(self) -> TensorDict:
         """Draws a batch.
 
         Returns:
             TensorDict ``[B, T]``: ``pixels`` uint8 ``[B, T, 3, H, W]``, further ``streams`` alike,
-            and ``is_first`` bool ``[B, T, 1]``, True at t = 0 only.
+            and ``is_first`` bool ``[B, T, 1]``, True at t = 0 only. With ``labels`` also ``action``
+            float32 ``[B, T, A]`` (that led to the frame) and ``labeled`` bool ``[B, T, 1]``: where
+            the action is known; elsewhere it is zero.
         """
         if self._executor is None:
-            return self._to_device(self._read(self.sampler.draw(self.batch_size), self.streams))
+            return self._to_device(self._read(self._draw(), self.streams))
         while len(self._pending) <= self._prefetch:
-            state = self.sampler.state_dict()
-            windows = self.sampler.draw(self.batch_size)
+            state = self._sampler_state()
+            windows = self._draw()
             future = self._executor.submit(self._read, windows, self.streams)
             self._pending.append((state, future))
         _, future = self._pending.popleft()
@@ -124,9 +144,7 @@ class VideoClips:
         Raises:
             ValueError: a store has no actions.
         """
-        for store in self.stores:
-            if ACTIONS not in store.streams:
-                raise ValueError(f"clip store {str(store.path)!r} holds no actions to probe")
+        self._need_actions(" to probe")
         windows = self._probe_sampler.draw(self.batch_size)
         batch = self._read(windows, (*self.streams, ACTIONS))
         return self._to_device(batch.rename_key_(ACTIONS, "action"))
@@ -140,7 +158,7 @@ class VideoClips:
     def state_dict(self) -> dict[str, Any]:
         """The state from which the next `sample` follows."""
         return {
-            "sampler": self._pending[0][0] if self._pending else self.sampler.state_dict(),
+            **(self._pending[0][0] if self._pending else self._sampler_state()),
             "probe": self._probe_sampler.state_dict(),
         }
 
@@ -149,6 +167,52 @@ class VideoClips:
         self._pending.clear()
         self.sampler.load_state_dict(state_dict["sampler"])
         self._probe_sampler.load_state_dict(state_dict["probe"])
+        if self._label_sampler is not None:
+            self._label_sampler.load_state_dict(state_dict["labels"])
+
+    def _sampler_state(self) -> dict[str, Any]:
+        state = {"sampler": self.sampler.state_dict()}
+        if self._label_sampler is not None:
+            state["labels"] = self._label_sampler.state_dict()
+        return state
+
+    def _choose_labeled(self, labels: float, seed: int, options: dict[str, Any]) -> None:
+        """The clips whose actions are told, and the sampler of the rows that hold them."""
+        self._need_actions(" for labels")
+        eligible = (self._lengths >= self.clip_len).nonzero().flatten().tolist()
+        count = round(labels * len(eligible)) if labels < 1 else int(labels)
+        if labels < 0 or count > len(eligible):
+            raise ValueError(f"labels={labels}: there are {len(eligible)} clips to label")
+        names = [self.stores[self._store[i]].names[self._clip[i]] for i in eligible]
+        keys = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names]
+        order = sorted(range(len(eligible)), key=keys.__getitem__)
+        chosen = torch.tensor([eligible[i] for i in order[: max(1, count)]])
+        self._labeled = torch.zeros(len(self._lengths), dtype=torch.bool)
+        self._labeled[chosen] = True
+        share = len(chosen) / len(eligible)
+        self._label_rows = max(1, round(share * self.batch_size))
+        self._label_sampler = WindowSampler(self.clip_len, seed=seed + 2, **options)
+        self._label_sampler.set_episodes(torch.where(self._labeled, self._lengths, 0))
+
+    def _need_actions(self, purpose: str) -> None:
+        for store in self.stores:
+            if ACTIONS not in store.streams:
+                raise ValueError(f"clip store {str(store.path)!r} holds no actions{purpose}")
+
+    def _draw(self) -> Windows:
+        if self._label_sampler is None:
+            return self.sampler.draw(self.batch_size)
+        rows = self._label_rows
+        labeled = self._label_sampler.draw(rows)
+        if rows == self.batch_size:
+            return labeled
+        others = self.sampler.draw(self.batch_size - rows)
+        return Windows(
+            torch.cat([labeled.episode, others.episode]),
+            torch.cat([labeled.start, others.start]),
+            torch.cat([labeled.frames, others.frames]),
+            torch.cat([labeled.offset, others.offset + rows * self.clip_len]),
+        )
 
     def _where(self) -> str:
         return ", ".join(repr(str(store.path)) for store in self.stores)
@@ -178,25 +242,36 @@ class VideoClips:
 
     def _read(self, windows: Windows, streams: Sequence[str]) -> TensorDict:
         rows, steps = self.batch_size, self.clip_len
-        pinned = self.device.type == "cuda"
-        batch: dict[str, Tensor] = {}
         own = (self._store[windows.episode], self._clip[windows.episode])
         pieces = (*own, windows.start, windows.frames, windows.offset)
-        places = torch.stack(pieces, -1).tolist()
-        for name in streams:
-            spec = self.stores[0].streams[name]
-            dtype = getattr(torch, spec.dtype)
-            out = torch.empty(rows * steps, *spec.shape, dtype=dtype, pin_memory=pinned)
-            array = out.numpy()
-            for store, clip, start, frames, _ in places:
-                self.stores[store].announce(clip, name, start, frames)
-            for store, clip, start, frames, offset in places:
-                array[offset : offset + frames] = self.stores[store].read(clip, name, start, frames)
-            batch[name] = out.unflatten(0, (rows, steps))  # [B, T, ...]
+        places = torch.stack(pieces, -1)
+        batch = {name: self._read_stream(name, places.tolist()) for name in streams}
         is_first = torch.zeros(rows * steps, 1, dtype=torch.bool)
         is_first[windows.offset] = True
-        batch["is_first"] = is_first.unflatten(0, (rows, steps))  # [B, T, 1]
-        return TensorDict(batch, batch_size=[rows, steps])
+        batch["is_first"] = is_first
+        if self._label_sampler is not None and ACTIONS not in streams:
+            known = self._labeled[windows.episode]
+            batch["action"] = self._read_stream(ACTIONS, places[known].tolist())
+            frames = known.repeat_interleave(windows.frames)
+            batch["labeled"] = frames.unsqueeze(-1)
+        split = {name: x.unflatten(0, (rows, steps)) for name, x in batch.items()}  # [B, T, ...]
+        return TensorDict(split, batch_size=[rows, steps])
+
+    def _read_stream(self, name: str, places: list[list[int]]) -> Tensor:
+        """One stream of the windows at ``places`` (store, clip, start, frames, offset)."""
+        spec = self.stores[0].streams[name]
+        out = torch.zeros(
+            self.batch_size * self.clip_len,
+            *spec.shape,
+            dtype=getattr(torch, spec.dtype),
+            pin_memory=self.device.type == "cuda",
+        )
+        array = out.numpy()
+        for store, clip, start, frames, _ in places:
+            self.stores[store].announce(clip, name, start, frames)
+        for store, clip, start, frames, offset in places:
+            array[offset : offset + frames] = self.stores[store].read(clip, name, start, frames)
+        return out  # [B*T, ...]
 
     def _to_device(self, batch: TensorDict) -> TensorDict:
         return batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True)

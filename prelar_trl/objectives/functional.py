@@ -26,7 +26,8 @@ __all__ = [
     "sliding_mean",
 ]
 
-ConsistencyMode = Literal["soft", "sign", "soft_rank"]
+LEAST_SCALE = 1.0  # of the differences in mode "gated": nats, or squared distance
+ConsistencyMode = Literal["soft", "sign", "soft_rank", "gated"]
 
 
 def gaussian_nll(mean: Tensor, target: Tensor, event_dims: int = 1) -> Tensor:
@@ -106,6 +107,11 @@ def action_state_consistency(
     - ``sign``: ``mean_ij (sign(p_i - p_j) - sign(q_i - q_j))^2``, the authors' code.
       **Its gradient is zero everywhere**; it is kept for fidelity and as a metric.
     - ``soft_rank``: one minus the correlation of p's and q's soft ranks.
+    - ``gated``: ``soft`` with scales of at least :data:`LEAST_SCALE`, times the gate
+      ``scale(p) / (scale(p) + LEAST_SCALE)``. ``soft`` and ``soft_rank`` know no scale: while the
+      dynamics ignores the actions p is rounding noise, which q is then made to order, by a gradient
+      that grows as q shrinks; so they keep unused actions unused. Here the gradient in q is
+      bounded, and the loss is off until actions change the next state by about a nat.
 
     Args:
         p: state divergence of each transition, ``[N]``; never differentiated.
@@ -122,12 +128,19 @@ def action_state_consistency(
     match mode:
         case "sign":
             return (p_difference.sign() - q_difference.sign()).square().mean()
-        case "soft":
-            target = p_difference / (temperature * _difference_scale(p, p_difference))
-            logits = q_difference / (temperature * _difference_scale(q, q_difference))
+        case "soft" | "gated":
+            p_scale, q_scale = (
+                _difference_scale(x, y) for x, y in ((p, p_difference), (q, q_difference))
+            )
+            gate = 1.0
+            if mode == "gated":
+                gate = p_scale / (p_scale + LEAST_SCALE)
+                p_scale, q_scale = p_scale.clamp_min(LEAST_SCALE), q_scale.clamp_min(LEAST_SCALE)
+            target = p_difference / (temperature * p_scale)
+            logits = q_difference / (temperature * q_scale)
             probability = target.sigmoid()
             entropy = F.binary_cross_entropy_with_logits(target, probability)
-            return F.binary_cross_entropy_with_logits(logits, probability) - entropy
+            return gate * (F.binary_cross_entropy_with_logits(logits, probability) - entropy)
         case "soft_rank":
             sharp = 0.1 * temperature
             p_rank = (p_difference / (sharp * _difference_scale(p, p_difference))).sigmoid().mean(1)
@@ -135,7 +148,7 @@ def action_state_consistency(
             p_rank, q_rank = p_rank - p_rank.mean(), q_rank - q_rank.mean()
             spread = (p_rank.square().mean() * q_rank.square().mean() + 1e-6).sqrt()
             return 1 - (p_rank * q_rank).mean() / spread
-    raise ValueError(f"mode={mode!r} is unknown; choose soft, sign or soft_rank")
+    raise ValueError(f"mode={mode!r} is unknown; choose soft, sign, soft_rank or gated")
 
 
 def _difference_scale(x: Tensor, difference: Tensor) -> Tensor:
