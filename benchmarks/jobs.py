@@ -89,7 +89,7 @@ class Campaign:
                 for process in running.values():
                     process.terminate()
                 self.stopping = float("inf")
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     def _stop(self, *_: object) -> None:
         self.stopping = self.stopping or time.monotonic()
