@@ -92,7 +92,7 @@ def expert_for(name: str) -> Expert | None:
         policy = ENV_POLICY_MAP[name.removeprefix("metaworld/") + "-v3"]()
         warnings.filterwarnings("ignore", "Constant.s. may be too high", module="metaworld")
         return lambda td: policy.get_action(td["state"].double().numpy())
-    if name == "toy":
+    if name.partition("/")[0] == "toy":
         return lambda td: toy_expert(td.clone())["action"].numpy()
     return None
 

@@ -239,27 +239,31 @@ def finetune(
                 if losses is not None and crossed(before, steps, cfg.log_every):
                     check_finite(losses, steps)
                     logger.log(without_twins(losses), steps)
-                if losses is not None and crossed(before, steps, cfg.checkpoint_every):
-                    check_finite(losses, steps)
-                    save()
             if not random_phase and crossed(before, steps, cfg.eval_every):
                 with watch("evaluation"):
                     evaluation(logger, steps)
-            if crossed(before, steps, cfg.log_every) and steps < cfg.env_steps:
+            if steps >= cfg.env_steps:
+                break
+            # After the evaluation: a run that is killed within it comes back to it.
+            if losses is not None and crossed(before, steps, cfg.checkpoint_every):
+                with watch("logging"):
+                    check_finite(losses, steps)
+                    save()
+            if crossed(before, steps, cfg.log_every):
                 logger.log_times(watch.lap(steps), steps)
+        if losses is not None:
+            check_finite(losses, steps)
+        complete = not interruption.requested
+        if complete and replay.num_episodes and not crossed(before, steps, cfg.eval_every):
+            with watch("evaluation"):
+                evaluation(logger, steps)
         with watch("logging"):
-            if losses is not None:
-                check_finite(losses, steps)
             save()
-        if not interruption.requested:
-            if not replay.num_episodes:
-                raise ValueError(
-                    f"no episode was finished in {steps} steps, so nothing was learned: raise "
-                    "env_steps, or lower max_steps"
-                )
-            if not crossed(before, steps, cfg.eval_every):
-                with watch("evaluation"):
-                    evaluation(logger, steps)
+        if complete and not replay.num_episodes:
+            raise ValueError(
+                f"no episode was finished in {steps} steps, so nothing was learned: raise "
+                "env_steps, or lower max_steps"
+            )
         logger.log_times(watch.lap(steps), steps)
     if interruption.requested:
         sys.exit(f"stopped after {steps} steps; to continue: the same command with resume=true")

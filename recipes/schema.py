@@ -141,7 +141,7 @@ class CollectVideosConfig:
 
     data: str = MISSING  # clip store folder; if it exists, collecting continues
     episodes: int = 100  # how many the store holds in the end
-    env: str = "metaworld"  # the tasks below, or one: metaworld/<task>, toy, gym/<id>, ...
+    env: str = "metaworld"  # the tasks below, or one env: metaworld/<task>, toy/shifted, ...
     tasks: Any = "evaluation"  # the six of the papers, all, or a list of Meta-world tasks
     random_tasks: bool = False  # draw the task of each episode, instead of one after the other
     noise: float = 0.3  # standard deviation of the Gaussian noise on the expert's actions

@@ -36,6 +36,16 @@ def test_the_toy_env_fills_a_store_with_its_expert(tmp_path) -> None:
     assert set(batch.keys()) == {"pixels", "is_first"}
 
 
+def test_the_toy_in_another_look_has_the_same_expert(tmp_path) -> None:
+    plain = collect(config(tmp_path / "plain", **TOY))
+    shifted = collect(config(tmp_path / "shifted", **TOY | {"env": "toy/shifted"}))
+    assert set(shifted.labels) == {"toy/shifted"}
+    assert summary(plain) == summary(shifted)
+    for clip in range(len(plain)):
+        assert (plain.read(clip, "actions") == shifted.read(clip, "actions")).all()
+        assert (plain.read(clip) != shifted.read(clip)).mean() > 0.9
+
+
 def test_actions_are_those_that_led_to_the_frames(tmp_path) -> None:
     """Noise-free, the expert moves the red disc along its action: right is right, up is up."""
     store = collect(config(tmp_path / "s", **TOY | {"pixels": 64}, noise=0.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 
 import gymnasium
 import mujoco
@@ -18,7 +19,7 @@ from torchrl.envs import EnvBase, RewardSum, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
 from prelar_trl import envs
-from prelar_trl.envs import make_env, toy_expert, toy_return
+from prelar_trl.envs import ToyEnv, make_env, toy_expert, toy_return
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward", "done", "terminated"}
 
@@ -214,6 +215,30 @@ def test_toy_picture_shows_disc_and_target_where_the_state_says():
         checked += 1
 
 
+def test_shifted_toy_is_the_same_task_in_another_look():
+    plain, shifted = make_env("toy", seed=1), make_env("toy/shifted", seed=1)
+    actions = torch.rand(6, 2) * 2 - 1
+    for action in actions:
+        before = plain.reset(), shifted.reset()
+        after = [
+            env.step(td.set("action", action))["next"]
+            for env, td in zip((plain, shifted), before, strict=True)
+        ]
+        for a, b in (before, after):
+            assert torch.equal(a["state"], b["state"])
+            difference = (a["pixels"].int() - b["pixels"].int()).abs().sum(0)  # [H, W]
+            assert (difference > 60).all()  # disc, square and background
+        assert torch.equal(after[0]["reward"], after[1]["reward"])
+
+
+def test_toy_background_of_two_colors_is_a_texture_and_the_disc_lies_on_it():
+    env = make_env(partial(ToyEnv, background=((0, 0, 0), (0, 0, 200)), disc=(250, 0, 0)), seed=1)
+    red, green, blue = env.reset()["pixels"]
+    free = (red == 0) & (green == 0)
+    assert len(blue[free].unique()) > 20 and blue[free].min() < 20 and blue[free].max() > 180
+    assert ((red == 250) & (blue == 0)).any()
+
+
 def test_same_seed_gives_the_same_episodes_and_another_seed_others():
     def states(seed: int) -> torch.Tensor:
         env = make_env("toy", seed=seed, pixels=None)
@@ -233,6 +258,7 @@ def test_same_seed_gives_the_same_episodes_and_another_seed_others():
         ({"name_or_env": "gym/CartPole-v1"}, "only continuous"),
         ({"name_or_env": "gym/HalfCheetah-v5", "camera": "up"}, "this environment has track"),
         ({"name_or_env": "toy", "camera": "corner"}, "no cameras"),
+        ({"name_or_env": "toy/mirrored"}, "'toy/mirrored'; choose toy, toy/shifted"),
         ({"name_or_env": "toy", "num_workers": 0}, "at least 1"),
         ({"name_or_env": "toy", "action_repeat": 0}, "at least 1"),
         ({"name_or_env": Counter(with_pixels=False)}, "no 'pixels', only height"),

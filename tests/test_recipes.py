@@ -30,7 +30,7 @@ from prelar_trl.recipes import evaluate as evaluate_recipe
 from prelar_trl.recipes import finetune as finetune_recipe
 from prelar_trl.recipes import plot as plot_recipe
 from prelar_trl.recipes.evaluate import evaluate
-from prelar_trl.recipes.finetune import EVAL_SEED, finetune
+from prelar_trl.recipes.finetune import EVAL_SEED, Evaluation, finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import read_video
@@ -363,6 +363,26 @@ def test_interrupted_finetuning_continues_with_replay_and_counters(tmp_path, mon
     assert state["behavior_update"]["count"] == 5
     episodes = [int(row["step"]) for row in rows(run) if row["train/return"]]
     assert episodes == [10, 20, 30, 40, 50, 60]
+
+
+@pytest.mark.parametrize(("eval_every", "killed_at"), [(40, 40), (20, 60), (70, 60)])
+def test_an_evaluation_that_was_killed_is_made_up_for(eval_every, killed_at, tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "fine", eval_every=eval_every)
+    evaluation = Evaluation.__call__
+
+    def killed(self, logger, step):
+        if step == killed_at:
+            raise KeyboardInterrupt  # saves nothing
+        evaluation(self, logger, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(cfg)
+    cfg.resume = True
+    finetune(cfg)
+    evaluated = [int(row["step"]) for row in rows(tmp_path / "fine") if row["eval/return"]]
+    assert evaluated == sorted({*range(eval_every, 61, eval_every), 60} - {0, 10, 20})
 
 
 def test_a_continued_run_needs_its_pretrained_run_no_more(path, tmp_path):

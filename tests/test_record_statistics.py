@@ -1,4 +1,4 @@
-"""Statistics of few runs, and the progress display."""
+"""Statistics of few runs: known values, symmetries, and what intervals are for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 
 from prelar_trl.record import (
+    bootstrap_band,
     bootstrap_interval,
     interquartile_mean,
+    probability_of_improvement,
+    ratio_of_means,
+    steps_to_threshold,
     wilson_interval,
 )
 
@@ -41,6 +45,92 @@ def test_bootstrap_interval_has_the_width_of_the_mean_s_error():
     assert low < scores.mean() < high
     assert high - low == pytest.approx(2 * 1.96 / 200**0.5, rel=0.15)
     assert bootstrap_interval(scores, seed=3) == bootstrap_interval(scores, seed=3)
+
+
+def test_band_of_a_mean_curve_is_the_interval_of_each_point():
+    curves = np.random.default_rng(0).normal([0.0, 5.0, 50.0], [0.0, 1.0, 4.0], size=(300, 3))
+    low, high = bootstrap_band(curves)
+    assert low.shape == high.shape == (3,)
+    width = 2 * 1.96 * np.array([0.0, 1.0, 4.0]) / 300**0.5
+    assert high - low == pytest.approx(width, rel=0.2, abs=1e-12)
+    assert (low <= curves.mean(0) + 1e-12).all() and (curves.mean(0) <= high + 1e-12).all()
+
+
+def test_threshold_is_reached_where_the_next_evaluation_confirms_it():
+    steps = [100, 200, 300, 400, 500]
+    assert steps_to_threshold(steps, [0, 9, 0, 8, 8], 8) == (400, False)  # 9 was luck
+    assert steps_to_threshold(steps, [0, 9, 0, 8, 8], 8, confirm=1) == (200, False)
+    assert steps_to_threshold(steps, [0, 9, 0, 8, 8], 8, confirm=3) == (600, True)
+    assert steps_to_threshold(steps, [8, 8, 0, 0, 0], 8) == (100, False)
+
+
+def test_a_run_that_never_confirms_the_threshold_is_censored_one_interval_after_its_end():
+    steps = [1000, 1250, 1500]
+    assert steps_to_threshold(steps, [1, 2, 3], 8) == (1750, True)
+    assert steps_to_threshold(steps, [1, 2, 9], 8) == (1750, True)
+    assert steps_to_threshold(steps[:2], [9, 9], 8, confirm=3) == (1500, True)
+
+
+def test_a_higher_threshold_is_never_reached_earlier():
+    rng = np.random.default_rng(0)
+    steps = np.arange(1, 21)
+    for _ in range(50):
+        scores = rng.normal(size=20).cumsum()
+        needed = [steps_to_threshold(steps, scores, t).steps for t in np.linspace(-5, 5, 21)]
+        assert needed == sorted(needed)
+
+
+@pytest.mark.parametrize("steps, scores", [([1], [1]), ([1, 2], [1]), ([2, 1], [0, 0]), ([], [])])
+def test_steps_to_a_threshold_need_evaluations_at_increasing_steps(steps, scores):
+    with pytest.raises(ValueError, match="increasing steps"):
+        steps_to_threshold(steps, scores, 0.5)
+
+
+def test_ratio_of_means_and_its_interval():
+    assert ratio_of_means([2, 4], [4, 8])[0] == 0.5
+    assert ratio_of_means([3, 3, 3], [6, 6]) == (0.5, 0.5, 0.5)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(10, 1, 200), rng.normal(20, 4, 300)
+    ratio = ratio_of_means(x, y)
+    # First order: relative variances of both means add.
+    width = 2 * 1.96 * ratio.value * ((0.1 / 200**0.5) ** 2 + (0.2 / 300**0.5) ** 2) ** 0.5
+    assert ratio.high - ratio.low == pytest.approx(width, rel=0.2)
+    assert ratio.low < ratio.value < ratio.high
+    scaled = ratio_of_means(10 * x, y)
+    assert np.array(scaled) == pytest.approx(10 * np.array(ratio))
+
+
+def test_ratio_of_means_refuses_what_has_none():
+    with pytest.raises(ValueError, match="positive"):
+        ratio_of_means([1, 2], [0, 1])
+    with pytest.raises(ValueError, match="1 tasks against 2"):
+        ratio_of_means([1, 2], [[1, 2]])
+
+
+def test_probability_of_improvement_has_its_known_values():
+    assert probability_of_improvement([2, 3], [0, 1]) == (1, 1, 1)
+    assert probability_of_improvement([0, 1], [2, 3]) == (0, 0, 0)
+    assert probability_of_improvement([1, 1], [1, 1, 1]) == (0.5, 0.5, 0.5)
+    assert probability_of_improvement([0, 2], [1, 2, 3])[0] == pytest.approx(1.5 / 6)
+    # Better on one task, worse on the other.
+    assert probability_of_improvement([[1, 0], [1, 0]], [[0, 1]])[0] == 0.5
+
+
+def test_probability_of_improvement_is_symmetric_and_sees_only_the_order():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(8, 3)), rng.normal(0.3, 1, size=(6, 3))
+    value = probability_of_improvement(x, y).value
+    assert value + probability_of_improvement(y, x).value == pytest.approx(1)
+    assert probability_of_improvement(np.exp(x), np.exp(y)).value == value
+    estimate = probability_of_improvement(x, y)
+    assert estimate.low < value < estimate.high
+
+
+def test_probability_of_improvement_is_that_of_the_normal_distributions_it_draws_from():
+    rng = np.random.default_rng(0)
+    estimate = probability_of_improvement(rng.normal(1, 1, 400), rng.normal(0, 1, 400), samples=200)
+    assert estimate.value == pytest.approx(0.760, abs=0.03)  # Phi(1 / sqrt 2)
+    assert estimate.low < 0.760 < estimate.high
 
 
 def test_wilson_interval_agrees_with_its_formula():

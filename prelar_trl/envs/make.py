@@ -59,8 +59,9 @@ def make_env(
     It takes ``action``, float32 [A] in [-1, 1], stretched to the environment's own bounds.
 
     Args:
-        name_or_env: ``metaworld/<task>``, ``gym/<id>``, ``dm_control/<domain>/<task>``, ``toy``, a
-            TorchRL environment that gives ``pixels``, or a function that makes one.
+        name_or_env: ``metaworld/<task>``, ``gym/<id>``, ``dm_control/<domain>/<task>``, ``toy``,
+            ``toy/shifted`` (other colors, a textured background), a TorchRL environment that gives
+            ``pixels``, or a function that makes one.
         seed: of the initial states; worker ``i`` gets ``seed + i``.
         pixels: height and width of the picture; ``None`` leaves the picture out (much faster).
         camera: a camera of the simulation. Default: ``corner`` in Meta-world, else the first.
@@ -116,7 +117,7 @@ def _make_one(
     if isinstance(name_or_env, str):
         view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
         base, transforms = _from_name(name_or_env, **view, **kwargs)
-        if name_or_env == "toy":
+        if name_or_env.partition("/")[0] == "toy":
             max_steps = max_steps or EPISODE_STEPS
     else:
         env = name_or_env if isinstance(name_or_env, EnvBase) else name_or_env()
@@ -137,8 +138,8 @@ def _make_one(
 
 def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
     family, _, rest = name.partition("/")
-    if name == "toy":
-        return make_toy(**options)
+    if family == "toy":
+        return make_toy(rest, **options)
     if family not in _FAMILIES or not rest:
         raise ValueError(
             f"unknown environment {name!r}; write metaworld/<task>, gym/<id>, "

@@ -8,14 +8,17 @@ Both lie in the square [-1, 1]^2. An action is a velocity in [-1, 1]^2; one step
 and ``success`` means ``gap = 0``. At each reset the disc starts anywhere and the target lies at one
 of the four places (+-0.6, +-0.6). The best policy goes straight to the target and stays;
 :func:`toy_return` measures it.
+
+``toy/shifted`` is the same task in other colors, on a texture: for videos unlike the task.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, Transform
@@ -26,10 +29,17 @@ RADIUS = 0.15
 SCALE = 0.3
 EPISODE_STEPS = 50
 _DISC, _SQUARE = 0.24, 0.26  # radius and half side, in world units
-_BACKGROUND, _RED, _GREEN = (
-    np.array(colour, dtype=np.float32)[:, None, None]  # [3, 1, 1]
-    for colour in ((32, 32, 48), (255, 64, 64), (64, 224, 96))
-)
+WAVES = 3  # of a textured background, along each side of the picture
+
+Color = tuple[int, int, int]
+LOOKS: dict[str, dict[str, Any]] = {
+    "toy": {},
+    "toy/shifted": {
+        "background": ((150, 120, 80), (214, 196, 150)),
+        "disc": (48, 96, 224),
+        "square": (120, 40, 136),
+    },
+}
 
 
 def toy_dynamics(
@@ -96,13 +106,23 @@ class ToyEnv(EnvBase):
     """The toy task as a TorchRL environment without batch size; it never ends by itself.
 
     Gives ``pixels`` uint8 [3, size, size], ``state`` float32 [4] (disc x, y, target x, y),
-    ``success`` and ``reward``; takes ``action`` float32 [2] in [-1, 1].
+    ``success`` and ``reward``; takes ``action`` float32 [2] in [-1, 1]. Colors are RGB, 0 to 255.
 
     Args:
         size: height and width of the picture; ``None`` draws none.
+        background: one color, or two that blend into each other in a fixed texture of waves.
+        disc: the color of the disc, which is steered.
+        square: the color of the target.
     """
 
-    def __init__(self, size: int | None = 64) -> None:
+    def __init__(
+        self,
+        size: int | None = 64,
+        *,
+        background: Color | tuple[Color, Color] = (32, 32, 48),
+        disc: Color = (255, 64, 64),
+        square: Color = (64, 224, 96),
+    ) -> None:
         super().__init__(device="cpu", batch_size=[])
         self._generator = torch.Generator().manual_seed(0)
         self._size = size
@@ -116,6 +136,8 @@ class ToyEnv(EnvBase):
             centres = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32) * margin
             self._y, self._x = -centres[:, None], centres[None, :]  # y points up
             self._pixel = 2 * margin / size
+            self._background = _texture(background, size)
+            self._disc, self._square = _as_image(disc), _as_image(square)
         self.observation_spec = Composite(observation)
         self.action_spec = Bounded(-1, 1, (2,), dtype=torch.float32)
         self.reward_spec = Unbounded((1,), dtype=torch.float32)
@@ -145,17 +167,39 @@ class ToyEnv(EnvBase):
         x, y, tx, ty = *self._position.tolist(), *self._target.tolist()
         square = _SQUARE - np.maximum(np.abs(self._x - tx), np.abs(self._y - ty))
         disc = _DISC - np.sqrt((self._x - x) ** 2 + (self._y - y) ** 2)
-        image = _BACKGROUND
-        for depth, colour in ((square, _GREEN), (disc, _RED)):
+        image = self._background
+        for depth, color in ((square, self._square), (disc, self._disc)):
             cover = np.clip(depth / self._pixel + 0.5, 0, 1)  # [H, W]
-            image = image + cover * (colour - image)  # [3, H, W]
+            image = image + cover * (color - image)  # [3, H, W]
         return torch.from_numpy(image.astype(np.uint8))
 
 
+def _texture(background: Color | tuple[Color, Color], size: int) -> np.ndarray:
+    """The background, float32 [3, H, W], or [3, 1, 1] where it has one color."""
+    colors = np.array(background, dtype=np.float32)  # [3] or [2, 3]
+    if colors.ndim == 1:
+        return _as_image(colors)
+    wave = np.sin(2 * np.pi * WAVES * (np.arange(size, dtype=np.float32) + 0.5) / size)
+    blend = 0.5 + 0.5 * wave[:, None] * wave  # [H, W]
+    first, second = (_as_image(color) for color in colors)
+    return first + blend * (second - first)
+
+
+def _as_image(color: ArrayLike) -> np.ndarray:
+    return np.asarray(color, dtype=np.float32)[:, None, None]  # [3, 1, 1]
+
+
 def make_toy(
-    *, pixels: int | None, camera: str | None, render_quality: str
+    look: str, *, pixels: int | None, camera: str | None, render_quality: str
 ) -> tuple[EnvBase, list[Transform]]:
-    """The toy task; it has one view, in one quality. See :func:`prelar_trl.envs.make_env`."""
+    """The toy task; it has one view, in one quality. See :func:`prelar_trl.envs.make_env`.
+
+    Args:
+        look: ``""`` for the task's own colors, or ``shifted``.
+    """
+    name = f"toy/{look}" if look else "toy"
+    if name not in LOOKS:
+        raise ValueError(f"unknown environment {name!r}; choose {', '.join(LOOKS)}")
     if camera is not None:
         raise ValueError(f"toy has no cameras to choose from, got camera={camera!r}")
-    return ToyEnv(pixels), []
+    return ToyEnv(pixels, **LOOKS[name]), []

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+from prelar_trl.record.comparison import (
+    SUMMARY,
+    Comparison,
+    MethodStyle,
+    write_comparison,
+    write_rows,
+)
 from prelar_trl.record.logger import Logger, check_backends
 from prelar_trl.record.plots import (
+    Series,
     plot_bars,
     plot_curves,
+    plot_learning_curves,
     plot_psnr_by_step,
     plot_scatter,
+    plot_steps_to_threshold,
     read_metrics,
 )
 from prelar_trl.record.progress import Progress
 from prelar_trl.record.quality import psnr, ssim
 from prelar_trl.record.report import html_report
 from prelar_trl.record.run import RunFolder, check_space
-from prelar_trl.record.statistics import bootstrap_interval, interquartile_mean, wilson_interval
+from prelar_trl.record.statistics import (
+    bootstrap_band,
+    bootstrap_interval,
+    interquartile_mean,
+    probability_of_improvement,
+    ratio_of_means,
+    steps_to_threshold,
+    wilson_interval,
+)
 from prelar_trl.record.video import (
     contact_sheet,
     film_rows,
@@ -27,9 +45,14 @@ from prelar_trl.record.video import (
 )
 
 __all__ = [
+    "Comparison",
     "Logger",
+    "MethodStyle",
     "Progress",
     "RunFolder",
+    "SUMMARY",
+    "Series",
+    "bootstrap_band",
     "bootstrap_interval",
     "check_backends",
     "check_space",
@@ -40,15 +63,22 @@ __all__ = [
     "interquartile_mean",
     "plot_bars",
     "plot_curves",
+    "plot_learning_curves",
     "plot_psnr_by_step",
     "plot_scatter",
+    "plot_steps_to_threshold",
+    "probability_of_improvement",
     "psnr",
+    "ratio_of_means",
     "read_metrics",
     "read_video",
     "ssim",
+    "steps_to_threshold",
     "to_uint8",
     "video_grid",
     "wilson_interval",
+    "write_comparison",
     "write_picture",
+    "write_rows",
     "write_video",
 ]

@@ -1,12 +1,36 @@
-"""Statistics of few runs: interquartile mean, bootstrap and Wilson intervals."""
+"""Statistics of few runs: interquartile mean, steps to a threshold, comparisons, intervals.
+
+Intervals of several runs are percentile intervals of a stratified bootstrap (Agarwal et al., "Deep
+reinforcement learning at the edge of the statistical precipice", NeurIPS 2021): the runs of each
+task are drawn anew with replacement, independently of the other tasks and of the other methods.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest, trim_mean
+
+SAMPLES = 2000  # redrawn tables of a bootstrap
+CONFIDENCE = 0.95
+
+
+class Estimate(NamedTuple):
+    """A value and the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class StepsToThreshold(NamedTuple):
+    """``steps`` until a threshold was reached; ``censored``: it never was, ``steps`` is a bound."""
+
+    steps: float
+    censored: bool
 
 
 def interquartile_mean(scores: ArrayLike) -> float:
@@ -21,8 +45,8 @@ def bootstrap_interval(
     scores: ArrayLike,
     *,
     statistic: Callable[[np.ndarray], float] = interquartile_mean,
-    confidence: float = 0.95,
-    samples: int = 2000,
+    confidence: float = CONFIDENCE,
+    samples: int = SAMPLES,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic by stratified bootstrap.
@@ -36,19 +60,131 @@ def bootstrap_interval(
         samples: number of redrawn tables. Default: 2000.
         seed: of the draws. Default: 0.
     """
-    table = np.asarray(scores, dtype=float)
-    table = table[:, None] if table.ndim == 1 else table
-    if table.ndim != 2 or table.size == 0:
-        raise ValueError(f"bootstrap: scores [runs, tasks] are needed, got {list(table.shape)}")
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(len(table), size=(samples, *table.shape))
-    values = [statistic(np.take_along_axis(table, row, axis=0)) for row in rows]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
+    redrawn = _redraw(_table(scores), samples, np.random.default_rng(seed))
+    low, high = _interval(np.array([statistic(table) for table in redrawn]), confidence)
     return float(low), float(high)
 
 
-def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> tuple[float, float]:
+def bootstrap_band(
+    curves: ArrayLike,
+    *,
+    confidence: float = CONFIDENCE,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pointwise interval of the mean curve; whole runs are redrawn.
+
+    Args:
+        curves: [runs, points].
+        confidence, samples, seed: as in :func:`bootstrap_interval`.
+
+    Returns:
+        lower and upper ends, [points] each.
+    """
+    curves = np.asarray(curves, dtype=float)
+    if curves.ndim != 2 or curves.size == 0:
+        raise ValueError(f"bootstrap: curves [runs, points] are needed, got {list(curves.shape)}")
+    rows = np.random.default_rng(seed).integers(len(curves), size=(samples, len(curves)))
+    low, high = _interval(curves[rows].mean(axis=1), confidence)
+    return low, high
+
+
+def steps_to_threshold(
+    steps: ArrayLike, scores: ArrayLike, threshold: float, *, confirm: int = 2
+) -> StepsToThreshold:
+    """Environment steps until the evaluated score stays at the threshold.
+
+        min { steps[i] : scores[i], ..., scores[i + confirm - 1] >= threshold }
+
+    With ``confirm=2``, one lucky evaluation counts only if the next one reaches the threshold, too.
+    A run where no such ``i`` exists is censored: it gets the step at which the next evaluation
+    would have been, ``2 * steps[-1] - steps[-2]``, which is less than it truly needs.
+
+    Args:
+        steps: of the evaluations, increasing, [n] with n >= 2.
+        scores: [n], more is better.
+        threshold: the score to reach.
+        confirm: evaluations in a row that must reach it. Default: 2.
+
+    Raises:
+        ValueError: fewer than 2 evaluations, unequal lengths, or steps that do not increase.
+    """
+    steps, scores = np.asarray(steps, dtype=float), np.asarray(scores, dtype=float)
+    increasing = steps.ndim == 1 and len(steps) > 1 and (np.diff(steps) > 0).all()
+    if not increasing or steps.shape != scores.shape:
+        raise ValueError(
+            "steps to a threshold: at least two evaluations at increasing steps are needed, got "
+            f"steps={steps.tolist()}, scores={scores.tolist()}"
+        )
+    if len(scores) >= confirm:
+        windows = np.lib.stride_tricks.sliding_window_view(scores >= threshold, confirm)
+        stays = windows.all(axis=1)
+        if stays.any():
+            return StepsToThreshold(float(steps[stays.argmax()]), False)
+    return StepsToThreshold(float(2 * steps[-1] - steps[-2]), True)
+
+
+def ratio_of_means(
+    scores: ArrayLike,
+    baseline: ArrayLike,
+    *,
+    confidence: float = CONFIDENCE,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """``mean(scores) / mean(baseline)``, with a stratified bootstrap of both.
+
+    Args:
+        scores: [runs, tasks], or [runs] for one task.
+        baseline: likewise, with the same tasks; the numbers of runs may differ.
+        confidence, samples, seed: as in :func:`bootstrap_interval`.
+
+    Raises:
+        ValueError: tasks differ, or a baseline that is not positive.
+    """
+    x, y = _pair(scores, baseline)
+    if not (y > 0).all():
+        raise ValueError(f"ratio of means: the baseline must be positive, got {y.tolist()}")
+    rng = np.random.default_rng(seed)
+    means = (_redraw(table, samples, rng).mean(axis=(1, 2)) for table in (x, y))
+    low, high = _interval(np.divide(*means), confidence)
+    return Estimate(float(x.mean() / y.mean()), float(low), float(high))
+
+
+def probability_of_improvement(
+    scores: ArrayLike,
+    baseline: ArrayLike,
+    *,
+    confidence: float = CONFIDENCE,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """How likely a run is better than one of the baseline on a task drawn at random.
+
+        P(X > Y) = 1/M sum_m 1/(N K) sum_i sum_j S(x_im, y_jm)
+        S(x, y)  = 1 if x > y, 1/2 if x = y, 0 else
+
+    Agarwal et al. 2021, section 4.3; the terms of one task are the Mann-Whitney U statistic over
+    ``N K``. For scores of which less is better, pass them negated.
+
+    Args:
+        scores: ``x`` [N, M], runs and tasks, or [N] for one task.
+        baseline: ``y`` [K, M], or [K].
+        confidence, samples, seed: as in :func:`bootstrap_interval`.
+
+    Raises:
+        ValueError: tasks differ.
+    """
+    x, y = _pair(scores, baseline)
+    rng = np.random.default_rng(seed)
+    redrawn = _wins(_redraw(x, samples, rng), _redraw(y, samples, rng))
+    low, high = _interval(redrawn, confidence)
+    return Estimate(float(_wins(x, y)), float(low), float(high))
+
+
+def wilson_interval(
+    successes: int, episodes: int, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
     """Wilson's score interval of a success rate; meaningful at 0 and 1 and for few episodes."""
     if not 0 <= successes <= episodes or episodes < 1:
         raise ValueError(
@@ -57,3 +193,37 @@ def wilson_interval(successes: int, episodes: int, confidence: float = 0.95) -> 
         )
     interval = binomtest(successes, episodes).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def _table(scores: ArrayLike) -> np.ndarray:
+    """Scores as [runs, tasks]."""
+    table = np.asarray(scores, dtype=float)
+    table = table[:, None] if table.ndim == 1 else table
+    if table.ndim != 2 or table.size == 0:
+        raise ValueError(f"bootstrap: scores [runs, tasks] are needed, got {list(table.shape)}")
+    return table
+
+
+def _pair(scores: ArrayLike, baseline: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    x, y = _table(scores), _table(baseline)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"comparison: {x.shape[1]} tasks against {y.shape[1]} of the baseline")
+    return x, y
+
+
+def _redraw(table: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """[samples, runs, tasks]: the runs of each task with replacement."""
+    rows = rng.integers(len(table), size=(samples, *table.shape))
+    return np.take_along_axis(table[None], rows, axis=1)
+
+
+def _interval(values: np.ndarray, confidence: float) -> np.ndarray:
+    """Both ends, over the first axis, [2, ...]."""
+    tail = (1 - confidence) / 2
+    return np.quantile(values, [tail, 1 - tail], axis=0)
+
+
+def _wins(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Share of the pairs that ``x`` [..., N, M] wins against ``y`` [..., K, M], draws half."""
+    x, y = x[..., :, None, :], y[..., None, :, :]
+    return ((x > y) + 0.5 * (x == y)).mean(axis=(-3, -2, -1))
