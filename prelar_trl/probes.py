@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import spearmanr
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from prelar_trl.modules import WorldModel
 from prelar_trl.modules.actions import LatentActionEncoder
@@ -24,9 +25,12 @@ __all__ = [
     "frame_difference",
     "latent_action_features",
     "linear_r2",
+    "mlp_r2",
     "openloop_quality",
     "rank_correlation",
+    "states_before",
     "transfer",
+    "transfer_quality",
 ]
 
 
@@ -96,6 +100,33 @@ def transfer(
 
 
 @torch.no_grad()
+def transfer_quality(
+    world_model: WorldModel,
+    source: TensorDictBase,
+    target: TensorDictBase,
+    played: Tensor,
+    context: int,
+) -> dict[str, Tensor]:
+    """Do the source's latent actions do in the target's scene what its true actions do there?
+
+    Args:
+        source, target: see :func:`transfer`.
+        played: what really comes when the source's true actions are played from the target's state
+            at frame ``context - 1`` on, uint8 ``[B, T - context, 3, H, W]``; a simulator tells.
+        context: frames of the target that are seen.
+
+    Returns:
+        PSNR in dB of the imagined frames, float32 ``[B]`` each: ``transferred``, under the source's
+        latent actions, against ``played``; ``own``, under the target's own, against the target; and
+        ``own_played``, the target's own against ``played``: what no transfer at all would give.
+    """
+    moved, own = (x[:, context:] for x in transfer(world_model, source, target, context))
+    real = target["pixels"][:, context:]
+    pairs = {"transferred": (moved, played), "own": (own, real), "own_played": (own, played)}
+    return {name: psnr(x, y).mean(1) for name, (x, y) in pairs.items()}
+
+
+@torch.no_grad()
 def latent_action_features(
     encoder: LatentActionEncoder, images: Tensor, flow: Tensor | None = None
 ) -> Tensor:
@@ -143,14 +174,70 @@ def linear_r2(
         does not vary.
     """
     x, y, test_x, test_y = (z.double() for z in (features, targets, test_features, test_targets))
-    centre, spread = x.mean(0), x.std(0)
-    scale = torch.where(spread > 1e-8, spread.reciprocal(), 0.0)  # constant features say nothing
-    x, test_x = (x - centre) * scale, (test_x - centre) * scale
+    x, test_x = _standardize(x, test_x)
     gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weights = torch.linalg.solve(gram, x.T @ (y - y.mean(0)) / len(x))  # [X, A]
     error = (test_y - y.mean(0) - test_x @ weights).square().sum(0)
     total = (test_y - test_y.mean(0)).square().sum(0)
     return torch.where(total > 0, 1 - error / total, torch.nan)
+
+
+def mlp_r2(
+    features: Tensor,
+    targets: Tensor,
+    test_features: Tensor,
+    test_targets: Tensor,
+    *,
+    hidden: int = 128,
+    steps: int = 1000,
+    seed: int = 0,
+) -> Tensor:
+    """As :func:`linear_r2`, by a small MLP: what is in the features, in whatever form.
+
+    Two hidden layers, Adam with weight decay and a falling learning rate, mini-batches of 256; the
+    weights are the average over the second half of the steps. Shapes as there; float64 ``[A]``.
+    """
+    x, test_x = _standardize(features.float(), test_features.float())
+    x, test_x = x.clamp(-5, 5), test_x.clamp(-5, 5)  # a feature that hardly ever moves
+    center, spread = targets.mean(0), targets.std(0).clamp_min(1e-6)
+    y = (targets - center) / spread
+    with torch.random.fork_rng([]), torch.enable_grad():
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Linear(x.shape[1], hidden),
+            nn.ELU(),
+            nn.Linear(hidden, hidden),
+            nn.ELU(),
+            nn.Linear(hidden, y.shape[1]),
+        )
+        average = AveragedModel(net)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=3e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for step in range(steps):
+            rows = torch.randint(len(x), (256,))
+            optimizer.zero_grad()
+            F.mse_loss(net(x[rows]), y[rows]).backward()
+            optimizer.step()
+            schedule.step()
+            if step >= steps // 2:
+                average.update_parameters(net)
+    with torch.no_grad():
+        error = (test_targets - (average(test_x) * spread + center)).double().square().sum(0)
+    total = (test_targets - test_targets.mean(0)).double().square().sum(0)
+    return torch.where(total > 0, 1 - error / total, torch.nan)
+
+
+def _standardize(x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both by the first one's mean and deviation; a feature that is constant there becomes zero."""
+    center, spread = x.mean(0), x.std(0)
+    scale = torch.where(spread > 1e-8, spread.reciprocal(), 0.0)
+    return (x - center) * scale, (test_x - center) * scale
+
+
+@torch.no_grad()
+def states_before(world_model: WorldModel, batch: TensorDictBase) -> Tensor:
+    """Features of the posterior state before each transition, ``[B, T-1, F]``."""
+    return world_model(batch.select(*world_model.in_keys))["feat"][:, :-1].float()
 
 
 @torch.no_grad()

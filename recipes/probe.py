@@ -2,8 +2,10 @@
 
 python recipes/probe.py run=runs/pretrain
 
-Open-loop quality by horizon; how well a linear map reads the true action from the latent one; how
-action distances and state distances go together; latent actions moved from one video to another.
+Open-loop quality by horizon; how well a linear map and a small MLP read the true action from the
+latent one, from the state before, and from both, which tells unused, copying and acting latent
+actions apart; how action distances and state distances go together; latent actions moved from one
+video to another, on videos of the toy against what the simulator says would come.
 Writes ``probe.csv``, ``probe.json`` and ``pictures/probe_*.png`` into the run folder.
 """
 
@@ -14,6 +16,7 @@ import json
 import math
 import os
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.data import VideoClips
+from prelar_trl.envs import play_toy
 from prelar_trl.models import make_world_model
 from prelar_trl.modules import WorldModel
 from prelar_trl.probes import (
@@ -30,9 +34,12 @@ from prelar_trl.probes import (
     frame_difference,
     latent_action_features,
     linear_r2,
+    mlp_r2,
     openloop_quality,
     rank_correlation,
+    states_before,
     transfer,
+    transfer_quality,
 )
 from prelar_trl.recipes.common import CHECKPOINT, choose_device, seed_everything
 from prelar_trl.recipes.entry import recipe, settings
@@ -50,6 +57,13 @@ register()
 EXCHANGES = 4  # other actions that each transition's own is compared with
 CALIBRATION = 8  # batches that give the random encoder's norm layers their statistics
 SHOWN_POINTS = 2_000
+FEATURES = (
+    "latent_action",
+    "state",
+    "latent_action_and_state",
+    "random_encoder",
+    "frame_difference",
+)
 Row = tuple[str, str, int | None, float]  # probe, name, horizon, value
 
 
@@ -99,12 +113,15 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
         for batch in draw(fitting, cfg.clips, has_actions):
             for name, values in features(world_model, untrained, batch, has_actions).items():
                 fit[name].append(values)
-        scores = action_scores(join(fit), join(test))
-        for name, score in scores.items():
-            rows.append(("action_r2", name, None, _mean(score)))
-            rows += [("action_r2", f"{name}_{i}", None, x) for i, x in enumerate(score)]
-        panel = {name: [_mean(score)] for name, score in scores.items()}
-        plot_bars({"R² of the true action": panel}, run.pictures / "probe_action_r2.png")
+        panels = {}
+        for probe_name, read in (("action_r2", linear_r2), ("action_r2_mlp", mlp_r2)):
+            scores = action_scores(join(fit), join(test), read)
+            for name, score in scores.items():
+                rows.append((probe_name, name, None, _mean(score)))
+                rows += [(probe_name, f"{name}_{i}", None, x) for i, x in enumerate(score)]
+            title = f"R² of the true action, {'linear' if read is linear_r2 else 'MLP'}"
+            panels[title] = {name: [max(_mean(score), 0.0)] for name, score in scores.items()}
+        plot_bars(panels, run.pictures / "probe_action_r2.png")
     else:
         notes.append("the clips have no true actions: action_r2 and true distances are left out")
 
@@ -116,6 +133,7 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
     else:
         rows += effect_rows(join(effects), run)
         draw_transfers(cfg, world_model, heldout, run, context)
+        rows += toy_transfer(cfg, world_model, heldout, context)
     result = {
         "method": checkpoint["method"],
         "step": checkpoint["step"],
@@ -192,17 +210,22 @@ def features(
     images = world_model.images(batch["pixels"])
     flow = world_model.images(batch["flow"]) if "flow" in batch.keys() else None
     found = {"target": batch["action"][:, 1:], "frame_difference": frame_difference(images)}
+    found["state"] = states_before(world_model, batch)
     for name, model in (("latent_action", world_model), ("random_encoder", untrained)):
         if model.latent_action_encoder is not None:
             found[name] = latent_action_features(model.latent_action_encoder, images, flow)
+    if "latent_action" in found:
+        found["latent_action_and_state"] = torch.cat([found["latent_action"], found["state"]], -1)
     return {name: x.flatten(0, 1).cpu() for name, x in found.items()}
 
 
-def action_scores(fit: dict[str, Tensor], test: dict[str, Tensor]) -> dict[str, list[float]]:
+def action_scores(
+    fit: dict[str, Tensor], test: dict[str, Tensor], read: Callable[..., Tensor]
+) -> dict[str, list[float]]:
     """R² of each dimension of the true action, from each kind of features."""
-    target, test_target = fit.pop("target"), test.pop("target")
-    names = sorted(fit, key=["latent_action", "random_encoder", "frame_difference"].index)
-    return {name: linear_r2(fit[name], target, test[name], test_target).tolist() for name in names}
+    names = [name for name in FEATURES if name in fit]
+    target, test_target = fit["target"], test["target"]
+    return {name: read(fit[name], target, test[name], test_target).tolist() for name in names}
 
 
 def effect_rows(effects: dict[str, Tensor], run: RunFolder) -> list[Row]:
@@ -245,6 +268,39 @@ def draw_transfers(
             "B with its own": own[i],
         }
         write_picture(run.pictures / f"probe_transfer_{i}.png", film_rows(rows))
+
+
+def toy_transfer(
+    cfg: ProbeConfig, world_model: WorldModel, clips: VideoClips, context: int
+) -> list[Row]:
+    """Transfer measured against the simulator, where all clips are the toy's; no rows elsewhere."""
+    envs = [(store.meta.get("info") or {}).get("envs") for store in clips.stores]
+    if envs[0] not in (["toy"], ["toy/shifted"]) or any(env != envs[0] for env in envs):
+        return []
+    generator = torch.Generator().manual_seed(cfg.seed)
+    count, steps = cfg.batch_size, clips.clip_len
+    values = defaultdict(list)
+    for _ in range(math.ceil(cfg.clips / count)):
+        position = torch.rand(2, count, 2, generator=generator) * 2 - 1
+        target = 0.6 * (torch.rand(2, count, 2, generator=generator) * 2 - 1).sign()
+        actions = torch.rand(2, count, steps - 1, 2, generator=generator) * 2 - 1
+        frames, path = zip(
+            *(play_toy(*x, envs[0][0]) for x in zip(position, target, actions, strict=True)),
+            strict=True,
+        )
+        is_first = torch.zeros(count, steps, 1, dtype=torch.bool)
+        is_first[:, 0] = True
+        source, goal = (
+            TensorDict({"pixels": x, "is_first": is_first}, [count, steps]).to(clips.device)
+            for x in frames
+        )
+        rest = actions[0][:, context - 1 :]  # the source's, from the target's last seen frame on
+        played, _ = play_toy(path[1][:, context - 1], target[1], rest, envs[0][0])
+        played = played[:, 1:].to(clips.device)
+        quality = transfer_quality(world_model, source, goal, played, context)
+        for name, value in quality.items():
+            values[name].append(value)
+    return [("transfer_psnr", name, None, float(torch.cat(x).mean())) for name, x in values.items()]
 
 
 def join(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:

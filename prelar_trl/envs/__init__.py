@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from prelar_trl.envs.backend import select_backend
 from prelar_trl.envs.make import make_env
-from prelar_trl.envs.toy import ToyEnv, toy_expert, toy_return
+from prelar_trl.envs.toy import ToyEnv, play_toy, toy_expert, toy_return
 
 select_backend()
 
-__all__ = ["ToyEnv", "make_env", "metaworld_tasks", "toy_expert", "toy_return"]
+__all__ = ["ToyEnv", "make_env", "metaworld_tasks", "play_toy", "toy_expert", "toy_return"]
 
 
 def metaworld_tasks() -> tuple[str, ...]:

@@ -159,12 +159,12 @@ class ToyEnv(EnvBase):
     def _observe(self) -> dict[str, torch.Tensor]:
         observation = {"state": torch.cat([self._position, self._target])}
         if self._size is not None:
-            observation["pixels"] = self._draw()
+            observation["pixels"] = self.draw(self._position, self._target)
         return observation
 
-    def _draw(self) -> torch.Tensor:
+    def draw(self, position: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The picture, edges smoothed over one pixel so that it shows positions exactly."""
-        x, y, tx, ty = *self._position.tolist(), *self._target.tolist()
+        x, y, tx, ty = *position.tolist(), *target.tolist()
         square = _SQUARE - np.maximum(np.abs(self._x - tx), np.abs(self._y - ty))
         disc = _DISC - np.sqrt((self._x - x) ** 2 + (self._y - y) ** 2)
         image = self._background
@@ -187,6 +187,32 @@ def _texture(background: Color | tuple[Color, Color], size: int) -> np.ndarray:
 
 def _as_image(color: ArrayLike) -> np.ndarray:
     return np.asarray(color, dtype=np.float32)[:, None, None]  # [3, 1, 1]
+
+
+def play_toy(
+    position: torch.Tensor, target: torch.Tensor, actions: torch.Tensor, env: str = "toy"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What comes when ``actions`` are played, frame by frame: the toy tells what no video does.
+
+    Args:
+        position, target: of the disc and the square at first, float32 ``[B, 2]``.
+        actions: ``[B, T, 2]``.
+        env: ``toy`` or ``toy/shifted``.
+
+    Returns:
+        The first frame and those after each action, uint8 ``[B, T+1, 3, 64, 64]``, and the disc's
+        positions, ``[B, T+1, 2]``.
+    """
+    painter = ToyEnv(**LOOKS[env])
+    positions = [position]
+    for action in actions.unbind(1):
+        positions.append(toy_dynamics(positions[-1], target, action)[0])
+    path = torch.stack(positions, 1)
+    frames = [
+        torch.stack([painter.draw(disc, place) for disc in row])
+        for row, place in zip(path, target, strict=True)
+    ]
+    return torch.stack(frames), path
 
 
 def make_toy(
