@@ -130,8 +130,9 @@ def test_probability_of_improvement_is_symmetric_and_sees_only_the_order():
     value = probability_of_improvement(x, y).value
     assert value + probability_of_improvement(y, x).value == pytest.approx(1)
     assert probability_of_improvement(np.exp(x), np.exp(y)).value == value
-    estimate = probability_of_improvement(x, y)
-    assert estimate.low < value < estimate.high
+    for pair in ((x, y), (x[:, 0], [0.0]), ([0.0], x[:, 0])):  # both are redrawn
+        estimate = probability_of_improvement(*pair)
+        assert estimate.low < estimate.value < estimate.high
 
 
 def test_probability_of_improvement_is_that_of_the_normal_distributions_it_draws_from():
