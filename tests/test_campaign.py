@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
@@ -19,13 +20,15 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from benchmarks.jobs import PROGRESS
 from benchmarks.suites import TABLE, expand, load_suites, override
 from prelar_trl.recipes.collect_videos import check, env_names
 from prelar_trl.recipes.common import check_run
 from prelar_trl.recipes.entry import settings
+from prelar_trl.record import Progress
 from tests.toy_runs import CLIPS, ROOT, STEPS, TINY
 
-pytestmark = pytest.mark.timeout(400)  # some thirty programs are started
+pytestmark = pytest.mark.timeout(900)  # some thirty programs are started
 SUITES = load_suites(TABLE)
 MODEL = {"size": "tiny", **{f"model.{name}": value for name, value in TINY.items()}}
 LONG = {"env_steps": 600, "eval_every": 100, "checkpoint_every": 50}
@@ -126,6 +129,16 @@ def test_overrides_are_written_as_hydra_reads_them():
     assert override(value) == "{reward:10.0,kl:null,names:[a,1,true]}"
 
 
+def test_progress_and_speed_are_read_from_the_log_of_a_run():
+    log = io.StringIO()
+    with Progress(5_000, initial=250, name="finetune", unit="steps", every=0, stream=log) as bar:
+        bar.update(250, frames=99, metrics={"updates": 3, "image": 12.5})
+    running, ended = log.getvalue().splitlines()
+    for line in (running, ended):
+        ((step, total, unit, rate),) = PROGRESS.findall(line)
+        assert (step, total, unit) == ("500", "5000", "steps") and float(rate) > 0
+
+
 # Stopping and going on
 
 
@@ -150,10 +163,10 @@ def make_repository(folder: Path) -> Path:
 
 def campaign(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(repository / "benchmarks" / "campaign.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 100.0) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

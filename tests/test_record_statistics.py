@@ -69,6 +69,7 @@ def test_a_run_that_never_confirms_the_threshold_is_censored_one_interval_after_
     assert steps_to_threshold(steps, [1, 2, 3], 8) == (1750, True)
     assert steps_to_threshold(steps, [1, 2, 9], 8) == (1750, True)
     assert steps_to_threshold(steps[:2], [9, 9], 8, confirm=3) == (1500, True)
+    assert steps_to_threshold([500], [9], 8) == (1000, True)
 
 
 def test_a_higher_threshold_is_never_reached_earlier():
@@ -80,9 +81,16 @@ def test_a_higher_threshold_is_never_reached_earlier():
         assert needed == sorted(needed)
 
 
-@pytest.mark.parametrize("steps, scores", [([1], [1]), ([1, 2], [1]), ([2, 1], [0, 0]), ([], [])])
-def test_steps_to_a_threshold_need_evaluations_at_increasing_steps(steps, scores):
-    with pytest.raises(ValueError, match="increasing steps"):
+@pytest.mark.parametrize(
+    "steps, scores, message",
+    [
+        ([1, 2], [1], r"\[1\] scores for \[2\] steps"),
+        ([], [], "scores"),
+        ([2, 1], [0, 0], "increase"),
+    ],
+)
+def test_steps_to_a_threshold_need_evaluations_at_increasing_steps(steps, scores, message):
+    with pytest.raises(ValueError, match=message):
         steps_to_threshold(steps, scores, 0.5)
 
 
@@ -122,8 +130,9 @@ def test_probability_of_improvement_is_symmetric_and_sees_only_the_order():
     value = probability_of_improvement(x, y).value
     assert value + probability_of_improvement(y, x).value == pytest.approx(1)
     assert probability_of_improvement(np.exp(x), np.exp(y)).value == value
-    estimate = probability_of_improvement(x, y)
-    assert estimate.low < value < estimate.high
+    for pair in ((x, y), (x[:, 0], [0.0]), ([0.0], x[:, 0])):  # both are redrawn
+        estimate = probability_of_improvement(*pair)
+        assert estimate.low < estimate.value < estimate.high
 
 
 def test_probability_of_improvement_is_that_of_the_normal_distributions_it_draws_from():

@@ -98,30 +98,31 @@ def steps_to_threshold(
 
     With ``confirm=2``, one lucky evaluation counts only if the next one reaches the threshold, too.
     A run where no such ``i`` exists is censored: it gets the step at which the next evaluation
-    would have been, ``2 * steps[-1] - steps[-2]``, which is less than it truly needs.
+    would have been, ``2 * steps[n - 1] - steps[n - 2]``, which is less than it truly needs.
 
     Args:
-        steps: of the evaluations, increasing, [n] with n >= 2.
+        steps: of the evaluations, positive and increasing, [n].
         scores: [n], more is better.
         threshold: the score to reach.
         confirm: evaluations in a row that must reach it. Default: 2.
 
     Raises:
-        ValueError: fewer than 2 evaluations, unequal lengths, or steps that do not increase.
+        ValueError: no evaluation, unequal lengths, or steps that do not increase.
     """
     steps, scores = np.asarray(steps, dtype=float), np.asarray(scores, dtype=float)
-    increasing = steps.ndim == 1 and len(steps) > 1 and (np.diff(steps) > 0).all()
-    if not increasing or steps.shape != scores.shape:
+    if steps.ndim != 1 or steps.size == 0 or steps.shape != scores.shape:
         raise ValueError(
-            "steps to a threshold: at least two evaluations at increasing steps are needed, got "
-            f"steps={steps.tolist()}, scores={scores.tolist()}"
+            f"steps to a threshold: {list(scores.shape)} scores for {list(steps.shape)} steps"
         )
+    intervals = np.diff(steps, prepend=0)
+    if not (intervals > 0).all():
+        raise ValueError(f"steps to a threshold: steps must increase, got {steps.tolist()}")
     if len(scores) >= confirm:
         windows = np.lib.stride_tricks.sliding_window_view(scores >= threshold, confirm)
         stays = windows.all(axis=1)
         if stays.any():
             return StepsToThreshold(float(steps[stays.argmax()]), False)
-    return StepsToThreshold(float(2 * steps[-1] - steps[-2]), True)
+    return StepsToThreshold(float(steps[-1] + intervals[-1]), True)
 
 
 def ratio_of_means(
