@@ -58,10 +58,11 @@ def make_world_model(
 
     Args:
         method: ``dreamerv2 | apv | contextwm | prelar | prelar_no_cl | prelar_no_al_cl | naive |
-            prelar_naive``.
+            prelar_naive | prelar_plus``.
         phase: ``pretrain`` or ``finetune``.
         action_dim: size of the real action (fine-tuning).
-        size: ``full`` (as published), ``small`` or ``tiny``. Default: ``full``.
+        size: ``full`` (as published), ``small``, ``tiny``, or ``mini``, for a CPU. Default:
+            ``full``.
         encoder: your own image encoder, ``[N, 3, 64, 64]`` -> ``[N, embed_dim]``, with the
             attribute ``embed_dim``. Default: the method's.
         decoder: your own image decoder, ``[N, F]`` -> ``[N, 3, 64, 64]``. Default: the method's.
@@ -261,7 +262,15 @@ def load_pretrained(world_model: WorldModel, state: Mapping[str, Tensor]) -> Non
         ValueError: naming every tensor that is missing or has another shape; nothing is copied.
     """
     problems, parts = [], {}
-    for name, module in pretrained_modules(world_model).items():
+    modules = pretrained_modules(world_model)
+    if world_model.action_encoder is not None:
+        kind, name = (
+            world_model.action_encoder.latent_actions,
+            "latent_action_encoder.latent_actions",
+        )
+        if any(f"{name}.{key}" in state for key in kind.state_dict()):
+            modules[name] = kind
+    for name, module in modules.items():
         prefix = name + "."
         part = {key[len(prefix) :]: x for key, x in state.items() if key.startswith(prefix)}
         own = module.state_dict()
@@ -279,14 +288,8 @@ def load_pretrained(world_model: WorldModel, state: Mapping[str, Tensor]) -> Non
             f"the pre-trained run does not fit: {len(problems)} tensors differ ({shown}); "
             "use the size and model options it was trained with"
         )
-    for name, module in pretrained_modules(world_model).items():
+    for name, module in modules.items():
         module.load_state_dict(parts[name])
-    if world_model.action_encoder is not None:
-        kind = world_model.action_encoder.latent_actions
-        prefix = "latent_action_encoder.latent_actions."
-        learned = {key: state.get(prefix + key) for key in kind.state_dict()}
-        if all(x is not None and x.shape == kind.state_dict()[k].shape for k, x in learned.items()):
-            kind.load_state_dict(learned)
 
 
 def make_inverse_model(checkpoint: Mapping[str, Any]) -> LatentActionEncoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,6 +18,7 @@ from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.world_model import WorldModel, normalise_pixels
 from prelar_trl.objectives import ActorLoss, CriticLoss, LambdaTarget, WorldModelLoss
+from prelar_trl.objectives.common import loss_keys
 
 __all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
 
@@ -35,6 +36,20 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Batch norms in training mode leave their running mean and variance as they are."""
+    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    before = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(norms, before, strict=True):
+            layer.momentum = momentum
 
 
 def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
@@ -174,14 +189,15 @@ class Rehearsal(nn.Module):
     """Pre-training video beside an environment's batch, so that what it taught is not forgotten.
 
     The terms that video can give, ``image`` and ``kl``, become those of the joint batch: their mean
-    over the environment's rows and over the video's, by ``share``.
+    over the environment's rows and over the video's, by ``share``. Batch norms normalize each part
+    by itself; their running statistics, with which the agent acts, are the environment's alone.
 
     Args:
-        world_model: the one that is fine-tuned; encoder, decoder and RSSM are shared.
+        loss: of the world model that is fine-tuned. Encoder, decoder and RSSM are shared, and so
+            are weights and settings of the two terms.
         inverse_model: infers the video's latent actions, and stands still; None for a world model
             that was pre-trained without actions.
         share: the video's share of the joint batch, in (0, 1).
-        settings: further arguments of the video's :class:`WorldModelLoss`.
 
     Raises:
         ValueError: a share outside (0, 1), or a stacked world model, whose imagined RSSM no video
@@ -189,13 +205,10 @@ class Rehearsal(nn.Module):
     """
 
     def __init__(
-        self,
-        world_model: WorldModel,
-        inverse_model: LatentActionEncoder | None,
-        share: float,
-        **settings: Any,
+        self, loss: WorldModelLoss, inverse_model: LatentActionEncoder | None, share: float
     ) -> None:
         super().__init__()
+        world_model: WorldModel = loss.world_model
         if not 0 < share < 1:
             raise ValueError(f"rehearse={share} must lie between 0 and 1")
         if world_model.lower_rssm is not None:
@@ -207,9 +220,17 @@ class Rehearsal(nn.Module):
             world_model.rssm,
             latent_action_encoder=inverse_model,
             action_free=inverse_model is None,
+            context_encoder=world_model.context_encoder,
             sample=world_model.sample,
         )
-        self.loss = WorldModelLoss(video_model, latent=world_model.rssm.latent.kind, **settings)
+        self.loss = WorldModelLoss(
+            video_model,
+            weights={name: loss.weights[name] for name in ("image", "kl") if name in loss.weights},
+            latent=world_model.rssm.latent.kind,
+            kl_balance=loss.kl_balance,
+            free_nats=loss.free_nats,
+            free_avg=loss.free_avg,
+        )
 
     def train(self, mode: bool = True) -> Rehearsal:
         super().train(mode)
@@ -219,11 +240,13 @@ class Rehearsal(nn.Module):
 
     def forward(self, losses: TensorDict, video: TensorDictBase) -> TensorDict:
         """The environment's losses with the video's mixed in."""
-        seen = self.loss(video)
+        with running_statistics_kept(self.loss):
+            seen = self.loss(video)
         mixed = losses.copy()
-        for name in ("loss_image", "loss_kl"):
+        for name in loss_keys(self.loss.weights):
             mixed[name] = torch.lerp(losses[name], seen[name], self.share)
-        mixed["rehearsal_image"], mixed["rehearsal_kl"] = seen["image"], seen["kl"]
+        for name in self.loss.weights:
+            mixed[f"rehearsal_{name}"] = seen[name]
         return mixed
 
 

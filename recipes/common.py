@@ -155,8 +155,12 @@ def deaf_to_interrupts() -> Iterator[None]:
 
 
 def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
-    """The losses to log: ``loss_<term>`` once, without its unweighted copy ``<term>``."""
-    return {name: x for name, x in losses.items() if f"loss_{name}" not in losses.keys()}
+    """The losses to log: ``loss_<term>`` once, without its unweighted copy ``<term>``.
+
+    ``latent_kl`` stays: its weight may change, and free nats hide its value.
+    """
+    twins = {name for name in losses.keys() if f"loss_{name}" in losses.keys()} - {"latent_kl"}
+    return {name: x for name, x in losses.items() if name not in twins}
 
 
 def shown(losses: TensorDictBase) -> dict[str, Tensor]:

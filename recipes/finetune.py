@@ -16,17 +16,11 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from prelar_trl.allocator import with_tcmalloc
-from prelar_trl.checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
-from prelar_trl.data import EpisodeReplay, VideoClips
+from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
+from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
-from prelar_trl.models import (
-    Agent,
-    load_pretrained,
-    make_agent,
-    make_inverse_model,
-    make_world_model_loss,
-)
-from prelar_trl.modules import WorldModel, WorldModelPolicy
+from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.presets import METHODS
 from prelar_trl.recipes.common import (
     CHECKPOINT,
@@ -46,10 +40,16 @@ from prelar_trl.recipes.common import (
     without_twins,
 )
 from prelar_trl.recipes.entry import recipe, settings
+from prelar_trl.recipes.pretrained import (
+    make_alignment,
+    make_rehearsal,
+    read_pretrained_run,
+    rehearsed_clips,
+)
 from prelar_trl.recipes.schema import FinetuneConfig, register
-from prelar_trl.record import Logger, Progress, RunFolder
+from prelar_trl.record import Logger, Progress
 from prelar_trl.stopwatch import Stopwatch
-from prelar_trl.updates import Alignment, BehaviorUpdate, Rehearsal, WorldModelUpdate
+from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 
 register()
 EVAL_SEED = 10_000  # the evaluation environment's seed lies apart from the training one's
@@ -98,7 +98,6 @@ def finetune(
         load_pretrained(agent.world_model, pretrained["model"])
     agent.to(device).eval()
     alignment = make_alignment(cfg, agent.world_model, pretrained, device)
-    rehearsal, clips = make_rehearsal(cfg, agent.world_model, pretrained, device)
     loss = make_world_model_loss(
         cfg.method,
         "finetune",
@@ -106,6 +105,8 @@ def finetune(
         video_bonus=agent.video_bonus,
         **overrides(cfg.loss),
     ).to(device)
+    rehearsal = make_rehearsal(cfg, loss, pretrained, device)
+    clips = None if rehearsal is None else rehearsed_clips(cfg, rehearsal, pretrained, device)
     model_update = WorldModelUpdate(
         loss,
         lr=cfg.lr,
@@ -151,6 +152,8 @@ def finetune(
         model_update.load_state_dict(checkpoint["model_update"])
         behavior_update.load_state_dict(checkpoint["behavior_update"])
         replay.load_state_dict({**checkpoint["replay"], "pending": {}})
+        if alignment is not None:
+            alignment.load_state_dict(checkpoint["alignment"])
         if clips is not None:
             clips.load_state_dict(checkpoint["clips"])
         set_rng_state(checkpoint["rng"])
@@ -173,6 +176,7 @@ def finetune(
             "model_update": model_update.state_dict(),
             "behavior_update": behavior_update.state_dict(),
             "replay": replay_state,
+            "alignment": None if alignment is None else alignment.state_dict(),
             "clips": None if clips is None else clips.state_dict(),
             "rng": rng_state(),
         }
@@ -180,11 +184,11 @@ def finetune(
 
     def train() -> TensorDictBase:
         with watch("replay"):
-            batch = replay.sample()
+            batches = [replay.sample()] + ([] if clips is None else [clips.sample()])
         with watch("world_model"):
-            losses = model_update(batch, None if clips is None else clips.sample())
+            losses = model_update(*batches)
         with watch("behavior"):
-            start = losses.pop("state").update(batch.select("terminated", "action"))
+            start = losses.pop("state").update(batches[0].select("terminated", "action"))
             return losses.update(behavior_update(start))
 
     per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
@@ -223,11 +227,15 @@ def finetune(
                         f"batch_length={cfg.batch_length} frames, but none of the "
                         f"{replay.num_episodes} episodes so far is as long: lower it"
                     )
-                if alignment is not None and model_update.count == 0:
-                    for _ in range(cfg.align_updates):
+                while (
+                    alignment is not None
+                    and alignment.count < cfg.align_updates
+                    and not interruption.requested
+                ):
+                    with watch("alignment"):
                         aligned = alignment(replay.sample())
-                    logger.log(aligned, steps)
-                    alignment = None
+                    if alignment.count == cfg.align_updates:
+                        logger.log(aligned, steps)
                 debt += per_step / cfg.train_every
                 while debt >= 1 and not interruption.requested:
                     losses = train()
@@ -293,79 +301,6 @@ def act(policy: WorldModelPolicy, td: TensorDictBase, device: torch.device) -> T
     """The policy's action, computed on its device."""
     out = policy(td.select(*policy.in_keys).to(device))
     return td.update(out.select(*policy.out_keys).to("cpu"))
-
-
-def read_pretrained_run(cfg: FinetuneConfig) -> dict[str, Any] | None:
-    """The checkpoint of the pre-training run, if there is one and this run needs it.
-
-    Raises:
-        ValueError: it does not suit this run.
-    """
-    for name in ("align_updates", "rehearse"):
-        if getattr(cfg, name) and cfg.pretrained is None:
-            raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
-    if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
-        return None
-    run = RunFolder.load(cfg.pretrained)
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
-    accepted = METHODS[cfg.method].checkpoint
-    if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:
-        suits = f"runs of {', '.join(accepted)}" if accepted else "no pre-training run"
-        raise ValueError(
-            f"pretrained={cfg.pretrained} is a {checkpoint['phase']} run of "
-            f"{checkpoint['method']}; method={cfg.method} takes {suits}"
-        )
-    if checkpoint["size"] != cfg.size:
-        raise ValueError(
-            f"pretrained={cfg.pretrained} has size={checkpoint['size']}, this run size={cfg.size}; "
-            f"use size={checkpoint['size']}"
-        )
-    return {**checkpoint, "data": run.config.get("data")}
-
-
-def make_alignment(
-    cfg: FinetuneConfig,
-    world_model: WorldModel,
-    pretrained: dict[str, Any] | None,
-    device: torch.device,
-) -> Alignment | None:
-    """What aligns the action encoder with the pre-trained latent actions, if it is asked for."""
-    if not cfg.align_updates:
-        return None
-    if world_model.action_encoder is None:
-        raise ValueError(
-            f"align_updates={cfg.align_updates}: method={cfg.method} has no action encoder"
-        )
-    inverse_model = make_inverse_model(pretrained).to(device)
-    if inverse_model.frames == "flow":
-        raise ValueError("align_updates: this run infers its latent actions from optical flow")
-    return Alignment(world_model.action_encoder, inverse_model, cfg.align_lr)
-
-
-def make_rehearsal(
-    cfg: FinetuneConfig,
-    world_model: WorldModel,
-    pretrained: dict[str, Any] | None,
-    device: torch.device,
-) -> tuple[Rehearsal | None, VideoClips | None]:
-    """Pre-training video for each model batch, if it is asked for."""
-    if not cfg.rehearse:
-        return None, None
-    inverse_model = None
-    if world_model.action_encoder is not None:
-        inverse_model = make_inverse_model(pretrained).to(device)
-    rehearsal = Rehearsal(world_model, inverse_model, cfg.rehearse)
-    rows = min(max(1, round(cfg.rehearse * cfg.batch_size)), cfg.batch_size - 1)
-    streams = ["pixels", *(["flow"] if inverse_model and inverse_model.frames == "flow" else [])]
-    clips = VideoClips(
-        pretrained["data"],
-        clip_len=cfg.batch_length,
-        batch_size=rows,
-        seed=cfg.seed,
-        device=device,
-        streams=streams,
-    )
-    return rehearsal, clips
 
 
 class Evaluation:

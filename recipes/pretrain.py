@@ -102,7 +102,7 @@ def pretrain(cfg: PretrainConfig) -> None:
                 losses.pop("state")
                 check_finite(losses, step)
                 logger.log({**without_twins(losses), "loss": total_loss(losses)}, step)
-            if step % cfg.usage_every == 0 or last:
+            if guard.watches and (step % cfg.usage_every == 0 or last):
                 logger.log(guard(step), step)
             if step % cfg.video_every == 0 or step == 1 or last:
                 predict(world_model, fixed, logger, step, cfg.context)
@@ -146,13 +146,12 @@ class UsageGuard:
 
     def __init__(self, cfg: PretrainConfig, world_model: WorldModel, batch: TensorDict) -> None:
         self.cfg, self.world_model, self.batch = cfg, world_model, batch
+        self.watches = world_model.latent_action_encoder is not None
         self.latest: dict[str, float] = {}
         self.warned = False
 
     def __call__(self, step: int) -> dict[str, float]:
-        """``action_usage`` and ``action_psnr_gap``; nothing without latent actions."""
-        if self.world_model.latent_action_encoder is None:
-            return {}
+        """``action_usage`` and ``action_psnr_gap``."""
         with looking(self.world_model, self.batch):
             metrics = action_usage(self.world_model, self.batch, self.cfg.context)
         self.latest = {"usage": metrics["action_usage"]}

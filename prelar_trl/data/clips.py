@@ -47,7 +47,8 @@ class VideoClips:
 
     Raises:
         FileNotFoundError, StoreError: a store is missing, unfinished, damaged or foreign.
-        ValueError: no clip is long enough, an unknown stream or split, stores of unlike sizes.
+        ValueError: no clip is long enough, an unknown stream or split, stores of unlike sizes,
+            labels of stores without actions or of more clips than there are.
     """
 
     def __init__(
@@ -183,6 +184,8 @@ class VideoClips:
         count = round(labels * len(eligible)) if labels < 1 else int(labels)
         if labels < 0 or count > len(eligible):
             raise ValueError(f"labels={labels}: there are {len(eligible)} clips to label")
+        if labels > 1 and labels != count:
+            raise ValueError(f"labels={labels} is neither a share below 1 nor a number of clips")
         names = [self.stores[self._store[i]].names[self._clip[i]] for i in eligible]
         keys = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names]
         order = sorted(range(len(eligible)), key=keys.__getitem__)
@@ -198,6 +201,9 @@ class VideoClips:
         for store in self.stores:
             if ACTIONS not in store.streams:
                 raise ValueError(f"clip store {str(store.path)!r} holds no actions{purpose}")
+        sizes = sorted({store.streams[ACTIONS].shape[0] for store in self.stores})
+        if len(sizes) > 1:
+            raise ValueError(f"the stores {self._where()} hold actions of unlike sizes: {sizes}")
 
     def _draw(self) -> Windows:
         if self._label_sampler is None:

@@ -107,6 +107,9 @@ class LatentActionLoss(LossModule):
         if weights is None:
             weights = {"latent_kl": 1.0, "action_state_consistency": 1.0}
         outputs = latent_actions.outputs()
+        for name in outputs.losses:
+            if name in self.TERMS:
+                raise ValueError(f"a latent action cannot name a loss of its own {name!r}")
         own = {name: latent_actions.default_weights.get(name, 1.0) for name in outputs.losses}
         chosen = {name: x for name, x in {**own, **weights}.items() if x is not None}
         self.weights = check_weights(chosen, (*self.TERMS, *outputs.losses))

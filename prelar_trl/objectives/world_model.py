@@ -92,6 +92,9 @@ class WorldModelLoss(LossModule):
         self.divergence = KL[latent]
         self.kl_balance, self.free_nats, self.free_avg = kl_balance, free_nats, free_avg
         self.discount = discount
+        for name in () if latent_action is None else latent_action.own_terms:
+            if name in self.TERMS:
+                raise ValueError(f"a latent action cannot name a loss of its own {name!r}")
         self.latent_action, self.video_bonus = latent_action, video_bonus
         self.bonus_scale = bonus_scale
         self._set_in_keys()

@@ -27,8 +27,10 @@ HEADLINES = (
     ("eval/return", "Evaluation return"),
     ("train/return", "Episode return"),
     ("psnr_openloop", "Open-loop PSNR, dB"),
+    ("action_usage", "Use of latent actions, 0 is chance"),
     ("loss_image", "Image loss"),
 )
+ORDER = ("eval/", "train/", "psnr", "action_usage", "action_psnr_gap", "loss")  # of the curves
 CSS = """
 :root { --ink: #20242a; --soft: #667080; --line: #dfe3e8; --accent: #0072b2; }
 * { box-sizing: border-box; }
@@ -273,10 +275,10 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    for place, start in enumerate(("eval/", "train/", "psnr", "loss")):
+    for place, start in enumerate(ORDER):
         if name.startswith(start):
             return place, name
-    return 9, name
+    return len(ORDER), name
 
 
 def _newest(files: Sequence[Path]) -> list[Path]:

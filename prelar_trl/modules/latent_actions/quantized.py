@@ -35,15 +35,15 @@ class FSQActions(LatentActions):
 
     Args:
         size: not used: the width U is the number of ``levels``.
-        levels: levels L of each variable, at least 2 each. Default: 8, 5, 5 (200 actions).
+        levels: levels L of each variable, at least 3 each. Default: 8, 5, 5 (200 actions).
     """
 
     def __init__(self, *, size: int = 0, levels: Sequence[int] = (8, 5, 5)) -> None:
         super().__init__(size=size)
         levels = tuple(levels)
-        if not levels or min(levels) < 2:
+        if not levels or min(levels) < 3:  # of two, only one would lie within reach of tanh
             raise ValueError(
-                f"levels={list(levels)}: FSQ needs at least 2 levels for each variable"
+                f"levels={list(levels)}: FSQ needs at least 3 levels for each variable"
             )
         self.levels = levels
         self.num_outputs = self.dim = len(levels)

@@ -1,0 +1,117 @@
+"""What fine-tuning takes from a pre-training run besides its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.data import VideoClips
+from prelar_trl.models import make_inverse_model
+from prelar_trl.modules import WorldModel
+from prelar_trl.objectives import WorldModelLoss
+from prelar_trl.presets import METHODS
+from prelar_trl.recipes.common import CHECKPOINT
+from prelar_trl.recipes.schema import FinetuneConfig
+from prelar_trl.record import RunFolder
+from prelar_trl.updates import Alignment, Rehearsal
+
+Pretrained = dict[str, Any]  # a checkpoint, and under "config" the configuration of its run
+
+
+def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
+    """The pre-training run, if there is one and this run needs it.
+
+    Raises:
+        ValueError: it does not suit this run.
+    """
+    for name in ("align_updates", "rehearse"):
+        if getattr(cfg, name) and cfg.pretrained is None:
+            raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
+    if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
+        return None
+    run = RunFolder.load(cfg.pretrained)
+    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    accepted = METHODS[cfg.method].checkpoint
+    if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:
+        suits = f"runs of {', '.join(accepted)}" if accepted else "no pre-training run"
+        raise ValueError(
+            f"pretrained={cfg.pretrained} is a {checkpoint['phase']} run of "
+            f"{checkpoint['method']}; method={cfg.method} takes {suits}"
+        )
+    if checkpoint["size"] != cfg.size:
+        raise ValueError(
+            f"pretrained={cfg.pretrained} has size={checkpoint['size']}, this run size={cfg.size}; "
+            f"use size={checkpoint['size']}"
+        )
+    return {**checkpoint, "config": run.config}
+
+
+def make_alignment(
+    cfg: FinetuneConfig,
+    world_model: WorldModel,
+    pretrained: Pretrained | None,
+    device: torch.device,
+) -> Alignment | None:
+    """What aligns the action encoder with the pre-trained latent actions, if it is asked for."""
+    if not cfg.align_updates:
+        return None
+    if world_model.action_encoder is None:
+        raise ValueError(
+            f"align_updates={cfg.align_updates}: method={cfg.method} has no action encoder"
+        )
+    inverse_model = make_inverse_model(pretrained).to(device)
+    if inverse_model.frames == "flow":
+        raise ValueError(
+            f"align_updates={cfg.align_updates}: pretrained={cfg.pretrained} infers its latent "
+            "actions from optical flow, which an environment does not give; use align_updates=0"
+        )
+    return Alignment(world_model.action_encoder, inverse_model, cfg.align_lr)
+
+
+def make_rehearsal(
+    cfg: FinetuneConfig,
+    loss: WorldModelLoss,
+    pretrained: Pretrained | None,
+    device: torch.device,
+) -> Rehearsal | None:
+    """The video's share of the loss, if pre-training video is to be rehearsed."""
+    if not cfg.rehearse:
+        return None
+    inverse_model = None
+    if loss.world_model.action_encoder is not None:
+        inverse_model = make_inverse_model(pretrained).to(device)
+    return Rehearsal(loss, inverse_model, cfg.rehearse)
+
+
+def rehearsed_clips(
+    cfg: FinetuneConfig, rehearsal: Rehearsal, pretrained: Pretrained, device: torch.device
+) -> VideoClips:
+    """The clips that the pre-training run was trained on, as its share of each model batch.
+
+    Their windows are as long as the replay's, or as those of the pre-training run if these are
+    shorter: it has chosen its clips by them.
+    """
+    if cfg.batch_size < 2:
+        raise ValueError(
+            f"rehearse={cfg.rehearse} needs batch_size of at least 2, not {cfg.batch_size}"
+        )
+    config = pretrained["config"]
+    if config.get("data") is None:
+        raise ValueError(
+            f"rehearse={cfg.rehearse}: the run pretrained={cfg.pretrained} was imported and names "
+            "no videos; use rehearse=0"
+        )
+    heldout = config["heldout"]
+    streams = [key for key in rehearsal.loss.world_model.in_keys if key in ("pixels", "flow")]
+    return VideoClips(
+        config["data"],
+        clip_len=min(cfg.batch_length, config["clip_len"]),
+        batch_size=min(max(1, round(cfg.rehearse * cfg.batch_size)), cfg.batch_size - 1),
+        seed=cfg.seed,
+        device=device,
+        streams=streams,
+        split="train" if heldout else "all",
+        **({"heldout": heldout} if heldout else {}),
+    )

@@ -1,0 +1,260 @@
+"""Options of the latent-action losses: free nats, warm-up, gate, labels, a kind's own losses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from prelar_trl.models import load_pretrained, make_world_model_loss
+from prelar_trl.modules import WorldModel
+from prelar_trl.modules.latent_actions import DeterministicActions, GaussianActions
+from prelar_trl.objectives import LatentActionLoss, WorldModelLoss
+from prelar_trl.objectives.functional import action_state_consistency
+from prelar_trl.updates import WorldModelUpdate
+from tests.tiny import batch, has_gradient, tiny_world_model
+
+
+def gaussian_batch(mean: float) -> TensorDict:
+    """Latent actions N(mean, 1) of two variables: a KL of ``mean^2`` nats."""
+    params = torch.stack([torch.full((2, 3, 2), mean), torch.ones(2, 3, 2)], -1)
+    td = {"latent_action_statistics": params, "latent_action": params[..., 0]}
+    return TensorDict(td, batch_size=[2, 3])
+
+
+def latent_kl_loss(**options) -> LatentActionLoss:
+    return LatentActionLoss(torch.nn.Identity(), weights={"latent_kl": 0.5}, **options)
+
+
+def test_free_nats_hold_the_loss_and_stop_its_gradient_but_not_the_metric() -> None:
+    loss = latent_kl_loss(free_nats=1.0)
+    for mean, expected in ((0.5, 0.5 * 1.0), (2.0, 0.5 * 4.0)):
+        data = gaussian_batch(mean)
+        params = data["latent_action_statistics"].requires_grad_()
+        out = loss(data)
+        torch.testing.assert_close(out["loss_latent_kl"], torch.tensor(expected))
+        torch.testing.assert_close(out["latent_kl"], torch.tensor(mean**2))
+        out["loss_latent_kl"].backward()
+        assert (params.grad.abs().max() > 0) == (mean**2 > 1)
+
+
+def test_warm_up_raises_the_weight_geometrically_over_training_calls() -> None:
+    loss, data = latent_kl_loss(warmup=4, warmup_start=0.01), gaussian_batch(2.0)
+    loss.eval()
+    factors = [0.01, 0.01 ** (3 / 4), 0.1, 0.01 ** (1 / 4), 1.0, 1.0]
+    for factor in factors:
+        for training in (False, True):  # looking does not count
+            out = loss.train(training)(data)
+            torch.testing.assert_close(out["loss_latent_kl"], torch.tensor(0.5 * 4 * factor))
+            torch.testing.assert_close(out["latent_kl"], torch.tensor(4.0))
+
+
+def options_run() -> tuple[WorldModel, WorldModelUpdate]:
+    torch.manual_seed(3)
+    model = tiny_world_model()
+    loss = make_world_model_loss(
+        "prelar",
+        "pretrain",
+        model,
+        weights={"action_label": 1.0},
+        action_dim=2,
+        latent_warmup=3,
+        consistency="gated",
+    )
+    return model, WorldModelUpdate(loss)
+
+
+def labeled_batch(rows: int = 1) -> TensorDict:
+    labeled = torch.zeros(2, 4, 1, dtype=torch.bool)
+    labeled[:rows] = True
+    return batch(labeled=labeled)
+
+
+def test_warm_up_and_label_head_continue_exactly() -> None:
+    torch.manual_seed(5)
+    data = [labeled_batch() for _ in range(4)]
+    model, update = options_run()
+    for each in data[:2]:
+        update(each)
+    saved = copy.deepcopy((model.state_dict(), update.state_dict(), torch.get_rng_state()))
+    expected = [update(each) for each in data[2:]]
+    again, update = options_run()
+    again.load_state_dict(saved[0])
+    update.load_state_dict(saved[1])
+    torch.set_rng_state(saved[2])
+    for each, out in zip(data[2:], expected, strict=True):
+        found = update(each)
+        for name in ("loss_latent_kl", "loss_action_label"):
+            assert torch.equal(found[name], out[name])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert float(update.loss.latent_action.calls) == 4
+
+
+# ---------------------------------------------------------------- labels
+
+
+def label_loss() -> LatentActionLoss:
+    loss = LatentActionLoss(
+        torch.nn.Identity(),
+        DeterministicActions(size=3),
+        weights={"action_label": 2.0},
+        action_dim=2,
+    )
+    torch.nn.init.normal_(loss.label_head.weight)
+    return loss
+
+
+def test_action_label_is_the_mean_squared_error_where_the_action_is_known() -> None:
+    loss, latent = label_loss(), torch.randn(2, 4, 3)
+    known = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool).unsqueeze(-1)
+    true = torch.randn(2, 4, 2)
+    td = {"latent_action": latent, "action": true, "labeled": known}
+    out = loss(TensorDict(td, batch_size=[2, 4]))
+    read = latent @ loss.label_head.weight.T + loss.label_head.bias
+    error = (read - true).square().mean(-1)
+    expected = (error[0, 1:].sum() + error[1, 3]) / 4  # never the action of the first frame
+    torch.testing.assert_close(out["action_label"], expected)
+    torch.testing.assert_close(out["loss_action_label"], 2 * expected)
+    td["action"] = true.masked_fill(~known, 1e6)
+    again = loss(TensorDict(td, batch_size=[2, 4]))
+    torch.testing.assert_close(again["action_label"], expected)
+
+
+def test_a_batch_without_a_label_costs_nothing() -> None:
+    td = {"latent_action": torch.randn(2, 4, 3, requires_grad=True), "action": torch.ones(2, 4, 2)}
+    td["labeled"] = torch.zeros(2, 4, 1, dtype=torch.bool)
+    out = label_loss()(TensorDict(td, batch_size=[2, 4]))
+    assert out["action_label"] == 0
+    out["loss_action_label"].backward()
+    assert td["latent_action"].grad.abs().max() == 0
+
+
+def test_labels_train_the_inverse_model() -> None:
+    model = tiny_world_model()
+    weights = {"image": None, "kl": None, "latent_kl": None, "action_state_consistency": None}
+    loss = make_world_model_loss(
+        "prelar", "pretrain", model, weights={**weights, "action_label": 1.0}, action_dim=2
+    )
+    loss(labeled_batch())["loss_action_label"].backward()
+    assert has_gradient(model.latent_action_encoder)
+    assert not has_gradient(model.rssm) and not has_gradient(model.decoder)
+
+
+def test_labels_need_the_size_of_the_actions() -> None:
+    with pytest.raises(ValueError, match="action_label needs action_dim"):
+        LatentActionLoss(torch.nn.Identity(), weights={"action_label": 1.0})
+
+
+# ---------------------------------------------------------------- the gate
+
+
+def gated(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return action_state_consistency(p, q, "gated")
+
+
+def test_gated_falls_as_the_orderings_agree_more() -> None:
+    p = torch.linspace(0, 8, 12)
+    agreeing, reversed_ = gated(p, p), gated(p, p.flip(0))
+    assert agreeing.abs() < 1e-6 < reversed_
+    torch.manual_seed(0)
+    noise = [gated(p, p + s * torch.randn(12)) for s in (0.1, 1.0, 4.0)]
+    assert agreeing < noise[0] < noise[1] < noise[2] < reversed_
+
+
+def test_gated_has_a_gradient_where_the_orderings_disagree() -> None:
+    p, q = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([2.0, 1.0, 0.0], requires_grad=True)
+    gated(p, q).backward()
+    assert q.grad[0] > 0.01 and q.grad[2] < -0.01  # downhill: the first falls, the last rises
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3])
+def test_the_gradient_of_gated_is_bounded_however_small_q_is(scale: float) -> None:
+    torch.manual_seed(0)
+    p, q = 5 * torch.rand(16), (scale * torch.rand(16)).requires_grad_()
+    gated(p, q).backward()
+    # Each of the 2 N pairs of a transition gives at most 1 / (temperature N^2).
+    assert 0 < q.grad.abs().max() <= 2 * 16 / (0.5 * 16**2)
+    soft = q.detach().clone().requires_grad_()
+    action_state_consistency(p, soft, "soft").backward()
+    if scale < 1e-2:
+        assert soft.grad.abs().max() > 10 * q.grad.abs().max()
+
+
+def test_gated_is_off_while_the_state_divergence_is_noise() -> None:
+    torch.manual_seed(0)
+    noise = torch.rand(16)
+    gradients = []
+    for scale in (1e-6, 1.0, 1e3):
+        q = torch.randn(16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        gated(scale * noise, q).backward()
+        gradients.append(float(q.grad.abs().max()))
+    assert gradients[0] < 1e-6 and gradients[1] > 1e-3 and gradients[2] > gradients[1]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
+def test_gated_is_finite_where_all_are_equal(value: float) -> None:
+    for p in (torch.full((5,), value), torch.arange(5.0)):
+        q = torch.full((5,), value, requires_grad=True)
+        loss = gated(p, q)
+        loss.backward()
+        assert loss.isfinite() and q.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------- a kind's own losses
+
+
+class Named(GaussianActions):
+    """Gaussian actions with a loss of a given name."""
+
+    name = "size"
+
+    def extra_losses(self, action, params):
+        return {self.name: action.square().mean()}
+
+
+def test_a_loss_of_the_kinds_own_takes_its_weight_or_goes() -> None:
+    for weights, expected in (({}, 1.0), ({"size": 3.0}, 3.0), ({"size": None}, None)):
+        loss = LatentActionLoss(torch.nn.Identity(), Named(size=2), weights=weights)
+        out = loss(gaussian_batch(2.0))
+        if expected is None:
+            assert "size" not in out.keys() and "size" not in loss.out_keys
+        else:
+            torch.testing.assert_close(out["loss_size"], torch.tensor(4.0 * expected))
+
+
+@pytest.mark.parametrize("name", ["latent_kl", "kl"])
+def test_a_kind_cannot_take_the_name_of_another_loss(name: str, monkeypatch) -> None:
+    monkeypatch.setattr(Named, "name", name)
+    with pytest.raises(ValueError, match=f"cannot name a loss of its own '{name}'"):
+        own = LatentActionLoss(torch.nn.Identity(), Named(size=2), weights={})
+        WorldModelLoss(tiny_world_model(), latent_action=own)
+
+
+# ---------------------------------------------------------------- what the kind has learned
+
+VQ = {"latent_action": "vq", "latent_action_options": {"codes": 5}}
+
+
+def test_the_action_encoder_gets_the_codebook_of_the_inverse_model() -> None:
+    pretrained = tiny_world_model(**VQ)
+    fine = tiny_world_model("prelar", "finetune", **VQ, action_code="vq")
+    before = fine.action_encoder.latent_actions.codebook.clone()
+    load_pretrained(fine, pretrained.state_dict())
+    codebook = pretrained.latent_action_encoder.latent_actions.codebook
+    assert torch.equal(fine.action_encoder.latent_actions.codebook, codebook)
+    assert not torch.equal(codebook, before)
+    fine.train()
+    latent, _ = fine.action_encoder(torch.randn(2, 3, 2))
+    assert torch.cdist(latent.flatten(0, 1), codebook).amin(1).max() < 1e-6
+    assert torch.equal(fine.action_encoder.latent_actions.codebook, codebook)  # stands still
+
+
+def test_a_codebook_of_another_size_is_refused() -> None:
+    pretrained = tiny_world_model(**VQ)
+    other = {"latent_action": "vq", "latent_action_options": {"codes": 6}}
+    fine = tiny_world_model("prelar", "finetune", **other, action_code="vq")
+    with pytest.raises(ValueError, match=r"codebook is \(5, 4\) there and \(6, 4\) here"):
+        load_pretrained(fine, pretrained.state_dict())
