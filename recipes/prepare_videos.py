@@ -40,6 +40,11 @@ EXPORTS = {"npz": export_episodes, "jpeg": export_frames}
 ONLY_FOR = {"labels": ("something", "frames"), "lists": ("frames",), "actions": ("episodes",)}
 
 
+def path(name: str) -> Path:
+    """A name with ``~`` for the home folder; ``~name`` is a name where there is no such user."""
+    return Path(os.path.expanduser(name))
+
+
 def detect(root: Path, lists: dict[str, str] | None, options: FrameOptions) -> str:
     """Which kind of source a folder is, by what most of its clips are."""
     if lists:
@@ -61,8 +66,10 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
     Raises:
         ValueError, FileNotFoundError, ImportError: bad settings, before any work.
     """
-    root = Path(cfg.source).expanduser()
-    if not isinstance(cfg.lists, dict | None):
+    root = path(cfg.source)
+    if cfg.lists is not None and not (
+        isinstance(cfg.lists, dict) and all(isinstance(file, str) for file in cfg.lists.values())
+    ):
         raise ValueError(f"lists={cfg.lists} must be {{train: <file>, heldout: <file>}}")
     options = FrameOptions(
         size=cfg.pixels,
@@ -104,7 +111,7 @@ def run(cfg: PrepareVideosConfig) -> ClipStore:
     if cfg.shard_mib < 1:
         raise ValueError(f"shard_mib={cfg.shard_mib} must be at least 1")
     source = make_source(cfg)
-    data = Path(cfg.data).expanduser()
+    data = path(cfg.data)
     bar: list[Progress] = []
 
     def show(done: int, total: int, frames: int) -> None:
@@ -125,7 +132,7 @@ def run(cfg: PrepareVideosConfig) -> ClipStore:
         each.close()
     write_lists(store, store.path / "lists")
     if cfg.export:
-        EXPORTS[cfg.export_as](store, Path(cfg.export).expanduser())
+        EXPORTS[cfg.export_as](store, path(cfg.export))
     return store
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import wave
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -28,64 +27,11 @@ from prelar_trl.data.sources import (
     video_clip,
 )
 from prelar_trl.recipes.prepare_videos import run, summary
-from prelar_trl.recipes.schema import PrepareVideosConfig
+from tests.videos import assert_upright, config, encode, ramp, times
 
 needs_opencv = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None, reason="optical flow needs opencv-python-headless"
 )
-CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9", ".avi": "mpeg4", ".mov": "libx264"}
-
-
-def ramp(length: int, height: int = 96, width: int = 128) -> np.ndarray:
-    """Frames [T, H, W, 3] that tell their time by their red and their orientation by the rest.
-
-    Red is 20 + 10 t everywhere; green is bright in the upper half, blue in the left half.
-    """
-    frames = np.zeros((length, height, width, 3), np.uint8)
-    frames[..., 0] = 20 + 10 * np.arange(length)[:, None, None]
-    frames[:, : height // 2, :, 1] = 200
-    frames[:, :, : width // 2, 2] = 200
-    return frames
-
-
-def encode(path: Path, frames: np.ndarray) -> Path:
-    """Encodes frames as the suffix says, by the real encoder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".gif":
-        pictures = [Image.fromarray(f) for f in frames]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
-        return path
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(CODECS[path.suffix], rate=Fraction(12))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        if path.suffix in (".mp4", ".mov"):
-            stream.options = {"crf": "12", "g": "4", "bf": "0"}
-        elif path.suffix == ".webm":
-            stream.options = {"deadline": "realtime", "cpu-used": "8", "crf": "12", "b": "0"}
-        else:
-            stream.bit_rate = 4_000_000
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        container.mux(stream.encode(None))
-    return path
-
-
-def times(pixels: np.ndarray) -> list[int]:
-    """The time that each frame of `ramp` tells."""
-    return [round(t) for t in (pixels[:, 0].astype(float).mean((1, 2)) - 20) / 10]
-
-
-def assert_upright(pixels: np.ndarray) -> None:
-    half = pixels.shape[-1] // 2
-    margin = slice(None, half - 6), slice(half + 6, None)
-    assert pixels[:, 1, margin[0]].mean() > 150 > 60 > pixels[:, 1, margin[1]].mean()
-    assert pixels[:, 2, :, margin[0]].mean() > 150 > 60 > pixels[:, 2, :, margin[1]].mean()
-
-
-def config(source: Path, data: Path, **overrides) -> PrepareVideosConfig:
-    options = {"data": str(data), "workers": 1} | overrides
-    return PrepareVideosConfig(source=str(source), **options)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi", ".mov", ".gif"])

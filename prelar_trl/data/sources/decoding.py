@@ -22,7 +22,6 @@ DECODER = (
 )
 DAMAGED = "damaged frames left out"
 BREAKS_OFF = "breaks off before its end"
-PACKETS = "damaged packets, so frames may be missing"
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -74,7 +73,7 @@ class _Decoding:
     """Decodes a stream to its end, whatever happens.
 
     Frames come in the order in which they are shown, as (number, frame): the number counts packets
-    in the order of decoding. A packet that cannot be decoded gives (number, None).
+    in the order of decoding. A packet that is damaged or cannot be decoded gives (number, None).
     """
 
     def __init__(
@@ -96,13 +95,10 @@ class _Decoding:
                 self.notes[BREAKS_OFF] = 1
                 break
             packet.opaque = number
-            self.notes.update({PACKETS: 1} if packet.is_corrupt else {})
-            try:
-                frames = packet.decode()
-            except (av.FFmpegError, UnicodeError):
+            frames = _decoded(packet)
+            if frames is None:
                 yield number, None
-                frames = []
-            for frame in frames:
+            for frame in frames or ():
                 self.end = (frame.time or 0.0) + float((frame.duration or 0) * frame.time_base)
                 yield (number if frame.opaque is None else frame.opaque), frame
             number += 1
@@ -121,6 +117,16 @@ class _Decoding:
         return container.duration / av.time_base if alone else 0.0
 
 
+def _decoded(packet: av.Packet) -> list[av.VideoFrame] | None:
+    """The frames that a packet completes; None if it is damaged."""
+    if packet.is_corrupt:
+        return None
+    try:
+        return packet.decode()
+    except (av.FFmpegError, UnicodeError):
+        return None
+
+
 def _trusted(
     decoding: _Decoding, scale: Callable[[av.VideoFrame], Sizes], stride: int
 ) -> Iterator[Sizes]:
@@ -135,20 +141,18 @@ def _trusted(
     held: list[tuple[int, Sizes | None]] = []
     shown = -1
     for number, frame in decoding:
-        spoiled = frame is None or frame.is_corrupt
-        if frame is not None:
-            shown += 1
-            if not spoiled and damage is not None and frame.key_frame and number > damage:
-                damage = None
-        if spoiled:
+        shown += 1
+        if frame is None or frame.is_corrupt:
             damage = number if damage is None else min(damage, number)
             sound = [each for each in held if each[0] < damage]
             decoding.notes[DAMAGED] += 1 + len(held) - len(sound)
             held = sound
             continue
         if damage is not None and number > damage:
-            decoding.notes[DAMAGED] += 1
-            continue
+            if not frame.key_frame:
+                decoding.notes[DAMAGED] += 1
+                continue
+            damage = None
         held.append((number, scale(frame) if shown % stride == 0 else None))
         if frame.pict_type != PictureType.B:
             yield from (sizes for _, sizes in held if sizes is not None)
