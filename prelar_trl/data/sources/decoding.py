@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import re
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ DECODER = (
 )
 DAMAGED = "damaged frames left out"
 BREAKS_OFF = "breaks off before its end"
+REORDERED = 16  # B-frames in a row, at most; streams of nothing but B-frames exist
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
@@ -84,47 +86,45 @@ class _Decoding:
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
         self.stream.codec_context.copy_opaque = True
-        number = 0
-        packets = self.container.demux(self.stream)
-        while True:
-            try:
-                packet = next(packets)
-            except StopIteration:
-                break
-            except (av.FFmpegError, UnicodeError):
-                self.notes[BREAKS_OFF] = 1
-                break
-            packet.opaque = number
-            frames = _decoded(packet)
+        for number, packet in enumerate(self._packets()):
+            frames = self._decoded(packet, number)
             if frames is None:
                 yield number, None
             for frame in frames or ():
                 self.end = (frame.time or 0.0) + float((frame.duration or 0) * frame.time_base)
                 yield (number if frame.opaque is None else frame.opaque), frame
-            number += 1
         if self._promised() > 1.05 * self.end + 0.5:
             self.notes[BREAKS_OFF] = 1
+
+    def _packets(self) -> Iterator[av.Packet | None]:
+        """The stream's packets, then what makes the decoder hand out its last frames."""
+        try:
+            yield from self.container.demux(self.stream)
+        except (av.FFmpegError, UnicodeError):
+            self.notes[BREAKS_OFF] = 1
+            yield None
+
+    def _decoded(self, packet: av.Packet | None, number: int) -> list[av.VideoFrame] | None:
+        """The frames that a packet completes; None if it is damaged."""
+        try:
+            if packet is None:
+                return self.stream.codec_context.decode(None)
+            packet.opaque = number
+            return None if packet.is_corrupt else packet.decode()
+        except (av.FFmpegError, UnicodeError):
+            return None
 
     def _promised(self) -> float:
         """Where the file says that the stream ends, in seconds; 0 where it does not."""
         stream, container = self.stream, self.container
         if stream.duration is not None:
             return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
-        if "DURATION" in stream.metadata:  # Matroska's; hours:minutes:seconds
-            parts = map(float, stream.metadata["DURATION"].split(":"))
-            return sum(part * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
+        tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+        if tag:  # Matroska's
+            hours, minutes, seconds = map(float, tag.groups())
+            return 3600 * hours + 60 * minutes + seconds
         alone = len(container.streams) == 1 and container.duration is not None
         return container.duration / av.time_base if alone else 0.0
-
-
-def _decoded(packet: av.Packet) -> list[av.VideoFrame] | None:
-    """The frames that a packet completes; None if it is damaged."""
-    if packet.is_corrupt:
-        return None
-    try:
-        return packet.decode()
-    except (av.FFmpegError, UnicodeError):
-        return None
 
 
 def _trusted(
@@ -138,13 +138,13 @@ def _trusted(
                      |<- held ->|                   until P1 is known to be sound
     """
     damage: int | None = None  # number of a packet; no key frame since
-    held: list[tuple[int, Sizes | None]] = []
+    held: deque[tuple[int, Sizes | None]] = deque()
     shown = -1
     for number, frame in decoding:
         shown += 1
         if frame is None or frame.is_corrupt:
             damage = number if damage is None else min(damage, number)
-            sound = [each for each in held if each[0] < damage]
+            sound = deque(each for each in held if each[0] < damage)
             decoding.notes[DAMAGED] += 1 + len(held) - len(sound)
             held = sound
             continue
@@ -154,9 +154,11 @@ def _trusted(
                 continue
             damage = None
         held.append((number, scale(frame) if shown % stride == 0 else None))
-        if frame.pict_type != PictureType.B:
-            yield from (sizes for _, sizes in held if sizes is not None)
-            held = []
+        ready = REORDERED if frame.pict_type == PictureType.B else 0
+        while len(held) > ready:
+            sizes = held.popleft()[1]
+            if sizes is not None:
+                yield sizes
     yield from (sizes for _, sizes in held if sizes is not None)
 
 

@@ -9,6 +9,7 @@ import multiprocessing.process
 import os
 import signal
 import threading
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -185,9 +186,11 @@ def _load_here(item: Item, folder: Path) -> Loaded:
 def _load(source: Source, item: Item, folder: Path) -> Loaded:
     spool = Spool(folder)
     try:
-        clip = source.load(item)
-        for frame in clip.frames:
-            spool.append(frame)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage, which is noted
+            clip = source.load(item)
+            for frame in clip.frames:
+                spool.append(frame)
         spool.close()
         return spool, dict(clip.notes)
     except SpoolError:
