@@ -77,7 +77,8 @@ def main() -> None:
                 own, worker = peak_memory(process)
                 seconds = time.perf_counter() - start
                 print(
-                    f"{minutes:g} minutes, workers={workers}: {queue.get()} frames in {seconds:.0f} s, "
+                    f"{minutes:g} minutes, workers={workers}: "
+                    f"{queue.get()} frames in {seconds:.0f} s, "
                     f"{own:.0f} MiB, largest child {worker:.0f} MiB",
                     flush=True,
                 )

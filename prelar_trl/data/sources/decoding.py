@@ -168,12 +168,15 @@ class _Scaler:
     def __init__(self, options: FrameOptions) -> None:
         self.options = options
         self.reformatters = {"rgb24": VideoReformatter(), "gray": VideoReformatter()}
+        self.matrix: tuple[int, ...] | None = ()  # empty: not read yet
 
     def __call__(self, frame: av.VideoFrame) -> Sizes:
-        colour = upright(self._scale(frame, self.options.size, "rgb24"), frame)
+        if frame.key_frame or self.matrix == ():
+            self.matrix = display_matrix(frame)
+        colour = upright(self._scale(frame, self.options.size, "rgb24"), self.matrix)
         if not self.options.flow:
             return colour, None
-        return colour, upright(self._scale(frame, FLOW_SIZE, "gray"), frame)
+        return colour, upright(self._scale(frame, FLOW_SIZE, "gray"), self.matrix)
 
     def _scale(self, frame: av.VideoFrame, size: int, pixel_format: str) -> np.ndarray:
         width, height = size, size
@@ -189,16 +192,21 @@ class _Scaler:
         return array[top : top + size, left : left + size]
 
 
-def upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """A picture ``[H, W, ...]`` turned and mirrored as the frame's display matrix says.
+def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
+    """The 9 numbers of a frame's display matrix, row by row."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return None if matrix is None else tuple(np.frombuffer(matrix, np.int32).tolist())
+
+
+def upright(picture: np.ndarray, matrix: tuple[int, ...] | None) -> np.ndarray:
+    """A picture ``[H, W, ...]`` turned and mirrored as a display matrix says.
 
     The matrix takes (column, row) of the stored picture to that of the shown one:
     ``x' = a x + c y, y' = b x + d y``, here to the nearest quarter turn.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return picture
-    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()
+    a, b, _, c, d, *_ = matrix
     if abs(a) < abs(b):
         picture = picture.swapaxes(0, 1)
         a, d = c, b
