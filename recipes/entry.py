@@ -8,15 +8,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import wraps
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from prelar_trl.recipes.command_line import as_typed
+
 FULL_ERROR = "HYDRA_FULL_ERROR"
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def recipe(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -41,11 +46,19 @@ def recipe(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], N
             run = hydra.main(version_base="1.3", config_path="../configs", config_name=name)(job)
             # Hydra raises its own errors then, instead of printing them on many lines.
             with one_line_errors(full), mock.patch.dict(os.environ, {FULL_ERROR: "1"}):
-                run()
+                with mock.patch.object(sys, "argv", [sys.argv[0], *typed(name)]):
+                    run()
 
         return main
 
     return decorate
+
+
+def typed(recipe: str) -> list[str]:
+    """The arguments of the command line, text as it was typed; see `as_typed`."""
+    node = ConfigStore.instance().load(f"{recipe}_schema.yaml").node
+    groups = [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()]
+    return as_typed(sys.argv[1:], OmegaConf.get_type(node), groups)
 
 
 @contextmanager

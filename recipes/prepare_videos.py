@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -25,6 +24,7 @@ from prelar_trl.data.sources import (
     export_episodes,
     export_frames,
     list_file,
+    npz_files,
     opencv,
     prepare,
     write_lists,
@@ -40,15 +40,24 @@ EXPORTS = {"npz": export_episodes, "jpeg": export_frames}
 ONLY_FOR = {"labels": ("something", "frames"), "lists": ("frames",), "actions": ("episodes",)}
 
 
-def detect(root: Path, lists: dict[str, str] | None) -> str:
-    """Which kind of source a folder is."""
+def path(name: str) -> Path:
+    """A name with ``~`` for the home folder; ``~name`` is a name where there is no such user."""
+    return Path(os.path.expanduser(name))
+
+
+def detect(root: Path, lists: dict[str, str] | None, options: FrameOptions) -> str:
+    """Which kind of source a folder is, by what most of its clips are."""
     if lists:
         return "frames"
     if not root.is_dir():
         raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
-    if list_file(root, "labels"):
+    labels = list_file(root, "labels")
+    if labels and (labels.name != "labels.json" or list_file(root, "train")):
         return "something"
-    return "episodes" if next(root.glob("*.npz"), None) else "videos"
+    episodes = len(npz_files(root))
+    return (
+        "episodes" if episodes and episodes > len(VideoFolder(root, options).items()) else "videos"
+    )
 
 
 def make_source(cfg: PrepareVideosConfig) -> Source:
@@ -57,10 +66,20 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
     Raises:
         ValueError, FileNotFoundError, ImportError: bad settings, before any work.
     """
-    root = Path(cfg.source).expanduser()
-    if not isinstance(cfg.lists, dict | None):
+    root = path(cfg.source)
+    if cfg.lists is not None and not (
+        isinstance(cfg.lists, dict) and all(isinstance(file, str) for file in cfg.lists.values())
+    ):
         raise ValueError(f"lists={cfg.lists} must be {{train: <file>, heldout: <file>}}")
-    kind = detect(root, cfg.lists) if cfg.kind == "auto" else cfg.kind
+    options = FrameOptions(
+        size=cfg.pixels,
+        resize=cfg.resize,
+        stride=cfg.stride,
+        max_frames=cfg.max_frames,
+        flow=cfg.flow,
+        white=cfg.white,
+    )
+    kind = detect(root, cfg.lists, options) if cfg.kind == "auto" else cfg.kind
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown: choose auto, {', '.join(KINDS)}")
     if cfg.export_as not in EXPORTS:
@@ -70,15 +89,14 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
             raise ValueError(f"{key}= is for kind={' or '.join(kinds)}, this source is {kind!r}")
     if cfg.flow:
         opencv()
-    options = FrameOptions(
-        size=cfg.pixels,
-        resize=cfg.resize,
-        stride=cfg.stride,
-        max_frames=cfg.max_frames,
-        flow=cfg.flow,
-    )
     if kind == "something":
-        return SomethingSomething(root, options, labels=cfg.labels)
+        try:
+            return SomethingSomething(root, options, labels=cfg.labels)
+        except (ValueError, FileNotFoundError) as error:
+            if cfg.kind != "auto":
+                raise
+            hint = "if these are videos of another kind, add kind=videos"
+            raise type(error)(f"{error}; {hint}") from None
     if kind == "frames":
         if not cfg.lists:
             raise ValueError("kind=frames needs lists={train: <file>, heldout: <file>}")
@@ -93,7 +111,7 @@ def run(cfg: PrepareVideosConfig) -> ClipStore:
     if cfg.shard_mib < 1:
         raise ValueError(f"shard_mib={cfg.shard_mib} must be at least 1")
     source = make_source(cfg)
-    data = Path(cfg.data).expanduser()
+    data = path(cfg.data)
     bar: list[Progress] = []
 
     def show(done: int, total: int, frames: int) -> None:
@@ -114,7 +132,7 @@ def run(cfg: PrepareVideosConfig) -> ClipStore:
         each.close()
     write_lists(store, store.path / "lists")
     if cfg.export:
-        EXPORTS[cfg.export_as](store, Path(cfg.export).expanduser())
+        EXPORTS[cfg.export_as](store, path(cfg.export))
     return store
 
 
@@ -126,15 +144,25 @@ def summary(store: ClipStore) -> str:
         f"frames per clip {lengths[0]} to {lengths[-1]}, median {lengths[len(lengths) // 2]}; "
         f"{sum(n >= 25 for n in lengths)} clips have at least 25"
     ]
-    reasons: dict[str, list[str]] = {}
+    skipped: dict[str, list[str]] = {}
     for name, reason in store.skipped():
-        reasons.setdefault(reason, []).append(name)
-    counts = Counter({reason: len(names) for reason, names in reasons.items()})
-    if counts:
-        lines.append(f"{counts.total()} skipped:")
-    for reason, count in counts.most_common():
-        lines.append(f"  {count:>6}  {reason}, e.g. {json.dumps(reasons[reason][0])}")
+        skipped.setdefault(reason, []).append(name)
+    lines += table("skipped", {r: (len(names), names[0]) for r, names in skipped.items()})
+    notes = store.notes()
+    lines += table("kept in part", {r: (len(clips), clips[0][0]) for r, clips in notes.items()})
+    left_out = store.meta.get("left_out", {})
+    lines += table("files left out", {r: (x["count"], x["example"]) for r, x in left_out.items()})
     return "\n".join(lines)
+
+
+def table(title: str, reasons: dict[str, tuple[int, str]]) -> list[str]:
+    """Reasons with how often they occurred, the most frequent first, and an example of each."""
+    if not reasons:
+        return []
+    lines = [f"{sum(count for count, _ in reasons.values())} {title}:"]
+    for reason, (count, example) in sorted(reasons.items(), key=lambda item: -item[1][0]):
+        lines.append(f"  {count:>6}  {reason}, e.g. {json.dumps(example)}")
+    return lines
 
 
 @recipe("prepare_videos")

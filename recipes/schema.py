@@ -167,6 +167,7 @@ class PrepareVideosConfig:
     stride: int = 1  # keep every n-th frame
     max_frames: int | None = None  # cut clips off after that many kept frames
     min_frames: int = 2  # skip shorter clips
+    white: float | None = None  # white in pictures of more than 8 bits; null: 65535 (integers), 1
     flow: bool = False  # also store optical flow (needs opencv-python-headless)
     labels: list[Any] | None = None  # something, frames: only these, by number or template
     lists: Any = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from prelar_trl.data import ClipStore, StoreError
-from prelar_trl.data.sources import FrameOptions, Item, VideoFolder, prepare
-from prelar_trl.data.sources.frames import picture_clip
+from prelar_trl.data.sources import Clip, FrameOptions, Item, VideoFolder, picture_clip, prepare
 
 SHARD = 40_000  # bytes: a few clips of 16x16
 
@@ -29,7 +28,8 @@ def pictures(root: Path, clips: int = 30) -> VideoFolder:
             noise = rng.integers(0, 256, (20, 24, 3), np.uint8)
             Image.fromarray(noise).save(folder / f"{frame}.png")
         if clip % 5 == 3:
-            (folder / "9.png").write_bytes(b"damaged")
+            for file in folder.iterdir():
+                file.write_bytes(b"damaged")
     return VideoFolder(root, FrameOptions(size=16))
 
 
@@ -58,10 +58,14 @@ class Spoiled:
     def root(self) -> Path:
         return self.inner.root
 
+    @property
+    def left_out(self) -> dict[str, list[str]]:
+        return self.inner.left_out
+
     def items(self) -> list[Item]:
         return self.inner.items()
 
-    def load(self, item: Item) -> dict[str, np.ndarray]:
+    def load(self, item: Item) -> Clip:
         if self.loads is not None:
             with self.loads.open("a") as file:
                 file.write(item.name + "\n")
@@ -129,7 +133,7 @@ def test_several_processes_give_the_same_store_and_survive_a_crashing_decoder(tm
     assert [n for n, r in reasons.items() if "crashed" in r] == ["clip 002/", "clip 017/"]
     assert len(store) == 30 - 6 - 2
     expected = picture_clip(sorted((tmp_path / "v" / "clip 029").iterdir()), source.options)
-    assert np.array_equal(store.read(len(store) - 1), expected["pixels"])
+    assert np.array_equal(store.read(len(store) - 1), expected.arrays()["pixels"])
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import wave
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -28,69 +27,16 @@ from prelar_trl.data.sources import (
     video_clip,
 )
 from prelar_trl.recipes.prepare_videos import run, summary
-from prelar_trl.recipes.schema import PrepareVideosConfig
+from tests.videos import assert_upright, config, encode, ramp, times
 
 needs_opencv = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None, reason="optical flow needs opencv-python-headless"
 )
-CODECS = {".mp4": "libx264", ".webm": "libvpx-vp9", ".avi": "mpeg4", ".mov": "libx264"}
-
-
-def ramp(length: int, height: int = 96, width: int = 128) -> np.ndarray:
-    """Frames [T, H, W, 3] that tell their time by their red and their orientation by the rest.
-
-    Red is 20 + 10 t everywhere; green is bright in the upper half, blue in the left half.
-    """
-    frames = np.zeros((length, height, width, 3), np.uint8)
-    frames[..., 0] = 20 + 10 * np.arange(length)[:, None, None]
-    frames[:, : height // 2, :, 1] = 200
-    frames[:, :, : width // 2, 2] = 200
-    return frames
-
-
-def encode(path: Path, frames: np.ndarray) -> Path:
-    """Encodes frames as the suffix says, by the real encoder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".gif":
-        pictures = [Image.fromarray(f) for f in frames]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=80, loop=0)
-        return path
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(CODECS[path.suffix], rate=Fraction(12))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        if path.suffix in (".mp4", ".mov"):
-            stream.options = {"crf": "12", "g": "4", "bf": "0"}
-        elif path.suffix == ".webm":
-            stream.options = {"deadline": "realtime", "cpu-used": "8", "crf": "12", "b": "0"}
-        else:
-            stream.bit_rate = 4_000_000
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
-        container.mux(stream.encode(None))
-    return path
-
-
-def times(pixels: np.ndarray) -> list[int]:
-    """The time that each frame of `ramp` tells."""
-    return [round(t) for t in (pixels[:, 0].astype(float).mean((1, 2)) - 20) / 10]
-
-
-def assert_upright(pixels: np.ndarray) -> None:
-    half = pixels.shape[-1] // 2
-    margin = slice(None, half - 6), slice(half + 6, None)
-    assert pixels[:, 1, margin[0]].mean() > 150 > 60 > pixels[:, 1, margin[1]].mean()
-    assert pixels[:, 2, :, margin[0]].mean() > 150 > 60 > pixels[:, 2, :, margin[1]].mean()
-
-
-def config(source: Path, data: Path, **overrides) -> PrepareVideosConfig:
-    options = {"data": str(data), "workers": 1} | overrides
-    return PrepareVideosConfig(source=str(source), **options)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi", ".mov", ".gif"])
 def test_every_kind_of_video_gives_its_frames_in_order_and_upright(tmp_path, suffix) -> None:
-    clip = video_clip(encode(tmp_path / f"v{suffix}", ramp(12)), FrameOptions())
+    clip = video_clip(encode(tmp_path / f"v{suffix}", ramp(12)), FrameOptions()).arrays()
     assert set(clip) == {"pixels"}
     assert clip["pixels"].shape == (12, 3, 64, 64) and clip["pixels"].dtype == np.uint8
     assert times(clip["pixels"]) == list(range(12))
@@ -106,17 +52,17 @@ def test_a_phone_held_sideways_gives_upright_frames(tmp_path, degrees: int) -> N
     upright = tmp_path / "upright.mp4"
     options = ["-display_rotation", str(degrees), "-i", lying, "-c", "copy", upright]
     subprocess.run([ffmpeg, "-v", "error", *options], check=True)
-    assert_upright(video_clip(upright, FrameOptions())["pixels"])
+    assert_upright(video_clip(upright, FrameOptions()).arrays()["pixels"])
     with pytest.raises(AssertionError):
-        assert_upright(video_clip(lying, FrameOptions())["pixels"])
+        assert_upright(video_clip(lying, FrameOptions()).arrays()["pixels"])
 
 
 def test_stride_and_length_pick_frames(tmp_path) -> None:
     path = encode(tmp_path / "v.mp4", ramp(12))
-    assert times(video_clip(path, FrameOptions(stride=3))["pixels"]) == [0, 3, 6, 9]
-    assert times(video_clip(path, FrameOptions(max_frames=5))["pixels"]) == list(range(5))
+    assert times(video_clip(path, FrameOptions(stride=3)).arrays()["pixels"]) == [0, 3, 6, 9]
+    assert times(video_clip(path, FrameOptions(max_frames=5)).arrays()["pixels"]) == list(range(5))
     both = FrameOptions(stride=2, max_frames=3, size=32)
-    clip = video_clip(path, both)["pixels"]
+    clip = video_clip(path, both).arrays()["pixels"]
     assert times(clip) == [0, 2, 4] and clip.shape[2:] == (32, 32)
 
 
@@ -132,14 +78,14 @@ def test_crop_keeps_the_middle_square_and_squeeze_keeps_everything(tmp_path, sha
         Image.fromarray(frame).save(path)
     video = encode(tmp_path / "v.mp4", frames)
     for clip in (
-        video_clip(video, FrameOptions(resize="crop"))["pixels"],
-        picture_clip(pictures, FrameOptions(resize="crop"))["pixels"],
+        video_clip(video, FrameOptions(resize="crop")).arrays()["pixels"],
+        picture_clip(pictures, FrameOptions(resize="crop")).arrays()["pixels"],
     ):
         assert clip.shape == (4, 3, 64, 64)
         assert clip[:, :, 2:-2, 2:-2].min() > 225
     for clip in (
-        video_clip(video, FrameOptions())["pixels"],
-        picture_clip(pictures, FrameOptions())["pixels"],
+        video_clip(video, FrameOptions()).arrays()["pixels"],
+        picture_clip(pictures, FrameOptions()).arrays()["pixels"],
     ):
         assert abs(clip.mean() - 250 * side**2 / (height * width)) < 8
 
@@ -148,8 +94,8 @@ def test_stride_and_length_pick_pictures_too(tmp_path) -> None:
     paths = [tmp_path / f"{t}.png" for t in range(9)]
     for path, frame in zip(paths, ramp(9), strict=True):
         Image.fromarray(frame).save(path)
-    assert times(picture_clip(paths, FrameOptions(stride=2))["pixels"]) == [0, 2, 4, 6, 8]
-    clip = picture_clip(paths, FrameOptions(stride=2, max_frames=3))
+    assert times(picture_clip(paths, FrameOptions(stride=2)).arrays()["pixels"]) == [0, 2, 4, 6, 8]
+    clip = picture_clip(paths, FrameOptions(stride=2, max_frames=3)).arrays()
     assert times(clip["pixels"]) == [0, 2, 4]
 
 
@@ -158,7 +104,7 @@ def test_pictures_of_the_right_size_are_kept_exactly(tmp_path) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path, frame in zip(paths, frames, strict=True):
         Image.fromarray(frame).save(path)
-    clip = picture_clip(paths, FrameOptions())["pixels"]
+    clip = picture_clip(paths, FrameOptions()).arrays()["pixels"]
     assert np.array_equal(clip, frames.transpose(0, 3, 1, 2))
 
 
@@ -216,14 +162,6 @@ def test_damaged_files_are_skipped_with_a_reason_and_the_rest_is_kept(tmp_path) 
     assert skipped["audio.mp4"] == skipped["sound.mp4"] == "no picture in it (audio only?)"
     text = summary(store)
     assert "2  not readable as a video, e.g. " in text and f"{len(skipped)} skipped" in text
-
-
-def test_a_damaged_picture_is_named(tmp_path) -> None:
-    Image.new("RGB", (64, 64)).save(tmp_path / "1.jpg")
-    whole = (tmp_path / "1.jpg").read_bytes()
-    (tmp_path / "2.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ClipError, match="'2.jpg' is no readable picture"):
-        picture_clip([tmp_path / "1.jpg", tmp_path / "2.jpg"], FrameOptions())
 
 
 def something(root: Path) -> Path:
@@ -363,7 +301,7 @@ def test_an_episode_without_pictures_gives_its_reason(tmp_path) -> None:
     np.savez(tmp_path / "a.npz", image=np.zeros((9, 64, 64)))
     source = EpisodeFolder(tmp_path, FrameOptions())
     with pytest.raises(ClipError, match=r"image must be uint8 .* float64 \[9, 64, 64\]"):
-        source.load(source.items()[0])
+        source.load(source.items()[0]).arrays()
 
 
 @needs_opencv
@@ -373,12 +311,12 @@ def test_flow_tells_direction_and_stands_still_first(tmp_path, kind: str) -> Non
     canvas = np.kron(rng.integers(0, 256, (40, 60, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
     frames = np.stack([canvas[64:192, 200 - 4 * t : 328 - 4 * t] for t in range(6)])  # to the right
     if kind == "video":
-        clip = video_clip(encode(tmp_path / "v.mp4", frames), FrameOptions(flow=True))
+        clip = video_clip(encode(tmp_path / "v.mp4", frames), FrameOptions(flow=True)).arrays()
     else:
         paths = [tmp_path / f"{t}.png" for t in range(6)]
         for path, frame in zip(paths, frames, strict=True):
             Image.fromarray(frame).save(path)
-        clip = picture_clip(paths, FrameOptions(flow=True))
+        clip = picture_clip(paths, FrameOptions(flow=True)).arrays()
     flow = clip["flow"]
     assert flow.shape == clip["pixels"].shape and flow.dtype == np.uint8
     assert (flow[0] == 255).all()

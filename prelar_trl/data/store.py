@@ -9,6 +9,7 @@
       <image>/000000.bin     uint8   [frames, 3, H, W], further image streams, e.g. ``flow``
       actions/000000.bin     float32 [frames, A], only if known, for probes only
       skipped.jsonl          what the source had and could not be used, with the reason
+      spool/                 clips that are being decoded, while the store is written
 
 Files with one number are one shard. The bytes depend on nothing but the clips, their order and the
 settings: no date, no path, no machine. A shard is sealed in ``store.json`` with the SHA-256 of each
@@ -32,6 +33,7 @@ VERSION = 1
 ACTIONS = "actions"
 CLIPS = "clips"
 SKIPPED = "skipped.jsonl"
+SPOOL = "spool"
 VERIFY_ON_OPEN_BYTES = 64 * 2**20
 
 
@@ -112,9 +114,18 @@ def whole_clip(
         return None
     for key, stream in streams.items():
         size = record["frames"] * stream.frame_bytes
-        if zlib.crc32(handles[key].read(size)) != record["crc32"][key]:
+        if _crc32(handles[key], size) != record["crc32"][key]:
             return None
     return record
+
+
+def _crc32(file: BinaryIO, size: int) -> int:
+    """CRC-32 of the next ``size`` bytes, or of what there is."""
+    crc = 0
+    while size and (block := file.read(min(size, 2**20))):
+        crc = zlib.crc32(block, crc)
+        size -= len(block)
+    return crc
 
 
 class ClipStore:
@@ -228,6 +239,14 @@ class ClipStore:
         file = self.path / SKIPPED
         lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
         return [(r["name"], r["reason"]) for r in map(json.loads, lines)]
+
+    def notes(self) -> dict[str, list[tuple[str, int]]]:
+        """What was left out of clips that are kept: reason -> (name, how many) of each clip."""
+        notes: dict[str, list[tuple[str, int]]] = {}
+        for name, info in zip(self.names, self.infos, strict=True):
+            for reason, count in ((info or {}).get("notes") or {}).items():
+                notes.setdefault(reason, []).append((name, count))
+        return notes
 
     def read(
         self, clip: int, stream: str = "pixels", start: int = 0, frames: int | None = None

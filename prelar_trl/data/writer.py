@@ -7,29 +7,30 @@ import fcntl
 import json
 import logging
 import os
-import zlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from prelar_trl.data.arrays import Array, checked_actions, checked_frames
+from prelar_trl.data.shard import Buffer, OpenShard
+from prelar_trl.data.spool import Spool
 from prelar_trl.data.store import (
     ACTIONS,
     CLIPS,
     FORMAT,
     SKIPPED,
+    SPOOL,
     VERSION,
     StoreError,
     Stream,
     read_meta,
-    sha256,
     shard_file,
     streams_of,
-    whole_clip,
 )
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class ClipWriter:
 
     A clip is data first, then one line in the shard's journal. On opening, the open shard is cut
     back to the last clip whose line is whole and whose CRC-32 agrees, so that a store that was
-    interrupted any number of times ends up byte for byte equal to one that was not.
+    interrupted any number of times ends up byte for byte equal to one that was not. A store without
+    a clip can be begun again with other settings.
 
     Args:
         path: the folder; made if it is missing.
@@ -49,6 +51,8 @@ class ClipWriter:
         decoder, resize: how the frames were made; part of the metadata.
         shard_bytes: pixel bytes after which a new shard begins. Default 256 MiB.
         info: further settings (JSON) that must be the same when the store is continued.
+        left_out: what the source holds and does not offer as clips, reason -> names; of it the
+            metadata keep the number and an example.
 
     Raises:
         StoreError: the folder holds a store with other settings, or one that another process
@@ -66,6 +70,7 @@ class ClipWriter:
         resize: str = "none",
         shard_bytes: int = 256 * 2**20,
         info: dict[str, Any] | None = None,
+        left_out: Mapping[str, list[str]] | None = None,
     ) -> None:
         self.path = Path(path)
         self.settings: dict[str, Any] = {
@@ -79,14 +84,16 @@ class ClipWriter:
             "shard_bytes": shard_bytes,
             "info": json.loads(json.dumps(info or {})),
         }
+        self.left_out = {
+            reason: {"count": len(names), "example": names[0]}
+            for reason, names in (left_out or {}).items()
+        }
         self.streams: dict[str, Stream] = {}
         self.done: set[str] = set()
         self.num_clips = 0
-        self.num_skipped = 0
+        self.reasons: dict[str, list[str]] = {}  # why clips were skipped -> their names
         self._seals: list[dict[str, Any]] = []
-        self._files: dict[str, BinaryIO] = {}
-        self._clips = 0  # of the open shard
-        self._frames = 0  # of the open shard
+        self._shard = OpenShard(self.path, 0, self.streams)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         self._dirty = False  # does the folder say that the store is unfinished?
@@ -98,7 +105,7 @@ class ClipWriter:
                     f"{str(path)!r} is not empty and holds no clip store: name another folder"
                 )
             else:
-                with self._saving():
+                with self.saving():
                     self._mark_unfinished()
         except BaseException:
             self.abort()
@@ -143,33 +150,44 @@ class ClipWriter:
         for key, array in arrays.items():
             if len(array) != length:
                 raise ValueError(f"clip {name!r}: {key} has {len(array)} rows for {length} frames")
-        self._declare(arrays, name)
-        data = {key: array.tobytes() for key, array in arrays.items()}
-        record = {
-            "name": name,
-            "frames": length,
-            "label": label,
-            "split": split,
-            "info": info,
-            "crc32": {key: zlib.crc32(value) for key, value in data.items()},
-        }
-        line = json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
-        with self._saving():
-            self._make_room(length)
-            self._append(data, line.encode("utf-8"))
-        self._clips += 1
-        self._frames += length
-        self.num_clips += 1
-        self.done.add(name)
+        self._append(
+            {k: Stream(k, str(a.dtype), a.shape[1:]) for k, a in sorted(arrays.items())},
+            {key: [array.reshape(-1).view(np.uint8).data] for key, array in arrays.items()},
+            {"name": name, "frames": length, "label": label, "split": split, "info": info},
+        )
+
+    def add_spool(
+        self,
+        spool: Spool,
+        *,
+        name: str,
+        label: str | int | None = None,
+        split: str | None = None,
+        info: dict[str, Any] | None = None,
+    ) -> None:
+        """Appends the clip of a spool in blocks, and deletes the spool. Otherwise as `add`."""
+        if name in self.done:
+            raise ValueError(f"clip name {name!r} is already in the store")
+        self._append(
+            spool.streams,
+            {key: spool.blocks(key) for key in spool.streams},
+            {"name": name, "frames": spool.frames, "label": label, "split": split, "info": info},
+        )
+        spool.delete()
 
     def skip(self, name: str, reason: str) -> None:
         """Notes a clip that could not be used, so that resuming does not try it again."""
         line = json.dumps({"name": name, "reason": reason}, ensure_ascii=False, sort_keys=True)
-        with self._saving(), (self.path / SKIPPED).open("ab") as file:
+        with self.saving(), (self.path / SKIPPED).open("ab") as file:
             self._mark_unfinished()
             file.write(line.encode("utf-8") + b"\n")
-        self.num_skipped += 1
+        self.reasons.setdefault(reason, []).append(name)
         self.done.add(name)
+
+    @property
+    def num_skipped(self) -> int:
+        """How many clips could not be used."""
+        return sum(map(len, self.reasons.values()))
 
     def close(self) -> None:
         """Finishes the store: seals the last shard and marks the store as complete.
@@ -180,21 +198,21 @@ class ClipWriter:
         if self._lock < 0:
             return
         if not self.num_clips:
+            self._discard()
             self.abort()
-            raise ValueError(f"nothing was added to clip store {str(self.path)!r}")
+            raise ValueError(f"nothing was added to clip store {str(self.path)!r}{self._why()}")
         if self._dirty:
-            with self._saving():
-                if self._clips:
+            with self.saving():
+                if self._shard.clips:
                     self._seal()
                 self._write_meta(complete=True)
         self.abort()
 
     def abort(self) -> None:
         """Lets go of the store, unfinished; opening it again continues."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        self._shard.close()
         if self._lock >= 0:
+            shutil.rmtree(self.path / SPOOL, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
 
@@ -212,11 +230,23 @@ class ClipWriter:
         else:
             self.abort()
 
-    def _declare(self, arrays: dict[str, np.ndarray], name: str) -> None:
+    def _append(
+        self,
+        streams: dict[str, Stream],
+        data: Mapping[str, Iterable[Buffer]],
+        record: dict[str, Any],
+    ) -> None:
+        self._check_streams(streams, record["name"])
+        with self.saving():
+            self._make_room(record["frames"])
+            self._shard.append(data, record)
+        self.num_clips += 1
+        self.done.add(record["name"])
+
+    def _check_streams(self, streams: dict[str, Stream], name: str) -> None:
         """The first clip decides which streams the store has."""
-        streams = {k: Stream(k, str(a.dtype), a.shape[1:]) for k, a in sorted(arrays.items())}
         if not self.streams:
-            self.streams = streams
+            self.streams = self._shard.streams = streams
             self._dirty = False  # the folder does not know the streams yet
         if streams != self.streams:
             have, got = (
@@ -228,7 +258,8 @@ class ClipWriter:
     def _make_room(self, length: int) -> None:
         """Begins a new shard if the open one is full."""
         self._mark_unfinished()
-        if self._clips and self._frames_bytes(self._frames + length) > self.settings["shard_bytes"]:
+        size = (self._shard.frames + length) * self.streams["pixels"].frame_bytes
+        if self._shard.clips and size > self.settings["shard_bytes"]:
             self._seal()
             self._write_meta(complete=False)
 
@@ -237,29 +268,8 @@ class ClipWriter:
             self._write_meta(complete=False)
             self._dirty = True
 
-    def _open_files(self) -> None:
-        for key in (CLIPS, *self.streams):
-            file = shard_file(self.path, key, len(self._seals))
-            file.parent.mkdir(exist_ok=True)
-            self._files[key] = file.open("ab", buffering=0)
-
-    def _frames_bytes(self, frames: int) -> int:
-        return frames * self.streams["pixels"].frame_bytes
-
-    def _append(self, data: dict[str, bytes], line: bytes) -> None:
-        try:
-            if not self._files:
-                self._open_files()
-            for key, value in (*data.items(), (CLIPS, line)):
-                view = memoryview(value)
-                while view:
-                    view = view[self._files[key].write(view) :]
-        except BaseException:
-            self._cut()
-            raise
-
     @contextmanager
-    def _saving(self) -> Iterator[None]:
+    def saving(self) -> Iterator[None]:
         """Lets go of the store when it cannot be written, and says it plainly for a full disk."""
         try:
             yield
@@ -273,34 +283,9 @@ class ClipWriter:
                 "safe; free some space and run the same command again, it continues",
             ) from None
 
-    def _cut(self) -> None:
-        """Cuts the open shard back to its last whole clip."""
-        shard = len(self._seals)
-        for key, stream in self.streams.items():
-            file = shard_file(self.path, key, shard)
-            if file.exists():
-                os.truncate(file, self._frames * stream.frame_bytes)
-        journal = shard_file(self.path, CLIPS, shard)
-        if journal.exists():
-            lines = journal.read_bytes().split(b"\n")[: self._clips]
-            os.truncate(journal, sum(len(line) + 1 for line in lines))
-
     def _seal(self) -> None:
-        shard = len(self._seals)
-        for file in self._files.values():
-            os.fsync(file.fileno())
-            file.close()
-        self._files.clear()
-        self._seals.append(
-            {
-                "clips": self._clips,
-                "frames": self._frames,
-                "sha256": {
-                    key: sha256(shard_file(self.path, key, shard)) for key in (CLIPS, *self.streams)
-                },
-            }
-        )
-        self._clips = self._frames = 0
+        self._seals.append(self._shard.seal())
+        self._shard = OpenShard(self.path, len(self._seals), self.streams)
 
     def _write_meta(self, *, complete: bool) -> None:
         meta = self.settings | {
@@ -313,6 +298,8 @@ class ClipWriter:
             },
             "shards": self._seals,
         }
+        if self.left_out:
+            meta["left_out"] = self.left_out
         text = json.dumps(meta, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         temporary = self.path / "store.json.tmp"
         with temporary.open("w", encoding="utf-8") as file:
@@ -334,47 +321,53 @@ class ClipWriter:
 
     def _resume(self) -> None:
         meta = read_meta(self.path)
-        begun = bool(meta["streams"]) or (self.path / SKIPPED).exists()
-        have, want = _flat(meta), _flat(self.settings)
-        for key in sorted(want | have if begun else ()):
-            if key.split(".")[0] in self.settings and have.get(key) != want.get(key):
-                raise StoreError(
-                    f"clip store {str(self.path)!r} was begun with {key}={have.get(key)!r}, not "
-                    f"{want.get(key)!r}: use the same settings, or another folder"
-                )
         self.streams = streams_of(meta)
-        self._dirty = not meta["complete"]
+        journal = shard_file(self.path, CLIPS, 0)
+        begun = bool(meta["shards"]) or (journal.exists() and journal.stat().st_size > 0)
+        have, want = _flat(meta), _flat(self.settings)
+        for key in sorted(want | have):
+            if key.split(".")[0] not in self.settings or have.get(key) == want.get(key):
+                continue
+            if not begun:
+                self._discard()
+                break
+            raise StoreError(
+                f"clip store {str(self.path)!r} was begun with {key}={have.get(key)!r}, not "
+                f"{want.get(key)!r}: use the same settings, or another folder"
+            )
+        if not begun:  # a first clip may have been cut short
+            for name in (CLIPS, *self.streams):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            self.streams = {}
+        self._dirty = begun and not meta["complete"]
         self._seals = meta["shards"]
         if meta["complete"]:  # the last shard may take further clips
             self._seals = self._seals[:-1]
         for shard in range(len(self._seals)):
             for line in shard_file(self.path, CLIPS, shard).read_bytes().split(b"\n")[:-1]:
                 self.done.add(json.loads(line)["name"])
+        self._shard = OpenShard(self.path, len(self._seals), self.streams)
+        self.done.update(self._shard.recover())
         self.num_clips = len(self.done)
-        if begun:
-            self._recover_open_shard()
-            self._recover_skipped()
-        else:
-            self._write_meta(complete=False)  # the settings may be others
+        self._recover_skipped()
+        shutil.rmtree(self.path / SPOOL, ignore_errors=True)
+        if not begun:
+            self._mark_unfinished()
         logger.info("continuing clip store %s after %d clips", self.path, self.num_clips)
 
-    def _recover_open_shard(self) -> None:
-        """Counts the whole clips of the open shard and cuts off the rest."""
-        shard = len(self._seals)
-        journal = shard_file(self.path, CLIPS, shard)
-        if journal.exists():
-            handles = {k: shard_file(self.path, k, shard).open("rb") for k in self.streams}
-            for line in journal.read_bytes().split(b"\n")[:-1]:
-                record = whole_clip(line, handles, self.streams)
-                if record is None:
-                    break
-                self._clips += 1
-                self._frames += record["frames"]
-                self.done.add(record["name"])
-            for handle in handles.values():
-                handle.close()
-        self._cut()
-        self.num_clips += self._clips
+    def _discard(self) -> None:
+        """Removes the files of a store that has no clip."""
+        for name in (CLIPS, *self.streams, SPOOL):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for name in (SKIPPED, "store.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _why(self) -> str:
+        """Why nothing was added."""
+        parts = [
+            f"{len(names)} x {reason}, e.g. {names[0]!r}" for reason, names in self.reasons.items()
+        ]
+        return f": {'; '.join(parts)}" if parts else ""
 
     def _recover_skipped(self) -> None:
         file = self.path / SKIPPED
@@ -382,9 +375,9 @@ class ClipWriter:
             return
         data = file.read_bytes()
         os.truncate(file, data.rfind(b"\n") + 1)
-        for line in data.split(b"\n")[:-1]:
-            self.done.add(json.loads(line)["name"])
-            self.num_skipped += 1
+        for record in map(json.loads, data.split(b"\n")[:-1]):
+            self.reasons.setdefault(record["reason"], []).append(record["name"])
+            self.done.add(record["name"])
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

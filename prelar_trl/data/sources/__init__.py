@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from prelar_trl.data.sources.base import ClipError, Item, Source
-from prelar_trl.data.sources.episodes import EpisodeFolder, export_episodes
-from prelar_trl.data.sources.flow import flow_colours, flow_pictures, opencv
-from prelar_trl.data.sources.frames import FrameOptions, array_clip, picture_clip, video_clip
+from prelar_trl.data.sources.base import Clip, ClipError, Item, Source
+from prelar_trl.data.sources.decoding import video_clip
+from prelar_trl.data.sources.episodes import EpisodeFolder, export_episodes, npz_files
+from prelar_trl.data.sources.flow import FlowPictures, flow_colours, opencv
+from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources.numbering import in_time_order
+from prelar_trl.data.sources.pictures import animation_clip, array_clip, picture_clip, to_rgb
 from prelar_trl.data.sources.prepare import prepare
 from prelar_trl.data.sources.something import (
     FrameLists,
@@ -18,24 +21,29 @@ from prelar_trl.data.sources.something import (
 from prelar_trl.data.sources.videos import VideoFolder
 
 __all__ = [
+    "Clip",
     "ClipError",
     "EpisodeFolder",
+    "FlowPictures",
     "FrameLists",
     "FrameOptions",
     "Item",
     "SomethingSomething",
     "Source",
     "VideoFolder",
+    "animation_clip",
     "array_clip",
     "export_episodes",
     "export_frames",
     "flow_colours",
-    "flow_pictures",
+    "in_time_order",
     "list_file",
+    "npz_files",
     "opencv",
     "picture_clip",
     "prepare",
     "read_list",
+    "to_rgb",
     "video_clip",
     "write_lists",
 ]

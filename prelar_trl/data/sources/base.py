@@ -1,14 +1,20 @@
-"""What a source of clips is: an ordered list of items, and a way to load each of them."""
+"""What a source of clips is: an ordered list of items, and a way to read each of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from prelar_trl.data.sources.frames import FrameOptions
+
+Frame = dict[str, np.ndarray]  # stream -> one frame, e.g. pixels uint8 [3, H, W]
 
 
 class ClipError(ValueError):
@@ -17,7 +23,7 @@ class ClipError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """One clip of a source, not yet loaded.
+    """One clip of a source, not yet read.
 
     Args:
         name: unique within the source, any text.
@@ -34,30 +40,69 @@ class Item:
     frames: int | None = None
 
 
+@dataclass
+class Clip:
+    """A clip that is being read, one frame in memory at a time.
+
+    Args:
+        frames: can be read once; raises `ClipError` when the clip turns out to be of no use.
+        notes: what was left out of the clip, reason -> how many; known when ``frames`` has ended.
+    """
+
+    frames: Iterator[Frame]
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The whole clip in memory: stream -> ``[T, ...]``.
+
+        Raises:
+            ClipError: the clip is damaged, empty or otherwise of no use.
+        """
+        frames = list(self.frames)
+        return {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
+
+
 class Source(Protocol):
-    """A data set that can be put into a clip store. Picklable: processes load from it.
+    """A data set that can be put into a clip store. Picklable: processes read from it.
 
     Attributes:
         kind: e.g. ``videos``.
         decoder: what decodes the frames, with its version.
+        root: the folder.
+        options: how frames are made.
+        left_out: what lies in the folder and is no clip, reason -> names.
     """
 
     kind: str
     decoder: str
+    root: Path
+    options: FrameOptions
+    left_out: Mapping[str, list[str]]
 
     def items(self) -> Sequence[Item]:
         """All clips, in an order that depends on the names alone."""
         ...
 
-    def load(self, item: Item) -> dict[str, np.ndarray]:
-        """The streams of one clip: ``pixels`` uint8 ``[T, 3, H, W]`` and what else there is.
-
-        Raises:
-            ClipError: the clip is damaged, empty or otherwise of no use.
-        """
+    def load(self, item: Item) -> Clip:
+        """One clip: ``pixels`` uint8 ``[3, H, W]`` a frame, and what else there is."""
         ...
 
 
 def text(path: str | Path) -> str:
     """A path as text that UTF-8 can hold: undecodable bytes become ``\\xff``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def with_distinct_names(items: Sequence[Item]) -> list[Item]:
+    """Items ordered by name; of two that share one, the second becomes ``<name> (2)``."""
+    taken: set[str] = set()
+    distinct = []
+    for item in sorted(items, key=lambda item: (item.name, item.path)):
+        plain, slash = item.name.rstrip("/"), "/" * item.name.endswith("/")
+        name, number = plain, 1
+        while name in taken:
+            number += 1
+            name = f"{plain} ({number})"
+        taken.add(name)
+        distinct.append(replace(item, name=name + slash))
+    return distinct

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from prelar_trl.data.sources.base import ClipError, Item, text
-from prelar_trl.data.sources.frames import PICTURE_DECODER, FrameOptions, array_clip
+from prelar_trl.data.sources.base import Clip, ClipError, Frame, Item, text, with_distinct_names
+from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS, ClipStore
 
 _STAMP = "20000101T000000"  # exported files carry no date, so that they can be compared
@@ -42,35 +47,97 @@ class EpisodeFolder:
             raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
         if actions and options.stride > 1:
             raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
+        self.left_out: dict[str, list[str]] = {}
+        for file in sorted(self.root.iterdir()):
+            if file.suffix.lower() != ".npz" and not file.is_dir():
+                reason = f"{file.suffix} files" if file.suffix else "files without suffix"
+                self.left_out.setdefault(reason, []).append(text(file.name))
 
     def items(self) -> list[Item]:
         """See `Source.items`."""
-        return [Item(text(file.name), file) for file in sorted(self.root.glob("*.npz"))]
+        return with_distinct_names([Item(text(file.name), file) for file in npz_files(self.root)])
 
-    def load(self, item: Item) -> dict[str, np.ndarray]:
+    def load(self, item: Item) -> Clip:
         """See `Source.load`."""
-        try:
-            with np.load(item.path, allow_pickle=False) as episode:
-                keys = ("image", "action") if self.actions else ("image",)
-                missing = [k for k in keys if k not in episode]
-                if missing:
-                    raise ClipError(f"no {missing[0]!r} in the file")
-                arrays = {key: episode[key] for key in keys}
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            if isinstance(error, ClipError):
-                raise
-            raise ClipError("not readable as .npz") from None
-        image = arrays["image"]
-        if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] != 3:
-            shape = list(image.shape)
-            raise ClipError(f"image must be uint8 [T, H, W, 3], is {image.dtype} {shape}")
-        clip = array_clip(image, self.options)
-        if self.actions:
-            action = arrays["action"]
-            if action.ndim != 2 or len(action) != len(image) or not np.isfinite(action).all():
-                raise ClipError(f"action must be finite [T, A], is {list(action.shape)}")
-            clip[ACTIONS] = action[: len(clip["pixels"])].astype(np.float32)
-        return clip
+        return Clip(self._frames(item.path))
+
+    def _frames(self, path: Path) -> Iterator[Frame]:
+        image = _Array.find(path, "image")
+        action = _Array.find(path, "action") if self.actions else None
+        if image.dtype != np.uint8 or len(image.shape) != 4 or image.shape[-1] != 3:
+            found = f"{image.dtype} {list(image.shape)}"
+            raise ClipError(f"image must be uint8 [T, H, W, 3], is {found}")
+        frames = array_clip(image.rows(), self.options).frames
+        if action is None:
+            yield from frames
+            return
+        if len(action.shape) != 2 or action.shape[0] != image.shape[0]:
+            raise ClipError(f"action must be finite [T, A], is {list(action.shape)}")
+        for frame, row in zip(frames, action.rows(), strict=False):
+            if not np.isfinite(row).all():
+                raise ClipError("action must be finite [T, A], holds NaN or infinity")
+            yield frame | {ACTIONS: row.astype(np.float32)}
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array in an ``.npz`` file, read row by row."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran: bool
+
+    @classmethod
+    def find(cls, path: Path, key: str) -> _Array:
+        """Reads the header.
+
+        Raises:
+            ClipError: no such array, or it is larger than the file can hold.
+        """
+        name = f"{key}.npy"
+        with _readable(), zipfile.ZipFile(path) as file:
+            if name not in file.namelist():
+                raise ClipError(f"no {key!r} in the file")
+            with file.open(name) as member:
+                shape, fortran, dtype = _header(member)
+            if prod(shape) * dtype.itemsize > file.getinfo(name).file_size:
+                raise ClipError(f"damaged: {key!r} is announced larger than it is")
+        return cls(path, name, shape, dtype, fortran)
+
+    def rows(self) -> Iterator[np.ndarray]:
+        """The rows, one in memory at a time."""
+        size = prod(self.shape[1:]) * self.dtype.itemsize
+        with _readable(), zipfile.ZipFile(self.path) as file, file.open(self.name) as member:
+            if self.fortran:  # rows do not lie together
+                yield from np.lib.format.read_array(member, allow_pickle=False)
+                return
+            _header(member)
+            for _ in range(self.shape[0]):
+                yield np.frombuffer(member.read(size), self.dtype).reshape(self.shape[1:])
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(member)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(member)
+    return np.lib.format.read_array_header_2_0(member)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except (ClipError, MemoryError):
+        raise
+    except Exception:  # ZIP, deflate and NumPy fail on damage in many ways
+        raise ClipError("not readable as .npz") from None
+
+
+def npz_files(root: Path) -> list[Path]:
+    """The ``.npz`` files of a folder, ordered by name."""
+    return sorted(p for p in root.iterdir() if p.suffix.lower() == ".npz" and p.name[0] != ".")
 
 
 def export_episodes(store: ClipStore, folder: str | Path) -> int:

@@ -8,7 +8,6 @@ the direction, saturation the speed, white is standing still; full saturation is
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -33,24 +32,35 @@ def opencv() -> ModuleType:
     return cv2
 
 
-def flow_pictures(grey: Sequence[np.ndarray], size: int) -> list[np.ndarray]:
-    """Flow from each frame to the next as pictures.
+class FlowPictures:
+    """Flow from each frame to the next as a picture, frame by frame.
 
     Args:
-        grey: T frames uint8 ``[FLOW_SIZE, FLOW_SIZE]``.
-        size: height and width of the result.
-
-    Returns:
-        T pictures uint8 ``[size, size, 3]``, the first one white.
+        size: height and width of the pictures.
     """
-    cv2 = opencv()
-    finder = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    pictures = [np.full((size, size, 3), 255, np.uint8)]
-    for before, after in zip(grey[:-1], grey[1:], strict=True):
-        flow = finder.calc(np.ascontiguousarray(before), np.ascontiguousarray(after), None)
-        picture = flow_colours(flow)
-        pictures.append(cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA))
-    return pictures
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._cv2 = opencv()
+        self._finder = self._cv2.DISOpticalFlow_create(self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self._before: np.ndarray | None = None
+
+    def __call__(self, grey: np.ndarray) -> np.ndarray:
+        """The flow that led to this frame; white for the first one.
+
+        Args:
+            grey: uint8 ``[FLOW_SIZE, FLOW_SIZE]``.
+
+        Returns:
+            uint8 ``[size, size, 3]``.
+        """
+        after = np.ascontiguousarray(grey)
+        before, self._before = self._before, after
+        size = (self.size, self.size)
+        if before is None:
+            return np.full((*size, 3), 255, np.uint8)
+        picture = flow_colours(self._finder.calc(before, after, None))
+        return self._cv2.resize(picture, size, interpolation=self._cv2.INTER_AREA)
 
 
 def flow_colours(flow: np.ndarray) -> np.ndarray:

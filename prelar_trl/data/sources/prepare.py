@@ -9,22 +9,24 @@ import multiprocessing.process
 import os
 import signal
 import threading
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 
 import av
-import numpy as np
 
 from prelar_trl.data.sources.base import ClipError, Item, Source
-from prelar_trl.data.store import ACTIONS, ClipStore
+from prelar_trl.data.spool import Spool, SpoolError
+from prelar_trl.data.store import SPOOL, ClipStore
 from prelar_trl.data.writer import ClipWriter
 
 logger = logging.getLogger(__name__)
 
-Loaded = dict[str, np.ndarray] | str  # streams, or why there are none
+Loaded = tuple[Spool, dict[str, int]] | str  # clip and its notes, or why there is none
 
 
 def prepare(
@@ -57,7 +59,13 @@ def prepare(
         raise ValueError(f"min_frames={min_frames} and workers={workers} must be at least 1")
     items = source.items()
     if not items:
-        raise ValueError(f"source {str(source.root)!r} holds no clip of kind {source.kind!r}")
+        raise ValueError(
+            f"source {str(source.root)!r} holds no clip of kind {source.kind!r}"
+            + "".join(f"; {len(names)} {what}" for what, names in source.left_out.items())
+        )
+    name, count = Counter(item.name for item in items).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"source {str(source.root)!r} names {count} clips {name!r}")
     options = source.options
     writer = ClipWriter(
         path,
@@ -68,30 +76,34 @@ def prepare(
         resize=options.resize,
         shard_bytes=shard_bytes,
         info={"min_frames": min_frames, "frames": options.info} | (info or {}),
+        left_out=source.left_out,
     )
-    with writer:
+    with writer, writer.saving():
         left = [item for item in items if item.name not in writer.done]
         done = len(items) - len(left)
-        for item, loaded in load_in_order(source, left, workers):
-            frames = 0
-            if isinstance(loaded, str):
-                writer.skip(item.name, loaded)
-            elif len(loaded["pixels"]) < min_frames:
-                writer.skip(item.name, f"shorter than {min_frames} frames")
-            else:
-                frames = len(loaded["pixels"])
-                writer.add(
-                    loaded.pop("pixels"),
-                    loaded.pop(ACTIONS, None),
-                    name=item.name,
-                    label=item.label,
-                    split=item.split,
-                    **loaded,
-                )
-            done += 1
-            if progress is not None:
-                progress(done, len(items), frames)
+        loads = load_in_order(source, left, workers, writer.path / SPOOL)
+        with closing(loads):
+            for item, loaded in loads:
+                frames = _put(writer, item, loaded, min_frames)
+                done += 1
+                if progress is not None:
+                    progress(done, len(items), frames)
     return ClipStore(path)
+
+
+def _put(writer: ClipWriter, item: Item, loaded: Loaded, min_frames: int) -> int:
+    """Adds a clip to the store, or notes why not; returns the number of frames added."""
+    if isinstance(loaded, str):
+        writer.skip(item.name, loaded)
+        return 0
+    spool, notes = loaded
+    if spool.frames < min_frames:
+        spool.delete()
+        writer.skip(item.name, f"shorter than {min_frames} frames")
+        return 0
+    info = {"notes": notes} if notes else None
+    writer.add_spool(spool, name=item.name, label=item.label, split=item.split, info=info)
+    return spool.frames
 
 
 def _described(source: Source, items: Sequence[Item]) -> str:
@@ -102,49 +114,60 @@ def _described(source: Source, items: Sequence[Item]) -> str:
 
 
 def load_in_order(
-    source: Source, items: Sequence[Item], workers: int
+    source: Source, items: Sequence[Item], workers: int, folder: Path
 ) -> Iterator[tuple[Item, Loaded]]:
     """Loads items with ``workers`` processes and yields them in their order.
 
-    A file on which a decoder dies (not merely fails) is tried once more by itself, then given up.
+    A clip is decoded into files in ``folder``, so that its length costs no memory. A file on which
+    a decoder dies (not merely fails) is tried once more by itself, then given up.
     """
     if workers == 1:
-        _start_worker()
-        yield from ((item, _load(source, item)) for item in items)
+        _start_worker(source)
+        for number, item in enumerate(items):
+            yield item, _load(source, item, folder / str(number))
         return
-    left = deque(items)
-    pool = _pool(workers)
-    waiting: deque[tuple[Item, Future[Loaded]]] = deque()
+    left = deque(enumerate(items))
+    pool = _pool(workers, source)
+    waiting: deque[tuple[int, Item, Future[Loaded]]] = deque()
     try:
         while left or waiting:
             try:
                 while left and len(waiting) < 4 * workers:
-                    waiting.append((left[0], pool.submit(_load, source, left[0])))
+                    number, item = left[0]
+                    future = pool.submit(_load_here, item, folder / str(number))
+                    waiting.append((number, item, future))
                     left.popleft()
-                item, future = waiting[0]
+                _, item, future = waiting[0]
                 loaded = future.result()
                 waiting.popleft()
             except BrokenProcessPool:
-                left.extendleft(item for item, _ in reversed(waiting))
+                left.extendleft((number, item) for number, item, _ in reversed(waiting))
                 waiting.clear()
                 pool.shutdown(cancel_futures=True)
-                item = left.popleft()
-                loaded = _load_apart(source, item)
-                pool = _pool(workers)
+                number, item = left.popleft()
+                loaded = _load_apart(source, item, folder / str(number))
+                pool = _pool(workers, source)
             yield item, loaded
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+def _pool(workers: int, source: Source) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["prelar_trl.data.sources"])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    return ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(source,)
+    )
 
 
-def _start_worker() -> None:
+_source: Source | None = None  # of this process, if it is a worker
+
+
+def _start_worker(source: Source) -> None:
+    global _source  # sent once a process, not once a clip
     parent = multiprocessing.parent_process()
     if parent is not None:
+        _source = source
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
         threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     av.logging.set_level(av.logging.PANIC)
@@ -156,21 +179,38 @@ def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
     os._exit(1)
 
 
-def _load(source: Source, item: Item) -> Loaded:
+def _load_here(item: Item, folder: Path) -> Loaded:
+    return _load(_source, item, folder)
+
+
+def _load(source: Source, item: Item, folder: Path) -> Loaded:
+    spool = Spool(folder)
     try:
-        return source.load(item)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of damage, which is noted
+            clip = source.load(item)
+            for frame in clip.frames:
+                spool.append(frame)
+        spool.close()
+        return spool, dict(clip.notes)
+    except SpoolError:
+        spool.delete()
+        raise
     except ClipError as error:
-        return str(error)
+        reason = str(error)
     except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
+        reason = f"cannot be read: {error.strerror or error}"
     except Exception as error:  # decoders fail on damage in many ways; one file stops no data set
         logger.exception("clip %r", item.name)
-        return f"cannot be decoded: {type(error).__name__}"
+        reason = f"cannot be decoded: {type(error).__name__}"
+    spool.delete()
+    return reason
 
 
-def _load_apart(source: Source, item: Item) -> Loaded:
-    with _pool(1) as pool:
+def _load_apart(source: Source, item: Item, folder: Path) -> Loaded:
+    with _pool(1, source) as pool:
         try:
-            return pool.submit(_load, source, item).result()
+            return pool.submit(_load_here, item, folder).result()
         except BrokenProcessPool:
+            Spool(folder).delete()
             return "the decoder crashed on it"

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from prelar_trl.data.sources.base import ClipError, Item
-from prelar_trl.data.sources.frames import (
-    DECODER,
-    PICTURE_DECODER,
-    FrameOptions,
-    picture_clip,
-    video_clip,
-)
+from prelar_trl.data.sources.base import Clip, ClipError, Item
+from prelar_trl.data.sources.decoding import DECODER, video_clip
+from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources.pictures import PICTURE_DECODER, picture_clip
 from prelar_trl.data.store import ClipStore
 
-_JSON = ("labels", "train", "validation")
 _SPLITS = {"train": "train", "validation": "heldout"}
 
 
@@ -39,7 +34,8 @@ class SomethingSomething:
 
     Raises:
         FileNotFoundError: lists or videos are missing.
-        ValueError: a damaged list, or an unknown label.
+        ValueError: a damaged list, a clip listed twice, or an unknown label; naming file and
+            record.
     """
 
     kind = "something"
@@ -53,28 +49,30 @@ class SomethingSomething:
         labels: Sequence[int | str] | None = None,
     ) -> None:
         self.root, self.options = Path(root), options
-        lists = {name: _read_json(_find_list(self.root, name)) for name in _JSON}
-        self.classes = {_plain(k): int(v) for k, v in lists["labels"].items()}
+        self.left_out: dict[str, list[str]] = {}
+        self.classes = _read_classes(_find_list(self.root, "labels"))
+        files = {name: _find_list(self.root, name) for name in _SPLITS}
         wanted = None if labels is None else {_class_number(x, self.classes) for x in labels}
         self._videos = _video_folder(self.root)
         self._items: list[Item] = []
+        places: dict[str, str] = {}
         for name, split in _SPLITS.items():
-            for record in lists[name]:
-                number = self.classes.get(_plain(record["template"]))
+            for place, clip, template in _read_records(files[name]):
+                number = self.classes.get(_plain(template))
                 if number is None:
                     raise ValueError(
-                        f"{name}.json: template {record['template']!r} of clip {record['id']} is "
-                        "not in labels.json: are the files of one release?"
+                        f"{place}: template {template!r} of clip {clip} is not in labels.json: "
+                        "are the files of one release?"
                     )
+                _note_place(places, clip, place)
                 if wanted is None or number in wanted:
-                    path = self._videos / f"{record['id']}.webm"
-                    self._items.append(Item(str(record["id"]), path, number, split))
+                    self._items.append(Item(clip, self._videos / f"{clip}.webm", number, split))
 
     def items(self) -> list[Item]:
         """Training clips, then validation clips, in the order of the lists."""
         return self._items
 
-    def load(self, item: Item) -> dict[str, np.ndarray]:
+    def load(self, item: Item) -> Clip:
         """See `Source.load`."""
         if not item.path.is_file():
             raise ClipError("the file is missing")
@@ -92,7 +90,8 @@ class FrameLists:
 
     Raises:
         FileNotFoundError: the folder or a list is missing.
-        ValueError: a line of a list that is not ``id frames class``.
+        ValueError: a line of a list that is not ``id frames class``, a clip listed twice, or a
+            label that is no class number.
     """
 
     kind = "frames"
@@ -109,9 +108,17 @@ class FrameLists:
         self.root, self.options = Path(root), options
         if not self.root.is_dir():
             raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
+        for label in labels or ():
+            if not isinstance(label, int):
+                raise ValueError(
+                    f"label {label!r} is no class number: text lists hold no templates"
+                )
+        self.left_out: dict[str, list[str]] = {}
         self._items: list[Item] = []
+        places: dict[str, str] = {}
         for split, file in lists.items():
-            for name, frames, number in read_list(Path(file)):
+            for line, (name, frames, number) in _read_lines(Path(file)):
+                _note_place(places, name, f"{str(file)!r} line {line}")
                 if labels is None or number in labels:
                     self._items.append(Item(name, self.root / name, number, split, frames))
 
@@ -119,7 +126,7 @@ class FrameLists:
         """The clips in the order of the lists."""
         return self._items
 
-    def load(self, item: Item) -> dict[str, np.ndarray]:
+    def load(self, item: Item) -> Clip:
         """See `Source.load`."""
         paths = [item.path / f"{n:06d}.jpg" for n in range(1, item.frames + 1)]
         missing = next((p for p in paths if not p.is_file()), None)
@@ -134,20 +141,40 @@ def read_list(file: Path) -> list[tuple[str, int, int]]:
     Raises:
         FileNotFoundError, ValueError: naming the file and line.
     """
+    return [entry for _, entry in _read_lines(file)]
+
+
+def _read_lines(file: Path) -> Iterator[tuple[int, tuple[str, int, int]]]:
     if not file.is_file():
         raise FileNotFoundError(f"list {str(file)!r} does not exist")
-    entries = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except ValueError as error:
+        raise ValueError(f"list {str(file)!r} is damaged: {error}") from None
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line:
             continue
         try:
             name, frames, label = line.rsplit(maxsplit=2)
-            entries.append((name, int(frames), int(label)))
+            entry = (name, int(frames), int(label))
+            if entry[1] < 1:
+                raise ValueError
         except ValueError:
             raise ValueError(
                 f"{str(file)!r} line {number} is {line!r}, not 'id frames class'"
             ) from None
-    return entries
+        yield number, entry
+
+
+def _note_place(places: dict[str, str], clip: str, place: str) -> None:
+    """Remembers where a clip is listed.
+
+    Raises:
+        ValueError: it is listed already.
+    """
+    if clip in places:
+        raise ValueError(f"clip {clip!r} is listed twice: {places[clip]} and {place}")
+    places[clip] = place
 
 
 def write_lists(store: ClipStore, folder: str | Path) -> list[Path]:
@@ -214,8 +241,8 @@ def _class_number(label: int | str, classes: dict[str, int]) -> int:
 def list_file(root: Path, name: str) -> Path | None:
     """Where a JSON list of the data set lies, None if nowhere."""
     names = (f"{name}.json", f"something-something-v2-{name}.json")
-    folders = [root, *sorted(p for p in root.iterdir() if p.is_dir())] if root.is_dir() else []
-    return next((f / n for f in folders for n in names if (f / n).is_file()), None)
+    folders = [root, *sorted(filter(os.path.isdir, root.iterdir()))] if root.is_dir() else []
+    return next((f / n for f in folders for n in names if os.path.isfile(f / n)), None)
 
 
 def _find_list(root: Path, name: str) -> Path:
@@ -227,15 +254,43 @@ def _find_list(root: Path, name: str) -> Path:
     return file
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Path, kind: type, what: str) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is damaged: {error}") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{str(file)!r} must be {what}, is a {type(content).__name__}")
+    return content
+
+
+def _read_classes(file: Path) -> dict[str, int]:
+    """Templates without brackets -> class numbers."""
+    what = "a mapping of templates to class numbers"
+    classes = _read_json(file, dict, what)
+    for template, number in classes.items():
+        if not str(number).isdecimal():
+            raise ValueError(f"{str(file)!r} must be {what}, but {template!r} has {number!r}")
+    if not classes:
+        raise ValueError(f"{str(file)!r} is empty")
+    return {_plain(template): int(number) for template, number in classes.items()}
+
+
+def _read_records(file: Path) -> Iterator[tuple[str, str, str]]:
+    """Place in the file, id and template of each record."""
+    records = _read_json(file, list, "a list of records with 'id' and 'template'")
+    for number, record in enumerate(records):
+        place = f"{str(file)!r} record {number}"
+        if not isinstance(record, dict):
+            raise ValueError(f"{place} is {record!r}, not a record with 'id' and 'template'")
+        for key, kinds in (("id", str | int), ("template", str)):
+            if not isinstance(record.get(key), kinds) or record[key] == "":
+                raise ValueError(f"{place} has no {key!r}: {json.dumps(record)[:80]}")
+        yield place, str(record["id"]), record["template"]
 
 
 def _video_folder(root: Path) -> Path:
-    for folder in (root, *sorted(p for p in root.iterdir() if p.is_dir())):
+    for folder in (root, *sorted(filter(os.path.isdir, root.iterdir()))):
         if next(folder.glob("*.webm"), None) is not None:
             return folder
     raise FileNotFoundError(f"no .webm file in {str(root)!r} or in a folder below it")

@@ -1,0 +1,85 @@
+"""Names of files and other text on the command line, taken as they were typed.
+
+Hydra reads values by a grammar of its own, in which ``2024_05_01`` is a number, ``a,b`` a sweep and
+``Videos (1)`` an error. What is typed for a setting that is text is quoted here before Hydra sees
+it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, fields
+from typing import Any, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
+from omegaconf import MISSING
+
+MULTIRUN = ("-m", "--multirun")
+HINTS = {
+    "[": """put unusual names in quotes, e.g. {}='["2024_05_01", "Videos (1)"]'""",
+    "{": "put ./ before numbers and a backslash before special characters, "
+    "e.g. {}='{{./2024_05_01: 3, Videos\\ \\(1\\): 1}}'",
+}
+
+
+def as_typed(arguments: Sequence[str], schema: type, groups: Sequence[str]) -> list[str]:
+    """The arguments of a recipe with quotes around text that Hydra would take for something else.
+
+    Text are the fields of ``schema`` whose type is ``str``, ``str | None`` or ``Any``. Left to
+    Hydra are ``null`` where a field may be None, a value in quotes, and in a field of type ``Any``
+    lists ``[...]`` and mappings ``{...}``, unless there is a file of that name. With
+    ``--multirun`` everything is.
+
+    Args:
+        arguments: as in ``sys.argv[1:]``.
+        schema: the recipe's dataclass.
+        groups: keys that choose a file of the configuration.
+
+    Raises:
+        ValueError: a value that is missing, or a name in a list or mapping that Hydra would take
+            for something else; it says how to write it.
+    """
+    if any(argument in MULTIRUN for argument in arguments):
+        return list(arguments)
+    types = get_type_hints(schema)
+    text = {
+        field.name: field
+        for field in fields(schema)
+        if types[field.name] in (str, str | None, Any) and field.name not in groups
+    }
+    return [_as_typed(argument, text, types) for argument in arguments]
+
+
+def _as_typed(argument: str, text: dict[str, Field], types: dict[str, Any]) -> str:
+    typed_key, equals, value = argument.partition("=")
+    key = typed_key.lstrip("+")
+    if argument.startswith(("-", "~")) or not equals or key not in text:
+        return argument
+    default = text[key].default
+    if not value and default == MISSING:
+        raise ValueError(f"{key}= is empty: write {key}=<value>")
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+    if quoted or (value.lower() == "null" and default is None):
+        return argument
+    several = types[key] is Any and value[:1] in ("[", "{") and not os.path.exists(value)
+    try:
+        parsed = OverridesParser.create().parse_override(argument).value()
+    except HydraException:
+        if several:
+            raise ValueError(f"{argument} cannot be read: {HINTS[value[0]].format(key)}") from None
+        parsed = None
+    if several:
+        _check_names(argument, parsed, HINTS[value[0]].format(key))
+    if several or parsed == value:
+        return argument
+    return f"{typed_key}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def _check_names(argument: str, names: Iterable[Any], hint: str) -> None:
+    """Refuses a list, or a mapping's keys, that are not all text."""
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"{argument}: {name!r} in it is no text: {hint}")
