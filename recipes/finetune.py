@@ -187,6 +187,9 @@ def finetune(
             batches = [replay.sample()] + ([] if clips is None else [clips.sample()])
         with watch("world_model"):
             losses = model_update(*batches)
+        if model_update.count <= cfg.behavior_after:
+            losses.pop("state")
+            return losses
         with watch("behavior"):
             start = losses.pop("state").update(batches[0].select("terminated", "action"))
             return losses.update(behavior_update(start))

@@ -81,6 +81,7 @@ class FinetuneConfig(RunConfig):
     align_updates: int | None = None  # of the action encoder, before all; null: the method's
     align_lr: float = 1e-3
     rehearse: float = 0.0  # share of each model batch that is pre-training video
+    behavior_after: int = 0  # model updates before actor and critic learn too
     train_every: int = 5  # environment steps an update
     batch_size: int = 50
     batch_length: int = 50
