@@ -59,6 +59,11 @@ def rows(run):
         return list(csv.DictReader(file))
 
 
+def last(run, name):
+    """The last value of a metric; it shares its step, not its row, with others."""
+    return float([row[name] for row in rows(run) if row[name]][-1])
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     return make_clips(tmp_path_factory.mktemp("clips") / "store")
@@ -89,12 +94,15 @@ def test_a_kind_from_outside_pretrains_is_probed_and_is_finetuned(outside, clips
     }
     pre = tmp_path / "pre"
     loss = LossOverrides(weights={"magnitude": 0.25})
-    pretrain(pretrain_config(clips, pre, model=model, loss=loss))
+    pretrain(pretrain_config(clips, pre, model=dict(model), loss=loss))
     state = checkpoint(pre)["model"]
     assert not torch.equal(state[INVERSE + "running"], torch.ones(4))
-    last = rows(pre)[-1]
-    assert 0 < float(last["loss_magnitude"]) <= 0.25  # the actions lie within 1
-    assert last["action_usage"] and not last.get("loss_latent_kl")
+    table = rows(pre)[0].keys()
+    assert "action_usage" in table and "loss_latent_kl" not in table  # it has no parameters
+    plain, weighted = tmp_path / "plain", last(pre, "loss_magnitude")
+    pretrain(pretrain_config(clips, plain, model=dict(model), updates=1))
+    first = float(rows(pre)[0]["loss_magnitude"])
+    assert 0 < weighted and first == pytest.approx(2.5 * last(plain, "loss_magnitude"), rel=1e-4)
 
     result = probe(ProbeConfig(run=str(pre), clips=5, batch_size=5, device="cpu"))
     assert "contrast/accuracy" in result["values"] and "action_r2/latent_action" in result["values"]
@@ -113,7 +121,7 @@ def test_a_registered_name_is_one_value_of_the_command(
     arguments = [f"data={clips}", f"run={run}", *PRETRAIN_ARGS, "updates=1", "model.images=cnn"]
     monkeypatch.setattr(sys, "argv", ["pretrain", *arguments, "model.latent_action=bounded"])
     pretrain_recipe.main()
-    assert 0 < float(rows(run)[-1]["loss_magnitude"]) <= 0.1  # the weight that the kind names
+    assert 0 < last(run, "loss_magnitude") <= 0.1  # the weight that the kind names
     assert INVERSE + "running" in checkpoint(run)["model"]
 
 

@@ -164,3 +164,16 @@ def test_csv_of_the_logger_is_plain_csv(runs):
         header, first = list(csv.reader(file))[:2]
     assert header == ["step", "loss_image", "loss_<kl>", "psnr_openloop"]
     assert first == ["0", "9000.0", "0.0", ""]
+
+
+def test_the_use_of_latent_actions_is_drawn_after_the_psnr(runs, tmp_path):
+    run = RunFolder.create(tmp_path / "used", {"method": "prelar", "updates": 2})
+    with Logger(run) as logger:
+        for step in (1, 2):
+            values = {"action_usage": 0.125 * step, "action_psnr_gap": 0.5, "psnr_openloop": 20.0}
+            logger.log({**values, "loss_image": 3.0}, step)
+    html = html_report(tmp_path / "used.html", [run.path]).read_text()
+    drawn = re.findall(r'<img alt="([^"]+)"', html)
+    assert drawn == ["psnr_openloop", "action_usage", "action_psnr_gap", "loss_image"]
+    assert "0.125 → 0.25</b><span>Use of latent actions" in html
+    assert "Use of latent actions" not in html_report(tmp_path / "r.html", runs).read_text()
