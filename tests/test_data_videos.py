@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from av.video.frame import PictureType
 
 from prelar_trl.data.sources import ClipError, FrameOptions, VideoFolder, video_clip
-from prelar_trl.data.sources.decoding import BREAKS_OFF, DAMAGED
+from prelar_trl.data.sources.decoding import BREAKS_OFF, DAMAGED, trusted
 from prelar_trl.recipes.prepare_videos import run, summary
 from tests.videos import by_ffmpeg, config, encode, ffmpeg, ramp
 
@@ -181,3 +184,47 @@ def test_a_cover_picture_is_no_video(tmp_path) -> None:
     ffmpeg(*inputs, *film, tmp_path / "film.mp4")
     pixels = video_clip(tmp_path / "film.mp4", FrameOptions()).arrays()["pixels"]
     assert len(pixels) == 10
+
+
+class Sequence(list):
+    """Frames in the order in which they are shown, as the decoder would hand them out."""
+
+    def __init__(self, *frames: str) -> None:
+        """``I0 B2 P1! x4``: kind, number in the order of decoding; ! corrupt, x not decodable."""
+        self.notes: Counter[str] = Counter()
+        for text in frames:
+            number = int(text[1:].rstrip("!"))
+            frame = SimpleNamespace(
+                name=text,
+                key_frame=text[0] == "I",
+                pict_type=PictureType[text[0]] if text[0] != "x" else None,
+                is_corrupt=text.endswith("!"),
+            )
+            self.append((number, None if text[0] == "x" else frame))
+
+
+@pytest.mark.parametrize(
+    ("frames", "kept"),
+    [
+        ("I0 B2 B3 P1 B5 P4 I6", "I0 B2 B3 P1 B5 P4 I6"),
+        ("I0 B2 B3 P1! B5 P4 I6 P7", "I0 I6 P7"),  # B2 and B3 were decoded from P1
+        ("I0 B2 P1 B4! P3 B6 P5 I7", "I0 B2 P1 P3 I7"),  # P3 was decoded before B4
+        ("I0 x4 B3 B5 P2 I6", "I0 B3 P2 I6"),  # what was decoded before the damage is sound
+        ("P1! P2 P3", ""),
+        ("I0! P1 I2 P3", "I2 P3"),
+    ],
+)
+def test_damage_spoils_what_was_decoded_from_it_and_nothing_else(frames: str, kept: str) -> None:
+    decoding = Sequence(*frames.split())
+    shown = [frame.name for frame in trusted(decoding, lambda frame: frame, 1)]
+    assert shown == kept.split()
+    assert decoding.notes.total() == len(decoding) - len(shown)
+
+
+def test_a_stream_of_nothing_but_b_frames_does_not_pile_up() -> None:
+    decoding = Sequence("I0", *(f"B{n}" for n in range(1, 1000)))
+    scaled = []
+    frames = trusted(decoding, lambda frame: scaled.append(frame) or frame, 1)
+    for seen, _ in enumerate(frames):
+        assert len(scaled) - seen <= 18
+    assert seen == 999

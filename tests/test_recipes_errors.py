@@ -283,7 +283,7 @@ def test_collecting_from_an_unknown_environment(fails, tmp_path):
         (prepare_recipe, "lists=train.txt", "lists=train.txt"),
         (prepare_recipe, "labels=3", "labels=3"),
         (plot_recipe, "runs=[]", "runs is empty"),
-        (plot_recipe, "runs=null", "runs is empty"),
+        (plot_recipe, "runs=null", "run folder null does not exist"),
         (plot_recipe, "runs=3", "run folder 3 does not exist"),
     ],
 )

@@ -48,7 +48,7 @@ def _video(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[S
     with container:
         stream = picture_stream(container)
         stream.thread_type = "NONE"  # one process a core is faster than threads within a clip
-        sizes = _trusted(_Decoding(container, stream, notes), _Scaler(options), options.stride)
+        sizes = trusted(_Decoding(container, stream, notes), _Scaler(options), options.stride)
         first = next(sizes, None)
         if first is None:
             raise ClipError("damaged: no frame can be decoded" if notes else "no frame in it")
@@ -127,7 +127,7 @@ class _Decoding:
         return container.duration / av.time_base if alone else 0.0
 
 
-def _trusted(
+def trusted(
     decoding: _Decoding, scale: Callable[[av.VideoFrame], Sizes], stride: int
 ) -> Iterator[Sizes]:
     """Every ``stride``-th frame, without the damaged ones and those decoded from them.
