@@ -30,10 +30,23 @@ BESIDE = ("recipes", "configs")  # lie beside the package in a checkout, and are
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks/campaign.py", description=__doc__.partition("\n")[0]
-    )
+    parser = make_parser("campaign", __doc__.partition("\n")[0], results="curves")
     parser.add_argument("suites", nargs="*", metavar="SUITE", help="of suites.yaml")
+    args = parse(parser)
+    if not args.suites and not args.status and not args.report:
+        parser.error("name a suite, for example toy")
+    return args
+
+
+def make_parser(name: str, summary: str, results: str) -> argparse.ArgumentParser:
+    """What every program of this kind takes.
+
+    Args:
+        name: of the program, and of its folder of unfinished work.
+        summary: one line.
+        results: its folder below ``results``.
+    """
+    parser = argparse.ArgumentParser(prog=f"benchmarks/{name}.py", description=summary)
     parser.add_argument("--jobs", type=int, default=2, help="programs at a time; default 2")
     parser.add_argument("--only", default="", metavar="REGEX", help="runs whose name it matches")
     parser.add_argument("--status", action="store_true", help="show the state of all, run nothing")
@@ -41,11 +54,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--update-code", action="store_true", help="take the present commit for unfinished runs"
     )
-    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / "campaign")
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / "curves")
+    parser.add_argument("--root", type=Path, default=REPOSITORY / "runs" / name)
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "results" / results)
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with absolute places."""
     args = parser.parse_args()
-    if not args.suites and not args.status and not args.report:
-        parser.error("name a suite, for example toy")
     if args.jobs < 1:
         parser.error(f"--jobs {args.jobs} must be at least 1")
     args.root, args.results = args.root.resolve(), args.results.resolve()
@@ -53,8 +69,11 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Start :mod:`benchmarks.jobs` in the tree whose code counts."""
-    args = parse_arguments()
+    launch(parse_arguments(), "benchmarks.jobs")
+
+
+def launch(args: argparse.Namespace, module: str) -> None:
+    """Become the program ``module`` in the tree whose code counts, with the same command line."""
     tree = args.root / COPY
     if args.report or (args.status and not tree.is_dir()):
         tree = REPOSITORY
@@ -62,7 +81,7 @@ def main() -> None:
         with lock_root(args.root):
             prepare_copy(tree, update=args.update_code)
     places = ["--root", str(args.root), "--results", str(args.results)]
-    command = [sys.executable, "-P", "-m", "benchmarks.jobs", *sys.argv[1:], *places]
+    command = [sys.executable, "-P", "-m", module, *sys.argv[1:], *places]
     os.execve(sys.executable, command, os.environ | {"PYTHONPATH": str(tree)})
 
 

@@ -1,4 +1,4 @@
-"""Works through the jobs of :mod:`benchmarks.campaign`, in the clean copy that it made."""
+"""Works through jobs, as :mod:`benchmarks.campaign` does, in the clean copy that it made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,7 +39,11 @@ PR_SET_PDEATHSIG = 1
 
 
 class Campaign:
-    """The jobs' state on disk: ``<job>.json`` and ``<job>.log`` in the root, and the results."""
+    """The jobs' state on disk: ``<job>.json`` and ``<job>.log`` in the root, and the results.
+
+    A job with a ``run`` has results, and is finished once they are published; the others only
+    serve those.
+    """
 
     def __init__(self, root: Path, results: Path, commit: str) -> None:
         self.root, self.results, self.commit = root, results, commit
@@ -52,16 +57,16 @@ class Campaign:
         return self.results / job.suite / "runs" / f"{job.name}.json"
 
     def finished(self, job: Job) -> bool:
-        if job.recipe == "finetune":
+        if job.run:
             return self.result(job).is_file()
         record = self.record(job)
         return record.get("state") == "finished" and record["inputs"] == job.inputs
 
     def unfinished(self, jobs: Iterable[Job]) -> list[Job]:
-        """The fine-tunings that are not finished, each after what it needs and has not got."""
+        """The runs that are not finished, each after what it needs and has not got."""
         ordered: dict[Job, None] = {}
         for job in jobs:
-            chain = [job] if job.recipe == "finetune" and not self.finished(job) else []
+            chain = [job] if job.run and not self.finished(job) else []
             while chain and chain[0].needs is not None and not self.finished(chain[0].needs):
                 chain.insert(0, chain[0].needs)
             ordered |= dict.fromkeys(chain)
@@ -109,7 +114,9 @@ class Campaign:
         if job.recipe == "collect_videos":  # continues by itself
             settings["data"] = job.path
         else:
-            settings |= {"run": job.path, "resume": resume, "device": "cpu", "threads": 1}
+            settings = {"run": job.path, "device": "cpu", "threads": 1, **settings}
+            if "run" not in job.settings:  # it makes the run that it works on
+                settings["resume"] = resume
             if not resume:
                 shutil.rmtree(folder, ignore_errors=True)
         write_json(
@@ -138,9 +145,9 @@ class Campaign:
         if code != 0:
             lines = self._log(job).splitlines()
             error = lines[-1] if lines else f"ended with {code} and wrote nothing"
-        elif job.recipe == "finetune":
+        elif job.run:
             try:
-                self._publish(job)
+                self.publish(job)
             except (OSError, KeyError, ValueError) as problem:
                 error = f"its results cannot be published: {problem!r}"
         if error is not None and self.stopping is not None:
@@ -151,7 +158,7 @@ class Campaign:
         say(f"{record['state']}: {job.path} {record.get('error', '')}")
         return record["state"] != "failed"
 
-    def _publish(self, job: Job) -> None:
+    def publish(self, job: Job) -> None:
         """Write the evaluations of a run, then what made it; drop its replay."""
         run, result = RunFolder.load(self.root / job.path), self.result(job)
         result.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +198,7 @@ class Campaign:
         if self.finished(job):
             result = read_json(self.result(job)) if job.run else record
             other = result["inputs"] != job.inputs
-            return "finished", "", "with other settings than suites.yaml" if other else ""
+            return "finished", "", "with other settings than now" if other else ""
         state = record.get("state", "waiting")
         if state == "running" and not alive:
             state = "stopped"
@@ -245,7 +252,7 @@ def check_code() -> None:
         if not Path(str(module.__file__)).is_relative_to(REPOSITORY):
             sys.exit(
                 f"error: {module.__name__} would come from {module.__file__}, not from "
-                f"{REPOSITORY}: start it with benchmarks/campaign.py"
+                f"{REPOSITORY}: start it with benchmarks/campaign.py or study.py"
             )
 
 
@@ -283,23 +290,32 @@ def main() -> None:
     unknown = [name for name in args.suites if name not in suites]
     if unknown:
         sys.exit(f"error: no suite {unknown[0]!r} in {TABLE.name}; choose {', '.join(suites)}")
+    jobs = [job for name in args.suites or suites for job in expand(suites, name)]
+    drive(Campaign, args, jobs, lambda: report(suites, args.results))
+
+
+def drive(
+    kind: type[Campaign], args: Namespace, jobs: Iterable[Job], report: Callable[[], None]
+) -> None:
+    """What the command line asks for: report, table of states, or to work through the jobs."""
     if args.report:
-        report(suites, args.results)
+        report()
         return
-    jobs = {job.path: job for name in args.suites or suites for job in expand(suites, name)}
+    jobs = {job.path: job for job in jobs}
     chosen = [job for job in jobs.values() if not job.run or re.search(args.only, job.path)]
     if not any(job.run for job in chosen):
         sys.exit(f"error: --only {args.only!r} matches none of the {len(jobs)} jobs")
     if args.status:
-        campaign = Campaign(args.root, args.results, "")
-        print(campaign.table(chosen, alive=locked(args.root)))
+        print(kind(args.root, args.results, "").table(chosen, alive=locked(args.root)))
         return
     if REPOSITORY != args.root / COPY or git("status", "--porcelain"):
-        sys.exit(f"error: {REPOSITORY} is no clean copy: start it with benchmarks/campaign.py")
+        sys.exit(
+            f"error: {REPOSITORY} is no clean copy: start it with benchmarks/campaign.py or study.py"
+        )
     with lock_root(args.root) as lock:
-        campaign = Campaign(args.root, args.results, git("rev-parse", "HEAD"))
+        campaign = kind(args.root, args.results, git("rev-parse", "HEAD"))
         failed = campaign.work(chosen, args.jobs, lock)
-        report(suites, args.results)
+        report()
         print(campaign.table(chosen, alive=False))
     sys.exit(failed > 0 or campaign.stopping is not None)
 

@@ -52,7 +52,7 @@ class Job:
     name: str
     settings: Mapping[str, Any]
     needs: Job | None = None
-    run: Mapping[str, Any] = field(default_factory=dict)  # variant, task, seed of a fine-tuning
+    run: Mapping[str, Any] = field(default_factory=dict)  # what identifies a run with results
 
     @property
     def path(self) -> str:

@@ -9,12 +9,9 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
@@ -26,6 +23,7 @@ from prelar_trl.recipes.collect_videos import check, env_names
 from prelar_trl.recipes.common import check_run
 from prelar_trl.recipes.entry import settings
 from prelar_trl.record import Progress
+from tests.campaigns import campaign, command, contents, git, make_repository, row, wait_for
 from tests.toy_runs import CLIPS, ROOT, STEPS, TINY
 
 pytestmark = pytest.mark.timeout(900)  # some thirty programs are started
@@ -142,62 +140,22 @@ def test_progress_and_speed_are_read_from_the_log_of_a_run():
 # Stopping and going on
 
 
-def git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    command = ["git", "-C", str(folder), *identity, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def make_repository(folder: Path) -> Path:
-    """This code with the trial's table, committed."""
-    for name in ("prelar_trl", "recipes", "configs", "benchmarks"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    (folder / ".gitignore").write_text("runs/\n__pycache__/\n")
-    (folder / "benchmarks" / "suites.yaml").write_text(yaml.safe_dump(TRIAL, sort_keys=False))
-    git(folder, "init", "--quiet")
-    git(folder, "add", ".")
-    git(folder, "commit", "--quiet", "-m", "trial")
-    return folder
-
-
-def campaign(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(repository / "benchmarks" / "campaign.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400)
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-def row(output: str, name: str) -> str:
-    (line,) = [line for line in output.splitlines() if line.startswith(name)]
-    return line
-
-
 def evaluated(path: Path) -> list[int]:
     with open(path, newline="") as file:
         return [int(line["step"]) for line in csv.DictReader(file)]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> SimpleNamespace:
     """A campaign that was paused, then killed without notice, within its first run."""
-    repository = make_repository(tmp_path_factory.mktemp("repository"))
+    repository = make_repository(tmp_path_factory.mktemp("repository"), "suites.yaml", TRIAL)
     # A tree that is being worked on: what is not committed must not count.
     (repository / "recipes" / "finetune.py").write_text("raise RuntimeError('half written')\n")
     root = repository / "runs" / "campaign"
-    command = [sys.executable, str(repository / "benchmarks" / "campaign.py"), "trial"]
+    line = command(repository, "campaign.py", "trial")
     run = root / "trial" / "finetune" / "dreamerv2-toy-0"
     with open(repository / "runs.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
     try:
         wait_for(lambda: (run / "checkpoints" / "last.pt").is_file() or process.poll() is not None)
         assert process.poll() is None, (repository / "runs.log").read_text()
