@@ -310,7 +310,7 @@ def drive(
         return
     if REPOSITORY != args.root / COPY or git("status", "--porcelain"):
         sys.exit(
-            f"error: {REPOSITORY} is no clean copy: start it with benchmarks/campaign.py or study.py"
+            f"error: {REPOSITORY} is no clean copy: start campaign.py or study.py of benchmarks"
         )
     with lock_root(args.root) as lock:
         campaign = kind(args.root, args.results, git("rev-parse", "HEAD"))
