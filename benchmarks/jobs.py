@@ -252,7 +252,7 @@ def check_code() -> None:
         if not Path(str(module.__file__)).is_relative_to(REPOSITORY):
             sys.exit(
                 f"error: {module.__name__} would come from {module.__file__}, not from "
-                f"{REPOSITORY}: start it with benchmarks/campaign.py or study.py"
+                f"{REPOSITORY}: start benchmarks/campaign.py or study.py"
             )
 
 
@@ -309,9 +309,7 @@ def drive(
         print(kind(args.root, args.results, "").table(chosen, alive=locked(args.root)))
         return
     if REPOSITORY != args.root / COPY or git("status", "--porcelain"):
-        sys.exit(
-            f"error: {REPOSITORY} is no clean copy: start campaign.py or study.py of benchmarks"
-        )
+        sys.exit(f"error: {REPOSITORY} is no clean copy: start benchmarks/campaign.py or study.py")
     with lock_root(args.root) as lock:
         campaign = kind(args.root, args.results, git("rev-parse", "HEAD"))
         failed = campaign.work(chosen, args.jobs, lock)

@@ -1,0 +1,273 @@
+"""The study: which runs there are, what its tables say, and that stopping it repeats nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from benchmarks.study_jobs import expand, load_study
+from benchmarks.study_report import GOALS, QUANTITIES, SHOWN, write_report
+from benchmarks.suites import override
+from prelar_trl.recipes.collect_videos import check, env_names
+from prelar_trl.recipes.common import check_run
+from prelar_trl.recipes.entry import settings
+from tests.campaigns import campaign, command, contents, git, make_repository, row, wait_for
+from tests.toy_runs import CLIPS, ROOT, TINY
+
+pytestmark = pytest.mark.timeout(900)  # some fifteen programs are started
+STUDY = load_study()
+MODEL = {"size": "tiny", **{f"model.{name}": value for name, value in TINY.items()}}
+VIDEOS = {"env": "toy", "episodes": 6, "max_steps": 8, "after_success": None}
+TRIAL = {
+    "seeds": 1,
+    "data": {
+        "toy": {
+            "videos": VIDEOS,
+            "pretrain": {**MODEL, **CLIPS, "updates": 100, "checkpoint_every": 5},
+            "probe": {"clips": 8, "batch_size": 5},
+        }
+    },
+    "variants": {"soft": {"method": "prelar"}, "kl_0.1": {"method": "prelar_no_cl"}},
+}
+# Of the table that was published first.
+OLD = (
+    "PSNR, own actions (dB)",
+    "PSNR, other actions (dB)",
+    "PSNR, last frame (dB)",
+    "SSIM, own actions",
+    "R², latent action",
+    "R², random encoder",
+    "R², frame difference",
+    "rank corr., latent and state distance",
+    "rank corr., true and state distance",
+    "rank corr., true and latent distance",
+    "own action explains best (chance 0.2)",
+)
+
+
+# Which runs there are
+
+
+def test_every_variant_is_probed_on_both_data_sets_before_any_gets_the_next_seed():
+    runs = [job.run for job in expand(STUDY) if job.run]
+    seeds = [run["seed"] for run in runs]
+    assert seeds == sorted(seeds) and set(seeds) == set(range(5))
+    first = {(run["data"], run["variant"]) for run in runs if run["seed"] == 0}
+    assert first == {(data, v) for data in ("experts", "toy") for v in STUDY.variants}
+    assert len(runs) == 5 * len(first)
+
+
+def test_a_probe_reads_the_run_before_it_which_sees_the_videos_of_its_data_set():
+    jobs = {job.path: job for job in expand(STUDY, data=["toy"], seeds=1, updates=7)}
+    probe = jobs["toy/probe/kl_0.1-0"]
+    assert probe.settings["run"] == probe.needs.path == "toy/pretrain/kl_0.1-0"
+    assert probe.needs.settings["updates"] == 7
+    assert probe.needs.settings["data"] == probe.needs.needs.path == "toy/collect_videos/videos"
+    assert {job.suite for job in jobs.values()} == {"toy"}
+
+
+def test_every_job_has_settings_that_its_recipe_takes():
+    seen = []
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        for job in expand(STUDY, seeds=1):
+            places = ["data"] if job.recipe == "collect_videos" else ["run"]
+            given = dict.fromkeys(places, "here") | dict(job.settings)
+            given |= {name: "here" for name in ("data", "run") if name in given}
+            if (job.recipe, given) in seen:
+                continue
+            seen.append((job.recipe, given))
+            cfg = settings(compose(job.recipe, [f"{k}={override(x)}" for k, x in given.items()]))
+            if job.recipe == "collect_videos":
+                check(cfg)
+                assert env_names(cfg.env, cfg.tasks)
+            elif job.recipe == "pretrain":
+                check_run(cfg, "pretrain")
+                assert cfg.size == "mini"
+    assert len(seen) == 2 + 2 * len(STUDY.variants) + 1  # all probes are the same
+
+
+# What its tables say
+
+
+def write_run(folder: Path, data: str, variant: str, seed: int, values: dict[str, Any]) -> None:
+    pretrain = {"size": "mini", "updates": 9, "batch_size": 2, "clip_len": 6}
+    inputs = {"needs": {"settings": pretrain, "needs": {"settings": {"episodes": 4}}}}
+    run = {"data": data, "variant": variant, "seed": seed, "inputs": inputs, "values": values}
+    path = folder / "runs" / data / f"{variant}-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run))
+
+
+def probed(own: float, explains: float, linear: float, mlp: float, **more: Any) -> dict[str, Any]:
+    return {
+        "openloop_psnr/own_actions_mean": own,
+        "openloop_psnr/other_actions_mean": 22.0,
+        "openloop_psnr/last_frame_mean": 24.0,
+        "action_r2/latent_action": linear,
+        "action_r2_mlp/latent_action": mlp,
+        "action_r2/random_encoder": 0.2,
+        "action_r2_mlp/random_encoder": 0.1,
+        "contrast/accuracy": explains,
+        "contrast/chance": 0.2,
+        "rank_correlation/latent_state": None,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory) -> Path:
+    """Two variants on the experts' videos, one on the toy's; prelar_plus_labels is not run."""
+    tmp_path = tmp_path_factory.mktemp("results")
+    for seed, explains in enumerate((0.55, 0.75)):
+        write_run(tmp_path, "experts", "prelar_plus", seed, probed(22.8, explains, 0.3, 0.36))
+    write_run(tmp_path, "experts", "fsq", 0, probed(24.5, 0.3, 0.4, 0.1))
+    moved = {"transfer_psnr/transferred": 26.5, "transfer_psnr/own": 28.0}
+    write_run(tmp_path, "toy", "prelar_plus", 0, probed(23.0, 0.9, 0.6, 0.7, **moved))
+    write_report(tmp_path, ["fsq", "prelar_plus"])
+    return tmp_path
+
+
+def table(path: Path) -> dict[tuple[str, str], list[str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["variant", "quantity", "mean", "deviation", "seeds"]
+    return {(variant, quantity): rest for variant, quantity, *rest in rows}
+
+
+def test_the_tables_have_mean_deviation_and_seeds_of_every_quantity(reported):
+    experts = table(reported / "table.csv")
+    explains = "own action explains best (chance 0.2)"
+    assert experts["prelar_plus", explains] == ["0.65", "0.14", "2"]
+    assert experts["prelar_plus", "action usage (0 ignored, 1 perfect)"][0] == "0.5625"
+    assert experts["fsq", "R² (better), latent action"] == ["0.4", "0", "1"]
+    assert experts["prelar_plus", "R² (better), latent action"][0] == "0.36"
+    assert experts["fsq", "PSNR, own actions minus last frame (dB)"][0] == "0.5"
+    assert list(experts)[0][0] == "fsq"
+    toy = table(reported / "toy.csv")
+    assert toy["prelar_plus", "transfer, PSNR of transferred minus own (dB)"][0] == "-1.5"
+    assert not any("transfer" in quantity for _, quantity in experts)
+
+
+def test_a_value_that_is_no_number_counts_for_nothing(reported):
+    name = "rank corr., latent and state distance"
+    assert ("fsq", name) not in table(reported / "table.csv")
+    with open(reported / "runs.csv", newline="", encoding="utf-8") as file:
+        runs = list(csv.DictReader(file))
+    assert [line[name] for line in runs] == [""] * 4
+    assert [line["seed"] for line in runs] == ["0", "0", "1", "0"]
+
+
+def test_the_names_of_the_first_study_stay():
+    assert set(OLD) <= set(QUANTITIES)
+    assert {*SHOWN, *(goal.quantity for goal in GOALS)} <= set(QUANTITIES)
+
+
+def test_goals_are_met_missed_or_not_run(reported):
+    lines = (reported / "table.md").read_text(encoding="utf-8").splitlines()
+    lines = [[x.strip() for x in line.split("|")[1:-1]] for line in lines[2 : 2 + len(GOALS)]]
+    verdicts = {(data, text): (variant, x) for data, variant, text, _, x in lines}
+    plus = "prelar_plus"
+    assert verdicts == {
+        ("experts", "own action explains best, at least 0.6"): (plus, "met"),
+        ("experts", "exchanging actions costs at least 1 dB"): (plus, "missed"),
+        ("experts", "R² without labels, at least 0.15 above the random encoder's"): (plus, "met"),
+        ("experts", "R² with 2% of labels, at least 0.7"): ("prelar_plus_labels", "not run"),
+        ("experts", "better than repeating the last frame"): ("the best: fsq", "met"),
+        ("toy", "R² without labels, at least 0.8"): (plus, "missed"),
+        ("toy", "own action explains best, at least 0.8"): (plus, "met"),
+        ("toy", "transferred actions at most 2 dB behind own"): (plus, "met"),
+        ("toy", "better than repeating the last frame"): (f"the best: {plus}", "missed"),
+    }
+
+
+def test_the_report_has_one_picture_for_each_data_set(reported):
+    assert {path.name for path in reported.glob("*.*")} == {
+        *("table.csv", "toy.csv", "runs.csv", "table.md", "experts.png", "toy.png")
+    }
+
+
+# Stopping and going on
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> SimpleNamespace:
+    """A study that was killed without notice within its first run, and started again."""
+    repository = make_repository(tmp_path_factory.mktemp("repository"), "study.yaml", TRIAL)
+    root = repository / "runs" / "study"
+    run = root / "toy" / "pretrain" / "soft-0"
+    with open(repository / "runs.log", "w") as log:
+        line = command(repository, "study.py", "--jobs", "1")
+        process = subprocess.Popen(line, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: (run / "checkpoints" / "last.pt").is_file() or process.poll() is not None)
+        assert process.poll() is None, (repository / "runs.log").read_text()
+    finally:
+        process.kill()
+        process.wait()
+    status = campaign(repository, "--status", program="study.py").stdout
+    done = campaign(repository, program="study.py")
+    return SimpleNamespace(
+        repository=repository,
+        root=root,
+        results=repository / "results" / "study",
+        status=status,
+        done=done,
+    )
+
+
+def test_a_killed_study_goes_on_where_it_was(finished):
+    assert " stopped" in row(finished.status, "toy/pretrain/soft-0")
+    assert " waiting" in row(finished.status, "toy/probe/soft-0")
+    assert finished.done.returncode == 0, finished.done.stdout + finished.done.stderr
+    assert "continues: toy/pretrain/soft-0" in finished.done.stdout
+    assert "continues: toy/pretrain/kl_0.1-0" not in finished.done.stdout
+    assert {path.name for path in (finished.results / "runs" / "toy").iterdir()} == {
+        *("soft-0.json", "kl_0.1-0.json")
+    }
+
+
+def test_a_run_says_what_made_it_and_holds_all_probes(finished):
+    text = (finished.results / "runs" / "toy" / "soft-0.json").read_text(encoding="utf-8")
+    made = json.loads(text)
+    commit = git(finished.repository, "rev-parse", "HEAD")
+    assert made["commit"] == made["pretraining_commit"] == commit
+    assert (made["data"], made["variant"], made["seed"]) == ("toy", "soft", 0)
+    assert made["inputs"]["needs"]["settings"]["updates"] == 100
+    assert made["inputs"]["needs"]["needs"]["settings"] == VIDEOS
+    assert str(finished.repository) not in text and len(text) < 5_000
+    found = table(finished.results / "toy.csv")
+    missing = {name for name in QUANTITIES if ("kl_0.1", name) not in found}
+    assert missing <= {name for name in QUANTITIES if name.startswith("rank corr.")}
+
+
+def test_finished_runs_are_not_repeated_where_only_their_files_are_left(finished, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(finished.results / "runs", results / "runs")
+    places = ["--root", str(tmp_path / "empty"), "--results", str(results)]
+    done = campaign(finished.repository, *places, program="study.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "starts" not in done.stdout and "2 finished" in done.stdout
+    assert not (tmp_path / "empty" / "toy").exists()
+    assert contents(results) == contents(finished.results)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["robots"], "no data set 'robots' in study.yaml; choose toy"),
+        (["--only", "nothing"], "--only 'nothing' matches none"),
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_one_line(finished, arguments, message):
+    done = campaign(finished.repository, *arguments, "--status", program="study.py")
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr
