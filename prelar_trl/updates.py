@@ -343,7 +343,7 @@ class BehaviorUpdate(Update):
         """Train from the posterior states ``stoch, deter`` of a batch; returns the losses."""
         self.agent.eval()
         if self.imag_batch is not None:
-            start = self.agent.world_model.starts(start)
+            start = self.agent.world_model.flatten_start_states(start)
             start = start[torch.randperm(len(start), device=start["deter"].device)]
             start = start[: self.imag_batch]
         with frozen(self.agent.world_model):

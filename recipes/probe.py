@@ -196,7 +196,7 @@ def calibrate(untrained: WorldModel, clips: VideoClips) -> None:
         untrained.train()
         for _ in range(CALIBRATION):
             batch = clips.sample()
-            untrained.dynamics_actions(batch, untrained.images(batch["pixels"]))
+            untrained.dynamics_actions(batch, untrained.preprocess(batch["pixels"]))
     untrained.eval()
 
 
@@ -207,8 +207,8 @@ def features(
     """What the true action (``target``) is read from, ``[B*(T-1), X]`` each."""
     if not has_actions:
         return {}
-    images = world_model.images(batch["pixels"])
-    flow = world_model.images(batch["flow"]) if "flow" in batch.keys() else None
+    images = world_model.preprocess(batch["pixels"])
+    flow = world_model.preprocess(batch["flow"]) if "flow" in batch.keys() else None
     found = {"target": batch["action"][:, 1:], "frame_difference": frame_difference(images)}
     found["state"] = states_before(world_model, batch)
     for name, model in (("latent_action", world_model), ("random_encoder", untrained)):

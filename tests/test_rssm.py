@@ -60,10 +60,10 @@ def test_observing_equals_a_naive_computation_step_by_step(classes: int) -> None
         update = torch.sigmoid(update - 1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         deter = update * candidate + (1 - update) * deter
-        naive_prior = rssm.latent.statistics(rssm.prior_heads[0](deter))
+        naive_prior = rssm.latent.params(rssm.prior_heads[0](deter))
         hidden = F.elu(rssm.posterior_hidden(torch.cat([deter, embed[:, t]], -1)))
-        naive = rssm.latent.statistics(rssm.posterior_out(hidden))
-        stoch = rssm.latent.flatten(rssm.latent.draw(naive, sample=False))
+        naive = rssm.latent.params(rssm.posterior_out(hidden))
+        stoch = rssm.latent.flatten(rssm.latent.rsample(naive, sample=False))
         torch.testing.assert_close(states.deter[:, t], deter)
         torch.testing.assert_close(posterior[:, t], naive)
         torch.testing.assert_close(prior[:, t], naive_prior)
@@ -178,7 +178,7 @@ def test_every_head_of_the_ensemble_is_drawn_one_per_step() -> None:
     rssm = make(ensemble=3)
     deter = torch.randn(8).expand(2, 200, 8)  # the same everywhere: only the head differs
     raw = rssm.prior(deter)
-    heads = torch.stack([rssm.latent.statistics(head(deter[0, 0])) for head in rssm.prior_heads])
+    heads = torch.stack([rssm.latent.params(head(deter[0, 0])) for head in rssm.prior_heads])
     torch.testing.assert_close(raw[0], raw[1])  # all sequences share the head of a step
     match = (raw[0][:, None] - heads).abs().amax((-2, -1)) < 1e-5  # [200, 3]
     assert (match.sum(1) == 1).all()

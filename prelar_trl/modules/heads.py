@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prelar_trl.modules.distributions import TruncatedNormal, at_least_float32
+from prelar_trl.modules.distributions import TruncatedNormal, to_float32
 from prelar_trl.modules.linear import Linear
 
 __all__ = ["MLP", "Actor"]
@@ -44,5 +44,5 @@ class Actor(MLP):
 
     def forward(self, feat: Tensor) -> TruncatedNormal:
         x = self.trunk(feat)
-        std = 2 * torch.sigmoid(at_least_float32(self.std_out(x)) / 2) + 0.1
-        return TruncatedNormal(torch.tanh(at_least_float32(self.out(x))), std)
+        std = 2 * torch.sigmoid(to_float32(self.std_out(x)) / 2) + 0.1
+        return TruncatedNormal(torch.tanh(to_float32(self.out(x))), std)

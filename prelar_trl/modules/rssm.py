@@ -145,8 +145,8 @@ class RSSM(nn.Module):
             x = F.elu(input_layer(stoch), inplace=True)
             deter = self.cell.gate(gates(torch.cat([x, deter], -1)), deter)
             hidden = F.elu(posterior_hidden(deter), inplace=True)
-            posterior = self.latent.statistics(posterior_out(hidden))
-            stoch = self.latent.draw(posterior, sample)
+            posterior = self.latent.params(posterior_out(hidden))
+            stoch = self.latent.rsample(posterior, sample)
             stochs.append(stoch)
             deters.append(deter)
             posteriors.append(posterior)
@@ -185,7 +185,7 @@ class RSSM(nn.Module):
         """One step of the prior: next state and its statistics; any batch shape."""
         deter = self.transition(state, action)
         prior = self.prior(deter)
-        return State(self.latent.draw(prior, sample), deter), prior
+        return State(self.latent.rsample(prior, sample), deter), prior
 
     def transition(self, state: State, action: Tensor | None) -> Tensor:
         """The deterministic half of a step: ``[..., D]``."""
@@ -203,12 +203,12 @@ class RSSM(nn.Module):
         """
         raw = [head(deter) for head in self.prior_heads]
         if len(raw) == 1:
-            return self.latent.statistics(raw[0])
+            return self.latent.params(raw[0])
         steps = deter.shape[1] if deter.dim() == 3 else 1
         index = torch.randint(len(raw), (steps, 1), device=deter.device)
         stacked = torch.stack(raw)  # [ensemble, ..., num_outputs]
         index = index.expand(stacked.shape[1:])[None]
-        return self.latent.statistics(stacked.gather(0, index)[0])
+        return self.latent.params(stacked.gather(0, index)[0])
 
     def _input_terms(self, action: Tensor | None, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Weight of the stochastic state, and the actions' share of the input layer plus bias."""

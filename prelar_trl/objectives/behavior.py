@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.objectives import LossModule
 
-from prelar_trl.modules.distributions import at_least_float32
+from prelar_trl.modules.distributions import to_float32
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
 
 __all__ = ["ActorLoss", "CriticLoss", "LambdaTarget"]
@@ -41,7 +41,7 @@ class LambdaTarget(nn.Module):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads ``feat, reward, discount``, ``[N, H+1, ...]``; adds ``value, value_target``."""
-        value = at_least_float32(self.critic(tensordict["feat"]))
+        value = to_float32(self.critic(tensordict["feat"]))
         target = lambda_return(tensordict["reward"], value, tensordict["discount"], self.lmbda)
         return tensordict.copy().update({"value": value, "value_target": target})
 
