@@ -347,10 +347,10 @@ def _make_decoder(s: ModelSettings, feat_dim: int, network: Mapping[str, Any]) -
 
 @torch.no_grad()
 def _initialize(module: nn.Module) -> Any:
-    """Xavier-uniform weights and zero biases of linear and convolution layers, channels-last."""
+    """Xavier-uniform weights and zero biases of linear and convolution layers."""
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    return module.to(memory_format=torch.channels_last)
+    return module

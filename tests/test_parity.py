@@ -51,6 +51,12 @@ def fixture(request: pytest.FixtureRequest) -> Fixture:
 
 @pytest.fixture
 def model(fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    return load_model(fixture, tmp_path, monkeypatch)
+
+
+def load_model(
+    fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> torch.nn.Module:
     """The fixture's model with the official weights, replaying the official random draws."""
     folder = tmp_path / "official"
     folder.mkdir()

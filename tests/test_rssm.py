@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prelar_trl.modules.linear import UnrolledLinear
 from prelar_trl.modules.rssm import RSSM, State
 
 B, T, A, E = 3, 5, 4, 6
@@ -208,28 +207,6 @@ def test_a_float64_rssm_has_right_gradients() -> None:
 
     arguments = (embed[:2].requires_grad_(), action[:2].requires_grad_())
     assert torch.autograd.gradcheck(last, arguments)
-
-
-def test_weight_gradients_taken_after_the_loop_are_those_of_every_step() -> None:
-    torch.manual_seed(2)
-    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(4, 2, 5, dtype=torch.float64, requires_grad=True)
-    mix = torch.randn(5, 3, dtype=torch.float64)
-    start = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-
-    def unroll(linear) -> torch.Tensor:
-        x, outputs = start, []
-        for t in range(4):
-            outputs.append(linear(x, t))
-            x = torch.tanh(outputs[-1]) @ mix
-        return torch.stack(outputs).square().sum()
-
-    layer = UnrolledLinear(weight, bias)
-    leaves = (weight, bias, start)
-    ours = torch.autograd.grad(unroll(lambda x, t: layer(x)), leaves)
-    plain = torch.autograd.grad(unroll(lambda x, t: x @ weight.t() + bias[t]), leaves)
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_a_step_works_under_functorch() -> None:

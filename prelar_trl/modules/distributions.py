@@ -80,7 +80,7 @@ class Categorical:
         """One-hot sample, or mode, ``[..., S, K]``; the gradient is that of the probabilities."""
         logits = to_float32(params)
         probs = logits.softmax(-1)
-        if sample:  # inverse CDF: one random number a variable, no host synchronisation
+        if sample:  # inverse CDF: one random number a variable, no host synchronization
             below = probs.detach().cumsum(-1)
             threshold = torch.rand_like(below[..., :1]) * below[..., -1:]
             index = (below <= threshold).sum(-1, keepdim=True).clamp_max(self.classes - 1)
@@ -103,7 +103,7 @@ class Categorical:
 
 
 class Gaussian:
-    """``size`` independent Gaussians, std = ``2 * sigmoid(raw / 2) + min_std``, reparameterised."""
+    """``size`` independent Gaussians, std = ``2 * sigmoid(raw / 2) + min_std``, reparameterized."""
 
     kind = "gaussian"
 
@@ -118,7 +118,7 @@ class Gaussian:
         return torch.stack([mean, 2 * torch.sigmoid(std / 2) + self.min_std], -1)
 
     def rsample(self, params: Tensor, sample: bool = True) -> Tensor:
-        """Reparameterised sample, or mean, ``[..., S]``."""
+        """Reparameterized sample, or mean, ``[..., S]``."""
         mean, std = params.unbind(-1)
         return mean + std * torch.randn_like(mean) if sample else mean
 
@@ -149,6 +149,11 @@ class TruncatedNormal:
         self._low, self._high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
         self._cdf_low = torch.special.ndtr(self._low)
         self._mass = (torch.special.ndtr(self._high) - self._cdf_low).clamp_min(1e-7)
+
+    @classmethod
+    def from_raw(cls, mean: Tensor, std: Tensor) -> TruncatedNormal:
+        """From network outputs: mean ``tanh(.)``, std ``2 * sigmoid(. / 2) + 0.1``, in float32."""
+        return cls(torch.tanh(to_float32(mean)), 2 * torch.sigmoid(to_float32(std) / 2) + 0.1)
 
     @classmethod
     def stack(cls, parts: Sequence[TruncatedNormal], dim: int) -> TruncatedNormal:

@@ -7,7 +7,6 @@ D deter, F feature = S*K + D, A action, U latent action, N imagined trajectories
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextEncoder
-from prelar_trl.modules.distributions import TruncatedNormal, to_float32
+from prelar_trl.modules.distributions import TruncatedNormal
 from prelar_trl.modules.heads import Actor
-from prelar_trl.modules.linear import cast_once
 from prelar_trl.modules.rssm import RSSM, State
 
 __all__ = ["WorldModel", "normalize_pixels"]
@@ -40,8 +38,8 @@ class WorldModel(TensorDictModuleBase):
     Writes ``embed, stoch, deter, feat, posterior, prior`` (the statistics),
     ``("prediction", <head>)`` for every head and for ``pixels``; with a latent-action encoder
     ``latent_action`` and ``latent_action_statistics`` (zero at t = 0); for a stack
-    ``("lower", "stoch" | "deter" | "feat" | "posterior" | "prior")``. Under autocast features and
-    predictions have its type, states float32.
+    ``("lower", "stoch" | "deter" | "feat" | "posterior" | "prior")``. Under autocast predicted
+    frames have its type, states and the heads' predictions are float32.
 
     Args:
         encoder: images ``[N, 3, 64, 64]`` -> ``[N, E]``.
@@ -205,16 +203,14 @@ class WorldModel(TensorDictModuleBase):
         history = start["action_history"] if self._window > 1 else None
         state = State(start["stoch"], start["deter"])
         feats, actions, policies = [self.rssm.feat(state)], [], []
-        compiling = torch.compiler.is_compiling()  # a compiler casts once anyway
-        with nullcontext() if compiling else cast_once(self.rssm, self.action_encoder):
-            for _ in range(horizon):
-                policy = actor(feats[-1].detach())
-                action = policy.rsample(sample)
-                latent, history = self._next_latent_action(action, history, sample)
-                state, _ = self.rssm.step(state, latent, sample)
-                feats.append(self.rssm.feat(state))
-                actions.append(action)
-                policies.append(policy)
+        for _ in range(horizon):
+            policy = actor(feats[-1].detach())
+            action = policy.rsample(sample)
+            latent, history = self._next_latent_action(action, history, sample)
+            state, _ = self.rssm.step(state, latent, sample)
+            feats.append(self.rssm.feat(state))
+            actions.append(action)
+            policies.append(policy)
         feat = torch.stack(feats, 1)  # [N, H+1, F]
         action, policy = torch.stack(actions, 1), TruncatedNormal.stack(policies, 1)  # [N, H, A]
         discount = self.imagined_discount(feat, start.get("terminated", None))
@@ -225,7 +221,7 @@ class WorldModel(TensorDictModuleBase):
                 "action": F.pad(action, (0, 0, 1, 0)),
                 "log_prob": F.pad(policy.log_prob(action.detach()), (1, 0)).unsqueeze(-1),
                 "entropy": F.pad(policy.entropy(), (0, 1)).unsqueeze(-1),
-                "reward": to_float32(self.heads["reward"](feat)),
+                "reward": self.heads["reward"](feat),
                 "discount": discount,
                 "weight": torch.cat([ones, discount[:, :-1]], 1).cumprod(1).detach(),
             },
@@ -251,7 +247,7 @@ class WorldModel(TensorDictModuleBase):
         """Discount at each imagined state, ``[N, H+1, 1]``; the true one at z0 where known."""
         if "discount" not in self.heads:
             return torch.full_like(feat[..., :1], self.discount, dtype=torch.float32)
-        discount = torch.sigmoid(to_float32(self.heads["discount"](feat)))
+        discount = torch.sigmoid(self.heads["discount"](feat))
         if terminated is None:
             return discount
         true_first = self.discount * (~terminated).float()
@@ -298,7 +294,7 @@ class WorldModel(TensorDictModuleBase):
         maps = None
         if self.context_encoder is not None:  # never a frame that is to be predicted
             maps = self.context_encoder(images[:, :context])
-        return (to_float32(self.decode(feat, maps)) + 0.5).clamp(0, 1)
+        return (self.decode(feat, maps) + 0.5).clamp(0, 1)
 
 
 def _action_history(action: Tensor, window: int) -> Tensor:

@@ -12,7 +12,6 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from prelar_trl.modules.distributions import to_float32
 from prelar_trl.modules.world_model import normalize_pixels
 from prelar_trl.objectives.common import check_weights, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
@@ -153,7 +152,7 @@ class WorldModelLoss(LossModule):
             prediction = self._prediction(out, "aux_reward")
             values["aux_reward"] = gaussian_nll(prediction, out[keys.reward]).mean()
         if "discount" in self.weights:
-            logits = to_float32(self._prediction(out, "discount"))
+            logits = self._prediction(out, "discount")
             target = self.discount * (~out[keys.terminated]).to(logits.dtype)
             values["discount"] = F.binary_cross_entropy_with_logits(logits, target)
         losses = weighted(values, self.weights)
