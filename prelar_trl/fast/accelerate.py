@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -32,6 +32,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class FastWorldModel(WorldModel):
+    """Casts the frozen weights once for all steps of imagination."""
+
     def imagine(
         self, actor: Actor, start: TensorDictBase, horizon: int = 15, sample: bool = True
     ) -> TensorDict:
@@ -55,21 +57,18 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     ResidualLayer: convnets.FastResidualLayer,
     WorldModel: FastWorldModel,
 }
+CHECKPOINTED = (convnets.FastResNetDecoder, convnets.FastResNetEncoder)
+# Activations that follow a layer whose output nothing else reads.
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Sequence[nn.Module]]] = {
+    ActionEncoder: lambda part: [part.act],
+    Actor: lambda part: [part.act],
+    LatentActionEncoder: lambda part: [part.head[1]],
+    MLP: lambda part: [part.act],
+    RSSM: lambda part: [part.act, *(head[1] for head in part.prior_heads)],
+}
 
 
-def _activations(part: nn.Module) -> Sequence[nn.Module]:
-    """Those of a part that follow a layer whose output nothing else reads."""
-    match part:
-        case MLP() | ActionEncoder():
-            return [part.act]
-        case RSSM():
-            return [part.act, *(head[1] for head in part.prior_heads)]
-        case LatentActionEncoder():
-            return [part.head[1]]
-    return []
-
-
-def accelerate(module: M) -> M:
+def accelerate(module: M, *, checkpoint: bool | None = None) -> M:
     """Replace the classes of a model's parts, in place, by their fast versions.
 
     Each of those is a subclass that overrides how something is computed, never what: parameters,
@@ -80,7 +79,8 @@ def accelerate(module: M) -> M:
     - linear layers run in oneDNN's kernels (CPU, float32);
     - the recurrence computes before and after its loop what does not depend on it, and the GRU's
       gates, norm and activations are computed again in the backward pass, not kept;
-    - of the ResNets only the convolutions' outputs are kept for the backward pass;
+    - of the ResNets only the convolutions' outputs are kept for the backward pass
+      (``checkpoint``);
     - weights and maps are channels-last; the plain CNNs take 50 frames at a time (CPU);
     - activations after linear layers work in place; under autocast imagination casts the frozen
       weights once.
@@ -90,12 +90,20 @@ def accelerate(module: M) -> M:
 
     Args:
         module: any module, such as a :class:`WorldModel`, an :class:`Agent` or a loss.
+        checkpoint: keep only the convolutions' outputs of the ResNets for the backward pass: half
+            of the memory, a few percent of the time. Default: where the module is on the CPU.
 
     Returns:
         The same module.
     """
+    if checkpoint is None:
+        checkpoint = all(x.device.type == "cpu" for x in module.parameters())
     for part in module.modules():
-        part.__class__ = FAST.get(type(part), type(part))
-        for activation in _activations(part):
-            activation.inplace = True
+        kind = type(part)
+        if kind in ACTIVATIONS:
+            for activation in ACTIVATIONS[kind](part):
+                activation.inplace = True
+        part.__class__ = FAST.get(kind, kind)
+        if isinstance(part, CHECKPOINTED):
+            part.checkpoint = checkpoint
     return module.to(memory_format=torch.channels_last)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 CHUNK = 50  # frames
+Run = Callable[..., Any]  # of a function and its inputs, such as checkpoint_convs
 
 
 def upsampled_conv2d(x: Tensor, weight: Tensor) -> Tensor:
@@ -61,6 +63,11 @@ def chunked(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     if len(x) <= CHUNK or not x.is_cpu or torch.compiler.is_compiling():
         return network(x)
     return torch.cat([network(chunk) for chunk in x.split(CHUNK)])
+
+
+def call(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """``function(*inputs)``: :func:`checkpoint_convs` without checkpoints."""
+    return function(*inputs)
 
 
 def _shortcut(skip: nn.Sequential, x: Tensor, upsample: bool) -> Tensor:
@@ -93,21 +100,25 @@ def _has_norm(block: nn.Sequential) -> bool:
 
 
 class FastResidualLayer(ResidualLayer):
+    """In place where that is allowed, and up-sampling itself."""
+
     def forward(self, x: Tensor, upsample: bool = False) -> Tensor:
         """The layer's output; with ``upsample`` for ``x`` made twice as large (nearest)."""
         skip = _shortcut(self.skip, x, upsample)
         y = _convolve(self.block, x, upsample)
         return _join(self.block, y, skip, upsample and not self.skip)
 
-    def by_branches(self, x: Tensor, upsample: bool) -> Tensor:
+    def by_branches(self, x: Tensor, upsample: bool, run: Run = checkpoint_convs) -> Tensor:
         """The same; the backward pass computes one branch again at a time, their sum not at all."""
         # The skip first: its gradient, as large as x, comes last and is not kept meanwhile.
-        skip = checkpoint_convs(partial(_shortcut, self.skip, upsample=upsample), x)
-        y = checkpoint_convs(partial(_convolve, self.block, upsample=upsample), x)
+        skip = run(partial(_shortcut, self.skip, upsample=upsample), x)
+        y = run(partial(_convolve, self.block, upsample=upsample), x)
         return _join(self.block, y, skip, upsample and not self.skip)
 
 
 class FastContextLayer(ContextLayer):
+    """Attention, then a :class:`FastResidualLayer`."""
+
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         z = F.relu(x + self.attention_norm(self.attend(x, context)))
         skip = _shortcut(self.skip, x, False)
@@ -115,11 +126,16 @@ class FastContextLayer(ContextLayer):
 
 
 class FastResNetEncoder(ResNetEncoder):
+    """Checkpointed stage by stage."""
+
+    checkpoint = True
+
     def feature_maps(self, x: Tensor) -> list[Tensor]:
+        run = checkpoint_convs if self.checkpoint else call
         x = x.contiguous(memory_format=channels_last)
         maps = []
         for index in range(len(self.stages)):
-            stage_map, x = checkpoint_convs(partial(self.run_stage, index), x)
+            stage_map, x = run(partial(self.run_stage, index), x)
             maps.append(stage_map)
         return [*maps, x]
 
@@ -130,14 +146,19 @@ class FastResNetEncoder(ResNetEncoder):
 
 
 class FastResNetDecoder(ResNetDecoder):
+    """Checkpointed stage by stage, the largest one branch by branch."""
+
+    checkpoint = True
+
     def forward(self, feat: Tensor) -> Tensor:
+        run = checkpoint_convs if self.checkpoint else call
         x = self.linear_in(feat).unflatten(-1, self.first_map)  # [N, C, 4, 4]
         x = x.contiguous(memory_format=channels_last)
         *stages, largest = self.stages
         for stage in stages:
-            x = checkpoint_convs(partial(_upsampled_stage, stage), x)
+            x = run(partial(_upsampled_stage, stage), x)
         for index, layer in enumerate(largest):
-            x = layer.by_branches(x, upsample=index == 0)
+            x = layer.by_branches(x, index == 0, run)
         return self.conv_out(x)
 
 
@@ -148,6 +169,8 @@ def _upsampled_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
 
 
 class FastContextDecoder(ContextDecoder):
+    """Its layers in place where that is allowed."""
+
     def forward(self, feat: Tensor, context: list[Tensor]) -> Tensor:
         x = self.linear_in(feat).unflatten(-1, self.first_map)  # [B*T, C, 4, 4]
         x = x.contiguous(memory_format=channels_last)
@@ -162,6 +185,8 @@ class FastContextDecoder(ContextDecoder):
 
 
 class FastCNNEncoder(CNNEncoder):
+    """Some frames at a time."""
+
     def forward(self, x: Tensor) -> Tensor:
         return chunked(self.run_convs, x.contiguous(memory_format=channels_last))
 
@@ -172,6 +197,8 @@ class FastCNNEncoder(CNNEncoder):
 
 
 class FastCNNDecoder(CNNDecoder):
+    """Some frames at a time, the first layer as a matrix product."""
+
     def forward(self, feat: Tensor) -> Tensor:
         first = self.convs[0]
         # On one pixel a transposed convolution is a matrix product.

@@ -95,8 +95,11 @@ def _onednn_serves(*tensors: Tensor | None) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # The weight must be dense, see _dense: a slice takes oneDNN's slow way, element by element.
+    product = onednn_linear()
+    if x.dim() == 2:
+        return product(x.contiguous(), weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return unsafe_view(onednn_linear()(rows, weight, bias), [*x.shape[:-1], weight.shape[0]])
+    return unsafe_view(product(rows, weight, bias), [*x.shape[:-1], weight.shape[0]])
 
 
 class _OneDNNProduct(torch.autograd.Function):
@@ -120,7 +123,8 @@ class _OneDNNProduct(torch.autograd.Function):
 
 def _dense(weight: Tensor) -> Tensor:
     """The weight without gaps, by rows or by columns: a slice is copied."""
-    return weight if weight.t().is_contiguous() else weight.contiguous()
+    by_rows = weight.is_contiguous()
+    return weight if by_rows or weight.t().is_contiguous() else weight.contiguous()
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -145,6 +149,21 @@ class _DeferredWeightGrad(torch.autograd.Function):
         return weight, grad, None
 
 
+class _StepProduct(torch.autograd.Function):
+    """``x W^T + b`` without gradient of ``W``: one step of :class:`TimeBatchedLinear`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x, weight).add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (weight,) = ctx.saved_tensors
+        return _product(grad, weight.t()), None, grad
+
+
 class TimeBatchedLinear:
     """``x_t W^T + b_t`` for t = 0, 1, ..., T-1, called once a step.
 
@@ -161,15 +180,16 @@ class TimeBatchedLinear:
         weight, bias = cast_to_autocast(weight), cast_to_autocast(bias)
         self.inputs: list[Tensor] = []
         if torch.compiler.is_compiling():  # the compiler cannot trace a list that fills later
-            self.weight, self.biases = weight, iter(bias.unbind(0))
+            self.weight, self.biases, self.onednn = weight, iter(bias.unbind(0)), False
             return
         self.weight = weight.detach().contiguous()
         self.biases = iter(_DeferredWeightGrad.apply(weight, bias, self.inputs).unbind(0))
+        self.onednn = _onednn_serves(self.weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[B, in]`` -> ``[B, out]`` of the next step."""
         x = x.to(self.weight.dtype)
         self.inputs.append(x.detach())
-        if _onednn_serves(x, self.weight):
-            return linear(x, self.weight) + next(self.biases)
+        if self.onednn:
+            return _StepProduct.apply(x, self.weight, next(self.biases))
         return torch.addmm(next(self.biases), x, self.weight.t())

@@ -53,6 +53,8 @@ class _Gates(torch.autograd.Function):
 
 
 class FastGRUCell(GRUCell):
+    """:class:`GRUCell` that computes norm and gates again in the backward pass."""
+
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
         return self.gate(self.linear(torch.cat([x, deter], -1)), deter)
 
@@ -86,6 +88,8 @@ class TimeBatchedRSSM(RSSM):
         sample: bool = True,
     ) -> tuple[State, Tensor, Tensor]:
         batch, steps = embed.shape[:2]
+        if steps == 1:  # acting
+            return super().observe(embed, action, is_first, state, sample)
         state = state or self.initial_state(batch)
         keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # [B, T, 1]
         stoch_weight, action_bias = self._input_terms(action, keep)

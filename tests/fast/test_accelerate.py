@@ -157,6 +157,20 @@ def test_a_users_own_network_keeps_its_activations() -> None:
     assert model.encoder.layer.weight.grad.isfinite().all()
 
 
+def test_acting_takes_the_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = accelerate(tiny_world_model("dreamerv2", "finetune", sample=False))
+    data, steps = batch(2, 3), []
+    step = type(model.rssm).observe_step
+    monkeypatch.setattr(
+        type(model.rssm), "observe_step", lambda *args: steps.append(1) or step(*args)
+    )
+    whole = model(data.clone())
+    assert not steps
+    first = model(data[:, :1].clone())
+    assert steps
+    torch.testing.assert_close(first["feat"], whole["feat"][:, :1])
+
+
 @pytest.mark.parametrize(("method", "phase"), PHASES)
 def test_an_accelerated_update_never_asks_for_a_value(method: str, phase: str) -> None:
     with torch.device("meta"):

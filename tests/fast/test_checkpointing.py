@@ -183,3 +183,12 @@ def test_a_network_may_run_twice_under_one_autocast() -> None:
         loss = (model(x) + model(x)).float().sum()
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("network", [ResNetEncoder, ResNetDecoder])
+def test_without_checkpoints_everything_is_kept(network: type) -> None:
+    x = torch.randn(2, 3, 64, 64) if network is ResNetEncoder else torch.randn(2, 3)
+    with_them, without = (
+        kept_bytes(accelerate(network(3, depth=4), checkpoint=on), x) for on in (True, False)
+    )
+    assert with_them < 0.7 * without
