@@ -97,6 +97,7 @@ class Noisy(Update):
     def losses(self, x: torch.Tensor) -> TensorDict:
         self.calls += 1
         error = self.module.weight * x + torch.randn(3)
+        self.gradient = 2 * error.detach() * x  # of the last call alone
         return TensorDict({"loss_x": error.square().sum(), "x": error.detach().sum()})
 
 
@@ -144,23 +145,16 @@ def test_auto_goes_on_eagerly_with_one_warning_where_compiling_fails(
 ) -> None:
     monkeypatch.setattr(torch, "compile", fail_in(where, call))
     update = compile_update(Noisy(), "auto")
-    eager, gradients = Noisy(), []
-    x = torch.ones(3)
     with pytest.warns(UserWarning) as caught:
         for _ in range(4):
-            rng = torch.get_rng_state()
-            update.forward_backward(x)
-            gradients.append(update.module.weight.grad.clone())
+            update.forward_backward(torch.ones(3))
+            torch.testing.assert_close(update.module.weight.grad, update.gradient)
             update.module.weight.grad = None
     (message,) = (str(warning.message) for warning in caught)
     assert message == (
         "compile=auto failed (RuntimeError: no C++ compiler and more); goes on as compile=off"
     )
     assert update.calls == 5  # one batch was computed again
-    torch.set_rng_state(rng)
-    eager.forward_backward(x)
-    assert torch.equal(gradients[-1], eager.module.weight.grad)
-    assert gradients[call].abs().max() < 100  # no half of a failed gradient is left in it
 
 
 def test_the_failed_call_s_tensors_are_free_when_the_eager_one_begins(
