@@ -189,7 +189,7 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
         memory: ``[M, P]``.
         valid: bool ``[M]``; with fewer than k valid points all of them count, with
             none the distance is 0.
-        k: number of neighbours.
+        k: number of neighbors.
 
     Returns:
         ``[N]``.

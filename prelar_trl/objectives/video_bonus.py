@@ -15,11 +15,11 @@ class VideoBonus(nn.Module):
     """Novelty of short clips: distance to the nearest ones seen lately, in a random projection.
 
     Source: APV (Seo et al., ICML 2022), section 3.3. The batch itself enters the memory before
-    distances are taken, so each point counts itself among its neighbours, as in the authors' code.
+    distances are taken, so each point counts itself among its neighbors, as in the authors' code.
 
     Args:
         embed_dim: size of the embedding.
-        k: number of neighbours. Default: 16.
+        k: number of neighbors. Default: 16.
         window: steps averaged into one clip embedding. Default: 5.
         projection_dim: size of the random projection (std 1 / projection_dim). Default: 128.
         memory_size: number of projections kept, newest first. Default: 4096.
