@@ -262,14 +262,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         "           frames/s  peak MiB  TFLOP  share"
     ]
     for row in rows:
-        stretches = []
+        sections = []
         for name in ("world_model", "behavior"):
             low, high = row.get(f"{name}_ms_range", (0, 0))
-            stretches.append(f"{row[f'{name}_ms']:8.0f} ({low:.0f}-{high:.0f})" if high else "-")
+            sections.append(f"{row[f'{name}_ms']:8.0f} ({low:.0f}-{high:.0f})" if high else "-")
         lines.append(
             f"{row['method']:<12} {row['phase']:<8} {row['size']:<5} "
             f"{row['batch']:>2}x{row['length']:<3} {row['precision']:>4} "
-            f"{'on' if row['compile'] else 'off':>4}   {stretches[0]:<22} {stretches[1]:<22} "
+            f"{'on' if row['compile'] else 'off':>4}   {sections[0]:<22} {sections[1]:<22} "
             f"{row['frames_per_s']:>6.0f}  {row['peak_mib']:>8.0f}  "
             f"{(row['conv_gflop'] + row['matmul_gflop']) / 1e3:5.2f}  {row['share_of_peak']:5.0%}"
         )

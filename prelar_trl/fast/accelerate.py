@@ -23,6 +23,7 @@ from prelar_trl.modules.convnets import (
     ResNetEncoder,
 )
 from prelar_trl.modules.heads import MLP, Actor
+from prelar_trl.modules.patchnets import PatchEncoder
 from prelar_trl.modules.rssm import RSSM, GRUCell
 from prelar_trl.modules.world_model import WorldModel
 
@@ -51,6 +52,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     ContextDecoder: convnets.FastContextDecoder,
     ContextLayer: convnets.FastContextLayer,
     GRUCell: FastGRUCell,
+    PatchEncoder: convnets.FastPatchEncoder,
     RSSM: TimeBatchedRSSM,
     ResNetDecoder: convnets.FastResNetDecoder,
     ResNetEncoder: convnets.FastResNetEncoder,

@@ -25,12 +25,14 @@ from prelar_trl.modules.convnets import (
     ResNetDecoder,
     ResNetEncoder,
 )
+from prelar_trl.modules.patchnets import PatchEncoder
 
 __all__ = [
     "FastCNNDecoder",
     "FastCNNEncoder",
     "FastContextDecoder",
     "FastContextLayer",
+    "FastPatchEncoder",
     "FastResNetDecoder",
     "FastResNetEncoder",
     "FastResidualLayer",
@@ -188,12 +190,22 @@ class FastCNNEncoder(CNNEncoder):
     """Some frames at a time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return chunked(self.run_convs, x.contiguous(memory_format=channels_last))
+        return chunked(partial(_encode, self.convs), x)
 
-    def run_convs(self, x: Tensor) -> Tensor:
-        for conv in self.convs:
-            x = F.elu(conv(x), inplace=True)
-        return x.flatten(1)
+
+class FastPatchEncoder(PatchEncoder):
+    """Channels-last, its activations in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _encode(self.convs, x)
+
+
+def _encode(convs: nn.ModuleList, x: Tensor) -> Tensor:
+    """Convolutions with ELU, and all of their last map: ``[N, E]``."""
+    x = x.contiguous(memory_format=channels_last)
+    for conv in convs:
+        x = F.elu(conv(x), inplace=True)
+    return x.flatten(1)
 
 
 class FastCNNDecoder(CNNDecoder):

@@ -23,6 +23,7 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("prelar", "pretrain", {"ensemble": 3, "norm": "none", "layers": 2}),
     ("prelar", "pretrain", {"weights": {"action_contrast": 1.0}}),
     ("prelar", "finetune", {"action_window": 3, "classes": 0}),
+    ("prelar", "finetune", {"images": "cnn", "patches": True}),
     ("contextwm", "pretrain", {"norm": "group", "layers": 2, "augmentation": "scale"}),
 ]
 CASES = [(method, phase, {}) for method, phase in PHASES] + OPTIONS
