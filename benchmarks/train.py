@@ -3,6 +3,7 @@
     python benchmarks/train.py --method prelar --phase pretrain --batch 16 --length 25
     python benchmarks/train.py --method prelar dreamerv2 --phase finetune --precision 32 bf16
     python benchmarks/train.py --batch 16 32 64 --length 25 50   # growth
+    python benchmarks/train.py --plain                           # without prelar_trl.fast
     python benchmarks/train.py --baseline '<command>'            # against another program
 
 Every configuration runs in a fresh process, on random frames. Options with several values are
@@ -37,8 +38,9 @@ from tensordict import TensorDict
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.allocator import keep_freed_memory, tcmalloc_environment
+from prelar_trl.fast import accelerate, compile_update
+from prelar_trl.fast.linear import linear
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
-from prelar_trl.modules.linear import linear
 from prelar_trl.presets import METHODS, SIZES
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
@@ -79,7 +81,7 @@ def peak_mib(device: str) -> float:
 def make_updates(config: dict[str, Any]) -> tuple[WorldModelUpdate, BehaviorUpdate | None]:
     """The training steps of a configuration, with new weights."""
     method, phase, options = config["method"], config["phase"], {"size": config["size"]}
-    how = {"precision": config["precision"], "compile": "on" if config["compile"] else "off"}
+    precision = config["precision"]
     behavior_update = bonus = None
     if phase == "pretrain":
         model = make_world_model(method, phase, action_dim=ACTION_DIM, **options)
@@ -87,10 +89,14 @@ def make_updates(config: dict[str, Any]) -> tuple[WorldModelUpdate, BehaviorUpda
     else:
         agent = make_agent(method, action_dim=ACTION_DIM, **options).to(config["device"])
         model, bonus = agent.world_model, agent.video_bonus
-        behavior_update = BehaviorUpdate(agent, **how)
+        behavior_update = BehaviorUpdate(agent, precision=precision)
     loss = make_world_model_loss(method, phase, model, video_bonus=bonus).to(config["device"])
     pretrained = phase == "finetune" and METHODS[method].checkpoint
-    update = WorldModelUpdate(loss, frozen_updates=0 if pretrained else None, **how)
+    update = WorldModelUpdate(loss, frozen_updates=0 if pretrained else None, precision=precision)
+    for each in (update, behavior_update):
+        if each is not None and not config["plain"]:
+            accelerate(each.module)
+            compile_update(each, "on" if config["compile"] else "off")
     return update, behavior_update
 
 
@@ -213,7 +219,7 @@ def total_ms(row: dict[str, Any]) -> float:
     return row["world_model_ms"] + row["behavior_ms"]
 
 
-def summarise(rounds: list[dict[str, Any]], peak: dict[str, float]) -> dict[str, Any]:
+def summarize(rounds: list[dict[str, Any]], peak: dict[str, float]) -> dict[str, Any]:
     """One row from the rounds of a configuration: medians, spread, rates."""
     row = dict(rounds[0])
     updates = {
@@ -252,18 +258,18 @@ def compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[st
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
     lines = [
-        "method       phase    size  batch  prec comp   world model ms         behaviour ms"
+        "method       phase    size  batch  prec comp   world model ms         behavior ms"
         "           frames/s  peak MiB  TFLOP  share"
     ]
     for row in rows:
-        stretches = []
+        sections = []
         for name in ("world_model", "behavior"):
             low, high = row.get(f"{name}_ms_range", (0, 0))
-            stretches.append(f"{row[f'{name}_ms']:8.0f} ({low:.0f}-{high:.0f})" if high else "-")
+            sections.append(f"{row[f'{name}_ms']:8.0f} ({low:.0f}-{high:.0f})" if high else "-")
         lines.append(
             f"{row['method']:<12} {row['phase']:<8} {row['size']:<5} "
             f"{row['batch']:>2}x{row['length']:<3} {row['precision']:>4} "
-            f"{'on' if row['compile'] else 'off':>4}   {stretches[0]:<22} {stretches[1]:<22} "
+            f"{'on' if row['compile'] else 'off':>4}   {sections[0]:<22} {sections[1]:<22} "
             f"{row['frames_per_s']:>6.0f}  {row['peak_mib']:>8.0f}  "
             f"{(row['conv_gflop'] + row['matmul_gflop']) / 1e3:5.2f}  {row['share_of_peak']:5.0%}"
         )
@@ -289,6 +295,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--length", type=int, nargs="+", default=[25])
     parser.add_argument("--precision", nargs="+", default=["32"], choices=list(DTYPES))
     parser.add_argument("--compile", nargs="+", default=["off"], choices=["off", "on"])
+    parser.add_argument("--plain", action="store_true", help="without prelar_trl.fast")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--warmup", type=int, default=2, help="updates before the clock starts")
@@ -306,7 +313,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         parser.error("--device cuda: this machine has no CUDA device; use --device cpu")
 
     peaks = {precision: rates(args.device, precision, args.threads) for precision in args.precision}
-    shared = {name: getattr(args, name) for name in ("device", "threads", "warmup", "updates")}
+    shared = {
+        name: getattr(args, name) for name in ("device", "threads", "warmup", "updates", "plain")
+    }
     allocator = tcmalloc_environment() if args.device == "cpu" else {}
     rows = []
     for method, phase, size, batch, length, precision, compiled in itertools.product(
@@ -322,7 +331,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             ours.append(run(command, allocator))
             if args.baseline:
                 theirs.append(run(shlex.split(args.baseline)))
-        row = summarise(ours, peaks[precision])
+        row = summarize(ours, peaks[precision])
         if theirs:
             row["baseline"] = compare(ours, theirs)
         rows.append(row)

@@ -125,7 +125,7 @@ def make_world_model(
         discount=s.discount,
         sample=sample,
     )
-    return _initialise(world_model)
+    return _initialize(world_model)
 
 
 def make_agent(
@@ -151,8 +151,8 @@ def make_agent(
         **overrides,
     )
     feat_dim = world_model.rssm.feat_dim
-    actor = _initialise(Actor(feat_dim, action_dim, s.head_layers, s.head_units))
-    critic = _initialise(MLP(feat_dim, 1, s.head_layers, s.head_units))
+    actor = _initialize(Actor(feat_dim, action_dim, s.head_layers, s.head_units))
+    critic = _initialize(MLP(feat_dim, 1, s.head_layers, s.head_units))
     bonus = None
     if s.bonus_embed is not None:
         bonus = VideoBonus(
@@ -346,11 +346,11 @@ def _make_decoder(s: ModelSettings, feat_dim: int, network: Mapping[str, Any]) -
 
 
 @torch.no_grad()
-def _initialise(module: nn.Module) -> Any:
-    """Xavier-uniform weights and zero biases of linear and convolution layers, channels-last."""
+def _initialize(module: nn.Module) -> Any:
+    """Xavier-uniform weights and zero biases of linear and convolution layers."""
     for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    return module.to(memory_format=torch.channels_last)
+    return module

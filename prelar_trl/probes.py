@@ -58,7 +58,7 @@ def openloop_quality(
         ``{"psnr" | "ssim": {prediction: float32 [B, T]}}``.
     """
     pixels = batch["pixels"]
-    own, _ = world_model.dynamics_actions(batch, world_model.images(pixels))
+    own, _ = world_model.dynamics_actions(batch, world_model.preprocess(pixels))
     if own is None:
         predictions = {"no_actions": world_model.open_loop(batch, context)}
     else:
@@ -90,7 +90,7 @@ def transfer(
         own actions.
     """
     actions = [
-        world_model.dynamics_actions(x, world_model.images(x["pixels"]))[0]
+        world_model.dynamics_actions(x, world_model.preprocess(x["pixels"]))[0]
         for x in (source, target)
     ]
     if actions[0] is None:

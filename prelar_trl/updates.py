@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,11 +13,16 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from prelar_trl.compilation import CompileMode, ForwardBackward
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
-from prelar_trl.modules.world_model import WorldModel, normalise_pixels
-from prelar_trl.objectives import ActorLoss, CriticLoss, LambdaTarget, WorldModelLoss
+from prelar_trl.modules.world_model import WorldModel, normalize_pixels
+from prelar_trl.objectives import (
+    ActorLoss,
+    CriticLoss,
+    LambdaTarget,
+    WorldModelLoss,
+    total_loss,
+)
 from prelar_trl.objectives.common import loss_keys
 
 __all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
@@ -69,14 +74,30 @@ def clip_and_step(optimizer: Optimizer, clip: float) -> Tensor:
 
 
 class Update:
-    """Base of the two updates: optimizers by name, autocast, saving and loading."""
+    """Base of the two updates: loss and gradient, optimizers by name, saving and loading.
 
-    def __init__(self, precision: Precision, clip: float) -> None:
+    Args:
+        module: has all parameters and buffers that :meth:`losses` uses.
+        precision: ``32``, or ``bf16`` for autocast.
+        clip: largest global gradient norm of an optimizer's parameters.
+    """
+
+    def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
         if precision not in ("32", "bf16"):
             raise ValueError(f"precision={precision!r} is unknown; choose 32 or bf16")
-        self.mixed, self.clip = precision == "bf16", clip
+        self.module, self.mixed, self.clip = module, precision == "bf16", clip
         self.optimizers: dict[str, Optimizer] = {}
         self.count = 0
+
+    def losses(self, *inputs: Any) -> TensorDict:
+        """The losses of these inputs, ``loss_*`` entries among them."""
+        raise NotImplementedError
+
+    def forward_backward(self, *inputs: Any) -> TensorDict:
+        """Add the gradient of the losses' sum to the parameters' ``grad``; the losses, detached."""
+        losses = self.losses(*inputs)
+        total_loss(losses).backward()
+        return losses.detach()
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed else nullcontext()
@@ -107,7 +128,6 @@ class WorldModelUpdate(Update):
             move during the first ``frozen_updates`` updates; None: one group. Default: None.
         clip: largest global gradient norm of a group. Default: 100.
         precision: ``32``, or ``bf16`` for autocast. Default: ``32``.
-        compile: see :class:`ForwardBackward`. Default: ``off``.
         rehearsal: pre-training video that is rehearsed. Default: none.
     """
 
@@ -119,12 +139,10 @@ class WorldModelUpdate(Update):
         frozen_updates: int | None = None,
         clip: float = 100.0,
         precision: Precision = "32",
-        compile: CompileMode = "off",
         rehearsal: Rehearsal | None = None,
     ) -> None:
-        super().__init__(precision, clip)
+        super().__init__(loss, precision, clip)
         self.loss, self.rehearsal = loss, rehearsal
-        self.forward_backward = ForwardBackward(self._losses, loss, compile)
         model: WorldModel = loss.world_model
         groups = {"model": list(loss.parameters())}
         if frozen_updates is not None:
@@ -158,7 +176,7 @@ class WorldModelUpdate(Update):
         self.count += 1
         return losses
 
-    def _losses(self, batch: TensorDictBase, video: TensorDictBase | None) -> TensorDict:
+    def losses(self, batch: TensorDictBase, video: TensorDictBase | None) -> TensorDict:
         with self.autocast(batch["pixels"].device):
             losses = self.loss(batch)
             return losses if self.rehearsal is None else self.rehearsal(losses, video)
@@ -265,7 +283,7 @@ class Alignment(Update):
     def __init__(
         self, action_encoder: ActionEncoder, inverse_model: LatentActionEncoder, lr: float = 1e-3
     ) -> None:
-        super().__init__("32", clip=100.0)
+        super().__init__(action_encoder, "32", clip=100.0)
         self.action_encoder, self.inverse_model = action_encoder, inverse_model.eval()
         self.optimizers = {"align": make_adam(action_encoder.parameters(), lr)}
 
@@ -278,7 +296,7 @@ class Alignment(Update):
         """
         known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
         with torch.no_grad():
-            target, _ = self.inverse_model(normalise_pixels(batch["pixels"]), sample=False)
+            target, _ = self.inverse_model(normalize_pixels(batch["pixels"]), sample=False)
             target = target[:, 1:]
             count = known.sum().clamp_min(1)
             mean = (target * known).sum((0, 1)) / count
@@ -304,7 +322,7 @@ class BehaviorUpdate(Update):
         entropy_scale, gradient: see :class:`ActorLoss`.
         slow_every: updates from copy to copy of the slow critic, the first included. Default: 100.
         imag_batch: start from that many random states instead of all. Default: all.
-        clip, precision, compile: see :class:`WorldModelUpdate`.
+        clip, precision: see :class:`WorldModelUpdate`.
     """
 
     def __init__(
@@ -321,15 +339,13 @@ class BehaviorUpdate(Update):
         imag_batch: int | None = None,
         clip: float = 100.0,
         precision: Precision = "32",
-        compile: CompileMode = "off",
     ) -> None:
-        super().__init__(precision, clip)
+        super().__init__(agent, precision, clip)
         if horizon < 2:
             raise ValueError(
                 f"horizon={horizon} must be at least 2: the first step trains no actor"
             )
         self.agent, self.horizon = agent, horizon
-        self.forward_backward = ForwardBackward(self._losses, agent, compile)
         self.slow_every, self.imag_batch = slow_every, imag_batch
         self.target = LambdaTarget(agent.slow_critic, lmbda)
         self.actor_loss = ActorLoss(gradient=gradient, entropy_scale=entropy_scale)
@@ -343,7 +359,7 @@ class BehaviorUpdate(Update):
         """Train from the posterior states ``stoch, deter`` of a batch; returns the losses."""
         self.agent.eval()
         if self.imag_batch is not None:
-            start = self.agent.world_model.starts(start)
+            start = self.agent.world_model.flatten_start_states(start)
             start = start[torch.randperm(len(start), device=start["deter"].device)]
             start = start[: self.imag_batch]
         with frozen(self.agent.world_model):
@@ -354,7 +370,7 @@ class BehaviorUpdate(Update):
         self.count += 1
         return losses
 
-    def _losses(self, start: TensorDictBase, sample: bool) -> TensorDict:
+    def losses(self, start: TensorDictBase, sample: bool) -> TensorDict:
         with self.autocast(start["deter"].device):
             imagined = self.agent.world_model.imagine(self.agent.actor, start, self.horizon, sample)
             imagined = self.target(imagined)

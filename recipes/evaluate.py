@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.envs import make_env
+from prelar_trl.fast import accelerate
 from prelar_trl.models import make_agent
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
@@ -49,7 +50,7 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
         **checkpoint["overrides"],
     )
     agent.load_state_dict(checkpoint["agent"])
-    agent.to(device).eval()
+    accelerate(agent.to(device).eval())
     policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
 
     trained = run.config

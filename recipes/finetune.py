@@ -19,6 +19,7 @@ from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
+from prelar_trl.fast import accelerate, compile_update
 from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.presets import METHODS
@@ -96,7 +97,7 @@ def finetune(
     pretrained = read_pretrained_run(cfg)
     if pretrained is not None and not cfg.resume:
         load_pretrained(agent.world_model, pretrained["model"])
-    agent.to(device).eval()
+    accelerate(agent.to(device).eval())
     alignment = make_alignment(cfg, agent.world_model, pretrained, device)
     loss = make_world_model_loss(
         cfg.method,
@@ -113,7 +114,6 @@ def finetune(
         frozen_updates=cfg.frozen_updates if cfg.pretrained else None,
         clip=cfg.clip,
         precision=cfg.precision,
-        compile=cfg.compile,
         rehearsal=rehearsal,
     )
     behavior_update = BehaviorUpdate(
@@ -128,8 +128,9 @@ def finetune(
         imag_batch=cfg.imag_batch,
         clip=cfg.clip,
         precision=cfg.precision,
-        compile=cfg.compile,
     )
+    for update in (model_update, behavior_update):
+        compile_update(update, cfg.compile)
     policy = WorldModelPolicy(agent.world_model, agent.actor)
     env = env.append_transform(policy.make_primer())
 

@@ -17,6 +17,7 @@ from tensordict import TensorDict
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
 from prelar_trl.data import VideoClips
+from prelar_trl.fast import accelerate, compile_update
 from prelar_trl.models import make_world_model, make_world_model_loss
 from prelar_trl.modules import WorldModel
 from prelar_trl.objectives import WorldModelLoss, total_loss
@@ -62,10 +63,9 @@ def pretrain(cfg: PretrainConfig) -> None:
         cfg.method, "pretrain", action_dim=0, size=cfg.size, **overrides(cfg.model)
     )
     clips, heldout = open_clips(cfg, world_model, device)
-    loss = make_loss(cfg, world_model, clips).to(device)
-    update = WorldModelUpdate(
-        loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision, compile=cfg.compile
-    )
+    loss = accelerate(make_loss(cfg, world_model, clips).to(device))
+    update = WorldModelUpdate(loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision)
+    compile_update(update, cfg.compile)
 
     run, checkpoint = open_run(cfg, world_model)
     if checkpoint is not None:

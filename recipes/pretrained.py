@@ -8,6 +8,7 @@ import torch
 
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.data import VideoClips
+from prelar_trl.fast import accelerate
 from prelar_trl.models import make_inverse_model
 from prelar_trl.modules import WorldModel
 from prelar_trl.objectives import WorldModelLoss
@@ -61,7 +62,7 @@ def make_alignment(
         raise ValueError(
             f"align_updates={cfg.align_updates}: method={cfg.method} has no action encoder"
         )
-    inverse_model = make_inverse_model(pretrained).to(device)
+    inverse_model = accelerate(make_inverse_model(pretrained).to(device))
     if inverse_model.frames == "flow":
         raise ValueError(
             f"align_updates={cfg.align_updates}: pretrained={cfg.pretrained} infers its latent "
@@ -81,7 +82,7 @@ def make_rehearsal(
         return None
     inverse_model = None
     if loss.world_model.action_encoder is not None:
-        inverse_model = make_inverse_model(pretrained).to(device)
+        inverse_model = accelerate(make_inverse_model(pretrained).to(device))
     return Rehearsal(loss, inverse_model, cfg.rehearse)
 
 

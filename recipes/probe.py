@@ -27,6 +27,7 @@ from torch import Tensor
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.data import VideoClips
 from prelar_trl.envs import play_toy
+from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model
 from prelar_trl.modules import WorldModel
 from prelar_trl.probes import (
@@ -81,7 +82,7 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
     checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
     if checkpoint["phase"] != "pretrain":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; probe a pretrain run")
-    world_model, untrained = (make_model(checkpoint).to(device) for _ in range(2))
+    world_model, untrained = (accelerate(make_model(checkpoint).to(device)) for _ in range(2))
     world_model.load_state_dict(checkpoint["model"])
     world_model.eval()
     fitting, heldout, context = open_clips(cfg, run, world_model, device)
@@ -196,7 +197,7 @@ def calibrate(untrained: WorldModel, clips: VideoClips) -> None:
         untrained.train()
         for _ in range(CALIBRATION):
             batch = clips.sample()
-            untrained.dynamics_actions(batch, untrained.images(batch["pixels"]))
+            untrained.dynamics_actions(batch, untrained.preprocess(batch["pixels"]))
     untrained.eval()
 
 
@@ -207,8 +208,8 @@ def features(
     """What the true action (``target``) is read from, ``[B*(T-1), X]`` each."""
     if not has_actions:
         return {}
-    images = world_model.images(batch["pixels"])
-    flow = world_model.images(batch["flow"]) if "flow" in batch.keys() else None
+    images = world_model.preprocess(batch["pixels"])
+    flow = world_model.preprocess(batch["flow"]) if "flow" in batch.keys() else None
     found = {"target": batch["action"][:, 1:], "frame_difference": frame_difference(images)}
     found["state"] = states_before(world_model, batch)
     for name, model in (("latent_action", world_model), ("random_encoder", untrained)):

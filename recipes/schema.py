@@ -41,7 +41,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     precision: str = "32"  # 32 or bf16
-    compile: str = "auto"  # auto (on CUDA; eager where that fails or is slower), on, off
+    compile: str = "auto"  # auto (on CUDA; eager where that fails), on, off
     threads: int | None = None  # CPU threads; null: torch's choice
     logger: Any = "csv"  # csv, tensorboard, wandb, or a list
     model: ModelOverrides = field(default_factory=ModelOverrides)

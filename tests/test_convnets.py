@@ -6,12 +6,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from prelar_trl.models import make_world_model
-from prelar_trl.modules import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder, convnets
-from prelar_trl.modules.convnets import ResidualLayer, UpsampledConv2d
+from prelar_trl.modules import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
 
 NORMS = ["batch", "layer", "group", "none"]
 
@@ -112,74 +110,6 @@ def test_norm_layers_start_at_their_defaults() -> None:
     assert model.rssm.cell.norm.eps == 1e-3
 
 
-def test_convolving_an_upsampled_map_needs_no_upsampling() -> None:
-    conv = UpsampledConv2d(3, 5, 3, padding=1, bias=False).double()
-    x = torch.randn(2, 3, 4, 6, dtype=torch.float64, requires_grad=True)
-    larger = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
-    plain = nn.functional.conv2d(larger, conv.weight, padding=1)
-    torch.testing.assert_close(conv(x), plain)
-    mix = torch.randn_like(plain)
-    for a, b in zip(
-        torch.autograd.grad((conv(x) * mix).sum(), (x, conv.weight)),
-        torch.autograd.grad((plain * mix).sum(), (x, conv.weight)),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm", ["batch", "none"])
-@pytest.mark.parametrize("channels", [6, 4])
-def test_residual_layer_is_its_formula(channels: int, norm: str, training: bool) -> None:
-    layer = ResidualLayer(6, channels, norm, 8, upsample=True).double().train(training)
-    x = torch.randn(3, 6, 4, 4, dtype=torch.float64)
-    up = F.interpolate(x, scale_factor=2.0)
-    first, *rest = layer.block
-    y = F.conv2d(up, first.weight, padding=1)
-    for module in rest:
-        y = module(y)
-    expected = (layer.skip(up) + y).relu()
-    torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(layer.by_branches(x), expected)
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-def test_resnet_decoder_is_its_chain_of_layers(layers: int) -> None:
-    decoder = ResNetDecoder(3, depth=4, layers=layers)
-    feat = torch.randn(2, 3)
-    x = decoder.linear_in(feat).unflatten(1, decoder.first_map)
-    for stage in decoder.stages:
-        x = stage(x)
-    torch.testing.assert_close(decoder(feat), decoder.conv_out(x))
-
-
-def test_plain_decoder_is_its_chain_of_transposed_convolutions() -> None:
-    decoder, feat = CNNDecoder(6, depth=2), torch.randn(3, 6)
-    x = decoder.linear_in(feat)[..., None, None]
-    for i, conv in enumerate(decoder.convs):
-        torch.nn.init.normal_(conv.bias)
-        x = conv(nn.functional.elu(x) if i else x)
-    torch.testing.assert_close(decoder(feat), x)
-
-
 def test_plain_decoder_works_under_vmap() -> None:
     decoder, feat = CNNDecoder(4, depth=2), torch.randn(2, 3, 4)
     torch.testing.assert_close(torch.vmap(decoder)(feat)[1], decoder(feat[1]))
-
-
-@pytest.mark.parametrize("network", [CNNEncoder, CNNDecoder])
-def test_plain_networks_take_some_frames_at_a_time(
-    network: type, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = network(3, depth=4)
-    x = torch.randn(7, 3, 64, 64) if network is CNNEncoder else torch.randn(7, 3)
-    results, frames = [], []
-    for conv in model.convs:
-        conv.register_forward_hook(lambda _, inputs, __: frames.append(len(inputs[0])))
-    for part in (7, 3):
-        monkeypatch.setattr(convnets, "PART", part)
-        frames.clear()
-        y = model(x)
-        results.append((y, torch.autograd.grad(y.square().sum(), tuple(model.parameters()))))
-        assert max(frames) == part
-    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)

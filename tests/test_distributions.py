@@ -70,7 +70,7 @@ def test_kl_of_half_precision_statistics_is_computed_in_float32() -> None:
 def test_categorical_sample_is_one_hot_and_follows_the_probabilities() -> None:
     latent = Categorical(2, 3)
     logits = torch.tensor([[0.0, 1.0, 2.0], [1.0, -1.0, 0.0]])
-    drawn = latent.draw(logits.expand(20_000, 2, 3))
+    drawn = latent.rsample(logits.expand(20_000, 2, 3))
     assert set(drawn.unique().tolist()) == {0.0, 1.0}
     torch.testing.assert_close(drawn.sum(-1), torch.ones(20_000, 2))
     torch.testing.assert_close(drawn.mean(0), logits.softmax(-1), atol=0.015, rtol=0)
@@ -78,9 +78,9 @@ def test_categorical_sample_is_one_hot_and_follows_the_probabilities() -> None:
 
 def test_categorical_mode_is_the_most_probable_class() -> None:
     logits = torch.randn(6, 4, 5)
-    mode = Categorical(4, 5).draw(logits, sample=False)
+    mode = Categorical(4, 5).rsample(logits, sample=False)
     assert torch.equal(mode.argmax(-1), logits.argmax(-1))
-    assert torch.equal(mode, Categorical(4, 5).draw(logits, sample=False))
+    assert torch.equal(mode, Categorical(4, 5).rsample(logits, sample=False))
 
 
 @pytest.mark.parametrize("sample", [True, False])
@@ -88,7 +88,7 @@ def test_gradient_of_a_categorical_draw_is_that_of_the_probabilities(sample: boo
     logits = torch.randn(6, 4, 5, requires_grad=True)
     weight = torch.randn(6, 4, 5)
     (straight_through,) = torch.autograd.grad(
-        (Categorical(4, 5).draw(logits, sample) * weight).sum(), logits
+        (Categorical(4, 5).rsample(logits, sample) * weight).sum(), logits
     )
     (of_probabilities,) = torch.autograd.grad((logits.softmax(-1) * weight).sum(), logits)
     torch.testing.assert_close(straight_through, of_probabilities)
@@ -103,10 +103,10 @@ def test_categorical_entropy_equals_torch_distributions() -> None:
 
 def test_gaussian_statistics_have_the_published_std() -> None:
     raw = torch.randn(4, 6)
-    statistics = Gaussian(3).statistics(raw)
+    statistics = Gaussian(3).params(raw)
     torch.testing.assert_close(statistics[..., 0], raw[:, :3])
     torch.testing.assert_close(statistics[..., 1], 2 * torch.sigmoid(raw[:, 3:] / 2) + 0.1)
-    assert Gaussian(3, min_std=0.0).statistics(torch.zeros(6))[..., 1].tolist() == [1, 1, 1]
+    assert Gaussian(3, min_std=0.0).params(torch.zeros(6))[..., 1].tolist() == [1, 1, 1]
 
 
 def test_gaussian_sample_is_reparameterised() -> None:
@@ -114,14 +114,14 @@ def test_gaussian_sample_is_reparameterised() -> None:
 
     def draw(statistics: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return Gaussian(3).draw(statistics)
+        return Gaussian(3).rsample(statistics)
 
     assert gradcheck(draw, (statistics,))
-    many = Gaussian(3).draw(statistics.detach().expand(20_000, 4, 3, 2))
+    many = Gaussian(3).rsample(statistics.detach().expand(20_000, 4, 3, 2))
     mean, std = statistics.detach().unbind(-1)
     torch.testing.assert_close(many.mean(0), mean, atol=0.04, rtol=0)
     torch.testing.assert_close(many.std(0), std, atol=0.03, rtol=0)
-    assert torch.equal(Gaussian(3).draw(statistics, sample=False), statistics[..., 0])
+    assert torch.equal(Gaussian(3).rsample(statistics, sample=False), statistics[..., 0])
 
 
 def test_gaussian_entropy_equals_torch_distributions() -> None:
@@ -172,7 +172,7 @@ def test_truncated_normal_density_integrates_to_one() -> None:
 
 
 def test_truncated_normal_samples_have_the_moments_of_scipy() -> None:
-    drawn = TruncatedNormal(MEAN.expand(40_000, 5), STD.expand(40_000, 5)).draw().numpy()
+    drawn = TruncatedNormal(MEAN.expand(40_000, 5), STD.expand(40_000, 5)).rsample().numpy()
     theirs = scipy_truncated(MEAN, STD)
     np.testing.assert_allclose(drawn.mean(0), theirs.mean(), atol=0.01)
     np.testing.assert_allclose(drawn.std(0), theirs.std(), atol=0.01)
@@ -180,7 +180,7 @@ def test_truncated_normal_samples_have_the_moments_of_scipy() -> None:
 
 
 def test_truncated_normal_samples_follow_the_distribution_of_scipy() -> None:
-    drawn = TruncatedNormal(MEAN.expand(4_000, 5), STD.expand(4_000, 5)).draw().numpy()
+    drawn = TruncatedNormal(MEAN.expand(4_000, 5), STD.expand(4_000, 5)).rsample().numpy()
     for i, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
         assert scipy.stats.kstest(drawn[:, i], scipy_truncated(mean, std).cdf).pvalue > 1e-3
 
@@ -189,7 +189,7 @@ def test_gradient_of_a_truncated_normal_sample_is_that_of_its_quantile() -> None
     mean = torch.tensor([-0.6, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
     std = torch.tensor([0.4, 1.5, 0.6], dtype=torch.float64, requires_grad=True)
     torch.manual_seed(1)
-    drawn = TruncatedNormal(mean, std).draw()
+    drawn = TruncatedNormal(mean, std).rsample()
     torch.manual_seed(1)
     uniform = torch.rand_like(mean).numpy()
     gradients = torch.autograd.grad(drawn.sum(), (mean, std))
@@ -211,7 +211,7 @@ def test_truncated_normal_gradients_are_right_in_float64() -> None:
 
     def draw(mean: Tensor, std: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return TruncatedNormal(mean, std).draw()
+        return TruncatedNormal(mean, std).rsample()
 
     assert gradcheck(draw, (mean, std))
     assert gradcheck(lambda m, s: TruncatedNormal(m, s).log_prob(value), (mean, std))
@@ -231,7 +231,7 @@ def test_truncated_normal_stays_finite_in_float32_at_its_extremes() -> None:
     mean = torch.tensor([[-1.0, 1.0, 0.0, 1.0]]).repeat(2000, 1).requires_grad_()
     std = torch.tensor([[0.1, 0.1, 0.1, 2.1]]).repeat(2000, 1).requires_grad_()
     policy = TruncatedNormal(mean, std)
-    drawn = policy.draw()
+    drawn = policy.rsample()
     total = drawn.sum() + policy.log_prob(drawn.detach()).sum() + policy.entropy().sum()
     total.backward()
     for x in (drawn, mean.grad, std.grad):

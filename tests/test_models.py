@@ -270,13 +270,6 @@ def test_the_same_seed_gives_the_same_model() -> None:
     assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
 
 
-def test_images_are_computed_channels_last() -> None:
-    model = tiny_world_model()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Conv2d) and min(module.weight.shape) > 1:
-            assert module.weight.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_overrides_reach_the_networks() -> None:
     model = make_world_model("prelar", "pretrain", action_dim=2, **{**TINY, "stoch": 3})
     assert model.rssm.latent.shape == (3, 4)

@@ -51,6 +51,12 @@ def fixture(request: pytest.FixtureRequest) -> Fixture:
 
 @pytest.fixture
 def model(fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
+    return load_model(fixture, tmp_path, monkeypatch)
+
+
+def load_model(
+    fixture: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> torch.nn.Module:
     """The fixture's model with the official weights, replaying the official random draws."""
     folder = tmp_path / "official"
     folder.mkdir()
@@ -93,7 +99,7 @@ def test_outputs_and_losses_agree(fixture: Fixture, model: torch.nn.Module) -> N
         if official in theirs:
             assert relative_error(out[key], theirs[official]) < OUTPUT, official
     if "prior_stoch" in theirs:
-        prior = world_model.rssm.latent.draw(out["prior"], False)
+        prior = world_model.rssm.latent.rsample(out["prior"], False)
         assert relative_error(prior, theirs["prior_stoch"]) < OUTPUT
     if "va_state/mean" in theirs:
         mean, std = out["latent_action_statistics"][:, 1:].unbind(-1)

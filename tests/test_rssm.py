@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prelar_trl.modules.linear import UnrolledLinear
 from prelar_trl.modules.rssm import RSSM, State
 
 B, T, A, E = 3, 5, 4, 6
@@ -60,10 +59,10 @@ def test_observing_equals_a_naive_computation_step_by_step(classes: int) -> None
         update = torch.sigmoid(update - 1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         deter = update * candidate + (1 - update) * deter
-        naive_prior = rssm.latent.statistics(rssm.prior_heads[0](deter))
+        naive_prior = rssm.latent.params(rssm.prior_heads[0](deter))
         hidden = F.elu(rssm.posterior_hidden(torch.cat([deter, embed[:, t]], -1)))
-        naive = rssm.latent.statistics(rssm.posterior_out(hidden))
-        stoch = rssm.latent.flatten(rssm.latent.draw(naive, sample=False))
+        naive = rssm.latent.params(rssm.posterior_out(hidden))
+        stoch = rssm.latent.flatten(rssm.latent.rsample(naive, sample=False))
         torch.testing.assert_close(states.deter[:, t], deter)
         torch.testing.assert_close(posterior[:, t], naive)
         torch.testing.assert_close(prior[:, t], naive_prior)
@@ -178,7 +177,7 @@ def test_every_head_of_the_ensemble_is_drawn_one_per_step() -> None:
     rssm = make(ensemble=3)
     deter = torch.randn(8).expand(2, 200, 8)  # the same everywhere: only the head differs
     raw = rssm.prior(deter)
-    heads = torch.stack([rssm.latent.statistics(head(deter[0, 0])) for head in rssm.prior_heads])
+    heads = torch.stack([rssm.latent.params(head(deter[0, 0])) for head in rssm.prior_heads])
     torch.testing.assert_close(raw[0], raw[1])  # all sequences share the head of a step
     match = (raw[0][:, None] - heads).abs().amax((-2, -1)) < 1e-5  # [200, 3]
     assert (match.sum(1) == 1).all()
@@ -208,28 +207,6 @@ def test_a_float64_rssm_has_right_gradients() -> None:
 
     arguments = (embed[:2].requires_grad_(), action[:2].requires_grad_())
     assert torch.autograd.gradcheck(last, arguments)
-
-
-def test_weight_gradients_taken_after_the_loop_are_those_of_every_step() -> None:
-    torch.manual_seed(2)
-    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(4, 2, 5, dtype=torch.float64, requires_grad=True)
-    mix = torch.randn(5, 3, dtype=torch.float64)
-    start = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-
-    def unroll(linear) -> torch.Tensor:
-        x, outputs = start, []
-        for t in range(4):
-            outputs.append(linear(x, t))
-            x = torch.tanh(outputs[-1]) @ mix
-        return torch.stack(outputs).square().sum()
-
-    layer = UnrolledLinear(weight, bias)
-    leaves = (weight, bias, start)
-    ours = torch.autograd.grad(unroll(lambda x, t: layer(x)), leaves)
-    plain = torch.autograd.grad(unroll(lambda x, t: x @ weight.t() + bias[t]), leaves)
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 def test_a_step_works_under_functorch() -> None:

@@ -63,7 +63,7 @@ def test_float_pixels_are_an_error() -> None:
 def test_pixels_become_images_around_zero() -> None:
     model = tiny_world_model()
     pixels = torch.tensor([0, 255], dtype=torch.uint8)
-    torch.testing.assert_close(model.images(pixels), torch.tensor([-0.5, 0.5]))
+    torch.testing.assert_close(model.preprocess(pixels), torch.tensor([-0.5, 0.5]))
 
 
 def test_a_reset_inside_a_window_equals_two_windows() -> None:
@@ -202,7 +202,7 @@ def test_imagination_with_an_action_window_starts_from_chosen_states_too() -> No
     agent, data = tiny_agent("prelar", action_window=3).eval(), batch(2, 4)
     start = starts(agent.world_model, data)
     every = agent.world_model.imagine(agent.actor, start, horizon=2, sample=False)
-    chosen = agent.world_model.starts(start)[[5, 1]]
+    chosen = agent.world_model.flatten_start_states(start)[[5, 1]]
     some = agent.world_model.imagine(agent.actor, chosen, horizon=2, sample=False)
     torch.testing.assert_close(some["feat"], every["feat"][[5, 1]])
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.augmentation import random_shift
 from prelar_trl.modules.latent_actions import LatentActions
-from prelar_trl.modules.linear import Linear
 
 __all__ = ["FRAME_CHANNELS", "ActionEncoder", "FrameInput", "LatentActionEncoder"]
 
@@ -60,9 +59,9 @@ class LatentActionEncoder(nn.Module):
         self.latent_actions = latent_actions
         self.encoder = encoder
         self.head = nn.Sequential(
-            Linear(encoder.embed_dim, hidden),
-            nn.ELU(inplace=True),
-            Linear(hidden, latent_actions.num_outputs),
+            nn.Linear(encoder.embed_dim, hidden),
+            nn.ELU(),
+            nn.Linear(hidden, latent_actions.num_outputs),
         )
 
     def forward(
@@ -125,11 +124,12 @@ class ActionEncoder(nn.Module):
         self.action_dim, self.window = action_dim, window
         self.latent_actions = latent_actions
         self.hidden = (
-            Linear(action_dim, hidden)
+            nn.Linear(action_dim, hidden)
             if window == 1
             else nn.Conv1d(action_dim, hidden, window, padding=window - 1)
         )
-        self.out = Linear(hidden, self.latent_actions.num_outputs)
+        self.act = nn.ELU()
+        self.out = nn.Linear(hidden, self.latent_actions.num_outputs)
 
     def train(self, mode: bool = True) -> ActionEncoder:
         super().train(mode)
@@ -145,4 +145,4 @@ class ActionEncoder(nn.Module):
             x = self.hidden(action)
         else:
             x = self.hidden(action.transpose(1, 2))[..., : action.shape[1]].transpose(1, 2)
-        return self.latent_actions(self.out(F.elu(x, inplace=True)), sample)
+        return self.latent_actions(self.out(self.act(x)), sample)

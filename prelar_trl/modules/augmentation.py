@@ -40,7 +40,7 @@ def _coin(images: Tensor) -> Tensor:
 
 def _uniform(images: Tensor, low: float, high: float) -> Tensor:
     draws = torch.rand(images.shape[0], dtype=images.dtype, device=images.device)
-    return low + (high - low) * draws  # not uniform_: it differs when compiled
+    return low + (high - low) * draws
 
 
 def random_shift(images: Tensor, pad: int) -> Tensor:
@@ -69,11 +69,11 @@ def _rectangle(images: Tensor, area: tuple[float, float], log_ratio: float) -> t
 def _resized_crop(images: Tensor) -> Tensor:
     """Crop 2/3 to all of the area at aspect ratio 3/4 to 4/3, resized to the whole image."""
     height, width = _rectangle(images, (2 / 3, 1.0), 0.2877)  # log(4/3)
-    centre_y = (1 - height) * _uniform(images, -1, 1)
-    centre_x = (1 - width) * _uniform(images, -1, 1)
+    center_y = (1 - height) * _uniform(images, -1, 1)
+    center_x = (1 - width) * _uniform(images, -1, 1)
     zero = torch.zeros_like(height)
     theta = torch.stack(
-        [torch.stack([width, zero, centre_x], -1), torch.stack([zero, height, centre_y], -1)], 1
+        [torch.stack([width, zero, center_x], -1), torch.stack([zero, height, center_y], -1)], 1
     )
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
@@ -85,8 +85,8 @@ def _erase(images: Tensor) -> Tensor:
     top, left = (1 - height) * _uniform(images, 0, 1), (1 - width) * _uniform(images, 0, 1)
 
     def inside(length: int, start: Tensor, extent: Tensor) -> Tensor:
-        centre = (torch.arange(length, device=images.device) + 0.5) / length
-        return (centre >= start[:, None]) & (centre < (start + extent)[:, None])
+        center = (torch.arange(length, device=images.device) + 0.5) / length
+        return (center >= start[:, None]) & (center < (start + extent)[:, None])
 
     box = (
         inside(images.shape[2], top, height)[:, None, :, None]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.augmentation import Augmentation, augment
 from prelar_trl.modules.convnets import (
+    DecoderLayers,
     Norm,
-    ResidualLayer,
-    ResNetDecoder,
     ResNetEncoder,
+    make_block,
     make_norm,
+    make_skip,
 )
 
 __all__ = ["ContextDecoder", "ContextEncoder"]
@@ -55,7 +56,7 @@ class ContextEncoder(nn.Module):
         return self.net.feature_maps(augment(frame, self.augmentation))[:-1]
 
 
-class ContextLayer(ResidualLayer):
+class ContextLayer(nn.Module):
     """A residual layer that first attends from its positions to those of the context map.
 
     ``z = relu(x + norm(attention(x, context)))``, then ``relu(skip(x) + block(z))``.
@@ -70,7 +71,9 @@ class ContextLayer(ResidualLayer):
         mask: float = 0.75,
         dropout: float = 0.1,
     ) -> None:
-        super().__init__(in_channels, out_channels, norm, size)
+        super().__init__()
+        self.skip = make_skip(in_channels, out_channels, norm, size)
+        self.block = make_block(in_channels, out_channels, norm, size)
         self.keep = int(size**2 * (1 - mask))
         self.query_position = nn.Parameter(torch.zeros(size**2, in_channels))
         self.key_position = nn.Parameter(torch.zeros(size**2, in_channels))
@@ -80,6 +83,11 @@ class ContextLayer(ResidualLayer):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x ``[B*T, C, H, W]``, context ``[B, C, H, W]`` of the same resolution."""
+        z = F.relu(x + self.attention_norm(self.attend(x, context)))
+        return F.relu(self.skip(x) + self.block(z))
+
+    def attend(self, x: Tensor, context: Tensor) -> Tensor:
+        """From each position of ``x`` to those of the context that are not hidden from it."""
         steps = x.shape[0] // context.shape[0]
         keys = context.flatten(2).transpose(1, 2) + self.key_position  # [B, HW, C]
         # Sequence b's context goes with sequence b's frames; each frame sees its own positions.
@@ -89,19 +97,16 @@ class ContextLayer(ResidualLayer):
             keys = keys.gather(1, index.expand(-1, -1, keys.shape[2]))  # [B*T, keep, C]
         queries = x.flatten(2).transpose(1, 2) + self.query_position
         attended, _ = self.attention(queries, keys, keys, need_weights=False)
-        attended = self.dropout(attended).transpose(1, 2).reshape(x.shape)
-        z = F.relu(x + self.attention_norm(attended))
-        skip = self.shortcut(x)
-        return self.join(self.convolve(z), skip)
+        return self.dropout(attended).transpose(1, 2).reshape(x.shape)
 
 
-class ContextDecoder(ResNetDecoder):
+class ContextDecoder(DecoderLayers):
     """The ResNet decoder whose even layers at 8x8 and 16x16 attend to the context maps.
 
     Args:
         mask: share of the context positions hidden from each frame. Default: 0.75.
         dropout: inside and after the attention. Default: 0.1.
-        in_features, depth, stages, layers, norm: see :class:`ResNetDecoder`.
+        in_features, depth, stages, layers, norm: see :class:`DecoderLayers`.
     """
 
     def __init__(
@@ -118,23 +123,21 @@ class ContextDecoder(ResNetDecoder):
         super().__init__(in_features, depth, stages, layers, norm)
 
     def make_layer(
-        self, in_channels: int, out_channels: int, norm: Norm, size: int, index: int
+        self, index: int, in_channels: int, out_channels: int, norm: Norm, size: int
     ) -> nn.Module:
         if index % 2 or size >= ATTENTION_BELOW:
-            return super().make_layer(in_channels, out_channels, norm, size, index)
+            return super().make_layer(index, in_channels, out_channels, norm, size)
         return ContextLayer(
             in_channels, out_channels, norm, size, self.mask, self.attention_dropout
         )
 
     def forward(self, feat: Tensor, context: list[Tensor]) -> Tensor:
         """Features ``[B*T, F]``, batch major, and maps ``[B, ...]`` -> ``[B*T, 3, H, W]``."""
-        x = self.linear_in(feat).unflatten(-1, self.first_map)
-        x = x.contiguous(memory_format=torch.channels_last)
-        for stage, shortcut in zip(self.stages, reversed(context), strict=True):
-            if isinstance(stage[0], ContextLayer):  # others do it themselves
-                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        x = self.linear_in(feat).unflatten(-1, self.first_map)  # [B*T, C, 4, 4]
+        for stage, context_map in zip(self.stages, reversed(context), strict=True):
+            x = F.interpolate(x, scale_factor=2.0)
             for layer in stage:
-                x = layer(x, shortcut) if isinstance(layer, ContextLayer) else layer(x)
+                x = layer(x, context_map) if isinstance(layer, ContextLayer) else layer(x)
         return self.conv_out(x)
 
 

@@ -1,6 +1,6 @@
 """Distributions of latent states, latent actions and actions, as functions of plain tensors.
 
-A distribution object holds sizes only. Its *statistics* are one tensor, so that it travels through
+A distribution object holds sizes only. Its *params* are one tensor, so that it travels through
 a TensorDict under one key:
 
 - ``Categorical``: logits ``[..., S, K]``;
@@ -20,13 +20,13 @@ __all__ = [
     "Categorical",
     "Gaussian",
     "TruncatedNormal",
-    "at_least_float32",
+    "to_float32",
     "categorical_kl",
     "gaussian_kl",
 ]
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """``x`` in float32, or unchanged if it is float64: the precision of all losses."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -40,7 +40,7 @@ def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         ``[...]``, in nats, computed in float32 (or float64).
     """
-    log_p, log_q = at_least_float32(p).log_softmax(-1), at_least_float32(q).log_softmax(-1)
+    log_p, log_q = to_float32(p).log_softmax(-1), to_float32(q).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
 
@@ -53,7 +53,7 @@ def gaussian_kl(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         ``[...]``, in nats, computed in float32 (or float64).
     """
-    (mean_p, std_p), (mean_q, std_q) = (at_least_float32(x).unbind(-1) for x in (p, q))
+    (mean_p, std_p), (mean_q, std_q) = (to_float32(x).unbind(-1) for x in (p, q))
     ratio = (std_p / std_q).square()
     distance = ((mean_p - mean_q) / std_q).square()
     return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
@@ -72,15 +72,15 @@ class Categorical:
         self.num_outputs = self.flat_size = size * classes
         self.shape = (size, classes)
 
-    def statistics(self, raw: Tensor) -> Tensor:
+    def params(self, raw: Tensor) -> Tensor:
         """Network output ``[..., S*K]`` -> logits ``[..., S, K]``."""
         return raw.unflatten(-1, self.shape)
 
-    def draw(self, statistics: Tensor, sample: bool = True) -> Tensor:
+    def rsample(self, params: Tensor, sample: bool = True) -> Tensor:
         """One-hot sample, or mode, ``[..., S, K]``; the gradient is that of the probabilities."""
-        logits = at_least_float32(statistics)
+        logits = to_float32(params)
         probs = logits.softmax(-1)
-        if sample:  # inverse CDF: one random number a variable, no host synchronisation
+        if sample:  # inverse CDF: one random number a variable, no host synchronization
             below = probs.detach().cumsum(-1)
             threshold = torch.rand_like(below[..., :1]) * below[..., -1:]
             index = (below <= threshold).sum(-1, keepdim=True).clamp_max(self.classes - 1)
@@ -96,14 +96,14 @@ class Categorical:
     def kl(self, p: Tensor, q: Tensor) -> Tensor:
         return categorical_kl(p, q)
 
-    def entropy(self, statistics: Tensor) -> Tensor:
+    def entropy(self, params: Tensor) -> Tensor:
         """Entropy summed over the variables, in nats, ``[...]``."""
-        log_p = at_least_float32(statistics).log_softmax(-1)
+        log_p = to_float32(params).log_softmax(-1)
         return -(log_p.exp() * log_p).sum((-2, -1))
 
 
 class Gaussian:
-    """``size`` independent Gaussians, std = ``2 * sigmoid(raw / 2) + min_std``, reparameterised."""
+    """``size`` independent Gaussians, std = ``2 * sigmoid(raw / 2) + min_std``, reparameterized."""
 
     kind = "gaussian"
 
@@ -112,14 +112,14 @@ class Gaussian:
         self.num_outputs, self.flat_size = 2 * size, size
         self.shape = (size,)
 
-    def statistics(self, raw: Tensor) -> Tensor:
+    def params(self, raw: Tensor) -> Tensor:
         """Network output ``[..., 2*S]`` (means, then raw stds) -> ``[..., S, 2]``."""
-        mean, std = at_least_float32(raw).chunk(2, -1)
+        mean, std = to_float32(raw).chunk(2, -1)
         return torch.stack([mean, 2 * torch.sigmoid(std / 2) + self.min_std], -1)
 
-    def draw(self, statistics: Tensor, sample: bool = True) -> Tensor:
-        """Reparameterised sample, or mean, ``[..., S]``."""
-        mean, std = statistics.unbind(-1)
+    def rsample(self, params: Tensor, sample: bool = True) -> Tensor:
+        """Reparameterized sample, or mean, ``[..., S]``."""
+        mean, std = params.unbind(-1)
         return mean + std * torch.randn_like(mean) if sample else mean
 
     def flatten(self, value: Tensor) -> Tensor:
@@ -128,9 +128,9 @@ class Gaussian:
     def kl(self, p: Tensor, q: Tensor) -> Tensor:
         return gaussian_kl(p, q)
 
-    def entropy(self, statistics: Tensor) -> Tensor:
+    def entropy(self, params: Tensor) -> Tensor:
         """Differential entropy summed over the variables, in nats, ``[...]``."""
-        std = at_least_float32(statistics[..., 1])
+        std = to_float32(params[..., 1])
         return (std.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
 
@@ -145,10 +145,15 @@ class TruncatedNormal:
     EDGE = 1 - 1e-6
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
-        self.mean, self.std = at_least_float32(mean), at_least_float32(std)
+        self.mean, self.std = to_float32(mean), to_float32(std)
         self._low, self._high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
         self._cdf_low = torch.special.ndtr(self._low)
         self._mass = (torch.special.ndtr(self._high) - self._cdf_low).clamp_min(1e-7)
+
+    @classmethod
+    def from_raw(cls, mean: Tensor, std: Tensor) -> TruncatedNormal:
+        """From network outputs: mean ``tanh(.)``, std ``2 * sigmoid(. / 2) + 0.1``, in float32."""
+        return cls(torch.tanh(to_float32(mean)), 2 * torch.sigmoid(to_float32(std) / 2) + 0.1)
 
     @classmethod
     def stack(cls, parts: Sequence[TruncatedNormal], dim: int) -> TruncatedNormal:
@@ -161,7 +166,7 @@ class TruncatedNormal:
     def mode(self) -> Tensor:
         return self._clamp(self.mean)
 
-    def draw(self, sample: bool = True) -> Tensor:
+    def rsample(self, sample: bool = True) -> Tensor:
         """Sample by the inverse CDF (differentiable in mean and std), or the mode, ``[..., A]``."""
         if not sample:
             return self.mode

@@ -8,10 +8,9 @@ pixels and back, at about a quarter of the time of DreamerV2's CNN.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, channels_last, nn
+from torch import Tensor, nn
 
 from prelar_trl.modules.convnets import IMAGE_SIZE
-from prelar_trl.modules.linear import Linear
 
 __all__ = ["PatchDecoder", "PatchEncoder"]
 
@@ -36,9 +35,8 @@ class PatchEncoder(nn.Module):
         self.embed_dim = 4 * depth * GRID**2
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=channels_last)
         for conv in self.convs:
-            x = F.elu(conv(x), inplace=True)
+            x = F.elu(conv(x))
         return x.flatten(1)
 
 
@@ -55,9 +53,9 @@ class PatchDecoder(nn.Module):
 
     def __init__(self, in_features: int, depth: int = 16) -> None:
         super().__init__()
-        self.linear_in = Linear(in_features, 4 * depth * GRID**2)
+        self.linear_in = nn.Linear(in_features, 4 * depth * GRID**2)
         self.patches = nn.ModuleList(
-            Linear(c_in, c_out * PATCH**2) for c_in, c_out in ((4 * depth, depth), (depth, 3))
+            nn.Linear(c_in, c_out * PATCH**2) for c_in, c_out in ((4 * depth, depth), (depth, 3))
         )
 
     def forward(self, feat: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class WorldModelPolicy(TensorDictModuleBase):
         is_first = flat["is_first"].unsqueeze(1)  # [N, 1, 1]
 
         model = self.world_model
-        embed = model.encode(model.images(flat["pixels"]).unsqueeze(1))
+        embed = model.encode(model.preprocess(flat["pixels"]).unsqueeze(1))
         history = belief["actions"] * (~is_first).to(embed.dtype)
         lower = None
         if model.lower_rssm is not None:
@@ -79,7 +79,7 @@ class WorldModelPolicy(TensorDictModuleBase):
         out = model.observe(embed, self._code(history), is_first, state, lower)[:, 0]
 
         policy = self.actor(out["feat"])
-        action = policy.draw(self.mode == "sample")
+        action = policy.rsample(self.mode == "sample")
         new = {
             "stoch": out["stoch"],
             "deter": out["deter"],

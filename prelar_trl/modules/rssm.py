@@ -1,11 +1,8 @@
-"""Recurrent state-space model (RSSM): GRU with layer norm, prior and posterior.
-
-Plain tensors inside the time loop; everything that does not depend on the recurrence is computed
-once for all steps, before or after it.
-"""
+"""Recurrent state-space model (RSSM): GRU with layer norm, prior and posterior."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules.distributions import Categorical, Gaussian
-from prelar_trl.modules.linear import Linear, UnrolledLinear, as_operand, linear
-from prelar_trl.modules.recompute import keep_inputs
 
 __all__ = ["RSSM", "State"]
 
@@ -31,17 +26,16 @@ class GRUCell(nn.Module):
 
     def __init__(self, input_size: int, size: int) -> None:
         super().__init__()
-        self.linear = Linear(input_size + size, 3 * size)
+        self.linear = nn.Linear(input_size + size, 3 * size)
         self.norm = nn.LayerNorm(3 * size, eps=1e-3)
 
     def forward(self, x: Tensor, deter: Tensor) -> Tensor:
-        return keep_inputs(self.gate, self.linear(torch.cat([x, deter], -1)), deter)
-
-    def gate(self, raw: Tensor, deter: Tensor) -> Tensor:
-        """The new state from the linear layer's output ``[..., 3 D]`` and the old state."""
-        reset, candidate, update = self.norm(raw).to(deter.dtype).chunk(3, -1)
+        """Input ``[..., input_size]`` and old state ``[..., size]`` -> new state."""
+        gates = self.norm(self.linear(torch.cat([x, deter], -1)))
+        reset, candidate, update = gates.chunk(3, -1)
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        return torch.lerp(deter, candidate, torch.sigmoid(update - 1))
+        update = torch.sigmoid(update - 1)
+        return update * candidate + (1 - update) * deter
 
 
 class RSSM(nn.Module):
@@ -80,16 +74,17 @@ class RSSM(nn.Module):
         self.latent = Categorical(stoch, classes) if classes else Gaussian(stoch)
         self.action_dim, self.embed_dim, self.deter = action_dim, embed_dim, deter
         self.feat_dim = self.latent.flat_size + deter
-        self.input_layer = Linear(self.latent.flat_size + action_dim, hidden)
+        self.act = nn.ELU()
+        self.input_layer = nn.Linear(self.latent.flat_size + action_dim, hidden)
         self.cell = GRUCell(hidden, deter)
         self.prior_heads = nn.ModuleList(
             nn.Sequential(
-                Linear(deter, hidden), nn.ELU(inplace=True), Linear(hidden, self.latent.num_outputs)
+                nn.Linear(deter, hidden), nn.ELU(), nn.Linear(hidden, self.latent.num_outputs)
             )
             for _ in range(ensemble)
         )
-        self.posterior_hidden = Linear(deter + embed_dim, hidden)
-        self.posterior_out = Linear(hidden, self.latent.num_outputs)
+        self.posterior_hidden = nn.Linear(deter + embed_dim, hidden)
+        self.posterior_out = nn.Linear(hidden, self.latent.num_outputs)
 
     def initial_state(self, *batch: int) -> State:
         """The all-zero state of batch shape ``batch``, where the weights are."""
@@ -99,9 +94,79 @@ class RSSM(nn.Module):
         )
 
     def feat(self, state: State) -> Tensor:
-        """``concat(flat stoch, deter)``, ``[..., F]``, in the type of autocast where that is on."""
+        """``concat(flat stoch, deter)``, ``[..., F]``."""
+        return torch.cat([self.latent.flatten(state.stoch), state.deter], -1)
+
+    # ------------------------------------------------------------------ one step
+
+    def transition(self, state: State, action: Tensor | None) -> Tensor:
+        """``h_t`` ``[..., D]`` from the state before and ``a_t`` ``[..., A]``; None: no action."""
         stoch = self.latent.flatten(state.stoch)
-        return torch.cat([as_operand(stoch), as_operand(state.deter)], -1)
+        action = self.pad_action(stoch[..., :0] if action is None else action)
+        x = torch.cat([stoch, action.expand(*stoch.shape[:-1], -1)], -1)
+        return self.cell(self.act(self.input_layer(x)), state.deter)
+
+    def pad_action(self, action: Tensor) -> Tensor:
+        """The action with zeros on the right, ``action_dim`` wide.
+
+        Raises:
+            ValueError: it is wider.
+        """
+        missing = self.action_dim - action.shape[-1]
+        if missing < 0:
+            raise ValueError(
+                f"the action has {action.shape[-1]} dimensions but this RSSM takes at most "
+                f"{self.action_dim}"
+            )
+        return F.pad(action, (0, missing))
+
+    def prior(self, deter: Tensor) -> Tensor:
+        """Parameters of ``p(z_t | h_t)``, ``[..., S, K]``: one random head of the ensemble a step.
+
+        A step is an index of the second axis of a sequence ``[B, T, D]``, or the whole call.
+        """
+        raw = [head(deter) for head in self.prior_heads]
+        if len(raw) == 1:
+            return self.latent.params(raw[0])
+        steps = deter.shape[1] if deter.dim() == 3 else 1
+        index = torch.randint(len(raw), (steps, 1), device=deter.device)
+        stacked = torch.stack(raw)  # [ensemble, ..., num_outputs]
+        index = index.expand(stacked.shape[1:])[None]
+        return self.latent.params(stacked.gather(0, index)[0])
+
+    def posterior(self, deter: Tensor, embed: Tensor) -> Tensor:
+        """Parameters of ``q(z_t | h_t, e_t)``, ``[..., S, K]``."""
+        hidden = self.act(self.posterior_hidden(torch.cat([deter, embed], -1)))
+        return self.latent.params(self.posterior_out(hidden))
+
+    def step(
+        self, state: State, action: Tensor | None, sample: bool = True
+    ) -> tuple[State, Tensor]:
+        """One step without a frame: the next state, from the prior, and the prior's parameters."""
+        deter = self.transition(state, action)
+        prior = self.prior(deter)
+        return State(self.latent.rsample(prior, sample), deter), prior
+
+    def observe_step(
+        self,
+        state: State,
+        action: Tensor | None,
+        embed: Tensor,
+        is_first: Tensor,
+        sample: bool = True,
+    ) -> tuple[State, Tensor]:
+        """One step with a frame: the next state, from the posterior, and its parameters.
+
+        Where ``is_first`` ``[B]`` holds, the state before and the action ``[B, A]`` are zeroed.
+        """
+        state = State(*(_zero_where(is_first, x) for x in state))
+        if action is not None:
+            action = _zero_where(is_first, action)
+        deter = self.transition(state, action)
+        posterior = self.posterior(deter, embed)
+        return State(self.latent.rsample(posterior, sample), deter), posterior
+
+    # ------------------------------------------------------------------ sequences
 
     def observe(
         self,
@@ -121,37 +186,18 @@ class RSSM(nn.Module):
             sample: draw the stochastic state; otherwise take its mode. Default: True.
 
         Returns:
-            Posterior states ``[B, T, ...]``, posterior statistics and prior statistics, each
+            Posterior states ``[B, T, ...]``, parameters of the posterior and of the prior, each
             ``[B, T, S, K]`` (Gaussian: ``[B, T, S, 2]``).
         """
         batch, steps = embed.shape[:2]
         state = state or self.initial_state(batch)
-        keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # [B, T, 1]
-        stoch_weight, action_bias = self._input_terms(action, keep)
-        deter_weight, embed_weight = self.posterior_hidden.weight.split(
-            [self.deter, self.embed_dim], 1
-        )
-        embed_bias = linear(embed, embed_weight, self.posterior_hidden.bias)  # [B, T, hidden]
-        input_layer = UnrolledLinear(stoch_weight, _each_step(action_bias, batch, steps))
-        cell, out = self.cell.linear, self.posterior_out
-        gates = UnrolledLinear(cell.weight, _each_step(cell.bias, batch, steps))
-        posterior_hidden = UnrolledLinear(deter_weight, embed_bias.transpose(0, 1))
-        posterior_out = UnrolledLinear(out.weight, _each_step(out.bias, batch, steps))
-
-        stoch, deter = state
-        stochs, deters, posteriors = [], [], []
-        for mask in keep.unbind(1):
-            stoch, deter = self.latent.flatten(stoch) * mask, deter * mask
-            x = F.elu(input_layer(stoch), inplace=True)
-            deter = self.cell.gate(gates(torch.cat([x, deter], -1)), deter)
-            hidden = F.elu(posterior_hidden(deter), inplace=True)
-            posterior = self.latent.statistics(posterior_out(hidden))
-            stoch = self.latent.draw(posterior, sample)
-            stochs.append(stoch)
-            deters.append(deter)
+        states, posteriors = [], []
+        for t, a in enumerate(_steps(action, steps)):
+            state, posterior = self.observe_step(state, a, embed[:, t], is_first[:, t], sample)
+            states.append(state)
             posteriors.append(posterior)
-        states = State(torch.stack(stochs, 1), torch.stack(deters, 1))
-        return states, torch.stack(posteriors, 1), self.prior(states.deter)
+        stacked = _stack(states)
+        return stacked, torch.stack(posteriors, 1), self.prior(stacked.deter)
 
     def imagine(
         self, action: Tensor | None, state: State, sample: bool = True, steps: int = 0
@@ -165,68 +211,30 @@ class RSSM(nn.Module):
             steps: how many without actions; with them their number T counts.
 
         Returns:
-            Prior states ``[B, T, ...]`` and prior statistics ``[B, T, S, K]``.
+            Prior states ``[B, T, ...]`` and the prior's parameters ``[B, T, S, K]``.
         """
         states, priors = [], []
-        for t in range(steps if action is None else action.shape[1]):
-            state, prior = self.step(state, None if action is None else action[:, t], sample)
+        for a in _steps(action, steps):
+            state, prior = self.step(state, a, sample)
             states.append(state)
             priors.append(prior)
-        stochs, deters = zip(*states, strict=True)
-        return State(torch.stack(stochs, 1), torch.stack(deters, 1)), torch.stack(priors, 1)
+        return _stack(states), torch.stack(priors, 1)
 
     def forward(self, stoch: Tensor, deter: Tensor, action: Tensor | None) -> Tensor:
-        """Prior statistics ``[..., S, K]`` one step after the state under ``action``."""
+        """The prior's parameters ``[..., S, K]`` one step after the state under ``action``."""
         return self.prior(self.transition(State(stoch, deter), action))
 
-    def step(
-        self, state: State, action: Tensor | None, sample: bool = True
-    ) -> tuple[State, Tensor]:
-        """One step of the prior: next state and its statistics; any batch shape."""
-        deter = self.transition(state, action)
-        prior = self.prior(deter)
-        return State(self.latent.draw(prior, sample), deter), prior
 
-    def transition(self, state: State, action: Tensor | None) -> Tensor:
-        """The deterministic half of a step: ``[..., D]``."""
-        x = self.latent.flatten(state.stoch)
-        if action is not None:
-            x = torch.cat([x, self._checked(action).expand(*x.shape[:-1], -1)], -1)
-        missing = self.input_layer.in_features - x.shape[-1]
-        hidden = self.input_layer(F.pad(x, (0, missing)) if missing else x)
-        return self.cell(F.elu(hidden, inplace=True), state.deter)
-
-    def prior(self, deter: Tensor) -> Tensor:
-        """Prior statistics of ``deter`` ``[..., D]``: one random head of the ensemble per step.
-
-        A step is an index of the second axis of a sequence ``[B, T, D]``, or the whole call.
-        """
-        raw = [head(deter) for head in self.prior_heads]
-        if len(raw) == 1:
-            return self.latent.statistics(raw[0])
-        steps = deter.shape[1] if deter.dim() == 3 else 1
-        index = torch.randint(len(raw), (steps, 1), device=deter.device)
-        stacked = torch.stack(raw)  # [ensemble, ..., num_outputs]
-        index = index.expand(stacked.shape[1:])[None]
-        return self.latent.statistics(stacked.gather(0, index)[0])
-
-    def _input_terms(self, action: Tensor | None, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight of the stochastic state, and the actions' share of the input layer plus bias."""
-        flat, weight, bias = self.latent.flat_size, self.input_layer.weight, self.input_layer.bias
-        if action is None:
-            return weight[:, :flat], bias
-        columns = slice(flat, flat + self._checked(action).shape[-1])
-        return weight[:, :flat], linear(action * keep, weight[:, columns], bias)
-
-    def _checked(self, action: Tensor) -> Tensor:
-        if action.shape[-1] > self.action_dim:
-            raise ValueError(
-                f"the action has {action.shape[-1]} dimensions but this RSSM takes at most "
-                f"{self.action_dim}"
-            )
-        return action
+def _zero_where(mask: Tensor, x: Tensor) -> Tensor:
+    """``x`` ``[B, ...]``, zero where ``mask`` ``[B]`` holds."""
+    return x.masked_fill(mask.reshape(-1, *[1] * (x.dim() - 1)), 0.0)
 
 
-def _each_step(bias: Tensor, batch: int, steps: int) -> Tensor:
-    """A bias ``[out]``, or ``[B, T, out]``, for each step of a loop: ``[T, B, out]``."""
-    return bias.transpose(0, 1) if bias.dim() == 3 else bias.expand(steps, batch, -1)
+def _steps(action: Tensor | None, steps: int) -> Iterable[Tensor | None]:
+    """The actions ``[B, T, A]`` step by step; ``steps`` times None without."""
+    return [None] * steps if action is None else action.unbind(1)
+
+
+def _stack(states: Sequence[State]) -> State:
+    """States ``[B, ...]`` of T steps -> ``[B, T, ...]``."""
+    return State(*(torch.stack(x, 1) for x in zip(*states, strict=True)))

@@ -7,7 +7,6 @@ D deter, F feature = S*K + D, A action, U latent action, N imagined trajectories
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +16,14 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextEncoder
-from prelar_trl.modules.distributions import TruncatedNormal, at_least_float32
+from prelar_trl.modules.distributions import TruncatedNormal
 from prelar_trl.modules.heads import Actor
-from prelar_trl.modules.linear import cast_once
 from prelar_trl.modules.rssm import RSSM, State
 
-__all__ = ["WorldModel", "normalise_pixels"]
+__all__ = ["WorldModel", "normalize_pixels"]
 
 
-def normalise_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 pixels -> images in [-0.5, 0.5]."""
     if pixels.dtype != torch.uint8:
         raise TypeError(f"pixels have dtype {pixels.dtype}; store frames as uint8 in [0, 255]")
@@ -40,8 +38,8 @@ class WorldModel(TensorDictModuleBase):
     Writes ``embed, stoch, deter, feat, posterior, prior`` (the statistics),
     ``("prediction", <head>)`` for every head and for ``pixels``; with a latent-action encoder
     ``latent_action`` and ``latent_action_statistics`` (zero at t = 0); for a stack
-    ``("lower", "stoch" | "deter" | "feat" | "posterior" | "prior")``. Under autocast features and
-    predictions have its type, states float32.
+    ``("lower", "stoch" | "deter" | "feat" | "posterior" | "prior")``. Under autocast predicted
+    frames have its type, states and the heads' predictions are float32.
 
     Args:
         encoder: images ``[N, 3, 64, 64]`` -> ``[N, E]``.
@@ -105,7 +103,7 @@ class WorldModel(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Observe a batch ``[B, T]`` and predict; writes ``out_keys`` into ``tensordict``."""
-        images = self.images(tensordict["pixels"])
+        images = self.preprocess(tensordict["pixels"])
         embed = self.encode(images)
         action, statistics = self.dynamics_actions(tensordict, images)
         out = self.observe(embed, action, tensordict["is_first"])
@@ -121,9 +119,9 @@ class WorldModel(TensorDictModuleBase):
             out["prediction", name] = head(feat if name in self.grad_heads else feat.detach())
         return tensordict.update(out)
 
-    def images(self, pixels: Tensor) -> Tensor:
+    def preprocess(self, pixels: Tensor) -> Tensor:
         """uint8 pixels -> images in [-0.5, 0.5], in the precision of the weights."""
-        return normalise_pixels(pixels, self.rssm.input_layer.weight.dtype)
+        return normalize_pixels(pixels, self.rssm.input_layer.weight.dtype)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images ``[B, T, 3, H, W]`` in [-0.5, 0.5] -> embeddings ``[B, T, E]``."""
@@ -143,7 +141,7 @@ class WorldModel(TensorDictModuleBase):
         if self.latent_action_encoder is not None:
             flow = None
             if self.latent_action_encoder.frames == "flow":
-                flow = self.images(tensordict["flow"])
+                flow = self.preprocess(tensordict["flow"])
             return self.latent_action_encoder(images, flow, self.sample)
         action = tensordict["action"]
         if self.action_encoder is not None:
@@ -193,7 +191,7 @@ class WorldModel(TensorDictModuleBase):
             actor: features ``[N, F]`` -> :class:`TruncatedNormal`; reads detached features.
             start: ``stoch, deter`` and optionally ``terminated``, any batch shape (``[B, T]``
                 becomes N = B*T). An action window also needs ``action`` ``[B, T, A]``, or what
-                :meth:`starts` made of it.
+                :meth:`flatten_start_states` made of it.
             horizon: number of steps H. Default: 15.
             sample: draw latents and actions; otherwise take modes. Default: True.
 
@@ -201,20 +199,18 @@ class WorldModel(TensorDictModuleBase):
             TensorDict ``[N, H+1]``: ``feat``, ``action``, ``log_prob``, ``entropy``, ``reward``,
             ``discount``, ``weight`` (product of the discounts before).
         """
-        start = (self.starts(start) if start.dim() != 1 else start).detach()
+        start = (self.flatten_start_states(start) if start.dim() != 1 else start).detach()
         history = start["action_history"] if self._window > 1 else None
         state = State(start["stoch"], start["deter"])
         feats, actions, policies = [self.rssm.feat(state)], [], []
-        compiling = torch.compiler.is_compiling()  # a compiler casts once anyway
-        with nullcontext() if compiling else cast_once(self.rssm, self.action_encoder):
-            for _ in range(horizon):
-                policy = actor(feats[-1].detach())
-                action = policy.draw(sample)
-                latent, history = self._next_latent_action(action, history, sample)
-                state, _ = self.rssm.step(state, latent, sample)
-                feats.append(self.rssm.feat(state))
-                actions.append(action)
-                policies.append(policy)
+        for _ in range(horizon):
+            policy = actor(feats[-1].detach())
+            action = policy.rsample(sample)
+            latent, history = self._next_latent_action(action, history, sample)
+            state, _ = self.rssm.step(state, latent, sample)
+            feats.append(self.rssm.feat(state))
+            actions.append(action)
+            policies.append(policy)
         feat = torch.stack(feats, 1)  # [N, H+1, F]
         action, policy = torch.stack(actions, 1), TruncatedNormal.stack(policies, 1)  # [N, H, A]
         discount = self.imagined_discount(feat, start.get("terminated", None))
@@ -225,14 +221,14 @@ class WorldModel(TensorDictModuleBase):
                 "action": F.pad(action, (0, 0, 1, 0)),
                 "log_prob": F.pad(policy.log_prob(action.detach()), (1, 0)).unsqueeze(-1),
                 "entropy": F.pad(policy.entropy(), (0, 1)).unsqueeze(-1),
-                "reward": at_least_float32(self.heads["reward"](feat)),
+                "reward": self.heads["reward"](feat),
                 "discount": discount,
                 "weight": torch.cat([ones, discount[:, :-1]], 1).cumprod(1).detach(),
             },
             batch_size=feat.shape[:2],
         )
 
-    def starts(self, states: TensorDictBase) -> TensorDictBase:
+    def flatten_start_states(self, states: TensorDictBase) -> TensorDictBase:
         """States ``[B, T]`` -> starts of imagination ``[B*T]``.
 
         With an action window, ``action`` ``[B, T, A]`` becomes ``action_history``
@@ -251,7 +247,7 @@ class WorldModel(TensorDictModuleBase):
         """Discount at each imagined state, ``[N, H+1, 1]``; the true one at z0 where known."""
         if "discount" not in self.heads:
             return torch.full_like(feat[..., :1], self.discount, dtype=torch.float32)
-        discount = torch.sigmoid(at_least_float32(self.heads["discount"](feat)))
+        discount = torch.sigmoid(self.heads["discount"](feat))
         if terminated is None:
             return discount
         true_first = self.discount * (~terminated).float()
@@ -283,7 +279,7 @@ class WorldModel(TensorDictModuleBase):
             Predicted frames in [0, 1], ``[B, T, 3, H, W]``; the first ``context`` are
             reconstructions.
         """
-        images = self.images(tensordict["pixels"])
+        images = self.preprocess(tensordict["pixels"])
         if action is None:
             action, _ = self.dynamics_actions(tensordict, images)
         seen = None if action is None else action[:, :context]
@@ -298,7 +294,7 @@ class WorldModel(TensorDictModuleBase):
         maps = None
         if self.context_encoder is not None:  # never a frame that is to be predicted
             maps = self.context_encoder(images[:, :context])
-        return (at_least_float32(self.decode(feat, maps)) + 0.5).clamp(0, 1)
+        return (self.decode(feat, maps) + 0.5).clamp(0, 1)
 
 
 def _action_history(action: Tensor, window: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""DreamerV2's behaviour learning on imagined trajectories."""
+"""DreamerV2's behavior learning on imagined trajectories."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.objectives import LossModule
 
-from prelar_trl.modules.distributions import at_least_float32
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
 
 __all__ = ["ActorLoss", "CriticLoss", "LambdaTarget"]
@@ -41,7 +40,7 @@ class LambdaTarget(nn.Module):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads ``feat, reward, discount``, ``[N, H+1, ...]``; adds ``value, value_target``."""
-        value = at_least_float32(self.critic(tensordict["feat"]))
+        value = self.critic(tensordict["feat"])
         target = lambda_return(tensordict["reward"], value, tensordict["discount"], self.lmbda)
         return tensordict.copy().update({"value": value, "value_target": target})
 
@@ -167,6 +166,4 @@ class CriticLoss(LossModule):
         target = tensordict[keys.value_target][:, :-1].detach()
         weight = tensordict[keys.weight][:, :-1].detach()
         nll = gaussian_nll(value, target, 0)  # [N, H, 1]
-        return TensorDict(
-            {"loss_critic": (weight * nll).mean(), "value": value.detach().float().mean()}
-        )
+        return TensorDict({"loss_critic": (weight * nll).mean(), "value": value.detach().mean()})

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prelar_trl.modules.distributions import at_least_float32, categorical_kl, gaussian_kl
+from prelar_trl.modules.distributions import categorical_kl, gaussian_kl, to_float32
 
 __all__ = [
     "action_contrast",
@@ -35,7 +35,7 @@ def gaussian_nll(mean: Tensor, target: Tensor, event_dims: int = 1) -> Tensor:
 
     ``(target - mean)^2 / 2``, summed over the last ``event_dims`` dimensions, in float32.
     """
-    mean, target = at_least_float32(mean), at_least_float32(target)
+    mean, target = to_float32(mean), to_float32(target)
     error = F.mse_loss(mean, target, reduction="none")
     return 0.5 * (error.flatten(-event_dims).sum(-1) if event_dims else error)
 
@@ -123,7 +123,7 @@ def action_state_consistency(
     """
     if p.dim() != 1 or p.shape != q.shape:
         raise ValueError(f"p {tuple(p.shape)} and q {tuple(q.shape)} must both have shape [N]")
-    p, q = at_least_float32(p.detach()), at_least_float32(q)
+    p, q = to_float32(p.detach()), to_float32(q)
     p_difference, q_difference = p[:, None] - p, q[:, None] - q  # [N, N]
     match mode:
         case "sign":
@@ -171,7 +171,7 @@ def action_contrast(kl: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """
     if kl.dim() != 2 or kl.shape[1] < 2:
         raise ValueError(f"kl has shape {tuple(kl.shape)}; it must be [N, 1+K] with K >= 1")
-    return -(-at_least_float32(kl) / temperature).log_softmax(-1)[:, 0].mean()
+    return -(-to_float32(kl) / temperature).log_softmax(-1)[:, 0].mean()
 
 
 def sliding_mean(x: Tensor, window: int) -> Tensor:
@@ -189,7 +189,7 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
         memory: ``[M, P]``.
         valid: bool ``[M]``; with fewer than k valid points all of them count, with
             none the distance is 0.
-        k: number of neighbours.
+        k: number of neighbors.
 
     Returns:
         ``[N]``.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
@@ -17,15 +15,15 @@ class VideoBonus(nn.Module):
     """Novelty of short clips: distance to the nearest ones seen lately, in a random projection.
 
     Source: APV (Seo et al., ICML 2022), section 3.3. The batch itself enters the memory before
-    distances are taken, so each point counts itself among its neighbours, as in the authors' code.
+    distances are taken, so each point counts itself among its neighbors, as in the authors' code.
 
     Args:
         embed_dim: size of the embedding.
-        k: number of neighbours. Default: 16.
+        k: number of neighbors. Default: 16.
         window: steps averaged into one clip embedding. Default: 5.
         projection_dim: size of the random projection (std 1 / projection_dim). Default: 128.
         memory_size: number of projections kept, newest first. Default: 4096.
-        momentum: of the running mean magnitude that normalises the bonus. Default: 0.99.
+        momentum: of the running mean magnitude that normalizes the bonus. Default: 0.99.
         embed_key: where a world model writes the embedding that it is meant for. Default: "embed".
     """
 
@@ -50,14 +48,13 @@ class VideoBonus(nn.Module):
 
     @torch.no_grad()
     def forward(self, embed: Tensor) -> Tensor:
-        """Embeddings ``[B, T, E]`` -> normalised bonus ``[B, T-window+1]``.
+        """Embeddings ``[B, T, E]`` -> normalized bonus ``[B, T-window+1]``.
 
         In training mode the batch enters the memory and moves the magnitude.
         """
-        kind = embed.device.type
-        available = torch.amp.is_autocast_available(kind)  # not on the meta device
-        with torch.autocast(kind, enabled=False) if available else nullcontext():
-            clips = sliding_mean(embed.to(self.projection.dtype), self.window) @ self.projection
+        # Projected first, which is the same; in float64, which autocast leaves alone.
+        steps = embed.double() @ self.projection.double()
+        clips = sliding_mean(steps, self.window).to(self.projection.dtype)  # [B, T-window+1, P]
         points = clips.flatten(0, 1)  # [N, P]
         if self.training:
             newest = points[: len(self.memory)]

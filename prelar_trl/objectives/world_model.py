@@ -12,8 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from prelar_trl.modules.distributions import at_least_float32
-from prelar_trl.modules.world_model import normalise_pixels
+from prelar_trl.modules.world_model import normalize_pixels
 from prelar_trl.objectives.common import check_weights, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
@@ -139,7 +138,7 @@ class WorldModelLoss(LossModule):
                     self.free_avg,
                 )
         if "image" in self.weights:
-            target = normalise_pixels(out[keys.pixels])
+            target = normalize_pixels(out[keys.pixels])
             values["image"] = gaussian_nll(self._prediction(out, "pixels"), target, 3).mean()
         if "reward" in self.weights:
             target = out[keys.reward]
@@ -153,7 +152,7 @@ class WorldModelLoss(LossModule):
             prediction = self._prediction(out, "aux_reward")
             values["aux_reward"] = gaussian_nll(prediction, out[keys.reward]).mean()
         if "discount" in self.weights:
-            logits = at_least_float32(self._prediction(out, "discount"))
+            logits = self._prediction(out, "discount")
             target = self.discount * (~out[keys.terminated]).to(logits.dtype)
             values["discount"] = F.binary_cross_entropy_with_logits(logits, target)
         losses = weighted(values, self.weights)

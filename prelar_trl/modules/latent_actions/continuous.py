@@ -32,8 +32,8 @@ class GaussianActions(LatentActions):
         self.num_outputs, self.dim = self.latent.num_outputs, size
 
     def forward(self, raw: Tensor, sample: bool = True) -> tuple[Tensor, Tensor]:
-        params = self.latent.statistics(raw)
-        return self.latent.draw(params, sample), params
+        params = self.latent.params(raw)
+        return self.latent.rsample(params, sample), params
 
     def kl(self, params: Tensor) -> Tensor:
         """KL from N(0, prior_std^2), summed over the variables."""

@@ -31,8 +31,8 @@ class CategoricalActions(LatentActions):
         self.num_outputs = self.dim = self.latent.flat_size
 
     def forward(self, raw: Tensor, sample: bool = True) -> tuple[Tensor, Tensor]:
-        params = self.latent.statistics(raw)
-        return self.latent.flatten(self.latent.draw(params, sample)), params
+        params = self.latent.params(raw)
+        return self.latent.flatten(self.latent.rsample(params, sample)), params
 
     def kl(self, params: Tensor) -> Tensor:
         """KL from the uniform distribution; the authors' code has a constant."""

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prelar_trl.modules import linear as module
-from prelar_trl.modules.linear import Linear, as_operand, cast_once, linear
+from prelar_trl.fast import linear as module
+from prelar_trl.fast.linear import (
+    OneDNNLinear,
+    TimeBatchedLinear,
+    cached_autocast_weights,
+    cast_to_autocast,
+    linear,
+)
+from prelar_trl.fast.private import onednn_linear
 
 IN, OUT = 24, 10
 
@@ -25,8 +33,8 @@ def gradients(function, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
 def onednn_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each product that oneDNN computed."""
     calls: list[int] = []
-    product = module._onednn
-    monkeypatch.setattr(module, "_onednn", lambda *args: calls.append(1) or product(*args))
+    product = module._product
+    monkeypatch.setattr(module, "_product", lambda *args: calls.append(1) or product(*args))
     return calls
 
 
@@ -40,7 +48,7 @@ def test_values_and_gradients_are_those_of_torch(
     bias = torch.randn(OUT, requires_grad=True) if with_bias else None
     ours = gradients(linear, x, weight, bias)
     torch.testing.assert_close(ours, gradients(F.linear, x, weight, bias), rtol=1e-5, atol=1e-4)
-    assert len(onednn_calls) == (2 if module._HAS_ONEDNN else 0)
+    assert len(onednn_calls) == (2 if onednn_linear() else 0)
 
 
 def test_slices_and_transposed_inputs() -> None:
@@ -56,9 +64,9 @@ def test_a_weight_by_columns_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> N
     x = torch.randn(7, IN, requires_grad=True)
     expected = gradients(F.linear, x, by_columns.t(), None)
     weights: list[Tensor] = []
-    product = module._onednn
+    product = module._product
     monkeypatch.setattr(
-        module, "_onednn", lambda x, weight, *b: weights.append(weight) or product(x, weight, *b)
+        module, "_product", lambda x, weight, *b: weights.append(weight) or product(x, weight, *b)
     )
     y = linear(x, by_columns.t())
     to_x, to_weight = torch.autograd.grad(y.square().sum(), (x, by_columns))
@@ -68,20 +76,20 @@ def test_a_weight_by_columns_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_gradient_of_a_sum_is_no_stranger() -> None:
-    x, layer = torch.randn(7, IN, requires_grad=True), Linear(IN, OUT)
+    x, layer = torch.randn(7, IN, requires_grad=True), OneDNNLinear(IN, OUT)
     (gradient,) = torch.autograd.grad(layer(x).sum(), x)  # an expanded gradient, strides of zero
     torch.testing.assert_close(gradient, layer.weight.sum(0).expand(7, IN))
 
 
 def test_only_what_needs_a_gradient_gets_one(onednn_calls: list[int]) -> None:
-    layer = Linear(IN, OUT)
+    layer = OneDNNLinear(IN, OUT)
     layer(torch.randn(7, IN)).sum().backward()
     assert layer.weight.grad is not None
-    assert len(onednn_calls) == (1 if module._HAS_ONEDNN else 0)
+    assert len(onednn_calls) == (1 if onednn_linear() else 0)
 
 
 def test_a_frozen_layer_keeps_no_input() -> None:
-    frozen = Linear(IN, OUT).requires_grad_(False)
+    frozen = OneDNNLinear(IN, OUT).requires_grad_(False)
     x = torch.randn(7, IN, requires_grad=True)
     hidden = 2 * x
     released = weakref.ref(hidden)
@@ -93,7 +101,7 @@ def test_a_frozen_layer_keeps_no_input() -> None:
 
 
 def test_other_modes_take_torch_s_kernels(onednn_calls: list[int]) -> None:
-    layer, x = Linear(IN, OUT), torch.randn(7, IN)
+    layer, x = OneDNNLinear(IN, OUT), torch.randn(7, IN)
     expected = F.linear(x, layer.weight, layer.bias)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -105,8 +113,8 @@ def test_other_modes_take_torch_s_kernels(onednn_calls: list[int]) -> None:
     assert not onednn_calls
 
 
-def test_cast_once_holds_frozen_weights_in_the_type_of_autocast() -> None:
-    frozen, trained = Linear(IN, OUT).requires_grad_(False), Linear(OUT, OUT)
+def test_frozen_weights_are_cached_in_the_type_of_autocast() -> None:
+    frozen, trained = OneDNNLinear(IN, OUT).requires_grad_(False), OneDNNLinear(OUT, OUT)
     x = torch.randn(7, IN, requires_grad=True)
 
     def gradient() -> Tensor:
@@ -114,34 +122,34 @@ def test_cast_once_holds_frozen_weights_in_the_type_of_autocast() -> None:
 
     with torch.autocast("cpu", torch.bfloat16):
         expected = gradient()
-        with cast_once(nn.Sequential(frozen, trained), None):
+        with cached_autocast_weights(nn.Sequential(frozen, trained), None):
             assert frozen.cast[0].dtype == torch.bfloat16 and trained.cast is None
             torch.testing.assert_close(gradient(), expected, rtol=0, atol=0)
     assert frozen.cast is None
-    with cast_once(frozen):
+    with cached_autocast_weights(frozen):
         assert frozen.cast[0] is frozen.weight
 
 
-def test_cast_once_leaves_nothing_behind_when_a_cast_fails(
+def test_no_cached_weight_is_left_behind_when_a_cast_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    layers = nn.Sequential(Linear(IN, OUT), Linear(OUT, OUT)).requires_grad_(False)
+    layers = nn.Sequential(OneDNNLinear(IN, OUT), OneDNNLinear(OUT, OUT)).requires_grad_(False)
     casts = iter([layers[0].bias, layers[0].weight])
-    monkeypatch.setattr(module, "as_operand", lambda x: next(casts))
-    with pytest.raises(RuntimeError, match="StopIteration"), cast_once(layers):
+    monkeypatch.setattr(module, "cast_to_autocast", lambda x: next(casts))
+    with pytest.raises(RuntimeError, match="StopIteration"), cached_autocast_weights(layers):
         pass
     assert all(layer.cast is None for layer in layers)
 
 
-def test_as_operand_casts_what_autocast_would() -> None:
-    assert as_operand(torch.ones(2)).dtype == torch.float32
+def test_cast_to_autocast_casts_what_autocast_would() -> None:
+    assert cast_to_autocast(torch.ones(2)).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        assert as_operand(torch.ones(2)).dtype == torch.bfloat16
-        assert as_operand(torch.ones(2).double()).dtype == torch.float64
+        assert cast_to_autocast(torch.ones(2)).dtype == torch.bfloat16
+        assert cast_to_autocast(torch.ones(2).double()).dtype == torch.float64
 
 
 def test_an_activation_may_work_in_place() -> None:
-    layer = Linear(IN, OUT)
+    layer = OneDNNLinear(IN, OUT)
     for shape in ((7, IN), (3, 5, IN)):
         x = torch.randn(shape, requires_grad=True)
         (ours,) = torch.autograd.grad(F.elu(layer(x), inplace=True).square().sum(), x)
@@ -153,4 +161,24 @@ def test_an_activation_may_work_in_place() -> None:
 
 def test_a_wrong_width_says_so() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        Linear(IN, OUT)(torch.randn(7, IN + 1))
+        OneDNNLinear(IN, OUT)(torch.randn(7, IN + 1))
+
+
+def test_time_batched_weight_gradients_are_those_of_every_step() -> None:
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, 2, 5, dtype=torch.float64, requires_grad=True)
+    mix = torch.randn(5, 3, dtype=torch.float64)
+    start = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def unroll(layer: Callable[[Tensor, int], Tensor]) -> Tensor:
+        x, outputs = start, []
+        for t in range(4):
+            outputs.append(layer(x, t))
+            x = torch.tanh(outputs[-1]) @ mix
+        return torch.stack(outputs).square().sum()
+
+    layer = TimeBatchedLinear(weight, bias)
+    leaves = (weight, bias, start)
+    ours = torch.autograd.grad(unroll(lambda x, t: layer(x)), leaves)
+    plain = torch.autograd.grad(unroll(lambda x, t: x @ weight.t() + bias[t]), leaves)
+    torch.testing.assert_close(ours, plain)

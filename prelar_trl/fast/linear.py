@@ -16,11 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-__all__ = ["Linear", "UnrolledLinear", "as_operand", "cast_once", "linear"]
+from prelar_trl.fast.private import functorch_is_active, onednn_linear, unsafe_view
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
+__all__ = [
+    "OneDNNLinear",
+    "TimeBatchedLinear",
+    "cached_autocast_weights",
+    "cast_to_autocast",
+    "linear",
+]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,24 +34,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     it cannot be differentiated twice.
     """
     fits = x.shape[-1] == weight.shape[1] > 0 and (bias is None or len(bias) == len(weight))
-    if fits and _use_onednn(x, weight, bias):
-        return _OneDNNLinear.apply(x, weight, bias)
+    if fits and _onednn_serves(x, weight, bias):
+        return _OneDNNProduct.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-class Linear(nn.Linear):
+class OneDNNLinear(nn.Linear):
     """:class:`torch.nn.Linear` by :func:`linear`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.cast: tuple[Tensor, Tensor | None] | None = None  # weight and bias, see cast_once
+    cast: tuple[Tensor, Tensor | None] | None = None  # weight, bias: see cached_autocast_weights
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.cast or (self.weight, self.bias)
         return linear(x, weight, bias)
 
 
-def as_operand(x: Tensor) -> Tensor:
+def cast_to_autocast(x: Tensor) -> Tensor:
     """``x`` in the type that autocast gives to matrix products: one cast for several of them."""
     kind = x.device.type
     if x.dtype == torch.float64:  # autocast leaves it
@@ -58,7 +60,7 @@ def as_operand(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def cast_once(*modules: nn.Module | None) -> Iterator[None]:
+def cached_autocast_weights(*modules: nn.Module | None) -> Iterator[None]:
     """Inside, frozen linear layers of the modules do not cast their weights at every call.
 
     Autocast remembers what it has cast of trained weights only. The weights must stay as they are,
@@ -69,41 +71,42 @@ def cast_once(*modules: nn.Module | None) -> Iterator[None]:
         for module in modules
         if module is not None
         for layer in module.modules()
-        if isinstance(layer, Linear) and not layer.weight.requires_grad
+        if isinstance(layer, OneDNNLinear) and not layer.weight.requires_grad
     ]
     try:
         for layer in layers:
-            bias = None if layer.bias is None else as_operand(layer.bias)
-            layer.cast = as_operand(layer.weight), bias
+            bias = None if layer.bias is None else cast_to_autocast(layer.bias)
+            layer.cast = cast_to_autocast(layer.weight), bias
         yield
     finally:
         for layer in layers:
             layer.cast = None
 
 
-def _use_onednn(*tensors: Tensor | None) -> bool:
+def _onednn_serves(*tensors: Tensor | None) -> bool:
     return (
-        _HAS_ONEDNN
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
+        and onednn_linear() is not None
         and all(x is None or (x.is_cpu and x.dtype == torch.float32) for x in tensors)
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()  # vmap knows no rule for it
+        and not functorch_is_active()  # vmap knows no rule for it
     )
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # The weight must be dense, see _dense: a slice takes oneDNN's slow way, element by element.
+    product = onednn_linear()
+    if x.dim() == 2:
+        return product(x.contiguous(), weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    # No view in autograd's eyes, so that activations may work in place.
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+    return unsafe_view(product(rows, weight, bias), [*x.shape[:-1], weight.shape[0]])
 
 
-class _OneDNNLinear(torch.autograd.Function):
+class _OneDNNProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _onednn(x, _dense(weight), bias)
+        return _product(x, _dense(weight), bias)
 
     @staticmethod
     @once_differentiable
@@ -112,7 +115,7 @@ class _OneDNNLinear(torch.autograd.Function):
         to_x, to_weight, to_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         return (
-            _onednn(grad, _dense(weight).t()) if to_x else None,
+            _product(grad, _dense(weight).t()) if to_x else None,
             _weight_gradient(rows, x.reshape(-1, x.shape[-1]), weight) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )
@@ -120,7 +123,8 @@ class _OneDNNLinear(torch.autograd.Function):
 
 def _dense(weight: Tensor) -> Tensor:
     """The weight without gaps, by rows or by columns: a slice is copied."""
-    return weight if weight.t().is_contiguous() else weight.contiguous()
+    by_rows = weight.is_contiguous()
+    return weight if by_rows or weight.t().is_contiguous() else weight.contiguous()
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -128,7 +132,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return (x.t() @ grad).t() if weight.t().is_contiguous() else grad.t() @ x
 
 
-class _WeightAfterwards(torch.autograd.Function):
+class _DeferredWeightGrad(torch.autograd.Function):
     """The bias of every step; its gradient gives that of the weight, once the loop is done."""
 
     @staticmethod
@@ -145,7 +149,22 @@ class _WeightAfterwards(torch.autograd.Function):
         return weight, grad, None
 
 
-class UnrolledLinear:
+class _StepProduct(torch.autograd.Function):
+    """``x W^T + b`` without gradient of ``W``: one step of :class:`TimeBatchedLinear`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(x, weight).add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (weight,) = ctx.saved_tensors
+        return _product(grad, weight.t()), None, grad
+
+
+class TimeBatchedLinear:
     """``x_t W^T + b_t`` for t = 0, 1, ..., T-1, called once a step.
 
     Autograd would add up T products for the gradient of ``W``, each of which reads and writes a
@@ -158,18 +177,19 @@ class UnrolledLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        weight, bias = as_operand(weight), as_operand(bias)
+        weight, bias = cast_to_autocast(weight), cast_to_autocast(bias)
         self.inputs: list[Tensor] = []
         if torch.compiler.is_compiling():  # the compiler cannot trace a list that fills later
-            self.weight, self.biases = weight, iter(bias.unbind(0))
+            self.weight, self.biases, self.onednn = weight, iter(bias.unbind(0)), False
             return
         self.weight = weight.detach().contiguous()
-        self.biases = iter(_WeightAfterwards.apply(weight, bias, self.inputs).unbind(0))
+        self.biases = iter(_DeferredWeightGrad.apply(weight, bias, self.inputs).unbind(0))
+        self.onednn = _onednn_serves(self.weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[B, in]`` -> ``[B, out]`` of the next step."""
         x = x.to(self.weight.dtype)
         self.inputs.append(x.detach())
-        if _use_onednn(x, self.weight):
-            return linear(x, self.weight) + next(self.biases)
+        if self.onednn:
+            return _StepProduct.apply(x, self.weight, next(self.biases))
         return torch.addmm(next(self.biases), x, self.weight.t())

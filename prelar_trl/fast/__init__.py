@@ -1,0 +1,6 @@
+"""Speed, from outside: nothing of the maths imports this folder, which can be deleted."""
+
+from prelar_trl.fast.accelerate import accelerate
+from prelar_trl.fast.compilation import CompileMode, compile_update
+
+__all__ = ["CompileMode", "accelerate", "compile_update"]
