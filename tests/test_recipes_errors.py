@@ -104,7 +104,7 @@ def finetune_fails(fails, tmp_path):
         ("loss.consistency=hard", ["consistency='hard'", "soft, sign, soft_rank"]),
         ("method=dreamer", ["method=dreamer is unknown", "prelar_no_al_cl", "dreamerv2"]),
         ("method=dreamerv2", ["method=dreamerv2", "'pretrain'"]),
-        ("size=huge", ["size=huge is unknown", "full, small, tiny"]),
+        ("size=huge", ["size=huge is unknown", "full, mini, small, tiny"]),
         ("precision=16", ["'16'", "32 or bf16"]),
         ("compile=yes", ["'yes'", "auto, on or off"]),
         ("device=quantum", ["quantum", "auto, cpu, cuda"]),

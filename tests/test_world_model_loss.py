@@ -256,6 +256,7 @@ def test_bonus_is_frozen_float32_under_autocast_and_follows_the_module_to_float6
     assert not any(p.requires_grad for p in bonus.parameters())
 
 
-def test_agents_have_a_bonus_only_where_the_paper_has_one() -> None:
+def test_agents_have_a_bonus_where_the_paper_has_one_and_in_prelar_plus() -> None:
     with_bonus = {m for m, p in PHASES if p == "finetune" and tiny_agent(m).video_bonus is not None}
-    assert with_bonus == {"apv", "contextwm", "prelar", "prelar_no_cl", "prelar_no_al_cl"}
+    published = {"apv", "contextwm", "prelar", "prelar_no_cl", "prelar_no_al_cl"}
+    assert with_bonus == {*published, "prelar_plus"}
