@@ -1,5 +1,8 @@
 """`EpisodeReplay`: finished episodes on disk, sampled as windows in DreamerV2's layout.
 
+It is a TorchRL ``ReplayBuffer`` of three parts, `EpisodeReplay.buffer`: `EpisodeWriter` turns steps
+into whole episodes, `EpisodeStorage` keeps them in a clip store, `WindowSampler` draws windows.
+
 The shift between the two layouts lives here and nowhere else (`_rows`)::
 
     TorchRL, one step a column            DreamerV2, one frame a column
@@ -15,140 +18,199 @@ The shift between the two layouts lives here and nowhere else (`_rows`)::
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import shutil
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import ReplayBuffer, TensorStorage
+from torchrl.data import ReplayBuffer, Writer
 
-from prelar_trl.data.windows import Law, WindowSampler
+from prelar_trl.data.storage import FrameStorage, sample_rows
+from prelar_trl.data.store import MappedShards, read_meta
+from prelar_trl.data.windows import Strategy, WindowSampler
+from prelar_trl.data.writer import ClipWriter
 
 _KEYS = ("pixels", "action", ("next", "pixels"), ("next", "reward"), ("next", "done"))
 _TRAJECTORY = ("collector", "traj_ids")
+_STREAMS = {
+    "pixels": "pixels",
+    "action": "actions",
+    "reward": "rewards",
+    "terminated": "terminated",
+}
+_SHARDS = 8  # at least so many, so that deleting the oldest keeps the disk near the capacity
+_SHARD_BYTES = 2**28
 
 
-class FrameStorage(TensorStorage):
-    """Memory-mapped rows; ``index_select`` reads them ten times faster than TorchRL's indexing."""
-
-    def __init__(self, frames: TensorDictBase) -> None:
-        super().__init__(frames)
-        self.frames = frames
-
-    def get(self, index: Tensor) -> TensorDict:
-        """Rows at int64 indices ``[M]``."""
-        items = {k: torch.index_select(v, 0, index) for k, v in self.frames.items()}
-        return TensorDict(items, batch_size=[len(index)])
-
-
-class EpisodeReplay:
-    """A replay of whole episodes in a folder, a ring of frames that forgets the oldest episodes.
-
-    An episode can be sampled from the moment it is finished. Opening the folder again finds every
-    finished episode.
+class EpisodeStorage(FrameStorage):
+    """A ring of frames in a clip store, an episode a clip; the oldest shards are deleted.
 
     Args:
         path: the folder; made if it is missing.
-        window: frames T of a sampled row.
-        batch_size: rows B of a batch.
-        capacity: frames kept. Disk space is used as it is needed: 12 kB a frame at 64x64.
-        seed: seed of the draws.
-        device: where batches go; for CUDA through pinned memory, without blocking.
-        law: how windows are drawn, default the official ``prioritize_ends``.
-        min_length: with ``prioritize_ends``, the shortest window; see `prelar_trl.data.windows`.
+        capacity: frames kept.
+        pin_memory: read into pinned memory, for a GPU.
+
+    Attributes:
+        num_written: episodes that were ever appended; the number of the next.
 
     Raises:
-        ValueError: the folder holds a replay of another capacity, or is no replay.
+        ValueError: the folder holds something else, or a replay of another capacity.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        window: int = 50,
-        batch_size: int = 50,
-        capacity: int = 1_000_000,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        law: Law = "prioritize_ends",
-        min_length: int | None = None,
-    ) -> None:
-        if capacity < window:
-            raise ValueError(f"capacity={capacity} frames is less than one window of {window}")
-        self.path = Path(path)
-        self.window, self.batch_size, self.capacity = window, batch_size, capacity
-        self.device = torch.device(device)
-        self.sampler = WindowSampler(window, law=law, seed=seed, min_length=min_length)
-        self.buffer: ReplayBuffer | None = None
-        self._storage: FrameStorage | None = None
-        self._begins: list[int] = []  # absolute frame number; place in the ring: modulo capacity
-        self._lengths: list[int] = []
-        self._end = 0  # absolute number of the next frame
-        self._reserved = 0  # frames below this may have been written, so older ones are lost
-        self._pending: dict[Hashable, list[TensorDict]] = {}
-        self._stale = True
+    def __init__(self, path: Path, capacity: int, *, pin_memory: bool = False) -> None:
+        super().__init__(capacity, pin_memory=pin_memory)
+        self.path = path
+        self.streams = _STREAMS
+        self._store: ClipWriter | None = None
+        self._open()
+
+    def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._journal = self.path / "episodes.jsonl"
-        if self._journal.exists():
-            self._reopen()
+        if (self.path / "store.json").exists():
+            meta = read_meta(self.path)
+            self._open_store(meta["height"], meta["width"], meta["shard_bytes"])
         elif any(self.path.iterdir()):
-            raise ValueError(f"{str(path)!r} is not empty and holds no replay: name another folder")
+            raise ValueError(
+                f"{str(self.path)!r} is not empty and holds no replay: name another folder"
+            )
+        else:
+            self._store = None
+        clips = self._store.clips if self._store else []
+        self.num_written = int(clips[-1].name) + 1 if clips else 0
+        self._sync_clips()
 
-    @property
-    def num_episodes(self) -> int:
-        """Finished episodes that are kept."""
-        return len(self._lengths)
+    def _open_store(self, height: int, width: int, shard_bytes: int) -> None:
+        self._store = ClipWriter(
+            self.path,
+            source="replay",
+            height=height,
+            width=width,
+            shard_bytes=shard_bytes,
+            info={"capacity": self.max_size},
+        )
 
-    @property
-    def num_frames(self) -> int:
-        """Frames of the finished episodes that are kept."""
-        return sum(self._lengths)
+    def _sync_clips(self) -> None:
+        clips = self._store.clips if self._store else []
+        where = np.array([(0, c.shard, c.row) for c in clips], np.int64).reshape(-1, 3)
+        frames = np.array([c.frames for c in clips], np.int64)
+        start = frames.cumsum() - frames
+        shards: Sequence[MappedShards] = ()
+        if self._store:
+            start += self._store.evicted["frames"]
+            shards = self._shards or [MappedShards(self.path, self._store.streams)]
+        self.set_clips(shards, start, frames, where, first=self.num_written - len(clips))
 
-    @property
-    def num_eligible(self) -> int:
-        """Finished episodes that are long enough to be sampled."""
-        self._declare()
-        return self.sampler.num_eligible
-
-    def __len__(self) -> int:
-        return self.num_frames
-
-    def extend(self, data: TensorDictBase) -> int:
-        """Takes what a collector or ``env.rollout`` gives; the input is not changed.
-
-        Time is the last batch dimension: batch ``[T]`` or ``[N, T]``, N environments. A single
-        step of N environments, batch ``[N]``, goes to `add`. The data of one environment continue
-        where its last call stopped; ``("collector", "traj_ids")`` is respected when it is there.
+    def append(self, frames: TensorDict) -> Tensor:
+        """Writes one episode.
 
         Args:
-            data: ``pixels`` uint8, ``action`` float32, ``next`` with ``pixels``, ``reward``,
-                ``done`` and (else False) ``terminated``; ``is_first`` at the root (optional)
-                breaks an unfinished episode off, which is then kept as truncated.
+            frames: ``[L + 1]``: ``pixels``, ``action``, ``reward``, ``terminated``.
 
         Returns:
-            Episodes that were finished by this call.
+            Its indices int64 ``[L + 1]``.
 
         Raises:
-            ValueError: a missing key, a wrong shape or dtype, NaN; nothing was taken then.
+            ValueError: it is longer than the capacity, or its shapes differ.
+            OSError: no space is left; what was appended before is safe.
+        """
+        if len(frames) > self.max_size:
+            raise ValueError(f"an episode of {len(frames)} frames exceeds capacity={self.max_size}")
+        arrays = {name: frames[key].contiguous().numpy() for key, name in _STREAMS.items()}
+        if self._store is None:
+            pixels = arrays["pixels"][0]
+            size = min(_SHARD_BYTES, self.max_size * pixels.size // _SHARDS)
+            self._open_store(*pixels.shape[1:], size)
+        self._store.add_streams(arrays, name=f"{self.num_written:06d}")
+        self.num_written += 1
+        self._sync_clips()
+        kept = self._end - self.max_size  # places below are overwritten
+        self._store.evict(int(np.searchsorted(self._start + self._frames, kept, side="right")))
+        self._sync_clips()
+        return torch.arange(self._end - len(frames), self._end) % self.max_size
+
+    def episode(self, number: int) -> TensorDict:
+        """All frames of one whole clip, 0 the oldest."""
+        start = int(self._start[self.whole][number])
+        frames = int(self._frames[self.whole][number])
+        return self.get(torch.arange(start, start + frames) % self.max_size)
+
+    def shape(self, key: str) -> list[int] | None:
+        """Shape of one frame of ``key``; None before the first episode."""
+        return list(self._store.streams[_STREAMS[key]].shape) if self._store else None
+
+    def close(self) -> None:
+        """Finishes the clip store, so that others can read it; opening it again continues."""
+        if self._store is not None:
+            self._store.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many episodes were written."""
+        return {"end": self.num_written}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`."""
+        end = state_dict["end"]
+        if end > self.num_written:
+            raise ValueError(
+                f"the replay in {str(self.path)!r} ends at episode {self.num_written}, the "
+                f"checkpoint at {end}: it is another folder, or files of it are missing"
+            )
+        if end < self.num_written:
+            clips = self._store.clips
+            self._store.truncate(sum(int(clip.name) < end for clip in clips))
+            self.num_written, self._shards = end, ()
+            self._sync_clips()
+
+    def dumps(self, path: str | Path) -> None:
+        """Copies the clip store to the folder ``path``; what was there is deleted."""
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(self.path, path)
+
+    def loads(self, path: str | Path) -> None:
+        """Takes the place of what `dumps` wrote. What was here is deleted.
+
+        Raises:
+            ValueError: the copy has another capacity.
+        """
+        path = Path(path)
+        if any(path.iterdir()):
+            capacity = read_meta(path)["info"].get("capacity")
+            if capacity != self.max_size:
+                raise ValueError(f"{str(path)!r} has capacity={capacity}, not {self.max_size}")
+        if self._store is not None:
+            self._store.release()
+        shutil.rmtree(self.path)
+        shutil.copytree(path, self.path)
+        self._shards = ()
+        self._open()
+
+
+class EpisodeWriter(Writer):
+    """Cuts TorchRL's steps into episodes and appends each to an `EpisodeStorage` when it ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: dict[Hashable, list[TensorDict]] = {}
+
+    def add(self, data: TensorDictBase) -> Tensor:
+        """Takes one step, batch ``[]``. Otherwise as `extend`."""
+        return self.extend(data.reshape(1, 1))
+
+    def extend(self, data: TensorDictBase) -> Tensor:
+        """Takes steps of batch ``[T]`` or ``[N, T]``; see `EpisodeReplay.extend`.
+
+        Returns:
+            Indices int64 ``[M]`` of the frames of the episodes that were finished.
         """
         if not data.ndim:
             raise ValueError("extend needs a time dimension: use add for a single step")
         data = data.reshape(-1, data.shape[-1])  # [N, T]
-        return self._take(data)
-
-    def add(self, data: TensorDictBase) -> int:
-        """Takes one step, batch ``[]`` or ``[N]``, of as many environments. Otherwise `extend`."""
-        return self._take(data.reshape(-1, 1))  # [N, 1]
-
-    def _take(self, data: TensorDictBase) -> int:
         self._check(data)
-        finished = 0
+        written = [torch.zeros(0, dtype=torch.int64)]
         done = data["next", "done"].reshape(data.shape).cpu()  # [N, T]
         first = data.get("is_first", None)
         first = torch.zeros_like(done) if first is None else first.reshape(done.shape).cpu()
@@ -157,16 +219,16 @@ class EpisodeReplay:
         for worker in range(data.shape[0]):
             for begin, end in _pieces(done[worker], first[worker]):
                 key = worker if ids is None else ("trajectory", int(ids[worker, begin]))
-                if bool(first[worker, begin]) and key in self._pending:
-                    self._finish(key)
-                    finished += 1
-                new = key not in self._pending
-                rows = _rows(data[worker, begin:end], new)
-                self._pending.setdefault(key, []).append(rows)
+                if bool(first[worker, begin]) and key in self.pending:
+                    written.append(self._finish(key))
+                rows = _rows(data[worker, begin:end], new=key not in self.pending)
+                self.pending.setdefault(key, []).append(rows)
                 if bool(done[worker, end - 1]):
-                    self._finish(key)
-                    finished += 1
-        return finished
+                    written.append(self._finish(key))
+        return torch.cat(written)
+
+    def _finish(self, key: Hashable) -> Tensor:
+        return self._storage.append(torch.cat(self.pending.pop(key)))
 
     def _check(self, data: TensorDictBase) -> None:
         keys = data.keys(include_nested=True, leaves_only=True)
@@ -187,60 +249,139 @@ class EpisodeReplay:
             if not bool(value.isfinite().all()):
                 worker, step = (~value.isfinite()).nonzero()[0, :2].tolist()
                 raise ValueError(f"{key} is NaN or infinite at step {step} of environment {worker}")
-        if self._storage is not None:
-            for key in ("pixels", "action"):
-                have, got = self._storage.frames[key].shape[1:], data[key].shape[2:]
-                if have != got:
-                    raise ValueError(
-                        f"{key} has shape {list(got)} per step; the replay in {str(self.path)!r} "
-                        f"holds {list(have)}"
-                    )
+        for key in ("pixels", "action"):
+            have, got = self._storage.shape(key), list(data[key].shape[2:])
+            if have not in (None, got):
+                raise ValueError(
+                    f"{key} has shape {got} per step; the replay in {str(self._storage.path)!r} "
+                    f"holds {have}"
+                )
 
-    def _finish(self, key: Hashable) -> None:
-        rows = torch.cat(self._pending.pop(key))
-        length = len(rows)
-        if length > self.capacity:
-            raise ValueError(f"an episode of {length} frames exceeds capacity={self.capacity}")
-        self._check_space(rows)
-        if self._storage is None:
-            self._note({"capacity": self.capacity})
-            folder = self.path / "frames"
-            rows[:1].expand(self.capacity).memmap_like(folder)
-            self._open_storage()
-        self._reserved = max(self._reserved, self._end + length)
-        self._note({"reserved": self._reserved})
-        self._forget()
-        place = torch.arange(self._end, self._end + length) % self.capacity
-        self._storage.set(place, rows)
-        self._begins.append(self._end)
-        self._lengths.append(length)
-        self._end += length
-        self._note({"begin": self._begins[-1], "frames": length})
-        self._stale = True
+    def _empty(self, empty_write_count: bool = True) -> None:
+        self.pending.clear()
 
-    def _check_space(self, rows: TensorDict) -> None:
-        """A full disk under a memory map kills the process without a word: look before."""
-        need = rows.bytes() + 2**20
-        free = shutil.disk_usage(self.path).free
-        if free < need:
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left for the replay in {str(self.path)!r} ({free / 2**20:.0f} MiB free, "
-                f"{need / 2**20:.0f} needed): {self.num_episodes} episodes are safe, free some",
-            )
+    def state_dict(self) -> dict[str, Any]:
+        """The unfinished episodes."""
+        return {"pending": {key: torch.cat(rows) for key, rows in self.pending.items()}}
 
-    def _forget(self) -> None:
-        while self._begins and self._begins[0] < self._reserved - self.capacity:
-            del self._begins[0], self._lengths[0]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the unfinished episodes."""
+        self.pending = {key: [rows.clone()] for key, rows in state_dict["pending"].items()}
 
-    def _declare(self) -> None:
-        if self._stale:
-            self.sampler.set_episodes(
-                torch.tensor(self._lengths, dtype=torch.int64),
-                starts=torch.tensor(self._begins, dtype=torch.int64),
-                capacity=self.capacity,
-            )
-            self._stale = False
+    def dumps(self, path: str | Path) -> None:
+        """Writes the unfinished episodes to ``pending.pt`` in the folder ``path``."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        pending = {key: rows.to_dict() for key, rows in self.state_dict()["pending"].items()}
+        torch.save(pending, Path(path, "pending.pt"))
+
+    def loads(self, path: str | Path) -> None:
+        """Reads what `dumps` wrote."""
+        pending = torch.load(Path(path, "pending.pt"), weights_only=True)
+        self.pending = {
+            key: [TensorDict(rows, [len(rows["pixels"])])] for key, rows in pending.items()
+        }
+
+
+class EpisodeReplay:
+    """A replay of whole episodes in a folder, a ring of frames that forgets the oldest episodes.
+
+    An episode can be sampled from the moment it is finished. Opening the folder again finds every
+    finished episode. After `close` the folder is a clip store that `VideoClips` reads.
+
+    Args:
+        path: the folder; made if it is missing.
+        window: frames T of a sampled row.
+        batch_size: rows B of a batch.
+        capacity: frames kept. Disk space is used as it is needed: 12 kB a frame at 64x64.
+        seed: seed of the draws.
+        device: where batches go; for CUDA through pinned memory, without blocking.
+        strategy: how windows are drawn, default the official ``prioritize_ends``.
+        min_length: with ``prioritize_ends``, the shortest window; see `prelar_trl.data.windows`.
+
+    Attributes:
+        buffer: the TorchRL ``ReplayBuffer``, whose batch is flat ``[B * T]``: append transforms to
+            it, give it to a collector, replace its sampler. A sampler with priorities needs
+            TorchRL's compiled extension, which the releases that we pin cannot load.
+
+    Raises:
+        ValueError: the folder holds a replay of another capacity, or is no replay.
+        StoreError: another process has it open.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        window: int = 50,
+        batch_size: int = 50,
+        capacity: int = 1_000_000,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        strategy: Strategy = "prioritize_ends",
+        min_length: int | None = None,
+    ) -> None:
+        if capacity < window:
+            raise ValueError(f"capacity={capacity} frames is less than one window of {window}")
+        self.path = Path(path)
+        self.window, self.batch_size, self.capacity = window, batch_size, capacity
+        self.device = torch.device(device)
+        self.sampler = WindowSampler(window, strategy=strategy, seed=seed, min_length=min_length)
+        self.storage = EpisodeStorage(self.path, capacity, pin_memory=self.device.type == "cuda")
+        self._writer = EpisodeWriter()
+        self.buffer = ReplayBuffer(
+            storage=self.storage,
+            sampler=self.sampler,
+            writer=self._writer,
+            collate_fn=lambda frames: frames,
+            batch_size=batch_size * window,
+        )
+
+    @property
+    def num_episodes(self) -> int:
+        """Finished episodes that are kept."""
+        return len(self._lengths)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the finished episodes that are kept."""
+        return int(self._lengths.sum())
+
+    @property
+    def num_eligible(self) -> int:
+        """Finished episodes that are long enough to be sampled."""
+        return int((self._lengths >= self.sampler.shortest).sum())
+
+    @property
+    def _lengths(self) -> Tensor:
+        return self.storage.episodes()["lengths"]
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def extend(self, data: TensorDictBase) -> Tensor:
+        """Takes what a collector or ``env.rollout`` gives; the input is not changed.
+
+        Time is the last batch dimension: batch ``[T]`` or ``[N, T]``, N environments. A single
+        step of N environments, batch ``[N]``, goes to `add`. The data of one environment continue
+        where its last call stopped; ``("collector", "traj_ids")`` is respected when it is there.
+
+        Args:
+            data: ``pixels`` uint8, ``action`` float32, ``next`` with ``pixels``, ``reward``,
+                ``done`` and (else False) ``terminated``; ``is_first`` at the root (optional)
+                breaks an unfinished episode off, which is then kept as truncated.
+
+        Returns:
+            Indices int64 ``[M]`` of the frames of the episodes that were finished by this call.
+
+        Raises:
+            ValueError: a missing key, a wrong shape or dtype, NaN; nothing was taken then.
+            OSError: no space is left; finished episodes are safe.
+        """
+        return self.buffer.extend(data)
+
+    def add(self, data: TensorDictBase) -> Tensor:
+        """Takes one step, batch ``[]`` or ``[N]``, of as many environments. Otherwise `extend`."""
+        return self.buffer.extend(data.reshape(-1, 1))  # [N, 1]
 
     def sample(self) -> TensorDict:
         """Draws a batch.
@@ -253,31 +394,33 @@ class EpisodeReplay:
         Raises:
             RuntimeError: no finished episode is long enough.
         """
-        self._declare()
-        if not self.sampler.num_eligible:
+        if not self.num_eligible:
             raise RuntimeError(
                 f"the replay has no finished episode of {self.window} frames yet "
-                f"({self.num_episodes} episodes, longest {max(self._lengths, default=0)} frames, "
-                f"{len(self._pending)} unfinished): collect more steps or lower the window"
+                f"({self.num_episodes} episodes, longest {max(self._lengths.tolist(), default=0)} "
+                f"frames, {len(self._writer.pending)} unfinished): collect more steps or lower the "
+                "window"
             )
-        batch, info = self.buffer.sample(return_info=True)
-        batch["is_first"] = info["is_first"].unsqueeze(-1)
-        batch = batch.reshape(self.batch_size, self.window)  # [B, T]
-        if self.device.type == "cpu":
-            return batch
-        return batch.pin_memory().to(self.device, non_blocking=True)
+        return (
+            sample_rows(self.buffer, self.window)
+            .exclude("episode")
+            .to(self.device, non_blocking=True)
+        )
 
     def episode(self, number: int) -> TensorDict:
         """The whole kept episode ``number`` (0 the oldest), rows ``[L + 1]``."""
-        begin, frames = self._begins[number], self._lengths[number]
-        return self._storage.get(torch.arange(begin, begin + frames) % self.capacity)
+        return self.storage.episode(number)
+
+    def close(self) -> None:
+        """Finishes the store on the disk; opening it again continues."""
+        self.storage.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Random state, the place in the stream of frames, and the unfinished episodes."""
+        """Random state, the place in the stream of episodes, and the unfinished episodes."""
         return {
-            "sampler": self.sampler.state_dict(),
-            "end": self._end,
-            "pending": {key: torch.cat(rows) for key, rows in self._pending.items()},
+            "sampler": self.buffer.sampler.state_dict(),
+            **self.storage.state_dict(),
+            **self._writer.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -289,55 +432,9 @@ class EpisodeReplay:
         Raises:
             ValueError: the folder holds less than the state tells of.
         """
-        end = state_dict["end"]
-        if end > self._end:
-            raise ValueError(
-                f"the replay in {str(self.path)!r} ends at frame {self._end}, the checkpoint at "
-                f"{end}: it is another folder, or files of it are missing"
-            )
-        while self._begins and self._begins[-1] >= end:
-            del self._begins[-1], self._lengths[-1]
-        self._end = end
-        if self._storage is not None:
-            self._note({"rewind": end})
-        self._pending = {key: [rows.clone()] for key, rows in state_dict["pending"].items()}
-        self._stale = True
-        self._declare()
-        self.sampler.load_state_dict(state_dict["sampler"])
-
-    def _note(self, record: dict[str, int]) -> None:
-        with self._journal.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def _open_storage(self) -> None:
-        self._storage = FrameStorage(TensorDict.load_memmap(self.path / "frames"))
-        self.buffer = ReplayBuffer(
-            storage=self._storage, sampler=self.sampler, batch_size=self.batch_size * self.window
-        )
-
-    def _reopen(self) -> None:
-        data = self._journal.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        os.truncate(self._journal, whole)
-        for line in data[:whole].splitlines():
-            record = json.loads(line)
-            if record.get("capacity", self.capacity) != self.capacity:
-                raise ValueError(
-                    f"the replay in {str(self.path)!r} was made with capacity="
-                    f"{record['capacity']}, not {self.capacity}: use that, or another folder"
-                )
-            if "begin" in record:
-                self._begins.append(record["begin"])
-                self._lengths.append(record["frames"])
-                self._end = record["begin"] + record["frames"]
-            if "rewind" in record:
-                self._end = record["rewind"]
-                while self._begins and self._begins[-1] >= self._end:
-                    del self._begins[-1], self._lengths[-1]
-            self._reserved = max(self._reserved, record.get("reserved", 0))
-            self._forget()
-        if self._end:
-            self._open_storage()
+        self.storage.load_state_dict(state_dict)
+        self._writer.load_state_dict(state_dict)
+        self.buffer.sampler.load_state_dict(state_dict["sampler"])
 
 
 def _pieces(done: Tensor, first: Tensor) -> list[tuple[int, int]]:

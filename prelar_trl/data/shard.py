@@ -6,6 +6,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,12 +25,19 @@ class OpenShard:
         path: the store.
         number: the shard's.
         streams: what a clip consists of.
+        clips, frames: how much of its files is kept, see `cut`.
     """
 
-    def __init__(self, path: Path, number: int, streams: Mapping[str, Stream]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        number: int,
+        streams: Mapping[str, Stream],
+        clips: int = 0,
+        frames: int = 0,
+    ) -> None:
         self.path, self.number, self.streams = path, number, streams
-        self.clips = 0
-        self.frames = 0
+        self.clips, self.frames = clips, frames
         self._files: dict[str, BinaryIO] = {}
 
     def append(self, data: Mapping[str, Iterable[Buffer]], record: dict[str, Any]) -> None:
@@ -52,27 +60,26 @@ class OpenShard:
         self.clips += 1
         self.frames += record["frames"]
 
-    def recover(self) -> list[str]:
+    def recover(self) -> list[dict[str, Any]]:
         """Counts the whole clips of the files on the disk, cuts off the rest.
 
         Returns:
-            The clips' names.
+            The clips' records.
         """
-        names = []
-        journal = shard_file(self.path, CLIPS, self.number)
+        records = []
+        journal = self._file(CLIPS)
         if journal.exists():
-            handles = {key: self._file(key).open("rb") for key in self.streams}
-            for line in journal.read_bytes().split(b"\n")[:-1]:
-                record = whole_clip(line, handles, self.streams)
-                if record is None:
-                    break
-                self.clips += 1
-                self.frames += record["frames"]
-                names.append(record["name"])
-            for handle in handles.values():
-                handle.close()
+            with ExitStack() as stack:
+                files = {k: stack.enter_context(self._file(k).open("rb")) for k in self.streams}
+                for line in journal.read_bytes().split(b"\n")[:-1]:
+                    record = whole_clip(line, files, self.streams)
+                    if record is None:
+                        break
+                    records.append(record)
+        self.clips = len(records)
+        self.frames = sum(record["frames"] for record in records)
         self.cut()
-        return names
+        return records
 
     def cut(self) -> None:
         """Cuts the files back to the last whole clip."""
@@ -101,6 +108,12 @@ class OpenShard:
         for file in self._files.values():
             file.close()
         self._files.clear()
+
+    def delete(self) -> None:
+        """Deletes the files."""
+        self.close()
+        for key in (CLIPS, *self.streams):
+            self._file(key).unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
         return shard_file(self.path, key, self.number)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,12 +28,24 @@ from prelar_trl.data.store import (
     VERSION,
     StoreError,
     Stream,
+    evicted_of,
     read_meta,
+    read_records,
     shard_file,
     streams_of,
 )
+from prelar_trl.utils import atomic_write
 
 logger = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Where a clip lies: its first frame is ``row`` of ``shard``."""
+
+    name: str
+    shard: int
+    row: int
+    frames: int
 
 
 class ClipWriter:
@@ -53,6 +65,11 @@ class ClipWriter:
         info: further settings (JSON) that must be the same when the store is continued.
         left_out: what the source holds and does not offer as clips, reason -> names; of it the
             metadata keep the number and an example.
+
+    Attributes:
+        clips: where each clip lies.
+        done: names of the clips and of those that were skipped.
+        evicted: ``shards``, ``clips`` and ``frames`` that `evict` has deleted.
 
     Raises:
         StoreError: the folder holds a store with other settings, or one that another process
@@ -89,9 +106,10 @@ class ClipWriter:
             for reason, names in (left_out or {}).items()
         }
         self.streams: dict[str, Stream] = {}
+        self.clips: list[Place] = []
         self.done: set[str] = set()
-        self.num_clips = 0
         self.reasons: dict[str, list[str]] = {}  # why clips were skipped -> their names
+        self.evicted = {"shards": 0, "clips": 0, "frames": 0}
         self._seals: list[dict[str, Any]] = []
         self._shard = OpenShard(self.path, 0, self.streams)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -100,7 +118,7 @@ class ClipWriter:
         try:
             if (self.path / "store.json").exists():
                 self._resume()
-            elif any(p.name != "store.json.tmp" for p in self.path.iterdir()):
+            elif any(p.name != "store.part.json" for p in self.path.iterdir()):
                 raise StoreError(
                     f"{str(path)!r} is not empty and holds no clip store: name another folder"
                 )
@@ -108,8 +126,13 @@ class ClipWriter:
                 with self.saving():
                     self._mark_unfinished()
         except BaseException:
-            self.abort()
+            self.release()
             raise
+
+    @property
+    def num_clips(self) -> int:
+        """Clips in the store."""
+        return len(self.clips)
 
     def add(
         self,
@@ -138,14 +161,16 @@ class ClipWriter:
             ValueError: wrong shape, dtype, NaN, or a name that is already there.
             OSError: no space is left; what was added before is safe.
         """
-        name = f"{self.num_clips:06d}" if name is None else name
-        if name in self.done:
-            raise ValueError(f"clip name {name!r} is already in the store")
         size = (self.settings["height"], self.settings["width"])
         arrays = {"pixels": checked_frames("frames", frames, size)}
         arrays |= {key: checked_frames(key, value, size) for key, value in images.items()}
         if actions is not None:
             arrays[ACTIONS] = checked_actions(actions)
+        name = f"{self.num_clips:06d}" if name is None else name
+        self.add_streams(arrays, name=name, label=label, split=split, info=info)
+
+    def add_streams(self, arrays: Mapping[str, np.ndarray], *, name: str, **record: Any) -> None:
+        """Appends one clip of contiguous arrays ``[T, ...]``, a stream each. Otherwise as `add`."""
         length = len(arrays["pixels"])
         for key, array in arrays.items():
             if len(array) != length:
@@ -153,7 +178,7 @@ class ClipWriter:
         self._append(
             {k: Stream(k, str(a.dtype), a.shape[1:]) for k, a in sorted(arrays.items())},
             {key: [array.reshape(-1).view(np.uint8).data] for key, array in arrays.items()},
-            {"name": name, "frames": length, "label": label, "split": split, "info": info},
+            {"name": name, "frames": length, "label": None, "split": None, "info": None} | record,
         )
 
     def add_spool(
@@ -166,8 +191,6 @@ class ClipWriter:
         info: dict[str, Any] | None = None,
     ) -> None:
         """Appends the clip of a spool in blocks, and deletes the spool. Otherwise as `add`."""
-        if name in self.done:
-            raise ValueError(f"clip name {name!r} is already in the store")
         self._append(
             spool.streams,
             {key: spool.blocks(key) for key in spool.streams},
@@ -199,16 +222,16 @@ class ClipWriter:
             return
         if not self.num_clips:
             self._discard()
-            self.abort()
+            self.release()
             raise ValueError(f"nothing was added to clip store {str(self.path)!r}{self._why()}")
         if self._dirty:
             with self.saving():
                 if self._shard.clips:
                     self._seal()
                 self._write_meta(complete=True)
-        self.abort()
+        self.release()
 
-    def abort(self) -> None:
+    def release(self) -> None:
         """Lets go of the store, unfinished; opening it again continues."""
         self._shard.close()
         if self._lock >= 0:
@@ -228,7 +251,50 @@ class ClipWriter:
         if kind is None:
             self.close()
         else:
-            self.abort()
+            self.release()
+
+    def evict(self, before: int) -> None:
+        """Deletes the oldest shards that hold clips below number ``before`` only.
+
+        Clips are numbered by `clips`, which forgets those that are deleted.
+        """
+        shard = self.clips[before].shard if before < self.num_clips else self._shard.number
+        gone = [clip for clip in self.clips if clip.shard < shard]
+        if not gone:
+            return
+        first = self.evicted["shards"]
+        self.evicted = {
+            "shards": shard,
+            "clips": self.evicted["clips"] + len(gone),
+            "frames": self.evicted["frames"] + sum(clip.frames for clip in gone),
+        }
+        del self._seals[: shard - first]
+        self._drop(gone)
+        self._write_meta(complete=False)
+        for number in range(first, shard):
+            OpenShard(self.path, number, self.streams).delete()
+
+    def truncate(self, num_clips: int) -> None:
+        """Deletes all clips but the first ``num_clips``."""
+        if num_clips >= self.num_clips:
+            return
+        _, shard, row, _ = self.clips[num_clips]
+        last = self._shard.number
+        self._shard.close()
+        del self._seals[shard - self.evicted["shards"] :]
+        kept = sum(clip.shard == shard for clip in self.clips[:num_clips])
+        self._shard = OpenShard(self.path, shard, self.streams, kept, row)
+        self._drop(self.clips[num_clips:])
+        self._write_meta(complete=False)
+        self._dirty = True
+        for number in range(shard + 1, last + 1):
+            OpenShard(self.path, number, self.streams).delete()
+        self._shard.cut()
+
+    def _drop(self, clips: list[Place]) -> None:
+        names = {clip.name for clip in clips}
+        self.clips = [clip for clip in self.clips if clip.name not in names]
+        self.done -= names
 
     def _append(
         self,
@@ -236,12 +302,16 @@ class ClipWriter:
         data: Mapping[str, Iterable[Buffer]],
         record: dict[str, Any],
     ) -> None:
-        self._check_streams(streams, record["name"])
+        name, frames = record["name"], record["frames"]
+        if name in self.done:
+            raise ValueError(f"clip name {name!r} is already in the store")
+        self._check_streams(streams, name)
         with self.saving():
-            self._make_room(record["frames"])
+            self._make_room(frames)
+            place = Place(name, self._shard.number, self._shard.frames, frames)
             self._shard.append(data, record)
-        self.num_clips += 1
-        self.done.add(record["name"])
+        self.clips.append(place)
+        self.done.add(name)
 
     def _check_streams(self, streams: dict[str, Stream], name: str) -> None:
         """The first clip decides which streams the store has."""
@@ -274,7 +344,7 @@ class ClipWriter:
         try:
             yield
         except OSError as error:
-            self.abort()
+            self.release()
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise OSError(
@@ -285,7 +355,8 @@ class ClipWriter:
 
     def _seal(self) -> None:
         self._seals.append(self._shard.seal())
-        self._shard = OpenShard(self.path, len(self._seals), self.streams)
+        self._shard = OpenShard(self.path, self._shard.number + 1, self.streams)
+        self._shard.cut()
 
     def _write_meta(self, *, complete: bool) -> None:
         meta = self.settings | {
@@ -300,13 +371,11 @@ class ClipWriter:
         }
         if self.left_out:
             meta["left_out"] = self.left_out
+        if any(self.evicted.values()):
+            meta["evicted"] = self.evicted
         text = json.dumps(meta, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        temporary = self.path / "store.json.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / "store.json")
+        with atomic_write(self.path / "store.json", sync=True) as part:
+            part.write_text(text, encoding="utf-8")
 
     def _take_lock(self) -> int:
         handle = os.open(self.path, os.O_RDONLY)
@@ -321,9 +390,11 @@ class ClipWriter:
 
     def _resume(self) -> None:
         meta = read_meta(self.path)
-        self.streams = streams_of(meta)
-        journal = shard_file(self.path, CLIPS, 0)
-        begun = bool(meta["shards"]) or (journal.exists() and journal.stat().st_size > 0)
+        self.streams, self.evicted = streams_of(meta), evicted_of(meta)
+        first = self.evicted["shards"]
+        journal = shard_file(self.path, CLIPS, first)
+        begun = first > 0 or bool(meta["shards"])
+        begun = begun or (journal.exists() and journal.stat().st_size > 0)
         have, want = _flat(meta), _flat(self.settings)
         for key in sorted(want | have):
             if key.split(".")[0] not in self.settings or have.get(key) == want.get(key):
@@ -343,17 +414,22 @@ class ClipWriter:
         self._seals = meta["shards"]
         if meta["complete"]:  # the last shard may take further clips
             self._seals = self._seals[:-1]
-        for shard in range(len(self._seals)):
-            for line in shard_file(self.path, CLIPS, shard).read_bytes().split(b"\n")[:-1]:
-                self.done.add(json.loads(line)["name"])
-        self._shard = OpenShard(self.path, len(self._seals), self.streams)
-        self.done.update(self._shard.recover())
-        self.num_clips = len(self.done)
+        for shard in range(first, first + len(self._seals)):
+            self._found(shard, read_records(shard_file(self.path, CLIPS, shard)))
+        self._shard = OpenShard(self.path, first + len(self._seals), self.streams)
+        self._found(self._shard.number, self._shard.recover())
         self._recover_skipped()
         shutil.rmtree(self.path / SPOOL, ignore_errors=True)
         if not begun:
             self._mark_unfinished()
         logger.info("continuing clip store %s after %d clips", self.path, self.num_clips)
+
+    def _found(self, shard: int, records: list[dict[str, Any]]) -> None:
+        row = 0
+        for record in records:
+            self.clips.append(Place(record["name"], shard, row, record["frames"]))
+            self.done.add(record["name"])
+            row += record["frames"]
 
     def _discard(self) -> None:
         """Removes the files of a store that has no clip."""
@@ -371,13 +447,11 @@ class ClipWriter:
 
     def _recover_skipped(self) -> None:
         file = self.path / SKIPPED
-        if not file.exists():
-            return
-        data = file.read_bytes()
-        os.truncate(file, data.rfind(b"\n") + 1)
-        for record in map(json.loads, data.split(b"\n")[:-1]):
+        for record in read_records(file):
             self.reasons.setdefault(record["reason"], []).append(record["name"])
             self.done.add(record["name"])
+        if file.exists():
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
