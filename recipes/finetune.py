@@ -199,6 +199,7 @@ def finetune(
         Interruption() as interruption,
         bar,
     ):
+        opened.callback(replay.close)
         opened.callback(env.close, raise_if_closed=False)
         evaluation = Evaluation(cfg, env_factory, agent, device)
         opened.enter_context(closing(evaluation))

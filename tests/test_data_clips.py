@@ -208,7 +208,7 @@ def test_a_store_interrupted_anywhere_equals_one_made_at_once(tmp_path) -> None:
             number = (20 * clip + torch.arange(LENGTHS[clip])).float().view(-1, 1).repeat(1, 2)
             frames = frames_of(clip, LENGTHS[clip])
             writer.add(frames, number, name=f"clip {clip}", label=clip % 2)
-        last = len(writer._seals)
+        last = writer.clips[-1].shard
         writer.release()
         for name, suffix in (("pixels", "bin"), ("actions", "bin"), ("clips", "jsonl")):
             file = path / name / f"{last:06d}.{suffix}"

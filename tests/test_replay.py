@@ -339,7 +339,7 @@ def test_a_full_disk_is_an_error_and_no_crash(tmp_path, monkeypatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("prelar_trl.data.shard.OpenShard._write", full)
+    monkeypatch.setattr("prelar_trl.data.shards.OpenShard._write", full)
     with pytest.raises(OSError, match="no space left .* 1 clips are safe"):
         replay.extend(steps(9, base=50))
     expect(replay.episode(0), 9, base=10)

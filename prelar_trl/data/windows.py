@@ -21,7 +21,6 @@ with further windows, and each of them starts with ``is_first``. What does not f
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -56,7 +55,20 @@ class Windows:
     offset: Tensor
 
 
-class WindowSampler(Sampler):
+class StatefulSampler(Sampler):
+    """A TorchRL sampler whose `state_dict` is all that a folder must hold of it."""
+
+    def dumps(self, path: str | Path) -> None:
+        """Writes `state_dict` as ``sampler.pt`` into the folder ``path``."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), Path(path, "sampler.pt"))
+
+    def loads(self, path: str | Path) -> None:
+        """Reads what `dumps` wrote."""
+        self.load_state_dict(torch.load(Path(path, "sampler.pt"), weights_only=True))
+
+
+class WindowSampler(StatefulSampler):
     """Draws windows of ``length`` frames; a TorchRL sampler with its own random generator.
 
     A draw costs O(rows * log episodes), never O(frames).
@@ -288,24 +300,8 @@ class WindowSampler(Sampler):
     def _empty(self) -> None:
         self.set_episodes(torch.zeros(0, dtype=torch.int64))
 
-    def dumps(self, path: str | Path) -> None:
-        """Writes `state_dict` as ``sampler.json`` into the folder ``path``."""
-        state = {
-            k: v.tolist() if isinstance(v, Tensor) else v for k, v in self.state_dict().items()
-        }
-        Path(path).mkdir(parents=True, exist_ok=True)
-        Path(path, "sampler.json").write_text(json.dumps(state))
 
-    def loads(self, path: str | Path) -> None:
-        """Reads what `dumps` wrote."""
-        state = json.loads(Path(path, "sampler.json").read_text())
-        for key in ("rng", "order_rng"):
-            if state[key] is not None:
-                state[key] = torch.tensor(state[key], dtype=torch.uint8)
-        self.load_state_dict(state)
-
-
-class FixedShareSampler(Sampler):
+class FixedShareSampler(StatefulSampler):
     """Fills the first rows of a batch from one `WindowSampler` and the others from another.
 
     Args:
@@ -336,13 +332,3 @@ class FixedShareSampler(Sampler):
 
     def _empty(self) -> None:
         raise RuntimeError("the clips of a store cannot be emptied")
-
-    def dumps(self, path: str | Path) -> None:
-        """Writes both into folders of ``path``."""
-        self.first.dumps(Path(path, "first"))
-        self.others.dumps(Path(path, "others"))
-
-    def loads(self, path: str | Path) -> None:
-        """Reads what `dumps` wrote."""
-        self.first.loads(Path(path, "first"))
-        self.others.loads(Path(path, "others"))

@@ -12,40 +12,27 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from prelar_trl.data.arrays import Array, checked_actions, checked_frames
-from prelar_trl.data.shard import Buffer, OpenShard
+from prelar_trl.data.shards import Buffer, Place, Shards
 from prelar_trl.data.spool import Spool
 from prelar_trl.data.store import (
     ACTIONS,
-    CLIPS,
     FORMAT,
     SKIPPED,
     SPOOL,
     VERSION,
     StoreError,
     Stream,
-    evicted_of,
     read_meta,
     read_records,
-    shard_file,
-    streams_of,
 )
 from prelar_trl.utils import atomic_write
 
 logger = logging.getLogger(__name__)
-
-
-class Place(NamedTuple):
-    """Where a clip lies: its first frame is ``row`` of ``shard``."""
-
-    name: str
-    shard: int
-    row: int
-    frames: int
 
 
 class ClipWriter:
@@ -67,9 +54,7 @@ class ClipWriter:
             metadata keep the number and an example.
 
     Attributes:
-        clips: where each clip lies.
         done: names of the clips and of those that were skipped.
-        evicted: ``shards``, ``clips`` and ``frames`` that `evict` has deleted.
 
     Raises:
         StoreError: the folder holds a store with other settings, or one that another process
@@ -105,13 +90,9 @@ class ClipWriter:
             reason: {"count": len(names), "example": names[0]}
             for reason, names in (left_out or {}).items()
         }
-        self.streams: dict[str, Stream] = {}
-        self.clips: list[Place] = []
         self.done: set[str] = set()
         self.reasons: dict[str, list[str]] = {}  # why clips were skipped -> their names
-        self.evicted = {"shards": 0, "clips": 0, "frames": 0}
-        self._seals: list[dict[str, Any]] = []
-        self._shard = OpenShard(self.path, 0, self.streams)
+        self._shards = Shards(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         self._dirty = False  # does the folder say that the store is unfinished?
@@ -130,9 +111,24 @@ class ClipWriter:
             raise
 
     @property
+    def clips(self) -> list[Place]:
+        """Where each clip lies."""
+        return self._shards.clips
+
+    @property
     def num_clips(self) -> int:
         """Clips in the store."""
         return len(self.clips)
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """What a clip consists of; empty before the first."""
+        return self._shards.streams
+
+    @property
+    def num_evicted_frames(self) -> int:
+        """Frames that `evict` has deleted."""
+        return self._shards.evicted["frames"]
 
     def add(
         self,
@@ -226,14 +222,13 @@ class ClipWriter:
             raise ValueError(f"nothing was added to clip store {str(self.path)!r}{self._why()}")
         if self._dirty:
             with self.saving():
-                if self._shard.clips:
-                    self._seal()
+                self._shards.seal()
                 self._write_meta(complete=True)
         self.release()
 
     def release(self) -> None:
         """Lets go of the store, unfinished; opening it again continues."""
-        self._shard.close()
+        self._shards.open.close()
         if self._lock >= 0:
             shutil.rmtree(self.path / SPOOL, ignore_errors=True)
             os.close(self._lock)
@@ -254,47 +249,20 @@ class ClipWriter:
             self.release()
 
     def evict(self, before: int) -> None:
-        """Deletes the oldest shards that hold clips below number ``before`` only.
-
-        Clips are numbered by `clips`, which forgets those that are deleted.
-        """
-        shard = self.clips[before].shard if before < self.num_clips else self._shard.number
-        gone = [clip for clip in self.clips if clip.shard < shard]
-        if not gone:
-            return
-        first = self.evicted["shards"]
-        self.evicted = {
-            "shards": shard,
-            "clips": self.evicted["clips"] + len(gone),
-            "frames": self.evicted["frames"] + sum(clip.frames for clip in gone),
-        }
-        del self._seals[: shard - first]
-        self._drop(gone)
-        self._write_meta(complete=False)
-        for number in range(first, shard):
-            OpenShard(self.path, number, self.streams).delete()
+        """Deletes the oldest shards, as far as all their clips are below ``before`` in `clips`."""
+        with self._forgetting():
+            self._shards.evict(before, self._write_meta)
 
     def truncate(self, num_clips: int) -> None:
         """Deletes all clips but the first ``num_clips``."""
-        if num_clips >= self.num_clips:
-            return
-        _, shard, row, _ = self.clips[num_clips]
-        last = self._shard.number
-        self._shard.close()
-        del self._seals[shard - self.evicted["shards"] :]
-        kept = sum(clip.shard == shard for clip in self.clips[:num_clips])
-        self._shard = OpenShard(self.path, shard, self.streams, kept, row)
-        self._drop(self.clips[num_clips:])
-        self._write_meta(complete=False)
-        self._dirty = True
-        for number in range(shard + 1, last + 1):
-            OpenShard(self.path, number, self.streams).delete()
-        self._shard.cut()
+        with self._forgetting():
+            self._shards.truncate(num_clips, self._write_meta)
 
-    def _drop(self, clips: list[Place]) -> None:
-        names = {clip.name for clip in clips}
-        self.clips = [clip for clip in self.clips if clip.name not in names]
-        self.done -= names
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        before = {clip.name for clip in self.clips}
+        yield
+        self.done -= before - {clip.name for clip in self.clips}
 
     def _append(
         self,
@@ -308,15 +276,13 @@ class ClipWriter:
         self._check_streams(streams, name)
         with self.saving():
             self._make_room(frames)
-            place = Place(name, self._shard.number, self._shard.frames, frames)
-            self._shard.append(data, record)
-        self.clips.append(place)
+            self._shards.append(data, record)
         self.done.add(name)
 
     def _check_streams(self, streams: dict[str, Stream], name: str) -> None:
         """The first clip decides which streams the store has."""
         if not self.streams:
-            self.streams = self._shard.streams = streams
+            self._shards.set_streams(streams)
             self._dirty = False  # the folder does not know the streams yet
         if streams != self.streams:
             have, got = (
@@ -328,14 +294,14 @@ class ClipWriter:
     def _make_room(self, length: int) -> None:
         """Begins a new shard if the open one is full."""
         self._mark_unfinished()
-        size = (self._shard.frames + length) * self.streams["pixels"].frame_bytes
-        if self._shard.clips and size > self.settings["shard_bytes"]:
-            self._seal()
-            self._write_meta(complete=False)
+        size = (self._shards.open.frames + length) * self.streams["pixels"].frame_bytes
+        if self._shards.open.clips and size > self.settings["shard_bytes"]:
+            self._shards.seal()
+            self._write_meta()
 
     def _mark_unfinished(self) -> None:
         if not self._dirty:
-            self._write_meta(complete=False)
+            self._write_meta()
             self._dirty = True
 
     @contextmanager
@@ -353,26 +319,17 @@ class ClipWriter:
                 "safe; free some space and run the same command again, it continues",
             ) from None
 
-    def _seal(self) -> None:
-        self._seals.append(self._shard.seal())
-        self._shard = OpenShard(self.path, self._shard.number + 1, self.streams)
-        self._shard.cut()
-
-    def _write_meta(self, *, complete: bool) -> None:
-        meta = self.settings | {
-            "complete": complete,
-            "clips": sum(s["clips"] for s in self._seals),
-            "frames": sum(s["frames"] for s in self._seals),
-            "skipped": self.num_skipped if complete else None,
-            "streams": {
-                s.name: {"dtype": s.dtype, "shape": list(s.shape)} for s in self.streams.values()
-            },
-            "shards": self._seals,
-        }
+    def _write_meta(self, *, complete: bool = False) -> None:
+        meta = (
+            self.settings
+            | self._shards.meta()
+            | {
+                "complete": complete,
+                "skipped": self.num_skipped if complete else None,
+            }
+        )
         if self.left_out:
             meta["left_out"] = self.left_out
-        if any(self.evicted.values()):
-            meta["evicted"] = self.evicted
         text = json.dumps(meta, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         with atomic_write(self.path / "store.json", sync=True) as part:
             part.write_text(text, encoding="utf-8")
@@ -390,11 +347,7 @@ class ClipWriter:
 
     def _resume(self) -> None:
         meta = read_meta(self.path)
-        self.streams, self.evicted = streams_of(meta), evicted_of(meta)
-        first = self.evicted["shards"]
-        journal = shard_file(self.path, CLIPS, first)
-        begun = first > 0 or bool(meta["shards"])
-        begun = begun or (journal.exists() and journal.stat().st_size > 0)
+        begun = self._shards.resume(meta)
         have, want = _flat(meta), _flat(self.settings)
         for key in sorted(want | have):
             if key.split(".")[0] not in self.settings or have.get(key) == want.get(key):
@@ -406,35 +359,18 @@ class ClipWriter:
                 f"clip store {str(self.path)!r} was begun with {key}={have.get(key)!r}, not "
                 f"{want.get(key)!r}: use the same settings, or another folder"
             )
-        if not begun:  # a first clip may have been cut short
-            for name in (CLIPS, *self.streams):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            self.streams = {}
         self._dirty = begun and not meta["complete"]
-        self._seals = meta["shards"]
-        if meta["complete"]:  # the last shard may take further clips
-            self._seals = self._seals[:-1]
-        for shard in range(first, first + len(self._seals)):
-            self._found(shard, read_records(shard_file(self.path, CLIPS, shard)))
-        self._shard = OpenShard(self.path, first + len(self._seals), self.streams)
-        self._found(self._shard.number, self._shard.recover())
+        self.done.update(clip.name for clip in self.clips)
         self._recover_skipped()
         shutil.rmtree(self.path / SPOOL, ignore_errors=True)
         if not begun:
             self._mark_unfinished()
         logger.info("continuing clip store %s after %d clips", self.path, self.num_clips)
 
-    def _found(self, shard: int, records: list[dict[str, Any]]) -> None:
-        row = 0
-        for record in records:
-            self.clips.append(Place(record["name"], shard, row, record["frames"]))
-            self.done.add(record["name"])
-            row += record["frames"]
-
     def _discard(self) -> None:
         """Removes the files of a store that has no clip."""
-        for name in (CLIPS, *self.streams, SPOOL):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        self._shards.clear()
+        shutil.rmtree(self.path / SPOOL, ignore_errors=True)
         for name in (SKIPPED, "store.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -458,8 +394,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
