@@ -205,7 +205,7 @@ def finetune(
         opened.enter_context(closing(evaluation))
         with deaf_to_interrupts():
             td, losses = env.reset(), None
-        logger.log_times({"startup_s": watch.lap(steps)["seconds"]}, steps)
+        logger.log_times({"startup_s": watch.summary(steps)["seconds"]}, steps)
         tracker = EpisodeTracker(td.numel())
         while steps < cfg.env_steps and not interruption.requested:
             random_phase = steps < cfg.prefill
@@ -259,7 +259,7 @@ def finetune(
                     check_finite(losses, steps)
                     save()
             if crossed(before, steps, cfg.log_every):
-                logger.log_times(watch.lap(steps), steps)
+                logger.log_times(watch.summary(steps), steps)
         if losses is not None:
             check_finite(losses, steps)
         complete = not interruption.requested
@@ -273,7 +273,7 @@ def finetune(
                 f"no episode was finished in {steps} steps, so nothing was learned: raise "
                 "env_steps, or lower max_steps"
             )
-        logger.log_times(watch.lap(steps), steps)
+        logger.log_times(watch.summary(steps), steps)
     if interruption.requested:
         sys.exit(f"stopped after {steps} steps; to continue: the same command with resume=true")
     print(f"fine-tuned agent: {run.path}")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,8 +202,11 @@ def test_the_disk_holds_little_more_than_the_capacity(tmp_path) -> None:
     replay = opened(tmp_path, capacity=80)
     for number in range(50):
         replay.extend(steps(9, base=number))
+        replay.sample()
     size = sum(file.stat().st_size for file in (replay.path / "pixels").iterdir())
     assert 80 <= size / (3 * 4 * 4) <= 100
+    maps = [x for x in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in x]
+    assert not [x for x in maps if "deleted" in x]  # it would keep the space
     expect(replay.episode(7), 9, base=49)
 
 

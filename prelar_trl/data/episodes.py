@@ -95,7 +95,7 @@ class EpisodeStorage(FrameStorage):
         frames = np.array([c.frames for c in clips], np.int64)
         start = frames.cumsum() - frames
         shards: Sequence[MappedShards] = ()
-        if self._store:
+        if clips:
             start += self._store.num_evicted_frames
             shards = self._shards or [MappedShards(self.path, self._store.streams)]
         self.set_clips(shards, start, frames, where, first=self.num_written - len(clips))
@@ -124,8 +124,10 @@ class EpisodeStorage(FrameStorage):
         self.num_written += 1
         self._sync_clips()
         kept = self._end - self.max_size  # places below are overwritten
-        self._store.evict(int(np.searchsorted(self._start + self._frames, kept, side="right")))
-        self._sync_clips()
+        before = int(np.searchsorted(self._start + self._frames, kept, side="right"))
+        if self._store.evict(before):
+            self._shards = ()  # a deleted file keeps its space while it is mapped
+            self._sync_clips()
         return torch.arange(self._end - len(frames), self._end) % self.max_size
 
     def episode(self, number: int) -> TensorDict:
@@ -136,12 +138,13 @@ class EpisodeStorage(FrameStorage):
 
     def frame_shape(self, key: str) -> list[int] | None:
         """Shape of one frame of ``key``; None before the first episode."""
-        return list(self._store.streams[_STREAMS[key]].shape) if self._store else None
+        streams = self._store.streams if self._store else {}
+        return list(streams[_STREAMS[key]].shape) if streams else None
 
     def close(self) -> None:
         """Finishes the clip store, so that others can read it; opening it again continues."""
         if self._store is not None:
-            self._store.close()
+            self._store.close() if self._store.num_clips else self._store.release()
 
     def state_dict(self) -> dict[str, Any]:
         """How many episodes were written."""

@@ -221,18 +221,21 @@ class Shards:
             self.open = OpenShard(self.path, self.open.number + 1, self.streams)
             self.open.cut()  # what a crash in `truncate` may have left
 
-    def evict(self, before: int, save: Callable[[], None]) -> None:
+    def evict(self, before: int, save: Callable[[], None]) -> bool:
         """Deletes the oldest sealed shards, as far as all their clips are below ``before``.
 
         Args:
             before: index in `clips`, which forgets the clips of these shards.
             save: writes ``store.json``; called before the files go.
+
+        Returns:
+            Whether there was any.
         """
         first, shard = self.evicted["shards"], self.open.number
         if before < len(self.clips):
             shard = self.clips[before].shard
         if shard == first:
-            return
+            return False
         count = sum(clip.shard < shard for clip in self.clips)
         gone, self.clips = self.clips[:count], self.clips[count:]
         self.evicted = {
@@ -244,6 +247,7 @@ class Shards:
         save()
         for number in range(first, shard):
             OpenShard(self.path, number, self.streams).delete()
+        return True
 
     def truncate(self, num_clips: int, save: Callable[[], None]) -> None:
         """Deletes all clips but the first ``num_clips``; ``save`` as in `evict`."""

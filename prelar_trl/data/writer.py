@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -224,6 +223,7 @@ class ClipWriter:
             with self.saving():
                 self._shards.seal()
                 self._write_meta(complete=True)
+                self._dirty = False
         self.release()
 
     def release(self) -> None:
@@ -237,26 +237,19 @@ class ClipWriter:
     def __enter__(self) -> ClipWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.release()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close() if kind is None else self.release()
 
-    def evict(self, before: int) -> None:
-        """Deletes the oldest shards, as far as all their clips are below ``before`` in `clips`."""
+    def evict(self, before: int) -> bool:
+        """Deletes shards whose clips are all below ``before`` in `clips`; whether there was any."""
         with self._forgetting():
-            self._shards.evict(before, self._write_meta)
+            return self._shards.evict(before, self._write_meta)
 
     def truncate(self, num_clips: int) -> None:
         """Deletes all clips but the first ``num_clips``."""
         with self._forgetting():
             self._shards.truncate(num_clips, self._write_meta)
+            self._dirty = True
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:
