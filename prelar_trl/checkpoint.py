@@ -31,8 +31,8 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Path
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with atomic_write(path, sync=True) as part:
-            torch.save({"format": FORMAT, **state}, part)
+        with atomic_write(path, sync=True) as part, part.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
