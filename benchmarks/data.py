@@ -203,8 +203,8 @@ def measure(work: Path, clips: int, seconds: float, limit: int | None) -> dict[s
     show("JPEG frames with PIL", *rate(jpeg_sampler(work / "jpeg", jpegs), frames, seconds))
     for name, options in {
         "VideoClips, episodes": {},
-        "VideoClips, frames": {"law": "frames"},
-        "VideoClips, prioritize_ends": {"law": "prioritize_ends"},
+        "VideoClips, frames": {"strategy": "frames"},
+        "VideoClips, prioritize_ends": {"strategy": "prioritize_ends"},
         "VideoClips, episodes, prefetch=2": {"prefetch": 2},
     }.items():
         store = VideoClips(work / "store", CLIP, BATCH, **options)

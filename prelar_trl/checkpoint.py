@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from prelar_trl.utils import atomic_write
+
 __all__ = ["load_checkpoint", "rng_state", "save_checkpoint", "set_rng_state"]
 
 FORMAT = 1
@@ -28,21 +30,15 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Path
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as file:
+        with atomic_write(path, sync=True) as part, part.open("wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
             f"checkpoint {path} was not written ({free:.0f} MiB free on the disk); "
             "the one before it is kept, free some space and continue"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

@@ -7,7 +7,6 @@ dicts. They are read as weights only; no code in a file is ever run.
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prelar_trl.models import Agent
+from prelar_trl.utils import atomic_write
 
 __all__ = [
     "load_official_checkpoint",
@@ -191,10 +191,8 @@ def save_official_checkpoint(folder: str | Path, model: nn.Module) -> None:
 
 
 def _write(state: dict[str, Tensor], path: Path) -> None:
-    """Whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        torch.save(state, part)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from prelar_trl.modules.actions import FrameInput
 from prelar_trl.modules.augmentation import Augmentation
 from prelar_trl.modules.convnets import Norm
 from prelar_trl.objectives.functional import ConsistencyMode
+from prelar_trl.utils import check_choice
 
 __all__ = [
     "METHODS",
@@ -245,8 +246,7 @@ def model_settings(
         ValueError: an unknown method, phase, size or override.
     """
     preset = getattr(find_preset(method, phase), phase)
-    if size not in SIZES:
-        raise ValueError(f"size={size!r} is unknown; choose {', '.join(SIZES)}")
+    check_choice("size", size, SIZES)
     overrides = dict(overrides or {})
     _check(overrides, ModelSettings)
     for name in ("heads", "grad_heads"):
@@ -271,10 +271,8 @@ def find_preset(method: str, phase: str) -> Method:
     Raises:
         ValueError: an unknown method or phase, or a method without that phase.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown; choose {', '.join(METHODS)}")
-    if phase not in get_args(Phase):
-        raise ValueError(f"phase={phase!r} is unknown; choose {', '.join(get_args(Phase))}")
+    check_choice("method", method, METHODS)
+    check_choice("phase", phase, get_args(Phase))
     preset = METHODS[method]
     if getattr(preset, phase) is None:
         raise ValueError(f"method={method} has no phase {phase!r}")
@@ -289,5 +287,5 @@ def _check(values: Mapping[str, Any], settings: type) -> None:
             raise ValueError(f"unknown setting {name!r}; choose {', '.join(hints)}")
         kinds = (hints[name], *get_args(hints[name]))
         choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
-        if choices and value is not None and value not in choices:
-            raise ValueError(f"{name}={value!r} is unknown; choose {', '.join(choices)}")
+        if choices and value is not None:
+            check_choice(name, value, choices)

@@ -8,23 +8,23 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Times named stretches of work: ``with watch("env"): ...``. Stretches do not overlap.
+    """Times named sections of work: ``with watch("env"): ...``. Sections do not overlap.
 
-    A GPU works on after it has been asked to, so by default a stretch holds the time for which the
+    A GPU works on after it has been asked to, so by default a section holds the time for which the
     program was kept, and the wait falls to whatever first needs a result. With
-    ``wait=torch.cuda.synchronize`` a stretch holds its own work on the GPU, at the price of speed.
+    ``wait=torch.cuda.synchronize`` a section holds its own work on the GPU, at the price of speed.
 
     Args:
-        wait: called before and after each stretch. Default: nothing.
+        wait: called before and after each section. Default: nothing.
 
     Attributes:
-        times: milliseconds of each stretch by name, since the last lap.
+        times: milliseconds of each section by name, since the last `summary`.
     """
 
     def __init__(self, wait: Callable[[], object] = lambda: None) -> None:
         self.wait = wait
         self.times: dict[str, list[float]] = {}
-        self._lap, self._step = time.perf_counter(), 0
+        self._start, self._step = time.perf_counter(), 0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -34,17 +34,20 @@ class Stopwatch:
         self.wait()
         self.times.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
 
-    def lap(self, step: int) -> dict[str, float]:
-        """Ends a lap at ``step``, and begins the next.
+    def summary(self, step: int) -> dict[str, float]:
+        """Sums up the time since the last call, and begins anew.
+
+        Args:
+            step: how many steps there are now.
 
         Returns:
-            ``seconds`` of the lap, ``steps_per_s`` unless there were none, and the share of each
-            stretch, ``time/<name>``; ``time/rest`` is what no stretch holds.
+            ``seconds`` since then, ``steps_per_s`` unless there were none, and the share of each
+            section, ``time/<name>``; ``time/rest`` is what no section holds.
         """
         now = time.perf_counter()
-        seconds, steps = now - self._lap, step - self._step
+        seconds, steps = now - self._start, step - self._step
         shares = {f"time/{name}": sum(ms) / 1e3 / seconds for name, ms in self.times.items()}
         shares["time/rest"] = 1 - sum(shares.values())
-        self.times, self._lap, self._step = {}, now, step
+        self.times, self._start, self._step = {}, now, step
         rate = {"steps_per_s": steps / seconds} if steps else {}
         return {"seconds": seconds, **rate, **shares}

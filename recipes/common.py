@@ -20,6 +20,7 @@ from torchrl.envs import EnvBase
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.presets import METHODS, SIZES
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
+from prelar_trl.utils import check_choice
 
 CHECKPOINT = "last.pt"
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
@@ -60,16 +61,12 @@ POSITIVE += ("threads",)
 
 def check_run(cfg: Any, phase: str) -> tuple[str, ...]:
     """Reject what would only fail later; returns the loggers."""
-    if cfg.method not in METHODS:
-        raise ValueError(f"method={cfg.method!r} is unknown; choose {', '.join(METHODS)}")
+    check_choice("method", cfg.method, METHODS)
     if getattr(METHODS[cfg.method], phase) is None:
         raise ValueError(f"method={cfg.method} has no phase {phase!r}")
-    if cfg.size not in SIZES:
-        raise ValueError(f"size={cfg.size!r} is unknown; choose {', '.join(SIZES)}")
-    if cfg.precision not in ("32", "bf16"):
-        raise ValueError(f"precision={cfg.precision!r} is unknown; choose 32 or bf16")
-    if cfg.compile not in ("auto", "on", "off"):
-        raise ValueError(f"compile={cfg.compile!r} is unknown; choose auto, on or off")
+    check_choice("size", cfg.size, SIZES)
+    check_choice("precision", cfg.precision, ("32", "bf16"))
+    check_choice("compile", cfg.compile, ("auto", "on", "off"))
     for name, value in asdict(cfg).items():
         low = 1 if name.endswith(POSITIVE) or name == "updates" else 0
         if type(value) in (int, float) and value < low:

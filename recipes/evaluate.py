@@ -6,7 +6,6 @@ python recipes/evaluate.py run=runs/a episodes=50
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.finetune import act
 from prelar_trl.recipes.schema import EvaluateConfig, register
 from prelar_trl.record import RunFolder, bootstrap_interval, write_video
+from prelar_trl.utils import atomic_write
 
 register()
 
@@ -85,9 +85,8 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
         "return_interval": list(bootstrap_interval(returns, statistic=np.mean)),
         "records": records,
     }
-    part = run.path / "evaluation.json.part"
-    part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, run.path / "evaluation.json")
+    with atomic_write(run.path / "evaluation.json") as part:
+        part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if films:
         write_video(run.videos / "evaluation.mp4", torch.cat(films), fps=30)
     return result

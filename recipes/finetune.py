@@ -203,12 +203,13 @@ def finetune(
         Interruption() as interruption,
         bar,
     ):
+        opened.callback(replay.close)
         opened.callback(env.close, raise_if_closed=False)
         evaluation = Evaluation(cfg, env_factory, agent, device)
         opened.enter_context(closing(evaluation))
         with deaf_to_interrupts():
             td, losses = env.reset(), None
-        logger.log_times({"startup_s": watch.lap(steps)["seconds"]}, steps)
+        logger.log_times({"startup_s": watch.summary(steps)["seconds"]}, steps)
         tracker = EpisodeTracker(td.numel())
         while steps < cfg.env_steps and not interruption.requested:
             random_phase = steps < cfg.prefill
@@ -262,7 +263,7 @@ def finetune(
                     check_finite(losses, steps)
                     save()
             if crossed(before, steps, cfg.log_every):
-                logger.log_times(watch.lap(steps), steps)
+                logger.log_times(watch.summary(steps), steps)
         if losses is not None:
             check_finite(losses, steps)
         complete = not interruption.requested
@@ -276,7 +277,7 @@ def finetune(
                 f"no episode was finished in {steps} steps, so nothing was learned: raise "
                 "env_steps, or lower max_steps"
             )
-        logger.log_times(watch.lap(steps), steps)
+        logger.log_times(watch.summary(steps), steps)
     if interruption.requested:
         sys.exit(f"stopped after {steps} steps; to continue: the same command with resume=true")
     print(f"fine-tuned agent: {run.path}")

@@ -25,6 +25,7 @@ from prelar_trl.recipes.common import CHECKPOINT, overrides, plain
 from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.schema import ImportOfficialConfig, register
 from prelar_trl.record import RunFolder
+from prelar_trl.utils import check_choice
 
 register()
 WEIGHTS = {"pretrain": "model", "finetune": "agent"}  # where a checkpoint keeps them
@@ -37,8 +38,7 @@ def import_official(cfg: ImportOfficialConfig) -> RunFolder:
     A pre-training run serves ``finetune.py pretrained=``, a fine-tuning run ``evaluate.py run=``.
     Neither can be continued: the authors' files hold no optimizer.
     """
-    if cfg.phase not in WEIGHTS:
-        raise ValueError(f"phase={cfg.phase!r} is unknown; choose pretrain or finetune")
+    check_choice("phase", cfg.phase, WEIGHTS)
     if cfg.official is None:
         raise ValueError("official is not given: add official=<folder of variables.pt>")
     state = {

@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +52,7 @@ from prelar_trl.record import (
     plot_scatter,
     write_picture,
 )
+from prelar_trl.utils import atomic_write
 
 register()
 EXCHANGES = 4  # other actions that each transition's own is compared with
@@ -310,15 +310,15 @@ def join(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
 
 def save(run: RunFolder, rows: list[Row], result: dict[str, Any]) -> None:
     """``probe.csv``, one row a value, and ``probe.json``; the old ones are replaced at the end."""
-    part = run.path / "probe.csv.part"
-    with open(part, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(run.path / "probe.csv") as part,
+        open(part, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(["probe", "name", "horizon", "value"])
         writer.writerows([*row[:3], f"{row[3]:.6g}"] for row in rows)
-    os.replace(part, run.path / "probe.csv")
-    part = run.path / "probe.json.part"
-    part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, run.path / "probe.json")
+    with atomic_write(run.path / "probe.json") as part:
+        part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _mean(values: list[float]) -> float:

@@ -96,8 +96,8 @@ def test_draws_depend_on_the_seed_and_continue_from_a_state(tmp_path, prefetch: 
 
 def test_several_processes_share_one_stream(tmp_path) -> None:
     path = write(tmp_path / "s", [6] * 12)
-    whole = VideoClips(path, 4, 12, law="epoch").sample()["pixels"]
-    shares = [VideoClips(path, 4, 6, law="epoch", rank=r, world_size=2) for r in range(2)]
+    whole = VideoClips(path, 4, 12, strategy="epoch").sample()["pixels"]
+    shares = [VideoClips(path, 4, 6, strategy="epoch", rank=r, world_size=2) for r in range(2)]
     for rank, share in enumerate(shares):
         assert torch.equal(share.sample()["pixels"], whole[rank::2])
     clips = whole[:, 0, 0, 0, 0] // 20
@@ -208,8 +208,8 @@ def test_a_store_interrupted_anywhere_equals_one_made_at_once(tmp_path) -> None:
             number = (20 * clip + torch.arange(LENGTHS[clip])).float().view(-1, 1).repeat(1, 2)
             frames = frames_of(clip, LENGTHS[clip])
             writer.add(frames, number, name=f"clip {clip}", label=clip % 2)
-        last = len(writer._seals)
-        writer.abort()
+        last = writer.clips[-1].shard
+        writer.release()
         for name, suffix in (("pixels", "bin"), ("actions", "bin"), ("clips", "jsonl")):
             file = path / name / f"{last:06d}.{suffix}"
             data = file.read_bytes()
@@ -230,7 +230,7 @@ def test_skipped_clips_are_remembered(tmp_path) -> None:
     writer = ClipWriter(path, source="test", height=8, width=8)
     writer.add(frames_of(0, 5), name="good")
     writer.skip("bad", "it is empty")
-    writer.abort()
+    writer.release()
     with ClipWriter(path, source="test", height=8, width=8) as writer:
         assert writer.done == {"good", "bad"} and writer.num_skipped == 1
     assert ClipStore(path).meta["skipped"] == 1
@@ -254,7 +254,7 @@ def test_two_writers_cannot_share_a_store(tmp_path) -> None:
     first = ClipWriter(tmp_path, source="test")
     with pytest.raises(StoreError, match="another process is writing"):
         ClipWriter(tmp_path, source="test")
-    first.abort()
+    first.release()
 
 
 def test_an_empty_store_is_not_finished(tmp_path) -> None:

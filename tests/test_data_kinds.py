@@ -77,7 +77,7 @@ def test_when_nothing_is_usable_the_reasons_are_told_and_one_can_begin_again(tmp
 def test_a_store_that_was_stopped_before_its_first_clip_can_be_begun_otherwise(tmp_path) -> None:
     writer = ClipWriter(tmp_path / "s", source="one", height=8, width=8)
     writer.skip("a", "broken")
-    writer.abort()
+    writer.release()
     clip = np.full((2, 3, 8, 8), 7, np.uint8)
     with ClipWriter(tmp_path / "s", source="other", height=8, width=8) as writer:
         assert not writer.done

@@ -11,8 +11,8 @@ LENGTHS = torch.tensor([5, 9, 3, 20])  # the third is too short for a window of 
 ROWS = 20_000
 
 
-def sampler(law: str, length: int = 4, **options: int) -> WindowSampler:
-    made = WindowSampler(length, law=law, **options)
+def sampler(strategy: str, length: int = 4, **options: int) -> WindowSampler:
+    made = WindowSampler(length, strategy=strategy, **options)
     made.set_episodes(LENGTHS)
     return made
 
@@ -25,8 +25,8 @@ def assert_close_to(counts: Counter, expected: dict) -> None:
         assert abs(counts[key] - ROWS * p) <= 5 * deviation, (key, counts[key], ROWS * p)
 
 
-def draw(law: str, **options: int) -> list[tuple[int, int]]:
-    windows = sampler(law, **options).draw(ROWS)
+def draw(strategy: str, **options: int) -> list[tuple[int, int]]:
+    windows = sampler(strategy, **options).draw(ROWS)
     return list(zip(windows.episode.tolist(), windows.start.tolist(), strict=True))
 
 
@@ -41,17 +41,17 @@ def test_frames_law_is_uniform_over_all_windows() -> None:
 
 
 def test_prioritize_ends_folds_the_last_starts_onto_the_end() -> None:
-    # 4 extra tickets (the window's length) fall onto each episode's last start
+    # each episode's last start has the mass of the 4 (the window's length) behind it too
     expected = {}
     for episode, starts in ((0, 2), (1, 6), (3, 17)):
         for start in range(starts):
-            tickets = 5 if start == starts - 1 else 1
-            expected[episode, start] = tickets / (starts + 4) / 3
+            mass = 5 if start == starts - 1 else 1
+            expected[episode, start] = mass / (starts + 4) / 3
     assert_close_to(Counter(draw("prioritize_ends")), expected)
 
 
 def test_prioritize_ends_lengths_lie_above_maxlen_minus_minlen() -> None:
-    made = WindowSampler(8, law="prioritize_ends", min_length=3, max_length=8)
+    made = WindowSampler(8, strategy="prioritize_ends", min_length=3, max_length=8)
     made.set_episodes(torch.tensor([30]))
     _, start, frames = made._prioritized(ROWS)
     expected = {6: 1 / 3, 7: 1 / 3, 8: 1 / 3}  # 8 - {0, 1, 2}
@@ -70,16 +70,16 @@ def test_rows_are_filled_by_several_windows_without_a_gap() -> None:
     assert len(windows.offset) > 50
 
 
-@pytest.mark.parametrize("law", ["episodes", "frames", "epoch", "prioritize_ends"])
-def test_windows_never_leave_their_episode(law: str) -> None:
-    windows = sampler(law).draw(2000)
+@pytest.mark.parametrize("strategy", ["episodes", "frames", "epoch", "prioritize_ends"])
+def test_windows_never_leave_their_episode(strategy: str) -> None:
+    windows = sampler(strategy).draw(2000)
     assert bool((windows.start >= 0).all())
     assert bool((windows.start + windows.frames <= LENGTHS[windows.episode]).all())
     assert 2 not in windows.episode
 
 
 def test_epoch_law_takes_every_episode_once_before_any_twice() -> None:
-    made = WindowSampler(4, law="epoch", seed=3)
+    made = WindowSampler(4, strategy="epoch", seed=3)
     made.set_episodes(torch.full((10,), 6))
     orders = [made.draw(10).episode.tolist() for _ in range(3)]
     assert all(sorted(order) == list(range(10)) for order in orders)
@@ -87,20 +87,20 @@ def test_epoch_law_takes_every_episode_once_before_any_twice() -> None:
 
 
 def test_group_weights_decide_how_often_a_group_is_drawn() -> None:
-    made = WindowSampler(4, law="frames")
+    made = WindowSampler(4, strategy="frames")
     groups = torch.tensor([0, 0, 1, 1])
     made.set_episodes(LENGTHS, groups=groups, group_weights=torch.tensor([3.0, 1.0]))
     counts = Counter(made.draw(ROWS).episode.tolist())
     assert_close_to(counts, {0: 0.75 * 2 / 8, 1: 0.75 * 6 / 8, 3: 0.25})
 
 
-@pytest.mark.parametrize("law", ["episodes", "frames", "epoch", "prioritize_ends"])
-def test_same_seed_same_draws_and_state_continues_mid_epoch(law: str) -> None:
-    one, other = sampler(law, seed=5), sampler(law, seed=5)
+@pytest.mark.parametrize("strategy", ["episodes", "frames", "epoch", "prioritize_ends"])
+def test_same_seed_same_draws_and_state_continues_mid_epoch(strategy: str) -> None:
+    one, other = sampler(strategy, seed=5), sampler(strategy, seed=5)
     for _ in range(4):
         a, b = one.draw(2), other.draw(2)
         assert torch.equal(a.episode, b.episode) and torch.equal(a.start, b.start)
-    resumed = sampler(law, seed=99)
+    resumed = sampler(strategy, seed=99)
     resumed.load_state_dict(one.state_dict())
     for _ in range(7):
         a, b = one.draw(2), resumed.draw(2)
@@ -116,10 +116,10 @@ def test_sampler_state_survives_a_file(tmp_path) -> None:
     assert torch.equal(one.draw(9).episode, other.draw(9).episode)
 
 
-@pytest.mark.parametrize("law", ["episodes", "epoch", "prioritize_ends"])
-def test_processes_read_disjoint_rows_of_one_stream(law: str) -> None:
-    whole = sampler(law, seed=4).draw(12)
-    shares = [sampler(law, seed=4, rank=r, world_size=3).draw(4) for r in range(3)]
+@pytest.mark.parametrize("strategy", ["episodes", "epoch", "prioritize_ends"])
+def test_processes_read_disjoint_rows_of_one_stream(strategy: str) -> None:
+    whole = sampler(strategy, seed=4).draw(12)
+    shares = [sampler(strategy, seed=4, rank=r, world_size=3).draw(4) for r in range(3)]
     for rank, share in enumerate(shares):
         assert torch.equal(share.episode, whole.episode[rank::3])
         assert torch.equal(share.start, whole.start[rank::3])
@@ -140,16 +140,16 @@ def test_sample_wraps_around_the_ring() -> None:
     made.set_episodes(torch.tensor([4]), starts=torch.tensor([18]), capacity=20)
     index, info = made.sample(None, 8)
     assert index.tolist() == [18, 19, 0, 1] * 2
-    assert info["is_first"].tolist() == [True, False, False, False] * 2
+    assert info["is_first"].squeeze(-1).tolist() == [True, False, False, False] * 2
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 4, "law": "weird"}, "law='weird' is unknown"),
+        ({"length": 4, "strategy": "weird"}, "strategy='weird' is unknown"),
         ({"length": 0}, "window length 0"),
         ({"length": 4, "min_length": 2}, "belong to prioritize_ends"),
-        ({"length": 4, "law": "prioritize_ends", "min_length": 9}, "min_length=9"),
+        ({"length": 4, "strategy": "prioritize_ends", "min_length": 9}, "min_length=9"),
         ({"length": 4, "rank": 2, "world_size": 2}, "rank=2"),
     ],
 )

@@ -58,7 +58,7 @@ def test_unknown_task_and_camera_name_the_alternatives():
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="'side'.*corner2.*gripperPOV"):
         make_env("metaworld/reach", camera="side")
-    with pytest.raises(ValueError, match="render_quality 'best'"):
+    with pytest.raises(ValueError, match="render_quality='best' is unknown; choose fast or full"):
         make_env("metaworld/reach", render_quality="best")
 
 

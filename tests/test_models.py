@@ -159,7 +159,7 @@ def test_single_weights_can_be_changed_removed_and_added() -> None:
 def test_unknown_names_are_errors_that_name_the_choices() -> None:
     for arguments, message in (
         (("dreamer", "pretrain"), "method='dreamer' is unknown; choose dreamerv2, apv"),
-        (("prelar", "train"), "phase='train' is unknown; choose pretrain, finetune"),
+        (("prelar", "train"), "phase='train' is unknown; choose pretrain or finetune"),
         (("naive", "pretrain"), "method=naive has no phase 'pretrain'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
+import errno
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import SerialEnv
 
-from prelar_trl.data import EpisodeReplay
+from prelar_trl.data import ClipStore, EpisodeReplay, StoreError, VideoClips
 from prelar_trl.envs import make_env
 
 
@@ -36,6 +38,13 @@ def opened(path, **options) -> EpisodeReplay:
     return EpisodeReplay(path / "r", **{"window": 4, "batch_size": 16, "capacity": 60} | options)
 
 
+def finished(replay: EpisodeReplay, data: TensorDict) -> int:
+    """How many episodes ``data`` finish."""
+    before = replay.num_episodes
+    replay.extend(data)
+    return replay.num_episodes - before
+
+
 def expect(episode: TensorDict, length: int, base: int = 0, terminated: bool = True) -> None:
     """``episode`` is `steps` in DreamerV2's layout."""
     time = base + torch.arange(length + 1)
@@ -53,7 +62,7 @@ def expect(episode: TensorDict, length: int, base: int = 0, terminated: bool = T
 
 def test_an_episode_is_shifted_to_the_action_that_led_to_the_frame(tmp_path) -> None:
     replay = opened(tmp_path)
-    assert replay.extend(steps(9, base=10)) == 1
+    assert replay.extend(steps(9, base=10)).tolist() == list(range(10))
     expect(replay.episode(0), 9, base=10)
     replay.extend(steps(5, base=50, terminated=False))
     expect(replay.episode(1), 5, base=50, terminated=False)
@@ -106,8 +115,8 @@ def test_episodes_of_several_workers_are_not_mixed(tmp_path) -> None:
     first = [steps(5, base=0), steps(3, base=100), steps(4, base=150)]
     second = [steps(3, base=20), steps(9, base=120), steps(4, base=170)]
     lines = [torch.cat([a, b]) for a, b in zip(first, second, strict=True)]  # 8, 12, 8 steps
-    assert replay.extend(torch.stack([line[:8] for line in lines])) == 5
-    assert replay.extend(torch.stack([x[8:12] for x in (torch.cat([lines[1]] * 2),) * 3])) == 3
+    assert finished(replay, torch.stack([line[:8] for line in lines])) == 5
+    assert finished(replay, torch.stack([x[8:12] for x in (torch.cat([lines[1]] * 2),) * 3])) == 3
     lengths = sorted(len(replay.episode(i)) - 1 for i in range(5))
     assert lengths == [3, 3, 4, 4, 5]
     expect(replay.episode(0), 5, base=0)
@@ -136,10 +145,10 @@ def test_a_reset_before_the_end_breaks_the_episode_off(tmp_path) -> None:
         first = torch.zeros(len(line), 1, dtype=torch.bool)
         first[0] = True
         line["is_first"] = first
-    assert replay.extend(broken) == 0
-    assert replay.extend(whole) == 2
+    assert finished(replay, broken) == 0
+    assert finished(replay, whole) == 2
     together = EpisodeReplay(tmp_path / "t", window=4, capacity=60)
-    assert together.extend(torch.cat([broken, whole])) == 2
+    assert finished(together, torch.cat([broken, whole])) == 2
     for each in (replay, together):
         expect(each.episode(0), 5, base=10, terminated=False)
         expect(each.episode(1), 4, base=50)
@@ -163,35 +172,42 @@ def test_reopening_finds_every_finished_episode(tmp_path) -> None:
     for number in range(6):
         replay.extend(steps(6 + number % 3, base=20 * number))
     replay.extend(steps(5, base=200, done=False))
+    before = [replay.episode(i) for i in range(replay.num_episodes)]
+    replay.close()
     again = opened(tmp_path, capacity=40)
-    assert again.num_episodes == replay.num_episodes and again.num_frames == replay.num_frames
-    for i in range(again.num_episodes):
-        assert torch.equal(again.episode(i)["pixels"], replay.episode(i)["pixels"])
+    assert again.num_frames == replay.num_frames
+    for i, episode in enumerate(before):
+        assert bool((again.episode(i) == episode).all())
+    assert again.num_episodes == len(before)
     again.extend(steps(6, base=220))
     expect(again.episode(again.num_episodes - 1), 6, base=220)
 
 
-def test_a_torn_journal_line_loses_only_its_episode(tmp_path) -> None:
-    replay = opened(tmp_path)
+@pytest.mark.parametrize("file", ["clips/000000.jsonl", "pixels/000000.bin"])
+def test_a_file_torn_at_a_crash_loses_only_its_episode(tmp_path, file: str) -> None:
+    replay = opened(tmp_path, capacity=400)
     replay.extend(steps(6, base=10))
     replay.extend(steps(6, base=50))
-    journal = tmp_path / "r" / "episodes.jsonl"
-    journal.write_bytes(journal.read_bytes()[:-4])
-    again = opened(tmp_path)
+    shutil.copytree(replay.path, tmp_path / "crashed" / "r")
+    torn = tmp_path / "crashed" / "r" / file
+    torn.write_bytes(torn.read_bytes()[:-4])
+    again = opened(tmp_path / "crashed", capacity=400)
     assert again.num_episodes == 1
     again.extend(steps(6, base=90))
     expect(again.episode(0), 6, base=10)
     expect(again.episode(1), 6, base=90)
 
 
-def test_an_episode_half_overwritten_at_a_crash_is_not_offered(tmp_path) -> None:
-    replay = opened(tmp_path, capacity=40)
-    for number in range(4):
-        replay.extend(steps(9, base=20 * number))
-    replay._note({"reserved": 50})  # what a crash while writing the fifth leaves behind
-    again = opened(tmp_path, capacity=40)
-    assert again.num_episodes == 3
-    expect(again.episode(0), 9, base=20)
+def test_the_disk_holds_little_more_than_the_capacity(tmp_path) -> None:
+    replay = opened(tmp_path, capacity=80)
+    for number in range(50):
+        replay.extend(steps(9, base=number))
+        replay.sample()
+    size = sum(file.stat().st_size for file in (replay.path / "pixels").iterdir())
+    assert 80 <= size / (3 * 4 * 4) <= 100
+    maps = [x for x in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in x]
+    assert not [x for x in maps if "deleted" in x]  # it would keep the space
+    expect(replay.episode(7), 9, base=49)
 
 
 def test_same_seed_same_batches_and_the_state_continues_exactly(tmp_path) -> None:
@@ -204,15 +220,33 @@ def test_same_seed_same_batches_and_the_state_continues_exactly(tmp_path) -> Non
     state = replay.state_dict()
     rest = steps(9, base=53)
     replay.extend(steps(9, base=100))  # another worker's later episode, to be undone
+    replay.close()
     again = opened(tmp_path, seed=77)
     again.load_state_dict(state)
     assert again.num_episodes == 1
     for each in (again, other):
-        assert each.extend(rest) == 1
+        assert finished(each, rest) == 1
         expect(each.episode(1), 12, base=50)
     for _ in range(3):
         assert torch.equal(again.sample()["pixels"], other.sample()["pixels"])
+    again.close()
     assert opened(tmp_path).num_episodes == 2
+
+
+def test_a_state_is_gone_back_to_over_several_shards(tmp_path) -> None:
+    replay = opened(tmp_path, capacity=80)
+    for number in range(3):
+        replay.extend(steps(9, base=20 * number))
+    state = replay.state_dict()
+    for number in range(3, 6):
+        replay.extend(steps(9, base=20 * number))
+    replay.load_state_dict(state)
+    assert replay.num_episodes == 3
+    replay.extend(steps(7, base=200))
+    expect(replay.episode(2), 9, base=40)
+    expect(replay.episode(3), 7, base=200)
+    replay.close()
+    assert ClipStore(replay.path).frames.tolist() == [10, 10, 10, 8]
 
 
 def test_windows_may_span_episodes_only_with_is_first_between(tmp_path) -> None:
@@ -230,14 +264,14 @@ def test_collectors_and_rollouts_fill_it(tmp_path) -> None:
     env = make_env("toy", seed=1, pixels=16, max_steps=6)
     replay = opened(tmp_path, capacity=500)
     rollout = env.rollout(6)
-    assert replay.extend(rollout) == 1
+    assert finished(replay, rollout) == 1
     episode = replay.episode(0)
     assert torch.equal(episode["pixels"][1:], rollout["next", "pixels"])
     assert torch.equal(episode["action"][1:], rollout["action"])
     several = SerialEnv(2, lambda: make_env("toy", seed=1, pixels=16, max_steps=6))
     collector = Collector(several, None, frames_per_batch=16, total_frames=48)
-    finished = sum(replay.extend(data) for data in collector)
-    assert finished == 8 and {len(replay.episode(i)) for i in range(9)} == {7}
+    assert sum(finished(replay, data) for data in collector) == 8
+    assert {len(replay.episode(i)) for i in range(9)} == {7}
     collector.shutdown()
 
 
@@ -287,8 +321,12 @@ def test_too_few_frames_are_named(tmp_path) -> None:
 
 
 def test_another_capacity_or_a_foreign_folder_is_refused(tmp_path) -> None:
-    opened(tmp_path).extend(steps(9))
-    with pytest.raises(ValueError, match="made with capacity=60, not 80"):
+    replay = opened(tmp_path)
+    replay.extend(steps(9))
+    with pytest.raises(StoreError, match="another process is writing"):
+        opened(tmp_path)
+    replay.close()
+    with pytest.raises(ValueError, match="begun with info.capacity=60, not 80"):
         opened(tmp_path, capacity=80)
     with pytest.raises(ValueError, match="less than one window"):
         opened(tmp_path, capacity=3)
@@ -301,7 +339,21 @@ def test_another_capacity_or_a_foreign_folder_is_refused(tmp_path) -> None:
 def test_a_full_disk_is_an_error_and_no_crash(tmp_path, monkeypatch) -> None:
     replay = opened(tmp_path)
     replay.extend(steps(9, base=10))
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match="no space left .* 1 episodes are safe"):
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("prelar_trl.data.shards.OpenShard._write", full)
+    with pytest.raises(OSError, match="no space left .* 1 clips are safe"):
         replay.extend(steps(9, base=50))
     expect(replay.episode(0), 9, base=10)
+
+
+def test_a_finished_replay_is_a_store_of_clips(tmp_path) -> None:
+    replay = opened(tmp_path)
+    replay.extend(steps(9, base=10))
+    replay.close()
+    batch = VideoClips(replay.path, clip_len=4, batch_size=8).sample_with_actions()
+    time = batch["pixels"][..., 0, 0, 0].float()
+    assert torch.equal(batch["action"][..., 0], (time - 1) * (time != 10))
+    assert replay.path.joinpath("store.json").read_text().count("sha256") == 1

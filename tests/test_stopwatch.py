@@ -21,7 +21,7 @@ def pass_time(monkeypatch):
     return wait
 
 
-def test_a_lap_has_its_rate_and_the_share_of_each_stretch(pass_time) -> None:
+def test_a_summary_has_the_rate_and_the_share_of_each_section(pass_time) -> None:
     watch = Stopwatch()
     for _ in range(2):
         with watch("env"):
@@ -30,7 +30,7 @@ def test_a_lap_has_its_rate_and_the_share_of_each_stretch(pass_time) -> None:
             pass_time(2.5)
         pass_time(0.5)
     assert watch.times == {"env": [1000, 1000], "update": [2500, 2500]}
-    assert watch.lap(20) == {
+    assert watch.summary(20) == {
         "seconds": 8.0,
         "steps_per_s": 2.5,
         "time/env": 0.25,
@@ -43,11 +43,11 @@ def test_each_lap_stands_alone(pass_time) -> None:
     watch = Stopwatch()
     with watch("env"):
         pass_time(5.0)
-    watch.lap(10)
+    watch.summary(10)
     pass_time(2.0)
-    assert watch.lap(14) == {"seconds": 2.0, "steps_per_s": 2.0, "time/rest": 1.0}
+    assert watch.summary(14) == {"seconds": 2.0, "steps_per_s": 2.0, "time/rest": 1.0}
     pass_time(1.0)
-    assert watch.lap(14) == {"seconds": 1.0, "time/rest": 1.0}  # no steps, no rate
+    assert watch.summary(14) == {"seconds": 1.0, "time/rest": 1.0}  # no steps, no rate
 
 
 def test_work_that_goes_on_beside_the_program_counts_where_it_was_started(pass_time) -> None:
@@ -63,8 +63,8 @@ def test_work_that_goes_on_beside_the_program_counts_where_it_was_started(pass_t
         with watch("policy"):
             pass_time(1.0)
             synchronize()
-        lap = watch.lap(1)
-        return {name: lap[f"time/{name}"] for name in ("update", "policy")}
+        summary = watch.summary(1)
+        return {name: summary[f"time/{name}"] for name in ("update", "policy")}
 
     assert shares(Stopwatch()) == {"update": 0.0, "policy": 1.0}
     assert shares(Stopwatch(wait=synchronize)) == {"update": 0.75, "policy": 0.25}

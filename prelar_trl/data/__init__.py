@@ -1,4 +1,4 @@
-"""Video clips for pre-training, the replay for fine-tuning, and the law that draws windows."""
+"""Video clips for pre-training and the replay for fine-tuning, as TorchRL replay buffers."""
 
 from __future__ import annotations
 

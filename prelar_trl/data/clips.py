@@ -7,15 +7,19 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
+from torchrl.data.replay_buffers.samplers import Sampler
 
+from prelar_trl.data.storage import FrameStorage, sample_rows
 from prelar_trl.data.store import ACTIONS, ClipStore
-from prelar_trl.data.windows import Law, Windows, WindowSampler
+from prelar_trl.data.windows import FixedShareSampler, Strategy, WindowSampler
+from prelar_trl.utils import check_choice
 
 Split = Literal["all", "train", "heldout"]
 Paths = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
@@ -37,7 +41,7 @@ class VideoClips:
         split: ``train`` and ``heldout`` divide by clip: by the split that the store records if it
             records one, else the ``heldout`` share of clips with the smallest hash of their name.
         heldout: share of the clips held out, at least one clip.
-        law: how windows are drawn, see `prelar_trl.data.windows`.
+        strategy: how windows are drawn, see `prelar_trl.data.windows`.
         streams: image streams of a batch, e.g. ``("pixels", "flow")``.
         labels: of so many clips (a share below 1, or a number) a batch also tells the true actions.
             Which ones depends on ``seed`` and their names. The first rows of a batch, as large a
@@ -61,7 +65,7 @@ class VideoClips:
         device: torch.device | str = "cpu",
         split: Split = "all",
         heldout: float = 0.1,
-        law: Law = "episodes",
+        strategy: Strategy = "episodes",
         streams: Sequence[str] = ("pixels",),
         labels: float = 0,
         prefetch: int = 0,
@@ -73,24 +77,39 @@ class VideoClips:
         self.device = torch.device(device)
         self.streams = tuple(streams)
         self._check_streams()
-        self._select(split, heldout)
-        sampler = dict(law=law, rank=rank, world_size=world_size)
-        self.sampler = WindowSampler(clip_len, seed=seed, **sampler)
-        self._probe_sampler = WindowSampler(clip_len, seed=seed + 1, **sampler)
-        for each in (self.sampler, self._probe_sampler):
-            each.set_episodes(self._lengths, groups=self._store, group_weights=weights)
+        self.storage = self._select(split, heldout, weights)
+        options = dict(strategy=strategy, rank=rank, world_size=world_size)
+        self.sampler = WindowSampler(clip_len, seed=seed, **options)
+        self._probe_sampler = WindowSampler(clip_len, seed=seed + 1, **options)
+        self.sampler.sync(self.storage)
         if not self.sampler.num_eligible:
             raise ValueError(
                 f"clip_len={clip_len}, but the longest of the {len(self._lengths)} clips in "
                 f"{self._where()} has {int(self._lengths.max())} frames: lower clip_len, or add "
                 "longer clips"
             )
-        self._label_sampler: WindowSampler | None = None
+        self._labeled = torch.zeros(0, dtype=torch.bool)
+        sampler: Sampler = self.sampler
         if labels:
-            self._choose_labeled(labels, seed, sampler)
+            self._labeled = self._choose_labeled(labels, seed)
+            self.storage.streams["action"] = ACTIONS
+            share = float(self._labeled.sum()) / self.num_clips
+            rows = max(1, round(share * batch_size))
+            labeled = WindowSampler(clip_len, seed=seed + 2, **options)
+            episodes = self.storage.episodes()
+            lengths = torch.where(self._labeled, self._lengths, 0)
+            labeled.set_episodes(lengths, starts=episodes["starts"])
+            sampler = FixedShareSampler(labeled, self.sampler, rows)
+        self.buffer = ReplayBuffer(
+            storage=self.storage,
+            sampler=sampler,
+            writer=ImmutableDatasetWriter(),
+            collate_fn=lambda frames: frames,
+            batch_size=batch_size * clip_len,
+        )
         self._prefetch = prefetch
         self._executor = ThreadPoolExecutor(1, "clips") if prefetch else None
-        self._pending: deque[tuple[dict[str, Any], Future[TensorDict]]] = deque()
+        self._pending: deque[Future[tuple[dict[str, Any], TensorDict]]] = deque()
 
     @property
     def num_clips(self) -> int:
@@ -127,14 +146,23 @@ class VideoClips:
             the action is known; elsewhere it is zero.
         """
         if self._executor is None:
-            return self._to_device(self._read(self._draw(), self.streams))
+            return self._finish(self._draw()[1])
         while len(self._pending) <= self._prefetch:
-            state = self._sampler_state()
-            windows = self._draw()
-            future = self._executor.submit(self._read, windows, self.streams)
-            self._pending.append((state, future))
-        _, future = self._pending.popleft()
-        return self._to_device(future.result())
+            self._pending.append(self._executor.submit(self._draw))
+        return self._finish(self._pending.popleft().result()[1])
+
+    def _draw(self) -> tuple[dict[str, Any], TensorDict]:
+        """The state before a batch, and the batch."""
+        state = self._sampler_state()
+        return state, sample_rows(self.buffer, self.clip_len)
+
+    def _finish(self, batch: TensorDict) -> TensorDict:
+        episode = batch.pop("episode")
+        if "action" in self.storage.streams:
+            labeled = self._labeled[episode]
+            batch["labeled"] = labeled
+            batch["action"] = batch["action"] * labeled
+        return batch.to(self.device, non_blocking=True)
 
     def sample_with_actions(self) -> TensorDict:
         """Draws a batch for a probe: as `sample`, and ``action`` float32 ``[B, T, A]``.
@@ -146,9 +174,11 @@ class VideoClips:
             ValueError: a store has no actions.
         """
         self._need_actions(" to probe")
-        windows = self._probe_sampler.draw(self.batch_size)
-        batch = self._read(windows, (*self.streams, ACTIONS))
-        return self._to_device(batch.rename_key_(ACTIONS, "action"))
+        index, _ = self._probe_sampler.sample(self.storage, self.batch_size * self.clip_len)
+        batch = self.storage.read(index.numpy(), {n: n for n in self.streams} | {"action": ACTIONS})
+        batch = batch.exclude("episode").reshape(self.batch_size, self.clip_len)
+        batch["is_first"][:, 0] = True
+        return batch.to(self.device, non_blocking=True)
 
     def __iter__(self) -> VideoClips:
         return self
@@ -158,27 +188,25 @@ class VideoClips:
 
     def state_dict(self) -> dict[str, Any]:
         """The state from which the next `sample` follows."""
-        return {
-            **(self._pending[0][0] if self._pending else self._sampler_state()),
-            "probe": self._probe_sampler.state_dict(),
-        }
+        state = self._pending[0].result()[0] if self._pending else self._sampler_state()
+        return {**state, "probe": self._probe_sampler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, over the same stores and settings."""
-        self._pending.clear()
-        self.sampler.load_state_dict(state_dict["sampler"])
+        while self._pending:
+            self._pending.popleft().result()  # its thread draws until then
+        sampler = self.buffer.sampler
+        labeled = isinstance(sampler, FixedShareSampler)
+        sampler.load_state_dict(state_dict if labeled else state_dict["sampler"])
         self._probe_sampler.load_state_dict(state_dict["probe"])
-        if self._label_sampler is not None:
-            self._label_sampler.load_state_dict(state_dict["labels"])
 
     def _sampler_state(self) -> dict[str, Any]:
-        state = {"sampler": self.sampler.state_dict()}
-        if self._label_sampler is not None:
-            state["labels"] = self._label_sampler.state_dict()
-        return state
+        sampler = self.buffer.sampler
+        state = sampler.state_dict()
+        return state if isinstance(sampler, FixedShareSampler) else {"sampler": state}
 
-    def _choose_labeled(self, labels: float, seed: int, options: dict[str, Any]) -> None:
-        """The clips whose actions are told, and the sampler of the rows that hold them."""
+    def _choose_labeled(self, labels: float, seed: int) -> Tensor:
+        """The clips whose actions are told, bool ``[E]``."""
         self._need_actions(" for labels")
         eligible = (self._lengths >= self.clip_len).nonzero().flatten().tolist()
         count = round(labels * len(eligible)) if labels < 1 else int(labels)
@@ -186,16 +214,10 @@ class VideoClips:
             raise ValueError(f"labels={labels}: there are {len(eligible)} clips to label")
         if labels > 1 and labels != count:
             raise ValueError(f"labels={labels} is neither a share below 1 nor a number of clips")
-        names = [self.stores[self._store[i]].names[self._clip[i]] for i in eligible]
-        keys = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names]
-        order = sorted(range(len(eligible)), key=keys.__getitem__)
-        chosen = torch.tensor([eligible[i] for i in order[: max(1, count)]])
-        self._labeled = torch.zeros(len(self._lengths), dtype=torch.bool)
-        self._labeled[chosen] = True
-        share = len(chosen) / len(eligible)
-        self._label_rows = max(1, round(share * self.batch_size))
-        self._label_sampler = WindowSampler(self.clip_len, seed=seed + 2, **options)
-        self._label_sampler.set_episodes(torch.where(self._labeled, self._lengths, 0))
+        order = sorted(eligible, key=lambda clip: _digest(f"{seed}/{self._names[clip]}"))
+        labeled = torch.zeros(len(self._lengths), dtype=torch.bool)
+        labeled[order[: max(1, count)]] = True
+        return labeled
 
     def _need_actions(self, purpose: str) -> None:
         for store in self.stores:
@@ -204,21 +226,6 @@ class VideoClips:
         sizes = sorted({store.streams[ACTIONS].shape[0] for store in self.stores})
         if len(sizes) > 1:
             raise ValueError(f"the stores {self._where()} hold actions of unlike sizes: {sizes}")
-
-    def _draw(self) -> Windows:
-        if self._label_sampler is None:
-            return self.sampler.draw(self.batch_size)
-        rows = self._label_rows
-        labeled = self._label_sampler.draw(rows)
-        if rows == self.batch_size:
-            return labeled
-        others = self.sampler.draw(self.batch_size - rows)
-        return Windows(
-            torch.cat([labeled.episode, others.episode]),
-            torch.cat([labeled.start, others.start]),
-            torch.cat([labeled.frames, others.frames]),
-            torch.cat([labeled.offset, others.offset + rows * self.clip_len]),
-        )
 
     def _where(self) -> str:
         return ", ".join(repr(str(store.path)) for store in self.stores)
@@ -237,50 +244,29 @@ class VideoClips:
                         f"it has {', '.join(images)}"
                     )
 
-    def _select(self, split: Split, heldout: float) -> None:
-        clips: list[np.ndarray] = [_clips_of(store, split, heldout) for store in self.stores]
-        self._clip = torch.from_numpy(np.concatenate(clips))
-        self._store = torch.cat([torch.full((len(c),), i) for i, c in enumerate(clips)])
-        lengths = [store.frames[c] for store, c in zip(self.stores, clips, strict=True)]
-        self._lengths = torch.from_numpy(np.concatenate(lengths))
-        if not len(self._lengths):
+    def _select(self, split: Split, heldout: float, weights: Tensor | None) -> FrameStorage:
+        """The frames of the clips of the split, one behind the other."""
+        clips = [_clips_of(store, split, heldout) for store in self.stores]
+        pairs = list(zip(self.stores, clips, strict=True))
+        self._names = [store.names[clip] for store, own in pairs for clip in own]
+        if not self._names:
             raise ValueError(f"split={split!r} of {self._where()} holds no clip")
-
-    def _read(self, windows: Windows, streams: Sequence[str]) -> TensorDict:
-        rows, steps = self.batch_size, self.clip_len
-        own = (self._store[windows.episode], self._clip[windows.episode])
-        pieces = (*own, windows.start, windows.frames, windows.offset)
-        places = torch.stack(pieces, -1)
-        batch = {name: self._read_stream(name, places.tolist()) for name in streams}
-        is_first = torch.zeros(rows * steps, 1, dtype=torch.bool)
-        is_first[windows.offset] = True
-        batch["is_first"] = is_first
-        if self._label_sampler is not None and ACTIONS not in streams:
-            known = self._labeled[windows.episode]
-            batch["action"] = self._read_stream(ACTIONS, places[known].tolist())
-            frames = known.repeat_interleave(windows.frames)
-            batch["labeled"] = frames.unsqueeze(-1)
-        split = {name: x.unflatten(0, (rows, steps)) for name, x in batch.items()}  # [B, T, ...]
-        return TensorDict(split, batch_size=[rows, steps])
-
-    def _read_stream(self, name: str, places: list[list[int]]) -> Tensor:
-        """One stream of the windows at ``places`` (store, clip, start, frames, offset)."""
-        spec = self.stores[0].streams[name]
-        out = torch.zeros(
-            self.batch_size * self.clip_len,
-            *spec.shape,
-            dtype=getattr(torch, spec.dtype),
-            pin_memory=self.device.type == "cuda",
+        frames = np.concatenate([store.frames[own] for store, own in pairs])
+        where = [
+            np.column_stack([np.full(len(own), number), store.shard[own], store.row[own]])
+            for number, (store, own) in enumerate(pairs)
+        ]
+        storage = FrameStorage(int(frames.sum()), pin_memory=self.device.type == "cuda")
+        storage.streams = {name: name for name in self.streams}
+        storage.set_clips(
+            [store.shards for store in self.stores],
+            frames.cumsum() - frames,
+            frames,
+            np.concatenate(where),
+            weights=weights,
         )
-        array = out.numpy()
-        for store, clip, start, frames, _ in places:
-            self.stores[store].announce(clip, name, start, frames)
-        for store, clip, start, frames, offset in places:
-            array[offset : offset + frames] = self.stores[store].read(clip, name, start, frames)
-        return out  # [B*T, ...]
-
-    def _to_device(self, batch: TensorDict) -> TensorDict:
-        return batch if self.device.type == "cpu" else batch.to(self.device, non_blocking=True)
+        self._lengths = torch.from_numpy(frames)
+        return storage
 
 
 def _open(path: Paths) -> tuple[list[ClipStore], Tensor | None]:
@@ -297,8 +283,7 @@ def _open(path: Paths) -> tuple[list[ClipStore], Tensor | None]:
 
 def _clips_of(store: ClipStore, split: Split, heldout: float) -> np.ndarray:
     """Indices of the clips of one split, int64, ascending."""
-    if split not in ("all", "train", "heldout"):
-        raise ValueError(f"split={split!r} is unknown: choose all, train or heldout")
+    check_choice("split", split, get_args(Split))
     every = np.arange(len(store))
     if split == "all":
         return every
@@ -311,9 +296,12 @@ def _clips_of(store: ClipStore, split: Split, heldout: float) -> np.ndarray:
             f"clip store {str(store.path)!r} has one clip only: nothing can be held out, use "
             "split=all"
         )
-    keys = [hashlib.sha256(name.encode("utf-8")).digest() for name in store.names]
-    order = sorted(range(len(store)), key=keys.__getitem__)
+    order = sorted(range(len(store)), key=lambda clip: _digest(store.names[clip]))
     count = min(max(1, round(heldout * len(store))), len(store) - 1)
     held = np.zeros(len(store), dtype=bool)
     held[order[:count]] = True
     return every[held] if split == "heldout" else every[~held]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8")).digest()

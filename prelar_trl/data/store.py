@@ -7,13 +7,16 @@
       clips/000000.jsonl     one line a clip: name, frames, label, split, info, crc32s
       pixels/000000.bin      uint8   [frames, 3, H, W], clip after clip, nothing between
       <image>/000000.bin     uint8   [frames, 3, H, W], further image streams, e.g. ``flow``
-      actions/000000.bin     float32 [frames, A], only if known, for probes only
+      actions/000000.bin     float32 [frames, A], only if known
       skipped.jsonl          what the source had and could not be used, with the reason
       spool/                 clips that are being decoded, while the store is written
 
 Files with one number are one shard. The bytes depend on nothing but the clips, their order and the
 settings: no date, no path, no machine. A shard is sealed in ``store.json`` with the SHA-256 of each
 of its files; while it is open, its ``.jsonl`` is the journal by which `ClipWriter` resumes.
+
+`EpisodeReplay` writes such a store too, an episode a clip, with ``rewards/`` and ``terminated/``
+beside the actions. It deletes its oldest shards; ``store.json`` counts them under ``evicted``.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import hashlib
 import json
 import mmap
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -98,6 +102,17 @@ def streams_of(meta: dict[str, Any]) -> dict[str, Stream]:
     }
 
 
+def evicted_of(meta: dict[str, Any]) -> dict[str, int]:
+    """How many shards, clips and frames were deleted before the first one that there is."""
+    return meta.get("evicted") or {"shards": 0, "clips": 0, "frames": 0}
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a ``.jsonl`` file; none if it is missing."""
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
 def sha256(file: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with file.open("rb") as handle:
@@ -128,6 +143,45 @@ def _crc32(file: BinaryIO, size: int) -> int:
     return crc
 
 
+class MappedShards:
+    """The streams of a store, memory-mapped and read-only; a shard may still grow.
+
+    Args:
+        path: the store.
+        streams: name -> `Stream`.
+    """
+
+    def __init__(self, path: Path, streams: dict[str, Stream]) -> None:
+        self.path, self.streams = path, streams
+        self._maps: dict[tuple[str, int], tuple[mmap.mmap, np.ndarray]] = {}
+
+    def read(self, stream: str, shard: int, start: int, frames: int) -> np.ndarray:
+        """A view ``[frames, *shape]`` of consecutive frames of one shard."""
+        return self._map(stream, shard, start + frames)[1][start : start + frames]
+
+    def prefetch(self, stream: str, shard: int, start: int, frames: int) -> None:
+        """Tells the system which frames will be read soon, so that it fetches them all at once.
+
+        For windows that are not in memory this is ten times faster than reading alone.
+        """
+        size = self.streams[stream].frame_bytes
+        begin = start * size
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        memory = self._map(stream, shard, start + frames)[0]
+        memory.madvise(mmap.MADV_WILLNEED, page, begin - page + frames * size)
+
+    def _map(self, stream: str, shard: int, frames: int) -> tuple[mmap.mmap, np.ndarray]:
+        key = (stream, shard)
+        if key not in self._maps or len(self._maps[key][1]) < frames:
+            spec = self.streams[stream]
+            with shard_file(self.path, stream, shard).open("rb") as file:
+                memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            whole = len(memory) // spec.frame_bytes
+            array = np.frombuffer(memory, spec.dtype, whole * int(np.prod(spec.shape)))
+            self._maps[key] = (memory, array.reshape(-1, *spec.shape))
+        return self._maps[key]
+
+
 class ClipStore:
     """Reads a finished clip store.
 
@@ -141,7 +195,8 @@ class ClipStore:
         meta: contents of ``store.json``.
         streams: name -> `Stream`.
         names, labels, splits, infos: per clip; all but the name may be None.
-        frames, shard, offset: int64 ``[N]``: length, shard, first frame within the shard.
+        frames, shard, row: int64 ``[N]``: length, shard, first frame within the shard.
+        shards: the mapped files.
 
     Raises:
         FileNotFoundError: there is no store.
@@ -157,7 +212,7 @@ class ClipStore:
                 f"({self.meta['source']}) once more, it continues where it stopped"
             )
         self.streams = streams_of(self.meta)
-        self._maps: dict[tuple[str, int], tuple[mmap.mmap, np.ndarray]] = {}
+        self.shards = MappedShards(self.path, self.streams)
         self._read_clips()
         if self.num_bytes <= VERIFY_ON_OPEN_BYTES:
             self.verify()
@@ -165,18 +220,17 @@ class ClipStore:
     def _read_clips(self) -> None:
         records: list[dict[str, Any]] = []
         shard: list[int] = []
-        offset: list[int] = []
-        for number, seal in enumerate(self.meta["shards"]):
+        row: list[int] = []
+        for number, seal in self._seals():
             self._check_sizes(number, seal)
             file = shard_file(self.path, CLIPS, number)
             if sha256(file) != seal["sha256"][CLIPS]:
                 raise self._damaged(file, "its checksum differs")
             position = 0
-            for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-                record = json.loads(line)
+            for record in read_records(file):
                 records.append(record)
                 shard.append(number)
-                offset.append(position)
+                row.append(position)
                 position += record["frames"]
         self.names: list[str] = [r["name"] for r in records]
         self.labels: list[str | int | None] = [r["label"] for r in records]
@@ -184,7 +238,10 @@ class ClipStore:
         self.infos: list[dict[str, Any] | None] = [r["info"] for r in records]
         self.frames = np.array([r["frames"] for r in records], dtype=np.int64)
         self.shard = np.array(shard, dtype=np.int64)
-        self.offset = np.array(offset, dtype=np.int64)
+        self.row = np.array(row, dtype=np.int64)
+
+    def _seals(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        return enumerate(self.meta["shards"], evicted_of(self.meta)["shards"])
 
     def _check_sizes(self, number: int, seal: dict[str, Any]) -> None:
         for name in (CLIPS, *self.streams):
@@ -228,7 +285,7 @@ class ClipStore:
         Raises:
             StoreError: naming the first file that differs.
         """
-        for number, seal in enumerate(self.meta["shards"]):
+        for number, seal in self._seals():
             for name, digest in seal["sha256"].items():
                 file = shard_file(self.path, name, number)
                 if sha256(file) != digest:
@@ -236,9 +293,7 @@ class ClipStore:
 
     def skipped(self) -> list[tuple[str, str]]:
         """Name and reason of each clip that the source had and that could not be used."""
-        file = self.path / SKIPPED
-        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-        return [(r["name"], r["reason"]) for r in map(json.loads, lines)]
+        return [(r["name"], r["reason"]) for r in read_records(self.path / SKIPPED)]
 
     def notes(self) -> dict[str, list[tuple[str, int]]]:
         """What was left out of clips that are kept: reason -> (name, how many) of each clip."""
@@ -253,30 +308,8 @@ class ClipStore:
     ) -> np.ndarray:
         """A read-only view ``[frames, *shape]`` of one clip, by default of all its frames."""
         frames = int(self.frames[clip]) - start if frames is None else frames
-        first = int(self.offset[clip]) + start
-        return self._map(stream, int(self.shard[clip]))[1][first : first + frames]
-
-    def announce(self, clip: int, stream: str, start: int, frames: int) -> None:
-        """Tells the system which frames will be read soon, so that it fetches them all at once.
-
-        For windows that are not in memory this is ten times faster than reading alone.
-        """
-        size = self.streams[stream].frame_bytes
-        begin = (int(self.offset[clip]) + start) * size
-        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        memory = self._map(stream, int(self.shard[clip]))[0]
-        memory.madvise(mmap.MADV_WILLNEED, page, begin - page + frames * size)
-
-    def _map(self, stream: str, shard: int) -> tuple[mmap.mmap, np.ndarray]:
-        """The memory-mapped file of one stream of one shard, and its frames, read-only."""
-        key = (stream, shard)
-        if key not in self._maps:
-            spec = self.streams[stream]
-            with shard_file(self.path, stream, shard).open("rb") as file:
-                memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            frames = np.frombuffer(memory, dtype=spec.dtype).reshape(-1, *spec.shape)
-            self._maps[key] = (memory, frames)
-        return self._maps[key]
+        row = int(self.row[clip]) + start
+        return self.shards.read(stream, int(self.shard[clip]), row, frames)
 
     def __repr__(self) -> str:
         height, width = self.size

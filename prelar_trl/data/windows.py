@@ -1,9 +1,8 @@
-"""The one law by which windows of T frames are drawn from episodes of given lengths.
+"""Draws windows of T frames from episodes of given lengths.
 
-Both `VideoClips` (pre-training video) and `EpisodeReplay` (fine-tuning) draw with the class here,
-so every law means the same thing in both.
+`VideoClips` (pre-training video) and `EpisodeReplay` (fine-tuning) both draw with `WindowSampler`.
 
-Laws, for an episode of ``L`` frames and a window of ``T``::
+Strategies, for an episode of ``L`` frames and a window of ``T``::
 
     episodes         an episode uniformly, then one of its L - T + 1 starts uniformly
     frames           every window of the data is equally likely: an episode with weight L - T + 1
@@ -11,10 +10,10 @@ Laws, for an episode of ``L`` frames and a window of ``T``::
     prioritize_ends  the official replay's: an episode uniformly; a length uniform in
                      (M - m, M], at least m, where M = min(L, max_length), m = min_length;
                      start = min(uniform{0 .. L - length + m}, L - length), so that the last
-                     start holds m + 1 of the L - length + 1 + m tickets
+                     start has m + 1 times the probability of another
 
-                     start    0   1   2  ...  L-length-1   L-length
-                     tickets  1   1   1  ...      1         1 + m
+                     start                   0   1   2  ...  L-length-1   L-length
+                     probability mass (~)    1   1   1  ...      1         1 + m
 
 With ``prioritize_ends`` and a ``min_length`` below T a row may be shorter than T; it is then filled
 with further windows, and each of them starts with ``is_first``. What does not fit is cut off.
@@ -22,7 +21,6 @@ with further windows, and each of them starts with ``is_first``. What does not f
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,7 +30,10 @@ from torch import Tensor
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-Law = Literal["episodes", "frames", "epoch", "prioritize_ends"]
+from prelar_trl.data.storage import FrameStorage
+from prelar_trl.utils import check_choice
+
+Strategy = Literal["episodes", "frames", "epoch", "prioritize_ends"]
 
 
 @dataclass(frozen=True)
@@ -54,44 +55,58 @@ class Windows:
     offset: Tensor
 
 
-class WindowSampler(Sampler):
+class StatefulSampler(Sampler):
+    """A TorchRL sampler whose `state_dict` is all that a folder must hold of it."""
+
+    def dumps(self, path: str | Path) -> None:
+        """Writes `state_dict` as ``sampler.pt`` into the folder ``path``."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), Path(path, "sampler.pt"))
+
+    def loads(self, path: str | Path) -> None:
+        """Reads what `dumps` wrote."""
+        self.load_state_dict(torch.load(Path(path, "sampler.pt"), weights_only=True))
+
+
+class WindowSampler(StatefulSampler):
     """Draws windows of ``length`` frames; a TorchRL sampler with its own random generator.
 
     A draw costs O(rows * log episodes), never O(frames).
 
     Args:
         length: frames T of a row.
-        law: see the module docstring.
+        strategy: see the module docstring.
         seed: seed of the generator.
         min_length, max_length: for ``prioritize_ends`` only; both default to ``length``.
         rank, world_size: this process's share of one global stream. Row ``k`` of the stream goes to
             process ``k % world_size``, so processes with the same seed never share a row.
 
     Raises:
-        ValueError: for an unknown law or impossible lengths.
+        ValueError: for an unknown strategy or impossible lengths.
     """
 
     def __init__(
         self,
         length: int,
         *,
-        law: Law = "episodes",
+        strategy: Strategy = "episodes",
         seed: int = 0,
         min_length: int | None = None,
         max_length: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if law not in get_args(Law):
-            raise ValueError(f"law={law!r} is unknown: choose one of {', '.join(get_args(Law))}")
+        check_choice("strategy", strategy, get_args(Strategy))
         if length < 1:
             raise ValueError(f"window length {length} must be at least 1 frame")
-        if law != "prioritize_ends" and (min_length is not None or max_length is not None):
-            raise ValueError(f"min_length and max_length belong to prioritize_ends, not to {law!r}")
+        if strategy != "prioritize_ends" and (min_length is not None or max_length is not None):
+            raise ValueError(
+                f"min_length and max_length belong to prioritize_ends, not to {strategy!r}"
+            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must lie in 0..{world_size - 1} (world_size - 1)")
         self.length = length
-        self.law = law
+        self.strategy = strategy
         self.min_length = length if min_length is None else min_length
         self.max_length = length if max_length is None else max_length
         if not 1 <= self.min_length <= self.max_length:
@@ -100,11 +115,12 @@ class WindowSampler(Sampler):
             )
         self.rank, self.world_size = rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
-        self._order: Tensor | None = None
+        self._shuffler = torch.Generator()
+        self._order: Tensor | None = None  # of this epoch, shuffled by the generator in the state
         self._order_rng: Tensor | None = None
         self._position = 0
-        empty = torch.zeros(0, dtype=torch.int64)
-        self.set_episodes(empty)
+        self._revision = -1
+        self._empty()
 
     def set_episodes(
         self,
@@ -125,13 +141,13 @@ class WindowSampler(Sampler):
             group_weights: ``[G]`` how often each group is drawn, in any unit; not for ``epoch``.
         """
         counts = (lengths - self.length + 1).clamp(min=0)
-        if self.law == "frames":
+        if self.strategy == "frames":
             weights = counts.double()
         else:
-            weights = (lengths >= min(self.length, self.min_length)).double()
+            weights = (lengths >= self.shortest).double()
         if groups is not None and group_weights is not None:
-            if self.law == "epoch":
-                raise ValueError("law='epoch' takes every clip once: leave out the weights")
+            if self.strategy == "epoch":
+                raise ValueError("strategy='epoch' takes every clip once: leave out the weights")
             share = torch.zeros(len(group_weights), dtype=torch.float64)
             share.index_add_(0, groups, weights)
             weights = weights * (group_weights.double() / share.clamp(min=1e-300))[groups]
@@ -140,7 +156,18 @@ class WindowSampler(Sampler):
         self._cumulative = weights.cumsum(0)
         self._eligible = weights.nonzero().squeeze(-1)
         if self._order is not None and len(self._order) != len(self._eligible):
-            self._order = None  # the episodes have changed: the epoch begins anew
+            self._order = self._order_rng = None  # other episodes: the epoch begins anew
+
+    def sync(self, storage: Storage) -> None:
+        """Declares the episodes of a `FrameStorage`, if they have changed."""
+        if isinstance(storage, FrameStorage) and storage.revision != self._revision:
+            self._revision = storage.revision
+            self.set_episodes(**storage.episodes())
+
+    @property
+    def shortest(self) -> int:
+        """Frames that an episode needs to be drawn from."""
+        return min(self.length, self.min_length)
 
     @property
     def num_eligible(self) -> int:
@@ -155,9 +182,9 @@ class WindowSampler(Sampler):
         """
         if not len(self._eligible):
             longest = int(self._lengths.max()) if len(self._lengths) else 0
-            need = min(self.length, self.min_length)
             raise RuntimeError(
-                f"no episode has {need} frames: {len(self._lengths)} episodes, longest {longest}"
+                f"no episode has {self.shortest} frames: {len(self._lengths)} episodes, "
+                f"longest {longest}"
             )
         drawn = self._draw_all(rows * self.world_size)
         return drawn if self.world_size == 1 else self._own_rows(drawn, rows)
@@ -166,20 +193,21 @@ class WindowSampler(Sampler):
         """TorchRL's sampler interface.
 
         Args:
-            storage: unused, the episodes are known by `set_episodes`.
+            storage: a `FrameStorage` declares its episodes itself; for others see `set_episodes`.
             batch_size: frames of the whole batch, a multiple of ``length``.
 
         Returns:
-            Storage indices int64 ``[batch_size]`` and ``{"is_first": bool [batch_size]}``.
+            Storage indices int64 ``[batch_size]`` and ``{"is_first": bool [batch_size, 1]}``.
         """
         if batch_size % self.length:
             raise ValueError(f"batch_size={batch_size} is no multiple of the window {self.length}")
+        self.sync(storage)
         windows = self.draw(batch_size // self.length)
         first = self._starts[windows.episode] + windows.start - windows.offset
         index = first.repeat_interleave(windows.frames) + torch.arange(batch_size)
         if self._capacity is not None:
             index %= self._capacity
-        is_first = torch.zeros(batch_size, dtype=torch.bool)
+        is_first = torch.zeros(batch_size, 1, dtype=torch.bool)
         is_first[windows.offset] = True
         return index, {"is_first": is_first}
 
@@ -189,9 +217,9 @@ class WindowSampler(Sampler):
         return torch.minimum((u * upper).long(), upper - 1)
 
     def _draw_all(self, rows: int) -> Windows:
-        if self.law == "prioritize_ends":
+        if self.strategy == "prioritize_ends":
             return self._draw_prioritized(rows)
-        episode = self._next_in_epoch(rows) if self.law == "epoch" else self._weighted(rows)
+        episode = self._next_in_epoch(rows) if self.strategy == "epoch" else self._weighted(rows)
         start = self._uniform(self._counts[episode])
         frames = torch.full((rows,), self.length)
         return Windows(episode, start, frames, torch.arange(rows) * self.length)
@@ -204,17 +232,21 @@ class WindowSampler(Sampler):
     def _next_in_epoch(self, rows: int) -> Tensor:
         parts: list[Tensor] = []
         while rows:
+            if self._order is None and self._order_rng is not None:  # a loaded state
+                self._order = self._shuffled(self._order_rng)
             if self._order is None or self._position == len(self._order):
                 self._order_rng, self._position = self.generator.get_state(), 0
-                self._order = self._shuffled()
+                self._order = self._shuffled(self._order_rng)
+                self.generator.set_state(self._shuffler.get_state())
             part = self._order[self._position : self._position + rows]
             self._position += len(part)
             rows -= len(part)
             parts.append(part)
         return torch.cat(parts)
 
-    def _shuffled(self) -> Tensor:
-        return self._eligible[torch.randperm(len(self._eligible), generator=self.generator)]
+    def _shuffled(self, state: Tensor) -> Tensor:
+        self._shuffler.set_state(state)
+        return self._eligible[torch.randperm(len(self._eligible), generator=self._shuffler)]
 
     def _draw_prioritized(self, rows: int) -> Windows:
         if self.min_length >= self.length:  # one window fills a row
@@ -255,35 +287,48 @@ class WindowSampler(Sampler):
         """Everything the next draws depend on, the episodes apart."""
         return {
             "rng": self.generator.get_state(),
-            "order_rng": None if self._order is None else self._order_rng.clone(),
+            "order_rng": self._order_rng,
             "position": self._position,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken; the same episodes must be declared."""
-        self._order, self._order_rng = None, None
-        if state_dict["order_rng"] is not None:
-            self._order_rng = state_dict["order_rng"].clone()
-            self.generator.set_state(self._order_rng)
-            self._order = self._shuffled()
+        self._order, self._order_rng = None, state_dict["order_rng"]
         self._position = state_dict["position"]
         self.generator.set_state(state_dict["rng"])
 
     def _empty(self) -> None:
         self.set_episodes(torch.zeros(0, dtype=torch.int64))
 
-    def dumps(self, path: str | Path) -> None:
-        """Writes `state_dict` as ``sampler.json`` into the folder ``path``."""
-        state = {
-            k: v.tolist() if isinstance(v, Tensor) else v for k, v in self.state_dict().items()
-        }
-        Path(path).mkdir(parents=True, exist_ok=True)
-        Path(path, "sampler.json").write_text(json.dumps(state))
 
-    def loads(self, path: str | Path) -> None:
-        """Reads what `dumps` wrote."""
-        state = json.loads(Path(path, "sampler.json").read_text())
-        for key in ("rng", "order_rng"):
-            if state[key] is not None:
-                state[key] = torch.tensor(state[key], dtype=torch.uint8)
-        self.load_state_dict(state)
+class FixedShareSampler(StatefulSampler):
+    """Fills the first rows of a batch from one `WindowSampler` and the others from another.
+
+    Args:
+        first, others: samplers of windows of one length; their episodes are declared by hand.
+        rows: how many rows ``first`` fills.
+    """
+
+    def __init__(self, first: WindowSampler, others: WindowSampler, rows: int) -> None:
+        self.first, self.others, self.rows = first, others, rows
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
+        """As `WindowSampler.sample`."""
+        size = min(self.rows * self.first.length, batch_size)
+        drawn = [self.first.sample(None, size)]
+        if size < batch_size:
+            drawn.append(self.others.sample(storage, batch_size - size))
+        index, info = zip(*drawn, strict=True)
+        return torch.cat(index), {"is_first": torch.cat([each["is_first"] for each in info])}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both."""
+        return {"labels": self.first.state_dict(), "sampler": self.others.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken."""
+        self.first.load_state_dict(state_dict["labels"])
+        self.others.load_state_dict(state_dict["sampler"])
+
+    def _empty(self) -> None:
+        raise RuntimeError("the clips of a store cannot be emptied")

@@ -11,17 +11,15 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from prelar_trl.data.arrays import Array, checked_actions, checked_frames
-from prelar_trl.data.shard import Buffer, OpenShard
+from prelar_trl.data.shards import Buffer, Place, Shards
 from prelar_trl.data.spool import Spool
 from prelar_trl.data.store import (
     ACTIONS,
-    CLIPS,
     FORMAT,
     SKIPPED,
     SPOOL,
@@ -29,9 +27,9 @@ from prelar_trl.data.store import (
     StoreError,
     Stream,
     read_meta,
-    shard_file,
-    streams_of,
+    read_records,
 )
+from prelar_trl.utils import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +51,9 @@ class ClipWriter:
         info: further settings (JSON) that must be the same when the store is continued.
         left_out: what the source holds and does not offer as clips, reason -> names; of it the
             metadata keep the number and an example.
+
+    Attributes:
+        done: names of the clips and of those that were skipped.
 
     Raises:
         StoreError: the folder holds a store with other settings, or one that another process
@@ -88,19 +89,16 @@ class ClipWriter:
             reason: {"count": len(names), "example": names[0]}
             for reason, names in (left_out or {}).items()
         }
-        self.streams: dict[str, Stream] = {}
         self.done: set[str] = set()
-        self.num_clips = 0
         self.reasons: dict[str, list[str]] = {}  # why clips were skipped -> their names
-        self._seals: list[dict[str, Any]] = []
-        self._shard = OpenShard(self.path, 0, self.streams)
+        self._shards = Shards(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         self._dirty = False  # does the folder say that the store is unfinished?
         try:
             if (self.path / "store.json").exists():
                 self._resume()
-            elif any(p.name != "store.json.tmp" for p in self.path.iterdir()):
+            elif any(p.name != "store.part.json" for p in self.path.iterdir()):
                 raise StoreError(
                     f"{str(path)!r} is not empty and holds no clip store: name another folder"
                 )
@@ -108,8 +106,28 @@ class ClipWriter:
                 with self.saving():
                     self._mark_unfinished()
         except BaseException:
-            self.abort()
+            self.release()
             raise
+
+    @property
+    def clips(self) -> list[Place]:
+        """Where each clip lies."""
+        return self._shards.clips
+
+    @property
+    def num_clips(self) -> int:
+        """Clips in the store."""
+        return len(self.clips)
+
+    @property
+    def streams(self) -> dict[str, Stream]:
+        """What a clip consists of; empty before the first."""
+        return self._shards.streams
+
+    @property
+    def num_evicted_frames(self) -> int:
+        """Frames that `evict` has deleted."""
+        return self._shards.evicted["frames"]
 
     def add(
         self,
@@ -138,14 +156,16 @@ class ClipWriter:
             ValueError: wrong shape, dtype, NaN, or a name that is already there.
             OSError: no space is left; what was added before is safe.
         """
-        name = f"{self.num_clips:06d}" if name is None else name
-        if name in self.done:
-            raise ValueError(f"clip name {name!r} is already in the store")
         size = (self.settings["height"], self.settings["width"])
         arrays = {"pixels": checked_frames("frames", frames, size)}
         arrays |= {key: checked_frames(key, value, size) for key, value in images.items()}
         if actions is not None:
             arrays[ACTIONS] = checked_actions(actions)
+        name = f"{self.num_clips:06d}" if name is None else name
+        self.add_streams(arrays, name=name, label=label, split=split, info=info)
+
+    def add_streams(self, arrays: Mapping[str, np.ndarray], *, name: str, **record: Any) -> None:
+        """Appends one clip of contiguous arrays ``[T, ...]``, a stream each. Otherwise as `add`."""
         length = len(arrays["pixels"])
         for key, array in arrays.items():
             if len(array) != length:
@@ -153,7 +173,7 @@ class ClipWriter:
         self._append(
             {k: Stream(k, str(a.dtype), a.shape[1:]) for k, a in sorted(arrays.items())},
             {key: [array.reshape(-1).view(np.uint8).data] for key, array in arrays.items()},
-            {"name": name, "frames": length, "label": label, "split": split, "info": info},
+            {"name": name, "frames": length, "label": None, "split": None, "info": None} | record,
         )
 
     def add_spool(
@@ -166,8 +186,6 @@ class ClipWriter:
         info: dict[str, Any] | None = None,
     ) -> None:
         """Appends the clip of a spool in blocks, and deletes the spool. Otherwise as `add`."""
-        if name in self.done:
-            raise ValueError(f"clip name {name!r} is already in the store")
         self._append(
             spool.streams,
             {key: spool.blocks(key) for key in spool.streams},
@@ -199,18 +217,18 @@ class ClipWriter:
             return
         if not self.num_clips:
             self._discard()
-            self.abort()
+            self.release()
             raise ValueError(f"nothing was added to clip store {str(self.path)!r}{self._why()}")
         if self._dirty:
             with self.saving():
-                if self._shard.clips:
-                    self._seal()
+                self._shards.seal()
                 self._write_meta(complete=True)
-        self.abort()
+                self._dirty = False
+        self.release()
 
-    def abort(self) -> None:
+    def release(self) -> None:
         """Lets go of the store, unfinished; opening it again continues."""
-        self._shard.close()
+        self._shards.open.close()
         if self._lock >= 0:
             shutil.rmtree(self.path / SPOOL, ignore_errors=True)
             os.close(self._lock)
@@ -219,16 +237,25 @@ class ClipWriter:
     def __enter__(self) -> ClipWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close() if kind is None else self.release()
+
+    def evict(self, before: int) -> bool:
+        """Deletes shards whose clips are all below ``before`` in `clips`; whether there was any."""
+        with self._forgetting():
+            return self._shards.evict(before, self._write_meta)
+
+    def truncate(self, num_clips: int) -> None:
+        """Deletes all clips but the first ``num_clips``."""
+        with self._forgetting():
+            self._shards.truncate(num_clips, self._write_meta)
+            self._dirty = True
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        before = {clip.name for clip in self.clips}
+        yield
+        self.done -= before - {clip.name for clip in self.clips}
 
     def _append(
         self,
@@ -236,17 +263,19 @@ class ClipWriter:
         data: Mapping[str, Iterable[Buffer]],
         record: dict[str, Any],
     ) -> None:
-        self._check_streams(streams, record["name"])
+        name, frames = record["name"], record["frames"]
+        if name in self.done:
+            raise ValueError(f"clip name {name!r} is already in the store")
+        self._check_streams(streams, name)
         with self.saving():
-            self._make_room(record["frames"])
-            self._shard.append(data, record)
-        self.num_clips += 1
-        self.done.add(record["name"])
+            self._make_room(frames)
+            self._shards.append(data, record)
+        self.done.add(name)
 
     def _check_streams(self, streams: dict[str, Stream], name: str) -> None:
         """The first clip decides which streams the store has."""
         if not self.streams:
-            self.streams = self._shard.streams = streams
+            self._shards.set_streams(streams)
             self._dirty = False  # the folder does not know the streams yet
         if streams != self.streams:
             have, got = (
@@ -258,14 +287,14 @@ class ClipWriter:
     def _make_room(self, length: int) -> None:
         """Begins a new shard if the open one is full."""
         self._mark_unfinished()
-        size = (self._shard.frames + length) * self.streams["pixels"].frame_bytes
-        if self._shard.clips and size > self.settings["shard_bytes"]:
-            self._seal()
-            self._write_meta(complete=False)
+        size = (self._shards.open.frames + length) * self.streams["pixels"].frame_bytes
+        if self._shards.open.clips and size > self.settings["shard_bytes"]:
+            self._shards.seal()
+            self._write_meta()
 
     def _mark_unfinished(self) -> None:
         if not self._dirty:
-            self._write_meta(complete=False)
+            self._write_meta()
             self._dirty = True
 
     @contextmanager
@@ -274,7 +303,7 @@ class ClipWriter:
         try:
             yield
         except OSError as error:
-            self.abort()
+            self.release()
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise OSError(
@@ -283,30 +312,20 @@ class ClipWriter:
                 "safe; free some space and run the same command again, it continues",
             ) from None
 
-    def _seal(self) -> None:
-        self._seals.append(self._shard.seal())
-        self._shard = OpenShard(self.path, len(self._seals), self.streams)
-
-    def _write_meta(self, *, complete: bool) -> None:
-        meta = self.settings | {
-            "complete": complete,
-            "clips": sum(s["clips"] for s in self._seals),
-            "frames": sum(s["frames"] for s in self._seals),
-            "skipped": self.num_skipped if complete else None,
-            "streams": {
-                s.name: {"dtype": s.dtype, "shape": list(s.shape)} for s in self.streams.values()
-            },
-            "shards": self._seals,
-        }
+    def _write_meta(self, *, complete: bool = False) -> None:
+        meta = (
+            self.settings
+            | self._shards.meta()
+            | {
+                "complete": complete,
+                "skipped": self.num_skipped if complete else None,
+            }
+        )
         if self.left_out:
             meta["left_out"] = self.left_out
         text = json.dumps(meta, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
-        temporary = self.path / "store.json.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / "store.json")
+        with atomic_write(self.path / "store.json", sync=True) as part:
+            part.write_text(text, encoding="utf-8")
 
     def _take_lock(self) -> int:
         handle = os.open(self.path, os.O_RDONLY)
@@ -321,9 +340,7 @@ class ClipWriter:
 
     def _resume(self) -> None:
         meta = read_meta(self.path)
-        self.streams = streams_of(meta)
-        journal = shard_file(self.path, CLIPS, 0)
-        begun = bool(meta["shards"]) or (journal.exists() and journal.stat().st_size > 0)
+        begun = self._shards.resume(meta)
         have, want = _flat(meta), _flat(self.settings)
         for key in sorted(want | have):
             if key.split(".")[0] not in self.settings or have.get(key) == want.get(key):
@@ -335,20 +352,8 @@ class ClipWriter:
                 f"clip store {str(self.path)!r} was begun with {key}={have.get(key)!r}, not "
                 f"{want.get(key)!r}: use the same settings, or another folder"
             )
-        if not begun:  # a first clip may have been cut short
-            for name in (CLIPS, *self.streams):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            self.streams = {}
         self._dirty = begun and not meta["complete"]
-        self._seals = meta["shards"]
-        if meta["complete"]:  # the last shard may take further clips
-            self._seals = self._seals[:-1]
-        for shard in range(len(self._seals)):
-            for line in shard_file(self.path, CLIPS, shard).read_bytes().split(b"\n")[:-1]:
-                self.done.add(json.loads(line)["name"])
-        self._shard = OpenShard(self.path, len(self._seals), self.streams)
-        self.done.update(self._shard.recover())
-        self.num_clips = len(self.done)
+        self.done.update(clip.name for clip in self.clips)
         self._recover_skipped()
         shutil.rmtree(self.path / SPOOL, ignore_errors=True)
         if not begun:
@@ -357,8 +362,8 @@ class ClipWriter:
 
     def _discard(self) -> None:
         """Removes the files of a store that has no clip."""
-        for name in (CLIPS, *self.streams, SPOOL):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        self._shards.clear()
+        shutil.rmtree(self.path / SPOOL, ignore_errors=True)
         for name in (SKIPPED, "store.json"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -371,21 +376,18 @@ class ClipWriter:
 
     def _recover_skipped(self) -> None:
         file = self.path / SKIPPED
-        if not file.exists():
-            return
-        data = file.read_bytes()
-        os.truncate(file, data.rfind(b"\n") + 1)
-        for record in map(json.loads, data.split(b"\n")[:-1]):
+        for record in read_records(file):
             self.reasons.setdefault(record["reason"], []).append(record["name"])
             self.done.add(record["name"])
+        if file.exists():
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat

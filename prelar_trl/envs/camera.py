@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import mujoco
 import numpy as np
 import torch
 
 from prelar_trl.envs.backend import rendering_error
+from prelar_trl.utils import check_choice
 
 RenderQuality = Literal["fast", "full"]
 
@@ -45,8 +46,7 @@ class Camera:
         names = [model.camera(index).name for index in range(model.ncam)]
         if camera is not None and camera not in names:
             raise ValueError(f"unknown camera {camera!r}; this environment has {', '.join(names)}")
-        if quality not in ("fast", "full"):
-            raise ValueError(f"unknown render_quality {quality!r}; use 'fast' or 'full'")
+        check_choice("render_quality", quality, get_args(RenderQuality))
         if quality == "fast":  # read when the renderer is created: set before
             model.vis.quality.shadowsize = 0
             model.vis.quality.offsamples = 0

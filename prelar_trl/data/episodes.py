@@ -1,0 +1,320 @@
+"""Whole episodes in a clip store: `EpisodeWriter` makes them of steps, `EpisodeStorage` keeps them.
+
+The shift between the two layouts lives here and nowhere else (`_rows`)::
+
+    TorchRL, one step a column            DreamerV2, one frame a column
+    step        0      1      2           frame         0      1      2      3
+    pixels      x0     x1     x2          pixels        x0     x1     x2     x3
+    action      a0     a1     a2          action        0      a0     a1     a2
+    next:                                 reward        0      r1     r2     r3
+      pixels    x1     x2     x3          is_first      1      0      0      0
+      reward    r1     r2     r3          terminated    0      0      0      d3
+      terminated 0     0      d3
+                                          L steps give L + 1 frames, each stored once
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Writer
+
+from prelar_trl.data.storage import FrameStorage
+from prelar_trl.data.store import MappedShards, read_meta
+from prelar_trl.data.writer import ClipWriter
+
+_KEYS = ("pixels", "action", ("next", "pixels"), ("next", "reward"), ("next", "done"))
+_TRAJECTORY = ("collector", "traj_ids")
+_STREAMS = {
+    "pixels": "pixels",
+    "action": "actions",
+    "reward": "rewards",
+    "terminated": "terminated",
+}
+_SHARDS = 8  # at least so many, so that deleting the oldest keeps the disk near the capacity
+_SHARD_BYTES = 2**28
+
+
+class EpisodeStorage(FrameStorage):
+    """A ring of frames in a clip store, an episode a clip; the oldest shards are deleted.
+
+    Args:
+        path: the folder; made if it is missing.
+        capacity: frames kept.
+        pin_memory: read into pinned memory, for a GPU.
+
+    Attributes:
+        num_written: episodes that were ever appended; the number of the next.
+
+    Raises:
+        ValueError: the folder holds something else, or a replay of another capacity.
+    """
+
+    def __init__(self, path: Path, capacity: int, *, pin_memory: bool = False) -> None:
+        super().__init__(capacity, pin_memory=pin_memory)
+        self.path = path
+        self.streams = _STREAMS
+        self._store: ClipWriter | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "store.json").exists():
+            meta = read_meta(self.path)
+            self._open_store(meta["height"], meta["width"], meta["shard_bytes"])
+        elif any(self.path.iterdir()):
+            raise ValueError(
+                f"{str(self.path)!r} is not empty and holds no replay: name another folder"
+            )
+        else:
+            self._store = None
+        clips = self._store.clips if self._store else []
+        self.num_written = int(clips[-1].name) + 1 if clips else 0
+        self._sync_clips()
+
+    def _open_store(self, height: int, width: int, shard_bytes: int) -> None:
+        self._store = ClipWriter(
+            self.path,
+            source="replay",
+            height=height,
+            width=width,
+            shard_bytes=shard_bytes,
+            info={"capacity": self.max_size},
+        )
+
+    def _sync_clips(self) -> None:
+        clips = self._store.clips if self._store else []
+        where = np.array([(0, c.shard, c.row) for c in clips], np.int64).reshape(-1, 3)
+        frames = np.array([c.frames for c in clips], np.int64)
+        start = frames.cumsum() - frames
+        shards: Sequence[MappedShards] = ()
+        if clips:
+            start += self._store.num_evicted_frames
+            shards = self._shards or [MappedShards(self.path, self._store.streams)]
+        self.set_clips(shards, start, frames, where, first=self.num_written - len(clips))
+
+    def append(self, frames: TensorDict) -> Tensor:
+        """Writes one episode.
+
+        Args:
+            frames: ``[L + 1]``: ``pixels``, ``action``, ``reward``, ``terminated``.
+
+        Returns:
+            Its indices int64 ``[L + 1]``.
+
+        Raises:
+            ValueError: it is longer than the capacity, or its shapes differ.
+            OSError: no space is left; what was appended before is safe.
+        """
+        if len(frames) > self.max_size:
+            raise ValueError(f"an episode of {len(frames)} frames exceeds capacity={self.max_size}")
+        arrays = {name: frames[key].contiguous().numpy() for key, name in _STREAMS.items()}
+        if self._store is None:
+            pixels = arrays["pixels"][0]
+            size = min(_SHARD_BYTES, self.max_size * pixels.size // _SHARDS)
+            self._open_store(*pixels.shape[1:], size)
+        self._store.add_streams(arrays, name=f"{self.num_written:06d}")
+        self.num_written += 1
+        self._sync_clips()
+        kept = self._end - self.max_size  # places below are overwritten
+        before = int(np.searchsorted(self._start + self._frames, kept, side="right"))
+        if self._store.evict(before):
+            self._shards = ()  # a deleted file keeps its space while it is mapped
+            self._sync_clips()
+        return torch.arange(self._end - len(frames), self._end) % self.max_size
+
+    def episode(self, number: int) -> TensorDict:
+        """All frames of one whole clip, 0 the oldest."""
+        start = int(self._start[self.whole][number])
+        frames = int(self._frames[self.whole][number])
+        return self.get(torch.arange(start, start + frames) % self.max_size)
+
+    def frame_shape(self, key: str) -> list[int] | None:
+        """Shape of one frame of ``key``; None before the first episode."""
+        streams = self._store.streams if self._store else {}
+        return list(streams[_STREAMS[key]].shape) if streams else None
+
+    def close(self) -> None:
+        """Finishes the clip store, so that others can read it; opening it again continues."""
+        if self._store is not None:
+            self._store.close() if self._store.num_clips else self._store.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many episodes were written."""
+        return {"end": self.num_written}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`."""
+        end = state_dict["end"]
+        if end > self.num_written:
+            raise ValueError(
+                f"the replay in {str(self.path)!r} ends at episode {self.num_written}, the "
+                f"checkpoint at {end}: it is another folder, or files of it are missing"
+            )
+        if end < self.num_written:
+            clips = self._store.clips
+            self._store.truncate(sum(int(clip.name) < end for clip in clips))
+            self.num_written, self._shards = end, ()
+            self._sync_clips()
+
+    def dumps(self, path: str | Path) -> None:
+        """Copies the clip store to the folder ``path``; what was there is deleted."""
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(self.path, path)
+
+    def loads(self, path: str | Path) -> None:
+        """Takes the place of what `dumps` wrote. What was here is deleted.
+
+        Raises:
+            ValueError: the copy has another capacity.
+        """
+        path = Path(path)
+        if any(path.iterdir()):
+            capacity = read_meta(path)["info"].get("capacity")
+            if capacity != self.max_size:
+                raise ValueError(f"{str(path)!r} has capacity={capacity}, not {self.max_size}")
+        if self._store is not None:
+            self._store.release()
+        shutil.rmtree(self.path)
+        shutil.copytree(path, self.path)
+        self._shards = ()
+        self._open()
+
+
+class EpisodeWriter(Writer):
+    """Cuts TorchRL's steps into episodes and appends each to an `EpisodeStorage` when it ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pending: dict[Hashable, list[TensorDict]] = {}
+
+    def add(self, data: TensorDictBase) -> Tensor:
+        """Takes one step, batch ``[]``. Otherwise as `extend`."""
+        return self.extend(data.reshape(1, 1))
+
+    def extend(self, data: TensorDictBase) -> Tensor:
+        """Takes steps of batch ``[T]`` or ``[N, T]``; see `EpisodeReplay.extend`.
+
+        Returns:
+            Indices int64 ``[M]`` of the frames of the episodes that were finished.
+        """
+        if not data.ndim:
+            raise ValueError("extend needs a time dimension: use add for a single step")
+        if isinstance(data, LazyStackedTensorDict):  # a collector's
+            data = data.contiguous()
+        data = data.reshape(-1, data.shape[-1])  # [N, T]
+        self._check(data)
+        written = [torch.zeros(0, dtype=torch.int64)]
+        done = data["next", "done"].reshape(data.shape).cpu()  # [N, T]
+        first = data.get("is_first", None)
+        first = torch.zeros_like(done) if first is None else first.reshape(done.shape).cpu()
+        ids = data.get(_TRAJECTORY, None)
+        ids = None if ids is None else ids.reshape(done.shape).cpu()
+        for worker in range(data.shape[0]):
+            for begin, end in _pieces(done[worker], first[worker]):
+                key = worker if ids is None else ("trajectory", int(ids[worker, begin]))
+                if bool(first[worker, begin]) and key in self.pending:
+                    written.append(self._finish(key))
+                rows = _rows(data[worker, begin:end], new=key not in self.pending)
+                self.pending.setdefault(key, []).append(rows)
+                if bool(done[worker, end - 1]):
+                    written.append(self._finish(key))
+        return torch.cat(written)
+
+    def _finish(self, key: Hashable) -> Tensor:
+        return self._storage.append(torch.cat(self.pending.pop(key)))
+
+    def _check(self, data: TensorDictBase) -> None:
+        keys = data.keys(include_nested=True, leaves_only=True)
+        missing = [k for k in _KEYS if k not in keys]
+        if missing:
+            raise ValueError(f"the data lack {', '.join(map(str, missing))}")
+        for key in ("pixels", ("next", "pixels")):
+            pixels = data[key]
+            if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] != 3:
+                raise ValueError(
+                    f"{key} must be uint8 [3, H, W] per step, got {pixels.dtype} "
+                    f"{list(pixels.shape[2:])}"
+                )
+        for key in ("action", ("next", "reward")):
+            value = data[key]
+            if not value.is_floating_point():
+                raise ValueError(f"{key} must be floating point, got {value.dtype}")
+            if not bool(value.isfinite().all()):
+                worker, step = (~value.isfinite()).nonzero()[0, :2].tolist()
+                raise ValueError(f"{key} is NaN or infinite at step {step} of environment {worker}")
+        for key in ("pixels", "action"):
+            have, got = self._storage.frame_shape(key), list(data[key].shape[2:])
+            if have not in (None, got):
+                raise ValueError(
+                    f"{key} has shape {got} per step; the replay in {str(self._storage.path)!r} "
+                    f"holds {have}"
+                )
+
+    def _empty(self, empty_write_count: bool = True) -> None:
+        self.pending.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The unfinished episodes."""
+        return {"pending": {key: torch.cat(rows) for key, rows in self.pending.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the unfinished episodes."""
+        self.pending = {key: [rows.clone()] for key, rows in state_dict["pending"].items()}
+
+    def dumps(self, path: str | Path) -> None:
+        """Writes the unfinished episodes to ``pending.pt`` in the folder ``path``."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        pending = {key: rows.to_dict() for key, rows in self.state_dict()["pending"].items()}
+        torch.save(pending, Path(path, "pending.pt"))
+
+    def loads(self, path: str | Path) -> None:
+        """Reads what `dumps` wrote."""
+        pending = torch.load(Path(path, "pending.pt"), weights_only=True)
+        self.pending = {
+            key: [TensorDict(rows, [len(rows["pixels"])])] for key, rows in pending.items()
+        }
+
+
+def _pieces(done: Tensor, first: Tensor) -> list[tuple[int, int]]:
+    """Cuts ``[T]`` behind every ``done`` and before every ``first``."""
+    cut = done.clone()
+    cut[:-1] |= first[1:]
+    ends = (cut.nonzero().squeeze(-1) + 1).tolist()
+    if not ends or ends[-1] != len(done):
+        ends.append(len(done))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _rows(steps: TensorDictBase, new: bool) -> TensorDict:
+    """TorchRL's ``[L]`` steps as DreamerV2's rows: ``[L + 1]`` if an episode begins, else ``[L]``.
+
+    See the drawing at the top of this module.
+    """
+    following = steps["next"]
+    count = len(steps)
+    flag = torch.zeros(count, 1, dtype=torch.bool)
+    terminated = following.get("terminated", None)
+    rows = TensorDict(
+        {
+            "pixels": following["pixels"],
+            "action": steps["action"].float(),
+            "reward": following["reward"].reshape(count, 1).float(),
+            "is_first": flag,
+            "terminated": flag if terminated is None else terminated.reshape(count, 1),
+        },
+        batch_size=[count],
+    ).cpu()
+    if not new:
+        return rows.clone()
+    first = torch.zeros_like(rows[:1])
+    first["pixels"] = steps["pixels"][:1].cpu()
+    first["is_first"] = torch.ones(1, 1, dtype=torch.bool)
+    return torch.cat([first, rows])

@@ -1,0 +1,285 @@
+"""The shards of a clip store that is being written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from prelar_trl.data.store import (
+    CLIPS,
+    Stream,
+    evicted_of,
+    read_records,
+    sha256,
+    shard_file,
+    streams_of,
+    whole_clip,
+)
+
+Buffer = bytes | memoryview
+
+
+class OpenShard:
+    """Appends clips to the files of one number.
+
+    A clip is data first, then one line in the journal, so that whatever follows the last line
+    whose data agree is no clip and can be cut off.
+
+    Args:
+        path: the store.
+        number: the shard's.
+        streams: what a clip consists of.
+        clips, frames: how much of its files is kept, see `cut`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        number: int,
+        streams: Mapping[str, Stream],
+        clips: int = 0,
+        frames: int = 0,
+    ) -> None:
+        self.path, self.number, self.streams = path, number, streams
+        self.clips, self.frames = clips, frames
+        self._files: dict[str, BinaryIO] = {}
+
+    def append(self, data: Mapping[str, Iterable[Buffer]], record: dict[str, Any]) -> None:
+        """Writes one clip; its checksums are added to ``record``.
+
+        Args:
+            data: for every stream the clip's bytes, in blocks.
+            record: the clip's line in the journal, ``frames`` among it.
+        """
+        try:
+            if not self._files:
+                self._open()
+            crc32 = {key: self._write(key, blocks) for key, blocks in data.items()}
+            record = record | {"crc32": crc32}
+            line = json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
+            self._write(CLIPS, [line.encode("utf-8")])
+        except BaseException:
+            self.cut()
+            raise
+        self.clips += 1
+        self.frames += record["frames"]
+
+    def recover(self) -> list[dict[str, Any]]:
+        """Counts the whole clips of the files on the disk, cuts off the rest.
+
+        Returns:
+            The clips' records.
+        """
+        records = []
+        journal = self._file(CLIPS)
+        if journal.exists():
+            with ExitStack() as stack:
+                files = {k: stack.enter_context(self._file(k).open("rb")) for k in self.streams}
+                for line in journal.read_bytes().split(b"\n")[:-1]:
+                    record = whole_clip(line, files, self.streams)
+                    if record is None:
+                        break
+                    records.append(record)
+        self.clips = len(records)
+        self.frames = sum(record["frames"] for record in records)
+        self.cut()
+        return records
+
+    def cut(self) -> None:
+        """Cuts the files back to the last whole clip."""
+        for key, stream in self.streams.items():
+            if self._file(key).exists():
+                os.truncate(self._file(key), self.frames * stream.frame_bytes)
+        journal = self._file(CLIPS)
+        if journal.exists():
+            lines = journal.read_bytes().split(b"\n")[: self.clips]
+            os.truncate(journal, sum(len(line) + 1 for line in lines))
+
+    def seal(self) -> dict[str, Any]:
+        """Finishes the shard; returns what ``store.json`` says of it."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        self.close()
+        names = (CLIPS, *self.streams)
+        return {
+            "clips": self.clips,
+            "frames": self.frames,
+            "sha256": {key: sha256(self._file(key)) for key in names},
+        }
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def delete(self) -> None:
+        """Deletes the files."""
+        self.close()
+        for key in (CLIPS, *self.streams):
+            self._file(key).unlink(missing_ok=True)
+
+    def _file(self, key: str) -> Path:
+        return shard_file(self.path, key, self.number)
+
+    def _open(self) -> None:
+        for key in (CLIPS, *self.streams):
+            file = self._file(key)
+            file.parent.mkdir(exist_ok=True)
+            self._files[key] = file.open("ab", buffering=0)
+
+    def _write(self, key: str, blocks: Iterable[Buffer]) -> int:
+        """Appends blocks to a file; returns their CRC-32."""
+        crc = 0
+        for block in blocks:
+            crc = zlib.crc32(block, crc)
+            view = memoryview(block)
+            while view:
+                view = view[self._files[key].write(view) :]
+        return crc
+
+
+class Place(NamedTuple):
+    """Where a clip lies: its first frame is ``row`` of ``shard``."""
+
+    name: str
+    shard: int
+    row: int
+    frames: int
+
+
+class Shards:
+    """The sealed shards of a store, and the open one behind them.
+
+    Args:
+        path: the store.
+
+    Attributes:
+        streams: what a clip consists of; empty before the first.
+        clips: where each clip lies.
+        evicted: ``shards``, ``clips`` and ``frames`` that `evict` has deleted.
+        open: the shard that still grows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.streams: dict[str, Stream] = {}
+        self.clips: list[Place] = []
+        self.evicted = evicted_of({})
+        self.open = OpenShard(path, 0, {})
+        self._seals: list[dict[str, Any]] = []
+
+    def resume(self, meta: dict[str, Any]) -> bool:
+        """Finds the clips on the disk; of the open shard the whole ones, the rest is cut off.
+
+        Args:
+            meta: contents of ``store.json``.
+
+        Returns:
+            False if there was no clip; what a first one may have left is removed then.
+        """
+        self.streams, self.evicted, self._seals = streams_of(meta), evicted_of(meta), meta["shards"]
+        first = self.evicted["shards"]
+        journal = shard_file(self.path, CLIPS, first)
+        if not (first or self._seals or (journal.exists() and journal.stat().st_size)):
+            self.clear()
+            return False
+        if meta["complete"]:  # the last shard may take further clips
+            self._seals = self._seals[:-1]
+        self.open = OpenShard(self.path, first + len(self._seals), self.streams)
+        for shard in range(first, self.open.number):
+            self._found(shard, read_records(shard_file(self.path, CLIPS, shard)))
+        self._found(self.open.number, self.open.recover())
+        return True
+
+    def _found(self, shard: int, records: list[dict[str, Any]]) -> None:
+        row = 0
+        for record in records:
+            self.clips.append(Place(record["name"], shard, row, record["frames"]))
+            row += record["frames"]
+
+    def set_streams(self, streams: dict[str, Stream]) -> None:
+        """Decides what a clip consists of, before the first."""
+        self.streams = self.open.streams = streams
+
+    def append(self, data: Mapping[str, Iterable[Buffer]], record: dict[str, Any]) -> None:
+        """Appends a clip to the open shard; see `OpenShard.append`."""
+        place = Place(record["name"], self.open.number, self.open.frames, record["frames"])
+        self.open.append(data, record)
+        self.clips.append(place)
+
+    def seal(self) -> None:
+        """Seals the open shard, if it holds a clip, and opens the next."""
+        if self.open.clips:
+            self._seals.append(self.open.seal())
+            self.open = OpenShard(self.path, self.open.number + 1, self.streams)
+            self.open.cut()  # what a crash in `truncate` may have left
+
+    def evict(self, before: int, save: Callable[[], None]) -> bool:
+        """Deletes the oldest sealed shards, as far as all their clips are below ``before``.
+
+        Args:
+            before: index in `clips`, which forgets the clips of these shards.
+            save: writes ``store.json``; called before the files go.
+
+        Returns:
+            Whether there was any.
+        """
+        first, shard = self.evicted["shards"], self.open.number
+        if before < len(self.clips):
+            shard = self.clips[before].shard
+        if shard == first:
+            return False
+        count = sum(clip.shard < shard for clip in self.clips)
+        gone, self.clips = self.clips[:count], self.clips[count:]
+        self.evicted = {
+            "shards": shard,
+            "clips": self.evicted["clips"] + count,
+            "frames": self.evicted["frames"] + sum(clip.frames for clip in gone),
+        }
+        del self._seals[: shard - first]
+        save()
+        for number in range(first, shard):
+            OpenShard(self.path, number, self.streams).delete()
+        return True
+
+    def truncate(self, num_clips: int, save: Callable[[], None]) -> None:
+        """Deletes all clips but the first ``num_clips``; ``save`` as in `evict`."""
+        if num_clips >= len(self.clips):
+            return
+        self.open.close()
+        _, shard, row, _ = self.clips[num_clips]
+        last = self.open.number
+        self.clips = self.clips[:num_clips]
+        kept = sum(clip.shard == shard for clip in self.clips)
+        self.open = OpenShard(self.path, shard, self.streams, kept, row)
+        del self._seals[shard - self.evicted["shards"] :]
+        save()
+        for number in range(shard + 1, last + 1):
+            OpenShard(self.path, number, self.streams).delete()
+        self.open.cut()
+
+    def meta(self) -> dict[str, Any]:
+        """What ``store.json`` says of the shards."""
+        meta = {
+            "clips": sum(seal["clips"] for seal in self._seals),
+            "frames": sum(seal["frames"] for seal in self._seals),
+            "streams": {
+                s.name: {"dtype": s.dtype, "shape": list(s.shape)} for s in self.streams.values()
+            },
+            "shards": self._seals,
+        }
+        return meta | ({"evicted": self.evicted} if self.evicted["shards"] else {})
+
+    def clear(self) -> None:
+        """Deletes all files."""
+        for name in (CLIPS, *self.streams):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self.streams = {}
+        self.open = OpenShard(self.path, 0, self.streams)

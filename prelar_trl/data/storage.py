@@ -1,0 +1,182 @@
+"""`FrameStorage`: the clips of stores as a TorchRL storage of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torchrl.data import ReplayBuffer
+from torchrl.data.replay_buffers.storages import Storage
+
+from prelar_trl.data.store import MappedShards
+
+Index = int | slice | torch.Tensor | np.ndarray | tuple[torch.Tensor]
+
+
+class FrameStorage(Storage):
+    """Frames of clips, one behind the other: index ``start of the clip + t`` is its frame t.
+
+    `get` reads frames. Beside the streams it gives ``episode`` int64 ``[..., 1]``, the clip's
+    number, and ``is_first`` bool ``[..., 1]``, True where a frame does not follow the one before
+    it in the index. A slice, ``storage[:]``, gives ``episode`` alone: it is what TorchRL's slice
+    samplers ask a storage for, and whole streams would not fit in memory.
+
+    Args:
+        max_size: indices are below it. Clips may lie beyond: their frames take the places of those
+            that are ``max_size`` before them, as in a ring.
+        pin_memory: read into pinned memory, for a GPU.
+
+    Attributes:
+        streams: key of the batch -> stream of the store.
+        revision: how often the clips were declared.
+    """
+
+    def __init__(self, max_size: int, *, pin_memory: bool = False) -> None:
+        super().__init__(max_size)
+        self.pin_memory = pin_memory
+        self.streams: dict[str, str] = {}
+        self._shards: Sequence[MappedShards] = ()
+        self.revision = 0
+        self._end = 0
+        self._weights: torch.Tensor | None = None
+        none = np.zeros(0, np.int64)
+        self._start, self._frames, self._where, self._first = (
+            none,
+            none,
+            np.zeros((0, 3), np.int64),
+            0,
+        )
+
+    def set_clips(
+        self,
+        shards: Sequence[MappedShards],
+        start: np.ndarray,
+        frames: np.ndarray,
+        where: np.ndarray,
+        *,
+        first: int = 0,
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Declares the clips.
+
+        Args:
+            shards: the files of each store.
+            start: int64 ``[E]``, ascending: place of each clip's first frame.
+            frames: int64 ``[E]``: length.
+            where: int64 ``[E, 3]``: store, shard, first frame within the shard.
+            first: number of the first clip.
+            weights: ``[stores]``: how often each store is drawn, in any unit; see `WindowSampler`.
+        """
+        self._shards, self._first, self._weights = shards, first, weights
+        self._start, self._frames, self._where = start, frames, where
+        self.revision += 1
+        self._end = int(start[-1] + frames[-1]) if len(start) else 0
+
+    @property
+    def whole(self) -> slice:
+        """The clips of which no frame has been overwritten."""
+        return slice(int(np.searchsorted(self._start, self._end - self.max_size)), None)
+
+    def episodes(self) -> dict[str, Any]:
+        """The whole clips, as `WindowSampler.set_episodes` takes them."""
+        whole = self.whole
+        return {
+            "lengths": torch.from_numpy(self._frames[whole]),
+            "starts": torch.from_numpy(self._start[whole]),
+            "capacity": self.max_size,
+            "groups": torch.from_numpy(self._where[whole, 0]),
+            "group_weights": self._weights,
+        }
+
+    def get(self, index: Index) -> TensorDict:
+        """The frames at ``index``, a TensorDict of its shape; see the class."""
+        if isinstance(index, slice):
+            flat = np.arange(len(self))[index]
+            _, _, episode = self._locate(flat)
+            return TensorDict({"episode": torch.from_numpy(episode)}, [len(flat)])
+        index = np.asarray(index[0] if isinstance(index, tuple) else index)
+        return self.read(index.reshape(-1), self.streams).reshape(index.shape)
+
+    def read(self, index: np.ndarray, streams: Mapping[str, str]) -> TensorDict:
+        """As `get`, for an index ``[N]``, with the given streams."""
+        clip, frame, episode = self._locate(index)
+        cuts = np.flatnonzero((np.diff(clip) != 0) | (np.diff(frame) != 1)) + 1
+        begin = np.concatenate([[0], cuts])
+        length = np.diff(begin, append=len(index))
+        where = self._where[clip[begin]]
+        where[:, 2] += frame[begin]
+        runs = np.column_stack([where, length, begin])[clip[begin] >= 0].tolist()
+        batch = {key: self._read_stream(name, runs, len(index)) for key, name in streams.items()}
+        is_first = torch.zeros(len(index), 1, dtype=torch.bool)
+        is_first[begin] = True
+        batch |= {"is_first": is_first, "episode": torch.from_numpy(episode).unsqueeze(-1)}
+        return TensorDict(batch, [len(index)])
+
+    def _locate(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Clip (-1: none), frame within it, and ``episode`` of each index ``[N]``.
+
+        A place without a clip is an ``episode`` of its own below 0, too short for any window.
+        """
+        place = index + self.max_size * ((self._end - 1 - index) // self.max_size)
+        clip = np.searchsorted(self._start, place, side="right") - 1
+        frame = place - self._start[clip]
+        known = (clip >= 0) & (frame < self._frames[clip])
+        return np.where(known, clip, -1), frame, np.where(known, clip + self._first, -1 - index)
+
+    def _read_stream(self, name: str, runs: list[list[int]], size: int) -> torch.Tensor:
+        """One stream of the runs (store, shard, row, frames, offset in the batch)."""
+        spec = self._shards[0].streams[name]
+        dtype = getattr(torch, spec.dtype)
+        out = torch.zeros(size, *spec.shape, dtype=dtype, pin_memory=self.pin_memory)
+        array = out.numpy()
+        for store, shard, row, frames, _ in runs:
+            self._shards[store].prefetch(name, shard, row, frames)
+        for store, shard, row, frames, offset in runs:
+            array[offset : offset + frames] = self._shards[store].read(name, shard, row, frames)
+        return out  # [size, ...]
+
+    def __len__(self) -> int:
+        return min(self._end, self.max_size)
+
+    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
+        """Raises: frames come from a store."""
+        raise RuntimeError("a FrameStorage is written through its store, not by index")
+
+    def contains(self, item: int) -> bool:
+        """Whether a frame lies at index ``item``."""
+        return 0 <= item < len(self) and int(self._locate(np.array([item]))[0][0]) >= 0
+
+    def _empty(self) -> None:
+        raise RuntimeError("a FrameStorage cannot be emptied: the store is on the disk")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the store is on the disk."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: the store is on the disk."""
+
+    def dumps(self, path: str | Path) -> None:
+        """Nothing: the store is on the disk."""
+
+    def loads(self, path: str | Path) -> None:
+        """Nothing: the store is on the disk."""
+
+
+def sample_rows(buffer: ReplayBuffer, length: int) -> TensorDict:
+    """A batch ``[B, T]`` of a buffer of frames, with ``is_first`` where a window begins.
+
+    Args:
+        buffer: its storage is a `FrameStorage`, its sampler any that draws windows.
+        length: frames T of a row.
+    """
+    batch, info = buffer.sample(return_info=True)
+    if "is_first" in info:
+        batch["is_first"] = info["is_first"]
+    batch = batch.reshape(-1, length)
+    batch["is_first"][:, 0] = True
+    return batch

@@ -1,0 +1,48 @@
+"""Helpers that every room of the library may use; they import none of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["atomic_write", "check_choice"]
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], *, sync: bool = False) -> Iterator[Path]:
+    """Gives a path beside ``path`` to write a file or folder to, and moves it there at the end.
+
+    So ``path`` always holds all of the old content or all of the new; after an error, the old.
+
+    Args:
+        path: what to write; its folder must exist. A folder is never written over another.
+        sync: also wait until the file is on the disk, so that it survives a loss of power.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    try:
+        yield part
+        if sync:
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raises a ``ValueError`` that names the choices if ``value`` is none of them."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose {_listed(map(str, choices))}")
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last

@@ -1,0 +1,96 @@
+"""What a TorchRL user does with the buffers of clips and replay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchrl.collectors import Collector
+from torchrl.data import SliceSampler
+from torchrl.envs import DTypeCastTransform
+
+from prelar_trl.data import ClipWriter, EpisodeReplay, VideoClips
+from prelar_trl.envs import make_env
+
+
+def collected(path, *, capacity: int = 500, steps: int = 64) -> EpisodeReplay:
+    """Episodes of 7 frames of the toy, written by a collector."""
+    replay = EpisodeReplay(path, window=4, batch_size=8, capacity=capacity)
+    env = make_env("toy", seed=1, pixels=16, max_steps=6)
+    collector = Collector(
+        env, None, frames_per_batch=16, total_frames=steps, replay_buffer=replay.buffer
+    )
+    for _ in collector:
+        pass
+    collector.shutdown()
+    return replay
+
+
+def test_a_collector_fills_the_buffer(tmp_path) -> None:
+    replay = collected(tmp_path / "r")
+    assert replay.num_episodes == 10 and len(replay.buffer) == 70
+    assert bool(replay.episode(9)["is_first"][0])
+
+
+def test_a_transform_is_appended(tmp_path) -> None:
+    replay = collected(tmp_path / "r")
+    replay.buffer.append_transform(DTypeCastTransform(torch.uint8, torch.float32, ["pixels"]))
+    batch = replay.sample()
+    assert batch["pixels"].dtype == torch.float32 and batch["pixels"].shape == (8, 4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("capacity", [500, 33])
+@pytest.mark.parametrize("cache_values", [False, True])
+def test_the_sampler_is_replaced_by_a_slice_sampler(
+    tmp_path, capacity: int, cache_values: bool
+) -> None:
+    replay = collected(tmp_path / "r", capacity=capacity, steps=128)
+    sampler = SliceSampler(
+        slice_len=4, init_key="is_first", truncated_key=None, cache_values=cache_values
+    )
+    replay.buffer.set_sampler(sampler)
+    seen: set[int] = set()
+    for _ in range(30):
+        data = replay.buffer.sample().reshape(8, 4)
+        assert bool((data["episode"] == data["episode"][:, :1]).all())  # no slice spans two
+        index = {tuple(row.tolist()) for row in data["action"][:, 0]}
+        seen |= set(data["episode"][:, 0, 0].tolist())
+        assert len(index) > 1
+    newest = replay.storage.num_written
+    first = 0 if capacity == 500 else newest - 5  # 33 frames: four whole episodes and 5 of one
+    assert seen == set(range(first, newest))
+    batch = replay.sample()
+    assert batch.batch_size == (8, 4)
+    assert batch["is_first"].squeeze(-1).tolist() == [[True, False, False, False]] * 8
+
+
+def test_dumps_and_loads_bring_everything_back(tmp_path) -> None:
+    replay = collected(tmp_path / "r", steps=64)
+    replay.buffer.dumps(tmp_path / "copy")
+    expected = [replay.sample() for _ in range(2)]
+    other = EpisodeReplay(tmp_path / "o", window=4, batch_size=8, capacity=500, seed=7)
+    other.buffer.loads(tmp_path / "copy")
+    for batch in expected:
+        assert bool((other.sample() == batch).all())
+    ours, theirs = (each.state_dict()["pending"] for each in (replay, other))
+    assert ours.keys() == theirs.keys() and len(ours) == 1  # the unfinished episode came along
+    for key, rows in ours.items():
+        assert bool((rows == theirs[key]).all())
+
+
+def test_clips_take_transforms_and_samplers_too(tmp_path) -> None:
+    with ClipWriter(tmp_path / "s", source="test", height=8, width=8) as writer:
+        for clip in range(6):
+            number = 20 * clip + torch.arange(5 + clip, dtype=torch.uint8)
+            writer.add(number.view(-1, 1, 1, 1).repeat(1, 3, 8, 8))
+    clips = VideoClips(tmp_path / "s", 4, 8, split="train", heldout=0.34)
+    own = set((clips.sample()["pixels"][:, 0, 0, 0, 0] // 20).tolist())
+    clips.buffer.set_sampler(SliceSampler(slice_len=4, truncated_key=None, cache_values=True))
+    clips.buffer.append_transform(lambda data: data.set("doubled", data["pixels"] * 2))
+    seen = set()
+    for _ in range(20):
+        batch = clips.sample()
+        number = batch["pixels"][..., 0, 0, 0].int()
+        assert bool((number.diff(dim=1) == 1).all())
+        assert torch.equal(batch["doubled"], batch["pixels"] * 2)
+        seen |= set((number[:, 0] // 20).tolist())
+    assert own <= seen and len(seen) == 4  # none that is held out

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+
+from prelar_trl.utils import atomic_write, check_choice
+
+
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
+    file = tmp_path / "a.json"
+    with atomic_write(file, sync=True) as part:
+        part.write_text("old")
+    with pytest.raises(KeyError), atomic_write(file) as part:
+        part.write_text("ne")
+        assert file.read_text() == "old" and part.suffix == ".json"
+        raise KeyError
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path) -> None:
+    with atomic_write(tmp_path / "done") as part:
+        part.mkdir()
+        (part / "x").touch()
+    with pytest.raises(KeyError), atomic_write(tmp_path / "failed") as part:
+        part.mkdir()
+        (part / "x").touch()
+        raise KeyError
+    assert [x.name for x in tmp_path.iterdir()] == ["done"]
+
+
+def test_an_unknown_value_names_the_choices() -> None:
+    check_choice("mode", "soft", ("soft", "sign"))
+    with pytest.raises(ValueError, match="^mode=1 is unknown; choose a, b or c$"):
+        check_choice("mode", 1, "abc")
+    with pytest.raises(ValueError, match="choose a$"):
+        check_choice("mode", 1, "a")
