@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,6 +169,8 @@ def killed(tmp_path_factory) -> SimpleNamespace:
     finally:
         process.kill()
         process.wait()
+        with suppress(ProcessLookupError):  # helpers of the runs end by themselves, awake
+            os.killpg(process.pid, signal.SIGCONT)
     return SimpleNamespace(
         repository=repository,
         root=root,
