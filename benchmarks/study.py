@@ -26,7 +26,7 @@ from typing import Any
 
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.probe import probe
-from prelar_trl.recipes.schema import LossOverrides, PretrainConfig, ProbeConfig
+from prelar_trl.recipes.schema import PretrainConfig, ProbeConfig
 from prelar_trl.record import plot_bars
 
 PROBE_LEN = 16  # frames of a probed window: 5 seen, 11 imagined
@@ -111,7 +111,7 @@ def run_one(variant: str, seed: int, args: argparse.Namespace) -> None:
             pretrain(
                 PretrainConfig(
                     method=preset["method"],
-                    loss=LossOverrides(**preset["loss"]),
+                    loss=preset["loss"],
                     size="tiny",
                     data=str(args.data),
                     run=str(run),

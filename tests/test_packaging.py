@@ -82,7 +82,7 @@ def test_every_recipe_is_a_console_script():
     lines = metadata["options.entry_points"]["console_scripts"].split("\n")
     scripts = dict(line.split(" = ") for line in lines if line)
     expected = {
-        f"prelar-{name.replace('_', '-')}": f"prelar_trl.recipes.{name}:main" for name in RECIPES
+        f"prelar-{name.replace('_', '-')}": "prelar_trl.recipes.entry:main" for name in RECIPES
     }
     assert scripts == expected
 

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from prelar_trl.presets import METHODS
+from prelar_trl.config import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,11 +48,3 @@ def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def test_method_names_are_config_files() -> None:
-    files = {path.stem for path in (ROOT / "configs" / "method").glob("*.yaml")}
-    assert files == set(METHODS)
-    for name in files:
-        text = (ROOT / "configs" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
-        assert yaml.safe_load(text)["method"] == name

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import mujoco
 import numpy as np
 import torch
 
 from prelar_trl.envs.backend import rendering_error
-
-RenderQuality = Literal["fast", "full"]
+from prelar_trl.types import RenderQuality
 
 
 class Camera:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +16,12 @@ from torch import Tensor, channels_last, nn
 
 from prelar_trl.modules.linear import Linear, linear
 from prelar_trl.modules.recompute import BatchNorm2d, keep_convolutions
+from prelar_trl.types import Norm
 
 __all__ = ["IMAGE_SIZE", "CNNDecoder", "CNNEncoder", "ResNetDecoder", "ResNetEncoder"]
 
 IMAGE_SIZE = 64
 PART = 50  # frames
-Norm = Literal["batch", "layer", "group", "none"]
 
 
 def make_norm(norm: Norm, channels: int, size: int) -> list[nn.Module]:
