@@ -61,7 +61,7 @@ class ModelSettings:
     norm: Norm = "batch"
     patches: bool = False  # cnn: 4x4 kernels that do not overlap
     augmentation: Augmentation = "none"
-    context_mask: Fraction = 0.75
+    context_mask: Annotated[float, between(0, 0.98)] = 0.75  # leaves at least one of 8x8
     context_dropout: Fraction = 0.1
     # dynamics
     stoch: PositiveInt = 32
@@ -91,6 +91,10 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         check_settings(type(self), vars(self))
+        if self.images != "cnn" and (self.depth < 2 or self.depth % 2 and self.images == "context"):
+            raise ValueError(
+                f"depth={self.depth} must be at least 2 with images=resnet, and even with context"
+            )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from prelar_trl.bounds import (
     check_settings,
     one_of,
 )
-from prelar_trl.config import METHODS, SIZES, LossSettings, ModelSettings, Phase, find_preset
+from prelar_trl.config import METHODS, SIZES, LossSettings, ModelSettings, Phase, model_settings
 from prelar_trl.types import Backend, RenderQuality
 
 
@@ -100,7 +100,7 @@ class RunConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        find_preset(self.method, self.phase)
+        model_settings(self.method, self.phase, self.size, overrides(self.model))
 
 
 @dataclass
