@@ -71,7 +71,7 @@ def test_every_module_and_config_of_the_checkout_is_in_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     for source, target in FOLDERS.items():
         for file in (ROOT / source).rglob("*"):
-            if file.suffix in (".py", ".yaml") or file.name == "py.typed":
+            if file.suffix in (".py", ".yaml") or file.name == "py.typed" or file.suffix == ".j2":
                 assert f"{target}/{file.relative_to(ROOT / source).as_posix()}" in inside
     assert not [name for name in inside if name.startswith(("recipes/", "configs/", "tests/"))]
 
