@@ -278,7 +278,7 @@ def test_collecting_from_an_unknown_environment(fails, tmp_path):
         ("prepare_videos", "lists=train.txt", "lists=train.txt"),
         ("prepare_videos", "labels=3", "labels=3"),
         ("plot", "runs=[]", "runs is empty"),
-        ("plot", "runs=null", "runs is empty"),
+        ("plot", "runs=null", "run folder null does not exist"),
         ("plot", "runs=3", "run folder 3 does not exist"),
     ],
 )
