@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from prelar_trl.allocator import with_tcmalloc
-from prelar_trl.presets import METHODS, SIZES
+from prelar_trl.config import METHODS, SIZES
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.stopwatch import Stopwatch

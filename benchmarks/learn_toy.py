@@ -22,7 +22,7 @@ import torch
 
 from prelar_trl.envs import toy_return
 from prelar_trl.recipes.finetune import finetune
-from prelar_trl.recipes.schema import FinetuneConfig, LossOverrides, ModelOverrides
+from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.record import plot_curves, read_metrics
 
 STEPS = 25  # an episode
@@ -35,8 +35,8 @@ def settings(run: Path, seed: int) -> FinetuneConfig:
     return FinetuneConfig(
         method="dreamerv2",
         size="tiny",
-        model=ModelOverrides(depth=4, discount=0.9),
-        loss=LossOverrides(weights={"reward": 10.0}),
+        model={"depth": 4, "discount": 0.9},
+        loss={"weights": {"reward": 10.0}},
         env="toy",
         max_steps=STEPS,
         run=str(run),

@@ -38,10 +38,10 @@ from tensordict import TensorDict
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.allocator import keep_freed_memory, tcmalloc_environment
+from prelar_trl.config import METHODS, SIZES
 from prelar_trl.fast import accelerate, compile_update
 from prelar_trl.fast.linear import linear
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
-from prelar_trl.presets import METHODS, SIZES
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 

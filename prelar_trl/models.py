@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prelar_trl.config import ModelSettings, Phase, find_preset, loss_settings, model_settings
 from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
@@ -19,7 +20,6 @@ from prelar_trl.modules.rssm import RSSM
 from prelar_trl.modules.world_model import WorldModel
 from prelar_trl.objectives import LatentActionLoss, VideoBonus, WorldModelLoss
 from prelar_trl.objectives.common import check_weights
-from prelar_trl.presets import ModelSettings, Phase, find_preset, loss_settings, model_settings
 
 __all__ = [
     "Agent",

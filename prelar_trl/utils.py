@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_write", "check_choice"]
+__all__ = ["atomic_write", "check_choice", "listed"]
 
 
 @contextmanager
@@ -40,9 +40,10 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raises a ``ValueError`` that names the choices if ``value`` is none of them."""
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose {_listed(map(str, choices))}")
+        raise ValueError(f"{name}={value!r} is unknown; choose {listed(map(str, choices))}")
 
 
-def _listed(words: Iterable[str]) -> str:
+def listed(words: Iterable[str]) -> str:
+    """``a, b or c``."""
     *first, last = words
     return f"{', '.join(first)} or {last}" if first else last

@@ -8,6 +8,13 @@ spread over processes without a difference in the result.
 
 from __future__ import annotations
 
+import sys
+
+from prelar_trl.recipes.entry import start
+
+if __name__ == "__main__":  # before the imports that take seconds
+    sys.exit(start("collect_videos"))
+
 import multiprocessing
 import signal
 import warnings
@@ -21,14 +28,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from prelar_trl.data import ClipStore, ClipWriter
 from prelar_trl.envs import make_env, metaworld_tasks, toy_expert
-from prelar_trl.recipes.entry import recipe, settings
-from prelar_trl.recipes.schema import CollectVideosConfig, register
+from prelar_trl.recipes.schema import CollectVideosConfig
 from prelar_trl.record import (
     Progress,
     check_space,
@@ -36,8 +41,6 @@ from prelar_trl.record import (
     wilson_interval,
     write_picture,
 )
-
-register()
 
 EVALUATION_TASKS = (
     "lever-pull",
@@ -159,26 +162,12 @@ def episode_stream(
         yield pool.imap(collect, numbers)
 
 
-def check(cfg: CollectVideosConfig) -> None:
-    """Raises ValueError for settings that cannot work."""
-    for key, low in (("episodes", 1), ("max_steps", 1), ("workers", 1), ("pixels", 8)):
-        if getattr(cfg, key) < low:
-            raise ValueError(f"{key}={getattr(cfg, key)} must be at least {low}")
-    if cfg.noise < 0:
-        raise ValueError(f"noise={cfg.noise} must not be negative")
-    if not 0 <= cfg.random_fraction <= 1:
-        raise ValueError(f"random_fraction={cfg.random_fraction} must lie in 0..1")
-    if cfg.after_success is not None and cfg.after_success < 0:
-        raise ValueError(f"after_success={cfg.after_success} must be null or not negative")
-
-
 def collect(cfg: CollectVideosConfig) -> ClipStore:
     """Brings the store to ``episodes`` episodes and returns it.
 
     Raises:
-        ValueError, OSError, RuntimeError: bad settings, no space, no renderer: before any work.
+        ValueError, OSError, RuntimeError: unknown tasks, no space, no renderer: before any work.
     """
-    check(cfg)
     names = env_names(cfg.env, cfg.tasks)
     not_settings = ("data", "episodes", "workers")
     info = {k: v for k, v in asdict(cfg).items() if k not in not_settings} | {"envs": names}
@@ -244,13 +233,8 @@ def summary(store: ClipStore) -> str:
     return "\n".join(lines)
 
 
-@recipe("collect_videos")
-def main(config: DictConfig) -> None:
+def main(cfg: CollectVideosConfig) -> None:
     """Collect, then say what there is."""
-    store = collect(settings(config))
+    store = collect(cfg)
     print(summary(store))
     print(f"clip store: {store.path}, contact sheet: {draw_sheet(store)}")
-
-
-if __name__ == "__main__":
-    main()

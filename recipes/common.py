@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,29 +18,17 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint
-from prelar_trl.presets import METHODS, SIZES
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
-from prelar_trl.utils import check_choice
 
 CHECKPOINT = "last.pt"
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
-
-
-def overrides(settings: Any) -> dict[str, Any]:
-    """The fields of an overrides dataclass that are set."""
-    return {name: value for name, value in asdict(settings).items() if value is not None}
 
 
 def choose_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is a GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r} is unknown; choose auto, cpu, cuda or cuda:<n>")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: torch sees no GPU here; use device=cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -54,24 +42,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# Settings that must be at least 1, by the end of their names; all other numbers at least 0.
-POSITIVE = ("_every", "_size", "_len", "_length", "_repeat", "_batch", "_steps", "_workers")
-POSITIVE += ("threads",)
-
-
-def check_run(cfg: Any, phase: str) -> tuple[str, ...]:
-    """Reject what would only fail later; returns the loggers."""
-    check_choice("method", cfg.method, METHODS)
-    if getattr(METHODS[cfg.method], phase) is None:
-        raise ValueError(f"method={cfg.method} has no phase {phase!r}")
-    check_choice("size", cfg.size, SIZES)
-    check_choice("precision", cfg.precision, ("32", "bf16"))
-    check_choice("compile", cfg.compile, ("auto", "on", "off"))
-    for name, value in asdict(cfg).items():
-        low = 1 if name.endswith(POSITIVE) or name == "updates" else 0
-        if type(value) in (int, float) and value < low:
-            raise ValueError(f"{name}={value} must be at least {low}")
-    loggers = (cfg.logger,) if isinstance(cfg.logger, str) else tuple(cfg.logger)
+def chosen_loggers(logger: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of the loggers, each of which can be used."""
+    loggers = (logger,) if isinstance(logger, str) else tuple(logger)
     check_backends(loggers)
     return loggers
 

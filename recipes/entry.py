@@ -1,13 +1,13 @@
-"""The way into a recipe: command line in, one line out when something is wrong."""
+"""The command line of every recipe: a checked configuration in, one line out when it is wrong."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import wraps
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,40 +18,53 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.recipes.command_line import as_typed
+from prelar_trl.recipes.schema import RunConfig, register
+from prelar_trl.utils import listed
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 CONFIGS = Path(__file__).parent.parent / "configs"
+GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, under Windows
+
+register()
 
 
-def recipe(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Make a function of the configuration ``configs/<name>.yaml`` the program's entry point.
+def start(name: str) -> None:
+    """Start a recipe with the configuration ``configs/<name>.yaml`` and the command line.
 
-    Expected errors, those on the command line too, end the program with one line on stderr. With
-    ``HYDRA_FULL_ERROR=1`` in the environment they show where they came from.
+    Its module, and torch with it, is imported once the configuration is checked; its
+    ``main(config)`` does the work. Expected errors, those on the command line too, end the program
+    with one line on stderr. With ``HYDRA_FULL_ERROR=1`` in the environment they show where they
+    came from.
     """
+    full = os.environ.get(FULL_ERROR) == "1"
 
-    def decorate(body: Callable[[DictConfig], None]) -> Callable[[], None]:
-        @wraps(body)
-        def main() -> None:
-            full = os.environ.get(FULL_ERROR) == "1"
+    def job(config: DictConfig) -> None:
+        with one_line_errors(full), mock.patch.dict(os.environ):
+            if not full:  # a program that is started from here decides anew
+                os.environ.pop(FULL_ERROR, None)
+            cfg = settings(config)
+            if isinstance(cfg, RunConfig) and is_cpu(cfg.device):
+                with_tcmalloc()  # starts the program anew: before the imports, not after them
+            importlib.import_module(f"prelar_trl.recipes.{name}").main(cfg)
 
-            @wraps(body)
-            def job(config: DictConfig) -> None:
-                with one_line_errors(full), mock.patch.dict(os.environ):
-                    if not full:  # a program that is started from here decides anew
-                        os.environ.pop(FULL_ERROR, None)
-                    body(config)
+    job.__module__ = f"prelar_trl.recipes.{name}"  # Hydra names the job by it
+    run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
+    # Hydra raises its own errors then, instead of printing them on many lines.
+    with one_line_errors(full), mock.patch.dict(os.environ, {FULL_ERROR: "1"}):
+        with mock.patch.object(sys, "argv", [sys.argv[0], *typed(name)]):
+            run()
 
-            run = hydra.main(version_base="1.3", config_path="../configs", config_name=name)(job)
-            # Hydra raises its own errors then, instead of printing them on many lines.
-            with one_line_errors(full), mock.patch.dict(os.environ, {FULL_ERROR: "1"}):
-                with mock.patch.object(sys, "argv", [sys.argv[0], *typed(name)]):
-                    run()
 
-        return main
+def main() -> None:
+    """Entry point of the programs ``prelar-<recipe>``."""
+    start(Path(sys.argv[0]).stem.removeprefix("prelar-").replace("-", "_"))
 
-    return decorate
+
+def is_cpu(device: str) -> bool:
+    """Whether a device is the CPU for sure, without torch."""
+    return device == "cpu" or (device == "auto" and not any(map(os.path.exists, GPUS)))
 
 
 def typed(recipe: str) -> list[str]:
@@ -79,7 +92,7 @@ def describe(error: Exception) -> str | None:
     """An expected error in one line; None for an unexpected one."""
     if isinstance(error, MissingConfigException) and error.options:
         group, _, name = (error.missing_cfg_file or "").partition("/")
-        return f"{group}={name} is unknown; choose {', '.join(error.options)}"
+        return f"{group}={name} is unknown; choose {listed(error.options)}"
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is not given: add {error.full_key}=<value>"
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -98,19 +111,11 @@ def settings(config: DictConfig) -> Any:
     """The configuration as its dataclass.
 
     Raises:
-        ValueError: a key that the dataclass does not have, added with ``+``.
+        ValueError: a key that the dataclass does not have, added with ``+``, or a bad value.
         MissingMandatoryValue: a value that must be given is not.
     """
     cfg = OmegaConf.to_object(config)
-    unknown = list(_surplus(OmegaConf.to_container(config), asdict(cfg)))
+    unknown = config.keys() - {field.name for field in fields(cfg)}
     if unknown:
-        raise ValueError(f"unknown config key {unknown[0]}: --cfg job shows all keys")
+        raise ValueError(f"unknown config key {min(unknown)}: --cfg job shows all keys")
     return cfg
-
-
-def _surplus(given: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in given.items():
-        if name not in known:
-            yield name
-        elif isinstance(value, Mapping) and isinstance(known[name], Mapping):
-            yield from (f"{name}.{inner}" for inner in _surplus(value, known[name]))

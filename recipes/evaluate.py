@@ -5,12 +5,18 @@ python recipes/evaluate.py run=runs/a episodes=50
 
 from __future__ import annotations
 
+import sys
+
+from prelar_trl.recipes.entry import start
+
+if __name__ == "__main__":  # before the imports that take seconds
+    sys.exit(start("evaluate"))
+
 import json
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig
 
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.envs import make_env
@@ -24,19 +30,14 @@ from prelar_trl.recipes.common import (
     seed_everything,
     summarise,
 )
-from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.finetune import act
-from prelar_trl.recipes.schema import EvaluateConfig, register
+from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import RunFolder, bootstrap_interval, write_video
 from prelar_trl.utils import atomic_write
-
-register()
 
 
 def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]:
     """Write ``evaluation.json`` and ``videos/evaluation.mp4`` into the run; returns the numbers."""
-    if cfg.episodes < 1:
-        raise ValueError(f"episodes={cfg.episodes} must be at least 1")
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
     run = RunFolder.load(cfg.run)
@@ -92,10 +93,8 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     return result
 
 
-@recipe("evaluate")
-def main(config: DictConfig) -> None:
+def main(cfg: EvaluateConfig) -> None:
     """Entry point."""
-    cfg = settings(config)
     result = evaluate(cfg)
     low, high = result["success_interval"]
     print(
@@ -103,7 +102,3 @@ def main(config: DictConfig) -> None:
         f"return {result['return']:.1f}, {cfg.episodes} episodes; "
         f"{cfg.run}/evaluation.json, {cfg.run}/videos/evaluation.mp4"
     )
-
-
-if __name__ == "__main__":
-    main()

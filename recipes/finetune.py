@@ -6,53 +6,55 @@ python recipes/finetune.py env=metaworld/drawer-open pretrained=runs/pretrain ru
 from __future__ import annotations
 
 import sys
+
+from prelar_trl.recipes.entry import start
+
+if __name__ == "__main__":  # before the imports that take seconds
+    sys.exit(start("finetune"))
+
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase
 
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
+from prelar_trl.config import METHODS
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate, compile_update
 from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
 from prelar_trl.modules import WorldModelPolicy
-from prelar_trl.presets import METHODS
 from prelar_trl.recipes.common import (
     CHECKPOINT,
     EpisodeTracker,
     Interruption,
     check_finite,
-    check_run,
     choose_device,
+    chosen_loggers,
     deaf_to_interrupts,
     open_logger,
     open_run,
-    overrides,
     play,
     seed_everything,
     shown,
     summarise,
     without_twins,
 )
-from prelar_trl.recipes.entry import recipe, settings
 from prelar_trl.recipes.pretrained import (
     make_alignment,
     make_rehearsal,
     read_pretrained_run,
     rehearsed_clips,
 )
-from prelar_trl.recipes.schema import FinetuneConfig, register
+from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.record import Logger, Progress
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 
-register()
 EVAL_SEED = 10_000  # the evaluation environment's seed lies apart from the training one's
 FRAME_BYTES = 3 * 64 * 64
 
@@ -65,7 +67,7 @@ def finetune(
     ``env_factory`` takes make_env's arguments; ``watch`` tells where the time goes.
     """
     watch = watch or Stopwatch()
-    loggers = check_run(cfg, "finetune")
+    loggers = chosen_loggers(cfg.logger)
     if cfg.prefill >= cfg.env_steps:
         raise ValueError(f"prefill={cfg.prefill} leaves nothing of env_steps={cfg.env_steps}")
     if cfg.max_steps is not None and cfg.max_steps + 1 < cfg.batch_length:
@@ -342,14 +344,8 @@ class Evaluation:
             self.env.close(raise_if_closed=False)
 
 
-@recipe("finetune")
-def main(config: DictConfig) -> None:
+def main(cfg: FinetuneConfig) -> None:
     """Entry point."""
-    cfg = settings(config)
     if choose_device(cfg.device).type == "cpu":
         with_tcmalloc()
     finetune(cfg)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,10 +8,16 @@ python recipes/import_official.py export=their/folder run=runs/pretrain
 
 from __future__ import annotations
 
+import sys
+
+from prelar_trl.recipes.entry import start
+
+if __name__ == "__main__":  # before the imports that take seconds
+    sys.exit(start("import_official"))
+
 from dataclasses import asdict
 from typing import Any
 
-from omegaconf import DictConfig
 from torch import nn
 
 from prelar_trl.checkpoint import load_checkpoint, save_checkpoint
@@ -21,13 +27,10 @@ from prelar_trl.official import (
     official_action_dim,
     save_official_checkpoint,
 )
-from prelar_trl.recipes.common import CHECKPOINT, overrides, plain
-from prelar_trl.recipes.entry import recipe, settings
-from prelar_trl.recipes.schema import ImportOfficialConfig, register
+from prelar_trl.recipes.common import CHECKPOINT, plain
+from prelar_trl.recipes.schema import ImportOfficialConfig, overrides
 from prelar_trl.record import RunFolder
-from prelar_trl.utils import check_choice
 
-register()
 WEIGHTS = {"pretrain": "model", "finetune": "agent"}  # where a checkpoint keeps them
 AS_PUBLISHED = {"camera": "corner", "render_quality": "full", "action_repeat": 1, "max_steps": None}
 
@@ -38,7 +41,6 @@ def import_official(cfg: ImportOfficialConfig) -> RunFolder:
     A pre-training run serves ``finetune.py pretrained=``, a fine-tuning run ``evaluate.py run=``.
     Neither can be continued: the authors' files hold no optimizer.
     """
-    check_choice("phase", cfg.phase, WEIGHTS)
     if cfg.official is None:
         raise ValueError("official is not given: add official=<folder of variables.pt>")
     state = {
@@ -77,10 +79,8 @@ def make_model(state: dict[str, Any]) -> nn.Module:
     return make_agent(state["method"], action_dim=state["action_dim"], **sizes)
 
 
-@recipe("import_official")
-def main(config: DictConfig) -> None:
+def main(cfg: ImportOfficialConfig) -> None:
     """Entry point."""
-    cfg = settings(config)
     if cfg.export is not None:
         export_official(cfg.run, cfg.export)
         print(f"official checkpoint: {cfg.export}/variables.pt")
@@ -88,7 +88,3 @@ def main(config: DictConfig) -> None:
     run = import_official(cfg)
     use = "finetune.py pretrained=" if cfg.phase == "pretrain" else "evaluate.py run="
     print(f"imported {cfg.method}, {cfg.phase}: {run.path}, for {use}{run.path}")
-
-
-if __name__ == "__main__":
-    main()

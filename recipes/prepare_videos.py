@@ -7,11 +7,16 @@ Interrupted, it continues when it is run again; nothing is decoded twice.
 
 from __future__ import annotations
 
+import sys
+
+from prelar_trl.recipes.entry import start
+
+if __name__ == "__main__":  # before the imports that take seconds
+    sys.exit(start("prepare_videos"))
+
 import json
 import os
 from pathlib import Path
-
-from omegaconf import DictConfig
 
 from prelar_trl.data import ClipStore
 from prelar_trl.data.sources import (
@@ -29,13 +34,9 @@ from prelar_trl.data.sources import (
     prepare,
     write_lists,
 )
-from prelar_trl.recipes.entry import recipe, settings
-from prelar_trl.recipes.schema import PrepareVideosConfig, register
+from prelar_trl.recipes.schema import PrepareVideosConfig
 from prelar_trl.record import Progress
 
-register()
-
-KINDS = ("videos", "something", "frames", "episodes")
 EXPORTS = {"npz": export_episodes, "jpeg": export_frames}
 ONLY_FOR = {"labels": ("something", "frames"), "lists": ("frames",), "actions": ("episodes",)}
 
@@ -80,10 +81,6 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
         white=cfg.white,
     )
     kind = detect(root, cfg.lists, options) if cfg.kind == "auto" else cfg.kind
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is unknown: choose auto, {', '.join(KINDS)}")
-    if cfg.export_as not in EXPORTS:
-        raise ValueError(f"export_as={cfg.export_as!r} is unknown: choose {', '.join(EXPORTS)}")
     for key, kinds in ONLY_FOR.items():
         if getattr(cfg, key) and kind not in kinds:
             raise ValueError(f"{key}= is for kind={' or '.join(kinds)}, this source is {kind!r}")
@@ -108,8 +105,6 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
 
 def run(cfg: PrepareVideosConfig) -> ClipStore:
     """Prepares the store; see `prelar_trl.data.sources.prepare` for what it raises."""
-    if cfg.shard_mib < 1:
-        raise ValueError(f"shard_mib={cfg.shard_mib} must be at least 1")
     source = make_source(cfg)
     data = path(cfg.data)
     bar: list[Progress] = []
@@ -165,13 +160,8 @@ def table(title: str, reasons: dict[str, tuple[int, str]]) -> list[str]:
     return lines
 
 
-@recipe("prepare_videos")
-def main(config: DictConfig) -> None:
+def main(cfg: PrepareVideosConfig) -> None:
     """Prepare, then say what there is."""
-    store = run(settings(config))
+    store = run(cfg)
     print(summary(store))
     print(f"clip store: {store.path}")
-
-
-if __name__ == "__main__":
-    main()

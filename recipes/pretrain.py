@@ -6,12 +6,17 @@ python recipes/pretrain.py method=prelar data=videos/metaworld run=runs/pretrain
 from __future__ import annotations
 
 import sys
+
+from prelar_trl.recipes.entry import start
+
+if __name__ == "__main__":  # before the imports that take seconds
+    sys.exit(start("pretrain"))
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from tensordict import TensorDict
 
 from prelar_trl.allocator import with_tcmalloc
@@ -26,17 +31,15 @@ from prelar_trl.recipes.common import (
     CHECKPOINT,
     Interruption,
     check_finite,
-    check_run,
     choose_device,
+    chosen_loggers,
     open_logger,
     open_run,
-    overrides,
     seed_everything,
     shown,
     without_twins,
 )
-from prelar_trl.recipes.entry import recipe, settings
-from prelar_trl.recipes.schema import PretrainConfig, register
+from prelar_trl.recipes.schema import PretrainConfig, overrides
 from prelar_trl.record import (
     Logger,
     Progress,
@@ -48,12 +51,10 @@ from prelar_trl.record import (
 )
 from prelar_trl.updates import WorldModelUpdate
 
-register()
-
 
 def pretrain(cfg: PretrainConfig) -> None:
     """The whole run: data, model, loop."""
-    loggers = check_run(cfg, "pretrain")
+    loggers = chosen_loggers(cfg.logger)
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
     if cfg.threads:
@@ -155,7 +156,7 @@ class UsageGuard:
         with looking(self.world_model, self.batch):
             metrics = action_usage(self.world_model, self.batch, self.cfg.context)
         self.latest = {"usage": metrics["action_usage"]}
-        early = step < max(self.cfg.updates // 10, self.cfg.loss.latent_warmup or 0)
+        early = step < max(self.cfg.updates // 10, self.cfg.loss["latent_warmup"] or 0)
         if metrics["action_usage"] < self.LEAST and not (early or self.warned):
             self.warned = True
             print(
@@ -232,14 +233,8 @@ def predict(
     plot_psnr_by_step(curve, pictures / "psnr_by_frame.png", context=context)
 
 
-@recipe("pretrain")
-def main(config: DictConfig) -> None:
+def main(cfg: PretrainConfig) -> None:
     """Entry point."""
-    cfg = settings(config)
     if choose_device(cfg.device).type == "cpu":
         with_tcmalloc()
     pretrain(cfg)
-
-
-if __name__ == "__main__":
-    main()

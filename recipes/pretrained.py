@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_inverse_model
 from prelar_trl.modules import WorldModel
 from prelar_trl.objectives import WorldModelLoss
-from prelar_trl.presets import METHODS
 from prelar_trl.recipes.common import CHECKPOINT
 from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.record import RunFolder

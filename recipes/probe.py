@@ -11,6 +11,13 @@ Writes ``probe.csv``, ``probe.json`` and ``pictures/probe_*.png`` into the run f
 
 from __future__ import annotations
 
+import sys
+
+from prelar_trl.recipes.entry import start
+
+if __name__ == "__main__":  # before the imports that take seconds
+    sys.exit(start("probe"))
+
 import csv
 import json
 import math
@@ -19,7 +26,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -42,8 +48,7 @@ from prelar_trl.probes import (
     transfer_quality,
 )
 from prelar_trl.recipes.common import CHECKPOINT, choose_device, seed_everything
-from prelar_trl.recipes.entry import recipe, settings
-from prelar_trl.recipes.schema import ProbeConfig, register
+from prelar_trl.recipes.schema import ProbeConfig
 from prelar_trl.record import (
     RunFolder,
     film_rows,
@@ -54,7 +59,6 @@ from prelar_trl.record import (
 )
 from prelar_trl.utils import atomic_write
 
-register()
 EXCHANGES = 4  # other actions that each transition's own is compared with
 CALIBRATION = 8  # batches that give the random encoder's norm layers their statistics
 SHOWN_POINTS = 2_000
@@ -70,10 +74,8 @@ Row = tuple[str, str, int | None, float]  # probe, name, horizon, value
 
 def probe(cfg: ProbeConfig) -> dict[str, Any]:
     """Run all probes; returns what ``probe.json`` holds."""
-    if cfg.clips < 1 or cfg.batch_size <= EXCHANGES:
-        raise ValueError(
-            f"clips={cfg.clips} must be at least 1, batch_size={cfg.batch_size} above {EXCHANGES}"
-        )
+    if cfg.batch_size <= EXCHANGES:
+        raise ValueError(f"batch_size={cfg.batch_size} must be above {EXCHANGES}")
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
     if cfg.threads:
@@ -327,17 +329,11 @@ def _mean(values: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
-@recipe("probe")
-def main(config: DictConfig) -> None:
+def main(cfg: ProbeConfig) -> None:
     """Entry point."""
-    cfg = settings(config)
     result = probe(cfg)
     for name, value in result["values"].items():
         print(f"{name:<40} {value:8.3f}")
     for note in result["notes"]:
         print(f"note: {note}")
     print(f"{cfg.run}/probe.csv, {cfg.run}/probe.json, {cfg.run}/pictures/probe_*.png")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,186 +1,243 @@
-"""The configuration of each recipe: names, types and defaults. Hydra composes and checks them.
+"""The configuration of each recipe: names, types, bounds and defaults.
 
-Published settings are the defaults. ``model`` and ``loss`` override single fields of the method's
-preset (:class:`prelar_trl.presets.ModelSettings`, :class:`prelar_trl.presets.LossSettings`); null
-keeps the preset's.
+Hydra composes it and checks its types; the dataclass checks its bounds when it is made. Published
+settings are the defaults. ``model`` and ``loss`` override single settings of the method's preset
+(:class:`prelar_trl.config.ModelSettings`, :class:`prelar_trl.config.LossSettings`); null keeps the
+preset's.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, get_type_hints
+import re
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from prelar_trl.presets import LossSettings, ModelSettings
+from prelar_trl.bounds import (
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Rule,
+    at_least,
+    check_settings,
+    one_of,
+)
+from prelar_trl.config import METHODS, SIZES, LossSettings, ModelSettings, Phase, model_settings
+from prelar_trl.types import Backend, RenderQuality
 
 
-def _overrides(name: str, settings: type) -> type:
-    """A dataclass with the fields of ``settings``, all null. Hydra checks bools and numbers."""
-    types = get_type_hints(settings)
-    checked = {t: t | None for t in (bool, int, float)}
-    return make_dataclass(
-        name,
-        [(f.name, checked.get(types[f.name], Any), field(default=None)) for f in fields(settings)],
-    )
+def are_loggers(value: Any) -> bool:
+    """Whether it is the name of a logger, or a list of them."""
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, list | tuple) and all(name in get_args(Backend) for name in names)
 
 
-ModelOverrides = _overrides("ModelOverrides", ModelSettings)
-LossOverrides = _overrides("LossOverrides", LossSettings)
+# Hydra knows no ``Literal``.
+Compile = Annotated[str, one_of(("auto", "on", "off"))]
+Device = Annotated[
+    str,
+    Rule(
+        lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None,
+        "is unknown; choose auto, cpu, cuda or cuda:<n>",
+    ),
+]
+Export = Annotated[str, one_of(("npz", "jpeg"))]
+Gradient = Annotated[str, one_of(("dynamics", "reinforce", "both"))]
+Kind = Annotated[str, one_of(("auto", "videos", "something", "frames", "episodes"))]
+Loggers = Annotated[
+    Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
+]
+Method = Annotated[str, one_of(METHODS)]
+Pixels = Annotated[int, at_least(8)]
+Precision = Annotated[str, one_of(("32", "bf16"))]
+Quality = Annotated[str, one_of(get_args(RenderQuality))]
+Resize = Annotated[str, one_of(("squeeze", "crop"))]
+Size = Annotated[str, one_of(SIZES)]
+
+
+def overrides(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``model`` or ``loss`` that are set."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+class Config:
+    """A recipe's configuration: checked when it is made, ``model`` and ``loss`` with all keys."""
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value != MISSING}
+        check_settings(type(self), given)
+        for name, settings in (("model", ModelSettings), ("loss", LossSettings)):
+            if name in given:
+                check_settings(settings, overrides(given[name]), prefix=f"{name}.")
+                unset = dict.fromkeys(f.name for f in fields(settings))
+                setattr(self, name, unset | given[name])
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Config):
     """What every training run has."""
 
-    method: str = MISSING
-    size: str = MISSING
+    phase: ClassVar[Phase]
+
+    method: Method = "prelar"
+    size: Size = "full"
     run: str = MISSING  # run folder
     resume: bool = False  # continue the run in that folder
-    seed: int = 0
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
-    precision: str = "32"  # 32 or bf16
-    compile: str = "auto"  # auto (on CUDA; eager where that fails), on, off
-    threads: int | None = None  # CPU threads; null: torch's choice
-    logger: Any = "csv"  # csv, tensorboard, wandb, or a list
-    model: ModelOverrides = field(default_factory=ModelOverrides)
-    loss: LossOverrides = field(default_factory=LossOverrides)
-    lr: float = 3e-4
-    clip: float = 100.0  # largest gradient norm
+    seed: NonNegativeInt = 0
+    device: Device = "auto"  # auto, cpu, cuda, cuda:1
+    precision: Precision = "32"
+    compile: Compile = "auto"  # auto: on CUDA; eager where that fails
+    threads: PositiveInt | None = None  # CPU threads; null: torch's choice
+    logger: Loggers = "csv"  # csv, tensorboard, wandb, or a list
+    model: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    lr: NonNegative = 3e-4
+    clip: Positive = 100.0  # largest gradient norm
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        model_settings(self.method, self.phase, self.size, overrides(self.model))
 
 
 @dataclass
 class PretrainConfig(RunConfig):
     """``pretrain.py``: a world model on action-free video."""
 
+    phase = "pretrain"
+
     data: Any = MISSING  # clip store folder, a list of them, or a mapping folder: weight
-    updates: int = 600_000
-    batch_size: int = 16
-    clip_len: int = 25
-    heldout: float = 0.1  # share of clips kept for the predictions; 0: predict training clips
-    prefetch: int = 2  # batches prepared ahead
-    context: int = 5  # frames seen before the open-loop prediction
-    labels: float = 0.0  # of that share (below 1) or number of clips the true actions are told
-    usage_every: int = 1_000  # updates between two looks at whether latent actions are used
-    log_every: int = 100
-    video_every: int = 5_000
-    checkpoint_every: int = 1_000
+    updates: PositiveInt = 600_000
+    batch_size: PositiveInt = 16
+    clip_len: PositiveInt = 25
+    heldout: Fraction = 0.1  # share of clips kept for the predictions; 0: predict training clips
+    prefetch: NonNegativeInt = 2  # batches prepared ahead
+    context: PositiveInt = 5  # frames seen before the open-loop prediction
+    labels: NonNegative = 0.0  # share (below 1) or number of clips whose true actions are told
+    usage_every: PositiveInt = 1_000  # updates between two looks at whether latent actions are used
+    log_every: PositiveInt = 100
+    video_every: PositiveInt = 5_000
+    checkpoint_every: PositiveInt = 1_000
 
 
 @dataclass
 class FinetuneConfig(RunConfig):
     """``finetune.py``: world model, actor and critic on an environment."""
 
+    phase = "finetune"
+
     env: str = MISSING  # metaworld/<task>, gym/<id>, dm_control/<domain>/<task>, toy
     pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
-    env_steps: int = 256_000
-    prefill: int = 5_000  # environment steps of random actions
-    pretrain_updates: int = 100  # before the first policy step
-    frozen_updates: int | None = 100  # pre-trained parts stand still; null: one optimizer
-    align_updates: int | None = None  # of the action encoder, before all; null: the method's
-    align_lr: float = 1e-3
-    rehearse: float = 0.0  # share of each model batch that is pre-training video
-    behavior_after: int = 0  # model updates before actor and critic learn too
-    train_every: int = 5  # environment steps an update
-    batch_size: int = 50
-    batch_length: int = 50
-    capacity: int = 1_000_000  # frames of the replay
-    action_repeat: int = 1
-    max_steps: int | None = None  # an episode's; null: the environment's own
+    env_steps: PositiveInt = 256_000
+    prefill: NonNegativeInt = 5_000  # environment steps of random actions
+    pretrain_updates: NonNegativeInt = 100  # before the first policy step
+    frozen_updates: NonNegativeInt | None = 100  # pre-trained parts wait; null: one optimizer
+    align_updates: NonNegativeInt | None = None  # of the action encoder; null: the method's
+    align_lr: NonNegative = 1e-3
+    rehearse: Fraction = 0.0  # share of each model batch that is pre-training video
+    behavior_after: NonNegativeInt = 0  # model updates before actor and critic learn too
+    train_every: PositiveInt = 5  # environment steps an update
+    batch_size: PositiveInt = 50
+    batch_length: PositiveInt = 50
+    capacity: PositiveInt = 1_000_000  # frames of the replay
+    action_repeat: PositiveInt = 1
+    max_steps: PositiveInt | None = None  # an episode's; null: the environment's own
     camera: str | None = None
-    render_quality: str = "fast"
-    num_workers: int = 1
-    horizon: int = 15
-    lmbda: float = 0.95
-    actor_lr: float = 8e-5
-    critic_lr: float = 8e-5
-    entropy_scale: float = 1e-4
-    actor_gradient: str = "dynamics"
-    imag_batch: int | None = None
-    slow_every: int = 100
-    eval_every: int = 10_000
-    eval_episodes: int = 10  # 0: no evaluation
-    log_every: int = 1_000
-    checkpoint_every: int = 10_000
+    render_quality: Quality = "fast"
+    num_workers: PositiveInt = 1
+    horizon: Annotated[int, at_least(2)] = 15
+    lmbda: Fraction = 0.95
+    actor_lr: NonNegative = 8e-5
+    critic_lr: NonNegative = 8e-5
+    entropy_scale: NonNegative = 1e-4
+    actor_gradient: Gradient = "dynamics"
+    imag_batch: PositiveInt | None = None
+    slow_every: PositiveInt = 100
+    eval_every: PositiveInt = 10_000
+    eval_episodes: NonNegativeInt = 10  # 0: no evaluation
+    log_every: PositiveInt = 1_000
+    checkpoint_every: PositiveInt = 10_000
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Config):
     """``evaluate.py``: episodes with a fine-tuned agent."""
 
     run: str = MISSING
-    episodes: int = 10
-    seed: int = 1_000
-    device: str = "auto"
+    episodes: PositiveInt = 10
+    seed: NonNegativeInt = 1_000
+    device: Device = "auto"
     env: str | None = None  # null: the run's own
-    num_workers: int = 1
-    render_quality: str | None = None
-    video_episodes: int = 3
+    num_workers: PositiveInt = 1
+    render_quality: Quality | None = None
+    video_episodes: NonNegativeInt = 3
 
 
 @dataclass
-class ProbeConfig:
+class ProbeConfig(Config):
     """``probe.py``: what a pre-training run has learned."""
 
     run: str = MISSING  # run folder of pretrain.py
     data: Any = None  # clip store, as in pretrain.py; null: the run's own
-    clips: int = 128  # windows of held-out clips, and as many of training clips to fit on
-    batch_size: int = 16
-    clip_len: int | None = None  # null: the run's own, as in context and heldout
-    context: int | None = None
-    heldout: float | None = None
-    transfers: int = 2  # pictures of transferred latent actions
-    seed: int = 0
-    device: str = "auto"
-    threads: int | None = None
+    clips: PositiveInt = 128  # windows of held-out clips, and as many of training clips to fit on
+    batch_size: PositiveInt = 16
+    clip_len: PositiveInt | None = None  # null: the run's own, as in context and heldout
+    context: PositiveInt | None = None
+    heldout: Fraction | None = None
+    transfers: NonNegativeInt = 2  # pictures of transferred latent actions
+    seed: NonNegativeInt = 0
+    device: Device = "auto"
+    threads: PositiveInt | None = None
 
 
 @dataclass
-class CollectVideosConfig:
+class CollectVideosConfig(Config):
     """``collect_videos.py``: episodes of scripted experts into a clip store."""
 
     data: str = MISSING  # clip store folder; if it exists, collecting continues
-    episodes: int = 100  # how many the store holds in the end
+    episodes: PositiveInt = 100  # how many the store holds in the end
     env: str = "metaworld"  # the tasks below, or one env: metaworld/<task>, toy/shifted, ...
     tasks: Any = "evaluation"  # the six of the papers, all, or a list of Meta-world tasks
     random_tasks: bool = False  # draw the task of each episode, instead of one after the other
-    noise: float = 0.3  # standard deviation of the Gaussian noise on the expert's actions
-    random_fraction: float = 0.0  # share of episodes with uniformly random actions instead
-    max_steps: int = 150  # per episode
-    after_success: int | None = 20  # an episode's steps after its first success; null: all
+    noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the expert's actions
+    random_fraction: Fraction = 0.0  # share of episodes with uniformly random actions instead
+    max_steps: PositiveInt = 150  # per episode
+    after_success: NonNegativeInt | None = 20  # steps after the first success; null: all
     camera: str | None = None  # null: corner in Meta-world, else the env's first camera
-    render_quality: str = "fast"  # fast or full
-    pixels: int = 64
-    workers: int = 1  # processes
-    seed: int = 0
+    render_quality: Quality = "fast"  # fast or full
+    pixels: Pixels = 64
+    workers: PositiveInt = 1  # processes
+    seed: NonNegativeInt = 0
 
 
 @dataclass
-class PrepareVideosConfig:
+class PrepareVideosConfig(Config):
     """``prepare_videos.py``: videos of any kind into a clip store."""
 
     source: str = MISSING  # the folder to read
     data: str = MISSING  # clip store folder; run again to continue an interrupted one
-    kind: str = "auto"  # auto, videos (also folders of pictures), something, frames, episodes
-    pixels: int = 64  # height and width of the stored frames
-    resize: str = "squeeze"  # official, ignores the aspect ratio; or crop: the middle square
-    stride: int = 1  # keep every n-th frame
-    max_frames: int | None = None  # cut clips off after that many kept frames
-    min_frames: int = 2  # skip shorter clips
-    white: float | None = None  # white in pictures of more than 8 bits; null: 65535 (integers), 1
+    kind: Kind = "auto"  # videos: also folders of pictures
+    pixels: Pixels = 64  # height and width of the stored frames
+    resize: Resize = "squeeze"  # official, ignores the aspect ratio; or crop: the middle square
+    stride: PositiveInt = 1  # keep every n-th frame
+    max_frames: PositiveInt | None = None  # cut clips off after that many kept frames
+    min_frames: PositiveInt = 2  # skip shorter clips
+    white: Positive | None = None  # in pictures of more than 8 bits; null: 65535 (integers), 1
     flow: bool = False  # also store optical flow (needs opencv-python-headless)
     labels: list[Any] | None = None  # something, frames: only these, by number or template
     lists: Any = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
     actions: bool = False  # episodes: also keep the true actions, for probes
     export: str | None = None  # afterwards write the store into this folder as well
-    export_as: str = "npz"  # npz (DreamerV2 episodes) or jpeg (official folders and lists)
-    workers: int | None = None  # decoding processes; null: one a core
-    shard_mib: int = 256  # size of one file of the store
+    export_as: Export = "npz"  # npz (DreamerV2 episodes) or jpeg (official folders and lists)
+    workers: NonNegativeInt | None = None  # decoding processes; null or 0: one a core
+    shard_mib: PositiveInt = 256  # size of one file of the store
 
 
 @dataclass
-class PlotConfig:
+class PlotConfig(Config):
     """``plot.py``: a report from run folders."""
 
     runs: Any = MISSING  # run folders, one or a list
@@ -189,16 +246,17 @@ class PlotConfig:
 
 
 @dataclass
-class ImportOfficialConfig:
+class ImportOfficialConfig(Config):
     """``import_official.py``: the authors' checkpoint into a run folder, or the reverse."""
 
     run: str = MISSING  # the new run folder; with export the run to read
     official: str | None = None  # folder of variables.pt
     export: str | None = None  # instead: write the run's weights into this folder
-    method: str = "prelar"
-    phase: str = "pretrain"  # pretrain, for finetune.py pretrained=; finetune, for evaluate.py
-    size: str = "full"
-    model: ModelOverrides = field(default_factory=ModelOverrides)
+    method: Method = "prelar"
+    # pretrain, for finetune.py pretrained=; finetune, for evaluate.py
+    phase: Annotated[str, one_of(get_args(Phase))] = "pretrain"
+    size: Size = "full"
+    model: dict[str, Any] = field(default_factory=dict)
     env: str = "metaworld/drawer-open"  # finetune: where the agent was trained
 
 
@@ -215,4 +273,4 @@ def register() -> None:
         "plot": PlotConfig,
         "import_official": ImportOfficialConfig,
     }.items():
-        store.store(name=f"{recipe}_schema", node=schema)
+        store.store(name=f"{recipe}_schema", node=schema())

@@ -10,7 +10,6 @@ import torch
 from prelar_trl import probes
 from prelar_trl.recipes import pretrain as pretrain_recipe
 from prelar_trl.recipes.pretrain import UsageGuard, pretrain
-from prelar_trl.recipes.schema import LossOverrides
 from tests.tiny import batch, tiny_world_model
 from tests.toy_runs import checkpoint, different, make_clips, pretrain_config
 
@@ -67,7 +66,7 @@ def test_methods_without_latent_actions_are_not_looked_at(clips, tmp_path) -> No
 def guard(monkeypatch, usage: float, updates: int = 100, warmup: int | None = None) -> UsageGuard:
     found = {"action_usage": usage, "action_psnr_gap": 0.1}
     monkeypatch.setattr(pretrain_recipe, "action_usage", lambda *_: found)
-    loss = LossOverrides(latent_warmup=warmup)
+    loss = {"latent_warmup": warmup}
     cfg = pretrain_config("none", "none", updates=updates, loss=loss)
     return UsageGuard(cfg, tiny_world_model(images="cnn"), batch())
 

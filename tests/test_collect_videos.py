@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from prelar_trl.data import StoreError, VideoClips
-from prelar_trl.recipes.collect_videos import check, collect, draw_sheet, env_names, summary
+from prelar_trl.recipes.collect_videos import collect, draw_sheet, env_names, summary
 from prelar_trl.recipes.schema import CollectVideosConfig
 
 TOY = {"env": "toy", "episodes": 5, "pixels": 16, "max_steps": 12, "after_success": None}
@@ -133,4 +133,4 @@ def test_task_lists_are_understood() -> None:
 )
 def test_impossible_settings_are_refused_by_name(tmp_path, key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{key}={value}"):
-        check(config(tmp_path / "s", **{key: value}))
+        config(tmp_path / "s", **{key: value})

@@ -7,9 +7,9 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
+from prelar_trl.recipes import plot as plot_recipe
 from prelar_trl.recipes.command_line import HINTS, as_typed
-from prelar_trl.recipes.entry import CONFIGS, recipe, settings
-from prelar_trl.recipes.prepare_videos import main
+from prelar_trl.recipes.entry import CONFIGS, start
 from prelar_trl.recipes.schema import (
     FinetuneConfig,
     ImportOfficialConfig,
@@ -116,7 +116,7 @@ def test_the_recipe_reads_and_writes_folders_of_such_names(tmp_path, monkeypatch
         encode(tmp_path / name / "a.mp4", ramp(3))
         arguments = [f"source={name}", f"data=out/{name}", "workers=1"]
         monkeypatch.setattr(sys, "argv", ["prepare_videos.py", *arguments])
-        main()
+        start("prepare_videos")
         assert (tmp_path / "out" / name / "store.json").is_file()
     capsys.readouterr()
 
@@ -124,5 +124,6 @@ def test_the_recipe_reads_and_writes_folders_of_such_names(tmp_path, monkeypatch
 def test_the_entry_point_hands_names_on_as_typed(monkeypatch) -> None:
     given = []
     monkeypatch.setattr(sys, "argv", ["plot.py", "runs=2024_05_01", "out=a,b.html"])
-    recipe("plot")(lambda config: given.append(settings(config)))()
+    monkeypatch.setattr(plot_recipe, "main", given.append)
+    start("plot")
     assert (given[0].runs, given[0].out) == ("2024_05_01", "a,b.html")

@@ -10,7 +10,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from tensordict import TensorDict
 
-from prelar_trl import presets
+from prelar_trl import config
+from prelar_trl.config import METHODS, Method
 from prelar_trl.models import (
     Agent,
     load_pretrained,
@@ -21,7 +22,6 @@ from prelar_trl.models import (
 )
 from prelar_trl.modules import WorldModel, context
 from prelar_trl.official import load_official_checkpoint, official_name, save_official_checkpoint
-from prelar_trl.presets import METHODS, Method
 from prelar_trl.recipes.entry import settings
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
@@ -239,9 +239,9 @@ def test_a_method_is_one_entry_and_one_config_file(tmp_path, monkeypatch) -> Non
         "my_method",
         Method(
             pretrain={"actions": "latent", "images": "cnn"},
-            pretrain_weights={**presets.VIDEO, "latent_kl": 0.1, "action_contrast": 1.0},
+            pretrain_weights={**config.VIDEO, "latent_kl": 0.1, "action_contrast": 1.0},
             finetune={"actions": "encoded", "images": "cnn", "heads": ("reward",)},
-            finetune_weights=presets.REWARD,
+            finetune_weights=config.REWARD,
             checkpoint=("my_method",),
         ),
     )

@@ -10,7 +10,7 @@ import torch
 from prelar_trl.official import official_action_dim, read_official
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.import_official import export_official, import_official
-from prelar_trl.recipes.schema import FinetuneConfig, ImportOfficialConfig, ModelOverrides
+from prelar_trl.recipes.schema import FinetuneConfig, ImportOfficialConfig
 from tests.parity import Fixture, fixtures
 from tests.toy_runs import STEPS, checkpoint
 
@@ -27,8 +27,9 @@ def official_folder(fixture: Fixture, path: Path) -> Path:
 
 def config(fixture: Fixture, official: Path, run: Path, **changes) -> ImportOfficialConfig:
     options = {"method": fixture.system, "phase": fixture.phase, **changes}
-    model = ModelOverrides(**fixture.overrides())
-    return ImportOfficialConfig(official=str(official), run=str(run), model=model, **options)
+    return ImportOfficialConfig(
+        official=str(official), run=str(run), model=fixture.overrides(), **options
+    )
 
 
 @pytest.fixture(params=fixtures(), ids=lambda path: path.stem)
@@ -64,7 +65,7 @@ def test_an_imported_run_is_fine_tuned(method, tmp_path):
             size="full",
             pretrained=str(imported.path),
             threads=1,
-            model=ModelOverrides(**sizes, bonus_memory=64, context_dropout=0.0),
+            model={**sizes, "bonus_memory": 64, "context_dropout": 0.0},
             **{**STEPS, "env_steps": 30, "eval_episodes": 0, "frozen_updates": 1_000},
         )
     )
@@ -89,7 +90,7 @@ def test_an_agent_brings_its_action_size(tmp_path):
 def test_what_does_not_fit_is_refused_before_a_run_folder_exists(fixture, tmp_path):
     official = official_folder(fixture, tmp_path / "official")
     cfg = config(fixture, official, tmp_path / "run")
-    cfg.model.deter = 2 * fixture.overrides()["deter"]
+    cfg.model["deter"] = 2 * fixture.overrides()["deter"]
     with pytest.raises(ValueError, match="does not fit"):
         import_official(cfg)
     assert not (tmp_path / "run").exists()

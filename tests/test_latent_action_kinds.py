@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from prelar_trl.modules.latent_actions import base
-from prelar_trl.recipes import pretrain as pretrain_recipe
+from prelar_trl.recipes.entry import start
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.probe import probe
-from prelar_trl.recipes.schema import LossOverrides, ProbeConfig
+from prelar_trl.recipes.schema import ProbeConfig
 from tests.toy_runs import (
     PRETRAIN_ARGS,
     checkpoint,
@@ -93,7 +93,7 @@ def test_a_kind_from_outside_pretrains_is_probed_and_is_finetuned(outside, clips
         "latent_action_options": {"decay": 0.5},
     }
     pre = tmp_path / "pre"
-    loss = LossOverrides(weights={"magnitude": 0.25})
+    loss = {"weights": {"magnitude": 0.25}}
     pretrain(pretrain_config(clips, pre, model=dict(model), loss=loss))
     state = checkpoint(pre)["model"]
     assert not torch.equal(state[INVERSE + "running"], torch.ones(4))
@@ -120,7 +120,7 @@ def test_a_registered_name_is_one_value_of_the_command(
     run = tmp_path / "run"
     arguments = [f"data={clips}", f"run={run}", *PRETRAIN_ARGS, "updates=1", "model.images=cnn"]
     monkeypatch.setattr(sys, "argv", ["pretrain", *arguments, "model.latent_action=bounded"])
-    pretrain_recipe.main()
+    start("pretrain")
     assert 0 < last(run, "loss_magnitude") <= 0.1  # the weight that the kind names
     assert INVERSE + "running" in checkpoint(run)["model"]
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from prelar_trl.config import model_settings
 from prelar_trl.models import (
     load_pretrained,
     make_agent,
@@ -21,7 +22,6 @@ from prelar_trl.modules import (
     WorldModelPolicy,
 )
 from prelar_trl.objectives import total_loss
-from prelar_trl.presets import model_settings
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 from tests.tiny import ACTION_DIM, PHASES, TINY, batch, tiny, tiny_agent, tiny_world_model
 

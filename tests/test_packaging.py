@@ -71,7 +71,7 @@ def test_every_module_and_config_of_the_checkout_is_in_the_wheel(wheel):
     inside = set(zipfile.ZipFile(wheel).namelist())
     for source, target in FOLDERS.items():
         for file in (ROOT / source).rglob("*"):
-            if file.suffix in (".py", ".yaml") or file.name == "py.typed":
+            if file.suffix in (".py", ".yaml") or file.name == "py.typed" or file.suffix == ".j2":
                 assert f"{target}/{file.relative_to(ROOT / source).as_posix()}" in inside
     assert not [name for name in inside if name.startswith(("recipes/", "configs/", "tests/"))]
 
@@ -82,7 +82,7 @@ def test_every_recipe_is_a_console_script():
     lines = metadata["options.entry_points"]["console_scripts"].split("\n")
     scripts = dict(line.split(" = ") for line in lines if line)
     expected = {
-        f"prelar-{name.replace('_', '-')}": f"prelar_trl.recipes.{name}:main" for name in RECIPES
+        f"prelar-{name.replace('_', '-')}": "prelar_trl.recipes.entry:main" for name in RECIPES
     }
     assert scripts == expected
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prelar_trl.presets import METHODS, SIZES, loss_settings, model_settings
+from prelar_trl.config import METHODS, SIZES, loss_settings, model_settings
 from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig
 
 # Recorded at commit 2e20daf, before there was any option beside the published ones.

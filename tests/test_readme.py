@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
-from prelar_trl.presets import METHODS
+from prelar_trl.config import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,12 +36,8 @@ def test_own_encoder_example_is_there() -> None:
 
 def test_every_recipe_named_exists_and_every_recipe_is_named() -> None:
     named = set(re.findall(r"recipes/(\w+)\.py", README))
-    existing = {
-        path.stem
-        for path in (ROOT / "recipes").glob("*.py")
-        if path.stem not in ("__init__", "command_line", "common", "entry", "pretrained")
-    }
-    assert named == existing
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert named == recipes | {"schema"}
 
 
 def test_every_method_is_explained() -> None:
@@ -59,11 +54,3 @@ def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-
-
-def test_method_names_are_config_files() -> None:
-    files = {path.stem for path in (ROOT / "configs" / "method").glob("*.yaml")}
-    assert files == set(METHODS)
-    for name in files:
-        text = (ROOT / "configs" / "method" / f"{name}.yaml").read_text(encoding="utf-8")
-        assert yaml.safe_load(text)["method"] == name

@@ -22,13 +22,12 @@ from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, SerialEnv
 
+from prelar_trl.config import METHODS
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
 from prelar_trl.envs.toy import ToyEnv
-from prelar_trl.presets import METHODS
-from prelar_trl.recipes import evaluate as evaluate_recipe
 from prelar_trl.recipes import finetune as finetune_recipe
-from prelar_trl.recipes import plot as plot_recipe
+from prelar_trl.recipes.entry import start
 from prelar_trl.recipes.evaluate import evaluate
 from prelar_trl.recipes.finetune import EVAL_SEED, Evaluation, finetune
 from prelar_trl.recipes.pretrain import pretrain
@@ -66,7 +65,7 @@ def path(clips, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         report = folder / "report.html"
         patch.setattr(sys, "argv", ["plot", f"runs=[{pre},{fine}]", f"out={report}"])
-        plot_recipe.main()
+        start("plot")
     return SimpleNamespace(pre=pre, fine=fine, result=result, report=report)
 
 
@@ -553,6 +552,6 @@ def test_clips_of_several_stores(clips, tmp_path):
 
 def test_evaluate_prints_one_line(path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate", f"run={path.fine}", "episodes=3", "device=cpu"])
-    evaluate_recipe.main()
+    start("evaluate")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and out.startswith("toy: success ") and "3 episodes" in out

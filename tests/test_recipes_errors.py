@@ -13,12 +13,7 @@ import torch
 
 from prelar_trl.data import ClipWriter
 from prelar_trl.envs import ToyEnv, make_env
-from prelar_trl.recipes import collect_videos as collect_recipe
-from prelar_trl.recipes import evaluate as evaluate_recipe
-from prelar_trl.recipes import finetune as finetune_recipe
-from prelar_trl.recipes import plot as plot_recipe
-from prelar_trl.recipes import prepare_videos as prepare_recipe
-from prelar_trl.recipes import pretrain as pretrain_recipe
+from prelar_trl.recipes.entry import start
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.updates import WorldModelUpdate
@@ -52,7 +47,7 @@ def fails(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["recipe", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            recipe.main()
+            start(recipe)
         line = stop.value.code  # what Python prints on stderr, with exit status 1
         assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line
         said = capsys.readouterr()
@@ -69,7 +64,7 @@ def pretrain_fails(fails, made, tmp_path):
     def run(*arguments):
         folder = tmp_path / "new"
         start = [f"data={made.clips}", f"run={folder}", *PRETRAIN_ARGS, "updates=2"]
-        line = fails(pretrain_recipe, *start, *arguments)
+        line = fails("pretrain", *start, *arguments)
         assert not folder.exists()
         return line
 
@@ -82,7 +77,7 @@ def finetune_fails(fails, tmp_path):
 
     def run(*arguments):
         folder = tmp_path / "new"
-        line = fails(finetune_recipe, f"run={folder}", *FINETUNE_ARGS, *arguments)
+        line = fails("finetune", f"run={folder}", *FINETUNE_ARGS, *arguments)
         assert not folder.exists()
         return line
 
@@ -94,19 +89,19 @@ def finetune_fails(fails, tmp_path):
     [
         ("foo=1", ["'foo'", "--cfg job"]),
         ("+foo=1", ["unknown config key foo"]),
-        ("model.foo=1", ["'foo'", "ModelOverrides"]),
-        ("+model.foo=1", ["unknown config key model.foo"]),
+        ("model.foo=1", ["'model.foo'", "'foo' is not in struct"]),
+        ("+model.foo=1", ["unknown setting 'model.foo'", "images, actions"]),
         ("updates=abc", ["updates=abc", "Integer"]),
         ("updates", ["updates", "EQUAL"]),
         ("resume=maybe", ["maybe", "bool"]),
-        ("model.depth=deep", ["deep", "Integer"]),
+        ("model.depth=deep", ["model.depth='deep'", "a whole number"]),
         ("model.norm=instance", ["norm='instance'", "batch, layer, group or none"]),
         ("loss.consistency=hard", ["consistency='hard'", "soft, sign, soft_rank"]),
-        ("method=dreamer", ["method=dreamer is unknown", "prelar_no_al_cl", "dreamerv2"]),
+        ("method=dreamer", ["method='dreamer' is unknown", "prelar_no_al_cl", "dreamerv2"]),
         ("method=dreamerv2", ["method=dreamerv2", "'pretrain'"]),
-        ("size=huge", ["size=huge is unknown", "full, mini, small, tiny"]),
-        ("precision=16", ["'16'", "32 or bf16"]),
-        ("compile=yes", ["'yes'", "auto, on or off"]),
+        ("size=huge", ["size='huge' is unknown", "full, small, tiny or mini"]),
+        ("precision=16", ["precision='16'", "32 or bf16"]),
+        ("compile=yes", ["compile='yes'", "auto, on or off"]),
         ("device=quantum", ["quantum", "auto, cpu, cuda"]),
         ("device=meta", ["meta", "auto, cpu, cuda"]),
         ("logger=paper", ["'paper'", "csv, tensorboard, wandb"]),
@@ -155,12 +150,12 @@ def test_finetuning_refuses(argument, parts, finetune_fails):
 
 
 def test_missing_values_are_named(fails, made, tmp_path):
-    assert "data is not given" in fails(pretrain_recipe, f"run={tmp_path / 'a'}")
-    assert "run is not given" in fails(pretrain_recipe, f"data={made.clips}")
-    assert "env is not given" in fails(finetune_recipe, f"run={tmp_path / 'a'}")
-    assert "run is not given" in fails(evaluate_recipe)
-    assert "runs is not given" in fails(plot_recipe)
-    assert "source is not given" in fails(prepare_recipe, f"data={tmp_path / 'a'}")
+    assert "data is not given" in fails("pretrain", f"run={tmp_path / 'a'}")
+    assert "run is not given" in fails("pretrain", f"data={made.clips}")
+    assert "env is not given" in fails("finetune", f"run={tmp_path / 'a'}")
+    assert "run is not given" in fails("evaluate")
+    assert "runs is not given" in fails("plot")
+    assert "source is not given" in fails("prepare_videos", f"data={tmp_path / 'a'}")
 
 
 def test_missing_clip_store(pretrain_fails, tmp_path):
@@ -193,7 +188,7 @@ def test_clips_of_the_wrong_size(pretrain_fails, tmp_path):
 
 def test_used_run_folder_is_left_alone(fails, made):
     before = checkpoint(made.pre)
-    line = fails(pretrain_recipe, f"data={made.clips}", f"run={made.pre}", *PRETRAIN_ARGS)
+    line = fails("pretrain", f"data={made.clips}", f"run={made.pre}", *PRETRAIN_ARGS)
     assert "already holds a run" in line and "resume=true" in line
     assert different(before, checkpoint(made.pre)) == []
 
@@ -201,7 +196,7 @@ def test_used_run_folder_is_left_alone(fails, made):
 def test_run_folder_that_is_a_file(fails, made, tmp_path):
     (tmp_path / "file").write_text("mine")
     for run in (tmp_path / "file", tmp_path / "file" / "below"):
-        line = fails(pretrain_recipe, f"data={made.clips}", f"run={run}", *PRETRAIN_ARGS)
+        line = fails("pretrain", f"data={made.clips}", f"run={run}", *PRETRAIN_ARGS)
         assert "is a file" in line
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -222,8 +217,8 @@ def test_space_for_the_replay_is_asked_for(finetune_fails, monkeypatch):
 def test_resume_with_other_settings_names_them(fails, made):
     start = [f"data={made.clips}", f"run={made.pre}", *PRETRAIN_ARGS, "updates=5", "resume=true"]
     start += ["log_every=1", "checkpoint_every=1"]
-    assert "seed=7" in fails(pretrain_recipe, *start, "seed=7")
-    assert "method=prelar_no_cl" in fails(pretrain_recipe, *start, "method=prelar_no_cl")
+    assert "seed=7" in fails("pretrain", *start, "seed=7")
+    assert "method=prelar_no_cl" in fails("pretrain", *start, "method=prelar_no_cl")
     assert checkpoint(made.pre)["step"] == 1
 
 
@@ -234,18 +229,18 @@ def test_damaged_checkpoint(fails, made, finetune_fails, tmp_path):
         file = run / "checkpoints" / "last.pt"
         file.write_bytes(file.read_bytes()[:1_000])
     assert "damaged" in finetune_fails(f"pretrained={pre}")
-    assert "damaged" in fails(evaluate_recipe, f"run={fine}")
+    assert "damaged" in fails("evaluate", f"run={fine}")
     (fine / "checkpoints" / "last.pt").unlink()
-    assert "no checkpoint" in fails(evaluate_recipe, f"run={fine}")
+    assert "no checkpoint" in fails("evaluate", f"run={fine}")
 
 
 def test_evaluation_refuses(fails, made, tmp_path):
-    assert "is a pretrain run" in fails(evaluate_recipe, f"run={made.pre}")
-    assert "does not exist" in fails(evaluate_recipe, f"run={tmp_path / 'nowhere'}")
-    assert "not a run folder" in fails(evaluate_recipe, f"run={tmp_path}")
-    assert "episodes=0" in fails(evaluate_recipe, f"run={made.fine}", "episodes=0")
-    assert "'tetris'" in fails(evaluate_recipe, f"run={made.fine}", "env=tetris")
-    assert "num_workers" in fails(evaluate_recipe, f"run={made.fine}", "num_workers=0")
+    assert "is a pretrain run" in fails("evaluate", f"run={made.pre}")
+    assert "does not exist" in fails("evaluate", f"run={tmp_path / 'nowhere'}")
+    assert "not a run folder" in fails("evaluate", f"run={tmp_path}")
+    assert "episodes=0" in fails("evaluate", f"run={made.fine}", "episodes=0")
+    assert "'tetris'" in fails("evaluate", f"run={made.fine}", "env=tetris")
+    assert "num_workers" in fails("evaluate", f"run={made.fine}", "num_workers=0")
     assert not (made.fine / "evaluation.json").exists()
 
 
@@ -260,38 +255,38 @@ def test_evaluation_in_an_environment_with_other_actions(made):
 
 
 def test_report_of_a_missing_run(fails, tmp_path):
-    line = fails(plot_recipe, f"runs={tmp_path / 'nowhere'}", f"out={tmp_path / 'report.html'}")
+    line = fails("plot", f"runs={tmp_path / 'nowhere'}", f"out={tmp_path / 'report.html'}")
     assert "does not exist" in line and not (tmp_path / "report.html").exists()
 
 
 def test_collecting_from_an_unknown_environment(fails, tmp_path):
-    assert "'tetris'" in fails(collect_recipe, f"data={tmp_path / 'v'}", "env=tetris")
-    assert "data is not given" in fails(collect_recipe, "env=toy")
+    assert "'tetris'" in fails("collect_videos", f"data={tmp_path / 'v'}", "env=tetris")
+    assert "data is not given" in fails("collect_videos", "env=toy")
 
 
 @pytest.mark.parametrize(
     ("recipe", "argument", "part"),
     [
-        (collect_recipe, "episodes=many", "episodes=many"),
-        (collect_recipe, "tasks=3", "unknown Meta-world task '3'"),
-        (collect_recipe, "tasks=[]", "tasks is empty"),
-        (collect_recipe, "frames=3", "'frames'"),
-        (prepare_recipe, "stride=half", "stride=half"),
-        (prepare_recipe, "shard_mib=null", "shard_mib=null"),
-        (prepare_recipe, "shard_mib=0", "shard_mib=0"),
-        (prepare_recipe, "workers=-1", "workers=-1"),
-        (prepare_recipe, "lists=train.txt", "lists=train.txt"),
-        (prepare_recipe, "labels=3", "labels=3"),
-        (plot_recipe, "runs=[]", "runs is empty"),
-        (plot_recipe, "runs=null", "run folder null does not exist"),
-        (plot_recipe, "runs=3", "run folder 3 does not exist"),
+        ("collect_videos", "episodes=many", "episodes=many"),
+        ("collect_videos", "tasks=3", "unknown Meta-world task '3'"),
+        ("collect_videos", "tasks=[]", "tasks is empty"),
+        ("collect_videos", "frames=3", "'frames'"),
+        ("prepare_videos", "stride=half", "stride=half"),
+        ("prepare_videos", "shard_mib=null", "shard_mib=null"),
+        ("prepare_videos", "shard_mib=0", "shard_mib=0"),
+        ("prepare_videos", "workers=-1", "workers=-1"),
+        ("prepare_videos", "lists=train.txt", "lists=train.txt"),
+        ("prepare_videos", "labels=3", "labels=3"),
+        ("plot", "runs=[]", "runs is empty"),
+        ("plot", "runs=null", "run folder null does not exist"),
+        ("plot", "runs=3", "run folder 3 does not exist"),
     ],
 )
 def test_wrong_values_are_named(recipe, argument, part, fails, tmp_path, monkeypatch):
     given = {
-        collect_recipe: ("data=store",),
-        prepare_recipe: ("data=store", f"source={tmp_path}"),
-        plot_recipe: (),
+        "collect_videos": ("data=store",),
+        "prepare_videos": ("data=store", f"source={tmp_path}"),
+        "plot": (),
     }
     monkeypatch.chdir(tmp_path)
     assert part in fails(recipe, *given[recipe], argument)
@@ -341,7 +336,7 @@ def test_divergence_in_pretraining_keeps_the_checkpoint_before(
     spoil(monkeypatch, 3)
     arguments = [f"data={made.clips}", f"run={tmp_path / 'a'}", *PRETRAIN_ARGS, "updates=4"]
     arguments += [f"log_every={log_every}", "checkpoint_every=2", "video_every=100"]
-    line = fails(pretrain_recipe, *arguments)
+    line = fails("pretrain", *arguments)
     assert "loss_image is nan" in line and "checkpoint saved before is kept" in line
     state = checkpoint(tmp_path / "a")
     assert state["step"] == 2
@@ -351,7 +346,7 @@ def test_divergence_in_pretraining_keeps_the_checkpoint_before(
 def test_divergence_in_finetuning_keeps_the_checkpoint_before(fails, tmp_path, monkeypatch):
     spoil(monkeypatch, 3)
     arguments = [f"run={tmp_path / 'a'}", *FINETUNE_ARGS, "eval_episodes=0"]
-    line = fails(finetune_recipe, *arguments)
+    line = fails("finetune", *arguments)
     assert "loss_image is nan" in line
     assert checkpoint(tmp_path / "a")["step"] == 20
 
@@ -418,11 +413,11 @@ def test_ctrl_c_twice_stops_at_once_with_one_line(made, tmp_path, monkeypatch):
     arguments = [f"data={made.clips}", f"run={tmp_path / 'a'}", *PRETRAIN_ARGS]
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
     with pytest.raises(SystemExit, match="stopped at once"):
-        pretrain_recipe.main()
+        start("pretrain")
 
 
 def test_full_error_shows_where_it_came_from(made, tmp_path, monkeypatch):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(sys, "argv", ["recipe", f"run={tmp_path / 'nowhere'}"])
     with pytest.raises(FileNotFoundError):
-        evaluate_recipe.main()
+        start("evaluate")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from prelar_trl.recipes.plot import main
+from prelar_trl.recipes.entry import start
 from prelar_trl.record import (
     Logger,
     RunFolder,
@@ -143,7 +143,7 @@ def test_plot_recipe_prints_where_the_report_is(runs, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     arguments = ["prelar-plot", "runs=[pretrain,finetune]", "out=docs/report.html"]
     monkeypatch.setattr(sys, "argv", arguments)
-    main()
+    start("plot")
     assert capsys.readouterr().out.strip() == f"report: {tmp_path / 'docs' / 'report.html'}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clips", "docs", "finetune", "pretrain"]
 

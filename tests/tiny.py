@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from prelar_trl.config import METHODS
 from prelar_trl.models import Agent, make_agent, make_world_model, make_world_model_loss
 from prelar_trl.modules import WorldModel
 from prelar_trl.objectives import WorldModelLoss
-from prelar_trl.presets import METHODS
 from prelar_trl.updates import Update
 
 ACTION_DIM = 2

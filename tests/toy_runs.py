@@ -13,7 +13,6 @@ from prelar_trl.recipes.collect_videos import collect
 from prelar_trl.recipes.schema import (
     CollectVideosConfig,
     FinetuneConfig,
-    ModelOverrides,
     PretrainConfig,
 )
 from prelar_trl.updates import WorldModelUpdate
@@ -66,7 +65,7 @@ def make_clips(path: Path, **changes: Any) -> Path:
 
 def pretrain_config(data: Path, run: Path, **changes: Any) -> PretrainConfig:
     """Three updates, everything logged."""
-    model = ModelOverrides(**TINY, **changes.pop("model", {}))
+    model = {**TINY, **changes.pop("model", {})}
     options = {"method": "prelar", "size": "tiny", "updates": 3, "threads": 1, "log_every": 1}
     options |= {**CLIPS, "checkpoint_every": 1, **changes}
     return PretrainConfig(data=str(data), run=str(run), model=model, **options)
@@ -74,7 +73,7 @@ def pretrain_config(data: Path, run: Path, **changes: Any) -> PretrainConfig:
 
 def finetune_config(run: Path, **changes: Any) -> FinetuneConfig:
     """Sixty steps of the toy, six episodes, five updates."""
-    model = ModelOverrides(**TINY, **changes.pop("model", {}))
+    model = {**TINY, **changes.pop("model", {})}
     options = {"method": "prelar", "size": "tiny", "threads": 1, **STEPS, **changes}
     return FinetuneConfig(run=str(run), model=model, **options)
 

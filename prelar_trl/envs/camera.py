@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import mujoco
 import numpy as np
 import torch
 
 from prelar_trl.envs.backend import rendering_error
+from prelar_trl.types import RenderQuality
 from prelar_trl.utils import check_choice
-
-RenderQuality = Literal["fast", "full"]
 
 
 class Camera:

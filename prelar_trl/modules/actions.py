@@ -5,18 +5,15 @@ Source: PreLAR (Zhang et al., ECCV 2024), sections 3.2 and 3.4.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules.augmentation import random_shift
 from prelar_trl.modules.latent_actions import LatentActions
+from prelar_trl.types import FrameInput
 
 __all__ = ["FRAME_CHANNELS", "ActionEncoder", "FrameInput", "LatentActionEncoder"]
-
-FrameInput = Literal["concat", "diff", "catdiff", "flow"]
 
 FRAME_CHANNELS: dict[FrameInput, int] = {"concat": 6, "diff": 3, "catdiff": 9, "flow": 3}
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Augmentation", "augment", "random_shift"]
+from prelar_trl.types import Augmentation
 
-Augmentation = Literal["none", "shift", "shift4", "flip", "scale", "erasing"]
+__all__ = ["Augmentation", "augment", "random_shift"]
 
 
 def augment(images: Tensor, augmentation: Augmentation) -> Tensor:

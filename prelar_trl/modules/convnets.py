@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prelar_trl.types import Norm
+
 __all__ = ["IMAGE_SIZE", "CNNDecoder", "CNNEncoder", "ResNetDecoder", "ResNetEncoder"]
 
 IMAGE_SIZE = 64
-Norm = Literal["batch", "layer", "group", "none"]
 
 
 def make_norm(norm: Norm, channels: int, size: int) -> list[nn.Module]:

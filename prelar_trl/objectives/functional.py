@@ -6,13 +6,13 @@ Shape legend: B batch, T time, S stochastic variables, K classes, N transitions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prelar_trl.modules.distributions import categorical_kl, gaussian_kl, to_float32
+from prelar_trl.types import ConsistencyMode
 
 __all__ = [
     "action_contrast",
@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 LEAST_SCALE = 1.0  # of the differences in mode "gated": nats, or squared distance
-ConsistencyMode = Literal["soft", "sign", "soft_rank", "gated"]
 
 
 def gaussian_nll(mean: Tensor, target: Tensor, event_dims: int = 1) -> Tensor:

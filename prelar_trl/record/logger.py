@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from prelar_trl.record.run import RunFolder
 from prelar_trl.record.video import write_video
+from prelar_trl.types import Backend
 
-Backend = Literal["csv", "tensorboard", "wandb"]
 Scalar = float | int | bool | Tensor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
+from datetime import timedelta
 from typing import TextIO
 
 from torch import Tensor
@@ -40,29 +40,17 @@ class Progress:
         every: float = 30.0,
         stream: TextIO | None = None,
     ) -> None:
-        self.total = total
-        self.count = initial
-        self.name = name
-        self.unit = unit
+        self.total, self.count, self.name, self.unit = total, initial, name, unit
         self.stream = sys.stderr if stream is None else stream
         terminal = self.stream.isatty()
         self._every = 0.5 if terminal else every
         self._bar = None
         if terminal:
-            self._bar = tqdm(
-                total=total,
-                initial=initial,
-                desc=name,
-                file=self.stream,
-                bar_format=BAR,
-                dynamic_ncols=True,
-                unit=unit,
-            )
+            options = {"bar_format": BAR, "dynamic_ncols": True, "unit": unit}
+            self._bar = tqdm(total=total, initial=initial, desc=name, file=self.stream, **options)
         self._frames = 0
         self._metrics: Mapping[str, float | Tensor] = {}
-        self._start = self._shown_at = time.monotonic()
-        self._start_count = self._shown_count = initial
-        self._shown_frames = 0
+        self._start = self._shown = (time.monotonic(), initial, 0)  # when, updates, frames
 
     def update(
         self,
@@ -76,55 +64,46 @@ class Progress:
         self._frames += frames
         if metrics is not None:
             self._metrics = {**self._metrics, **metrics}
-        if time.monotonic() - self._shown_at >= self._every:
+        if time.monotonic() - self._shown[0] >= self._every:
             self._show()
 
     def close(self) -> None:
-        """Show the last state and end."""
+        """Show the last state, with the mean pace, and end."""
         self._show(last=True)
         if self._bar is not None:
             self._bar.close()
 
     def _show(self, last: bool = False) -> None:
-        now = time.monotonic()
-        since = (self._shown_at, self._shown_count, self._shown_frames)
-        if last:  # the mean over the whole loop
-            since = (self._start, self._start_count, 0)
-        seconds = max(now - since[0], 1e-9)
-        parts = [f"{_number((self.count - since[1]) / seconds)} {self.unit}/s"]
+        now, (start, start_count, _) = time.monotonic(), self._start
+        before, count, frames = self._start if last else self._shown
+        seconds = max(now - before, 1e-9)
+        parts = [f"{_number((self.count - count) / seconds)} {self.unit}/s"]
         if self._frames:
-            parts.append(f"{_number((self._frames - since[2]) / seconds)} frames/s")
+            parts.append(f"{_number((self._frames - frames) / seconds)} frames/s")
         parts += [f"{key} {_number(float(value))}" for key, value in self._metrics.items()]
         text = ", ".join(parts)
         if self._bar is not None:
             self._bar.n = self.count
-            self._bar.set_postfix_str(text, refresh=True)
+            self._bar.set_postfix_str(text)
         else:
-            name = f"{self.name}: " if self.name else ""
-            clock = f"after {_clock(now - self._start)}"
-            if not last and self.count > self._start_count:
-                pace = (now - self._start) / (self.count - self._start_count)
+            clock = f"after {_clock(now - start)}"
+            if not last and self.count > start_count:
+                pace = (now - start) / (self.count - start_count)
                 clock += f", {_clock(pace * (self.total - self.count))} to go"
-            line = f"{name}{self.count}/{self.total} {self.unit} {clock}, {text}\n"
-            self.stream.write(line)
+            name = f"{self.name}: " if self.name else ""
+            self.stream.write(f"{name}{self.count}/{self.total} {self.unit} {clock}, {text}\n")
             self.stream.flush()
-        self._shown_at, self._shown_count, self._shown_frames = now, self.count, self._frames
+        self._shown = (now, self.count, self._frames)
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _number(value: float) -> str:

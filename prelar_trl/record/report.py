@@ -9,18 +9,18 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from prelar_trl.record.plots import Series, plot_curves, read_metrics
 from prelar_trl.record.run import RunFolder
 
-MAX_EMBED_BYTES = 24 * 2**20
+MAX_EMBED_MEBIBYTES = 24
 # Metrics shown large at the top of a section, by the first name that a run has.
 HEADLINES = (
     ("eval/success", "Evaluation success"),
@@ -31,39 +31,6 @@ HEADLINES = (
     ("loss_image", "Image loss"),
 )
 ORDER = ("eval/", "train/", "psnr", "action_usage", "action_psnr_gap", "loss")  # of the curves
-CSS = """
-:root { --ink: #20242a; --soft: #667080; --line: #dfe3e8; --accent: #0072b2; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 64rem; color: var(--ink);
-  background: #fff; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .25rem; letter-spacing: -.01em; }
-h2 { font-size: 1.35rem; margin: 3rem 0 .25rem; padding-top: 1.25rem;
-  border-top: 2px solid var(--ink); }
-h3 { font-size: 1rem; margin: 2rem 0 .6rem; }
-p, figcaption, .soft { color: var(--soft); margin: 0 0 .5rem; }
-.cards { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; margin: 1.25rem 0; }
-.card b { display: block; font-size: 1.7rem; line-height: 1.25; font-weight: 600;
-  font-variant-numeric: tabular-nums; }
-.card span { color: var(--soft); font-size: .85rem; }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
-figure { margin: 0 0 1rem; }
-figure img, figure video { display: block; max-width: 100%; height: auto; border-radius: 4px; }
-.media { display: flex; flex-wrap: wrap; gap: 1.25rem; align-items: flex-start; }
-.media figure { max-width: 100%; }
-figcaption { font-size: .85rem; margin-top: .35rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .3rem 1.25rem .3rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; }
-td.value { overflow-wrap: anywhere; }
-details { margin: .75rem 0; border-bottom: 1px solid var(--line); padding-bottom: .75rem; }
-summary { cursor: pointer; font-weight: 600; }
-details table { margin-top: .5rem; }
-.warn { color: #a4262c; }
-"""
-
-
 BOUNDS = ("_low", "_high")  # of an interval: in metrics.csv, but no curve of their own
 
 
@@ -97,15 +64,12 @@ def html_report(
         phases.setdefault(_phase(folder.config), []).append((label, folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     curves = path.parent / f"{path.stem}_curves"
-    sections = [_section(phase, members, curves) for phase, members in phases.items()]
-    now = datetime.now().strftime("%d %B %Y, %H:%M")
-    html = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
-        f"<h1>{escape(title)}</h1><p>{len(folders)} "
-        f"{'run' if len(folders) == 1 else 'runs'}, written on {now}</p>"
-        f"{''.join(sections)}</body></html>\n"
+    html = _template().render(
+        title=title,
+        num_runs=len(folders),
+        now=datetime.now().strftime("%d %B %Y, %H:%M"),
+        max_mebibytes=MAX_EMBED_MEBIBYTES,
+        sections=[_section(phase, members, curves) for phase, members in phases.items()],
     )
     part = path.with_name(path.name + ".part")
     part.write_text(html, encoding="utf-8")
@@ -113,31 +77,55 @@ def html_report(
     return path
 
 
-def _section(phase: str, members: list[tuple[str, RunFolder]], curves: Path) -> str:
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["base64"] = lambda file: base64.b64encode(file.read_bytes()).decode()
+    environment.filters["text"] = _text
+    return environment.get_template("report.html.j2")
+
+
+def _section(phase: str, members: list[tuple[str, RunFolder]], curves: Path) -> dict[str, Any]:
+    """What the template shows of the runs of one phase; the curves are drawn."""
     step_name = {"Pre-training": "update", "Fine-tuning": "environment step"}.get(phase, "step")
-    metrics = {label: _metrics(folder) for label, folder in members}
-    html = [f"<h2>{escape(phase)}</h2>"]
-    for label, folder in members:
-        html.append(f"<p>{escape(_describe(label, folder.config))}</p>")
-        html.append(_cards(metrics[label], _evaluation(folder)))
-    for label, folder in members:
-        html.append(_media(folder, label if len(members) > 1 else ""))
-    names = {name for run in metrics.values() for name in run}
-    names = sorted((name for name in names if not name.endswith(BOUNDS)), key=_order)
-    if names:
-        html.append(f'<h3>Curves</h3>{_bands_note(metrics)}<div class="grid">')
-        for name in names:
-            file = curves / f"{_slug(phase)}_{_slug(name)}.png"
-            plot_curves(metrics, file, [name], step_name=step_name)
-            html.append(f"<figure>{_image(file, name)}</figure>")
-        html.append("</div>")
-        html.append(_final_table(names, metrics))
-    for label, folder in members:
-        html.append(_details(label, folder))
-    return "".join(html)
+    runs = [_run(label, folder) for label, folder in members]
+    metrics = {run["label"]: run["metrics"] for run in runs}
+    names = {name for run in metrics.values() for name in run if not name.endswith(BOUNDS)}
+    files = {}
+    for name in sorted(names, key=_order):
+        files[name] = curves / f"{_slug(phase)}_{_slug(name)}.png"
+        plot_curves(metrics, files[name], [name], step_name=step_name)
+    return {"phase": phase, "runs": runs, "curves": files}
 
 
-def _cards(metrics: dict[str, Series], evaluation: dict[str, Any]) -> str:
+def _run(label: str, folder: RunFolder) -> dict[str, Any]:
+    metrics = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
+    file = folder.path / "evaluation.json"
+    evaluation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    versions = folder.versions
+    git = versions.pop("git", None)
+    if git:
+        versions["commit"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
+    versions["command"] = " ".join(versions.get("command", []))
+    tables = {"Evaluation": evaluation, "Configuration": folder.config, "Versions": versions}
+    return {
+        "label": label,
+        "description": _describe(label, folder.config),
+        "metrics": metrics,
+        "not_finite": [name for name, x in metrics.items() if not np.isfinite(x.values).all()],
+        "cards": _cards(metrics, evaluation),
+        "media": _media(folder),
+        "tables": {name: _flatten(table) for name, table in tables.items()},
+    }
+
+
+def _cards(metrics: dict[str, Series], evaluation: dict[str, Any]) -> list[tuple[str, str]]:
+    """Up to four numbers that are shown large, and what they are."""
     cards = []
     if "success" in evaluation:
         interval = next((v for k, v in evaluation.items() if "success_interval" in k), None)
@@ -146,81 +134,26 @@ def _cards(metrics: dict[str, Series], evaluation: dict[str, Any]) -> str:
             note += f", {evaluation['episodes']} episodes"
         if isinstance(interval, list) and len(interval) == 2:
             note += f" (95%: {interval[0]:.2f} to {interval[1]:.2f})"
-        cards.append((_number(evaluation["success"]), note))
+        cards.append((_text(evaluation["success"]), note))
     if "return" in evaluation:
-        cards.append((_number(evaluation["return"]), "Return of an episode"))
+        cards.append((_text(evaluation["return"]), "Return of an episode"))
     for name, text in HEADLINES:
         if name in metrics and len(cards) < 4:
             values = metrics[name].values
-            first, last = _number(values[0]), _number(values[-1])
+            first, last = _text(values[0]), _text(values[-1])
             cards.append((last if len(values) == 1 else f"{first} → {last}", text))
-    body = "".join(
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
-        for value, text in cards
-    )
-    return f'<div class="cards">{body}</div>' if cards else ""
+    return cards
 
 
-def _media(folder: RunFolder, label: str) -> str:
+def _media(folder: RunFolder) -> list[tuple[Path, str]]:
+    """Pictures and videos with their captions."""
     data = folder.config.get("data")
     sheet = Path(str(data)) / "contact_sheet.png"
-    figures = []
-    if data and sheet.is_file():
-        figures.append((_image(sheet, "contact sheet"), "Videos it learned from"))
-    for file in _newest(sorted(folder.videos.glob("*.mp4"))):
-        figures.append((_video(file), _caption(file)))
-    for file in _newest(sorted(folder.pictures.glob("*.png"))):
-        figures.append((_image(file, _caption(file)), _caption(file)))
-    if not figures:
-        return ""
-    heading = f"Videos and pictures{': ' + label if label else ''}"
-    body = "".join(
-        f"<figure>{media}<figcaption>{escape(text)}</figcaption></figure>"
-        for media, text in figures
-    )
-    return f'<h3>{escape(heading)}</h3><div class="media">{body}</div>'
-
-
-def _final_table(names: Sequence[str], metrics: dict[str, dict[str, Series]]) -> str:
-    head = "".join(f"<th>{escape(label)}: first</th><th>last</th>" for label in metrics)
-    rows = []
-    for name in names:
-        cells = []
-        for run in metrics.values():
-            values = run[name].values if name in run else np.array([])
-            ends = (values[0], values[-1]) if len(values) else ()
-            cells += [f"<td>{_number(value)}</td>" for value in ends] or ["<td></td>"] * 2
-        rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    return (
-        "<details><summary>First and last values</summary>"
-        f'<div class="wide"><table><tr><th></th>{head}</tr>{"".join(rows)}</table></div></details>'
-    )
-
-
-def _details(label: str, folder: RunFolder) -> str:
-    versions = folder.versions
-    git = versions.pop("git", None)
-    if git:
-        versions["commit"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
-    versions["command"] = " ".join(versions.get("command", []))
-    parts = [
-        ("Evaluation", _evaluation(folder)),
-        ("Configuration", folder.config),
-        ("Versions", versions),
-    ]
-    return "".join(
-        f"<details><summary>{name}: {escape(label)}</summary>{_table(_flatten(value))}</details>"
-        for name, value in parts
-        if value
-    )
-
-
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
-    body = "".join(
-        f'<tr><th>{escape(key)}</th><td class="value">{escape(_text(value))}</td></tr>'
-        for key, value in rows
-    )
-    return f'<div class="wide"><table>{body}</table></div>'
+    shown = [(sheet, "Videos it learned from")] if data and sheet.is_file() else []
+    for folder_path, pattern in ((folder.videos, "*.mp4"), (folder.pictures, "*.png")):
+        files = _newest(sorted(folder_path.glob(pattern)))
+        shown += [(file, _caption(file)) for file in files]
+    return shown
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -231,25 +164,6 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         else:
             rows.append((f"{prefix}{key}", item))
     return rows
-
-
-def _metrics(folder: RunFolder) -> dict[str, Series]:
-    return read_metrics(folder.metrics) if folder.metrics.is_file() else {}
-
-
-def _evaluation(folder: RunFolder) -> dict[str, Any]:
-    file = folder.path / "evaluation.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-
-def _bands_note(metrics: dict[str, dict[str, Series]]) -> str:
-    note = "<p>Moving mean; the band is one standard deviation of the values around it.</p>"
-    for label, run in metrics.items():
-        bad = [name for name, series in run.items() if not np.isfinite(series.values).all()]
-        if bad:
-            text = f"{label}: not drawn where not finite: {', '.join(bad)}"
-            note += f'<p class="warn">{escape(text)}</p>'
-    return note
 
 
 def _phase(config: dict[str, Any]) -> str:
@@ -308,33 +222,11 @@ def _caption(file: Path) -> str:
     return f"{name}, step {_step(file):,}" if kind != file.stem else name
 
 
-def _video(file: Path) -> str:
-    size = file.stat().st_size
-    if size > MAX_EMBED_BYTES:
-        return f"<p>{escape(str(file))} ({size / 2**20:.0f} MiB) is too large to embed</p>"
-    data = base64.b64encode(file.read_bytes()).decode()
-    return (
-        "<video controls autoplay loop muted playsinline "
-        f'src="data:video/mp4;base64,{data}"></video>'
-    )
-
-
-def _image(file: Path, text: str) -> str:
-    data = base64.b64encode(file.read_bytes()).decode()
-    return f'<img alt="{escape(text)}" src="data:image/png;base64,{data}">'
-
-
 def _text(value: Any) -> str:
-    if isinstance(value, float):
-        return _number(value)
     if isinstance(value, list):
         return ", ".join(_text(item) for item in value)
-    return "–" if value is None else str(value)
-
-
-def _number(value: float) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
     if np.isfinite(value) and value == int(value):
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,19 +1,28 @@
-"""The presets: what each system of the paper is made of and how it is trained, by name.
+"""Settings, their bounds, and the presets: what each system is made of and how it is trained.
 
 A method is a preset of components and loss weights, for pre-training and for fine-tuning. Adding
-one is adding an entry to :data:`METHODS`.
+one is adding an entry to :data:`METHODS`. The type of a setting says which values it takes, see
+:func:`check_settings`. Importing this module imports neither torch nor any network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
-from prelar_trl.modules.actions import FrameInput
-from prelar_trl.modules.augmentation import Augmentation
-from prelar_trl.modules.convnets import Norm
-from prelar_trl.objectives.functional import ConsistencyMode
+from prelar_trl.bounds import (
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Rule,
+    above,
+    between,
+    check_settings,
+)
+from prelar_trl.types import Augmentation, ConsistencyMode, FrameInput, Norm
 from prelar_trl.utils import check_choice
 
 __all__ = [
@@ -29,6 +38,8 @@ __all__ = [
 ]
 
 Phase = Literal["pretrain", "finetune"]
+Head = Literal["reward", "aux_reward", "discount"]
+Classes = Annotated[int, Rule(lambda k: k == 0 or k > 1, "must be 0 (Gaussian) or at least 2")]
 
 
 @dataclass(frozen=True)
@@ -37,65 +48,77 @@ class ModelSettings:
 
     images: Literal["resnet", "cnn", "context"] = "resnet"
     actions: Literal["latent", "encoded", "real", "none"] = "latent"
-    action_width: int | None = None  # the RSSM's action input; None: as wide as the action
+    action_width: PositiveInt | None = None  # the RSSM's action input; None: that of the action
     stacked: bool = False  # an action-free RSSM below the imagined one (APV)
     concat_embed: bool = False  # the upper RSSM of a stack also reads the image embedding
-    heads: tuple[str, ...] = ()
-    grad_heads: tuple[str, ...] = ("reward", "aux_reward")
-    head_layers: int = 4
-    head_units: int = 400
+    heads: tuple[Head, ...] = ()
+    grad_heads: tuple[Head, ...] = ("reward", "aux_reward")
+    head_layers: NonNegativeInt = 4
+    head_units: PositiveInt = 400
     # image networks
-    depth: int = 48
-    stages: int = 3
-    layers: int = 2
+    depth: PositiveInt = 48
+    stages: Annotated[int, between(1, 5)] = 3  # from 32x32 down to 1x1 at most
+    layers: PositiveInt = 2
     norm: Norm = "batch"
     patches: bool = False  # cnn: 4x4 kernels that do not overlap
     augmentation: Augmentation = "none"
-    context_mask: float = 0.75
-    context_dropout: float = 0.1
+    context_mask: Annotated[float, between(0, 0.98)] = 0.75  # leaves at least one of 8x8
+    context_dropout: Fraction = 0.1
     # dynamics
-    stoch: int = 32
-    classes: int = 32
-    deter: int = 1024
-    hidden: int = 1024
-    ensemble: int = 1
+    stoch: PositiveInt = 32
+    classes: Classes = 32
+    deter: PositiveInt = 1024
+    hidden: PositiveInt = 1024
+    ensemble: PositiveInt = 1
     # latent actions
     frames: FrameInput = "concat"
     latent_action: str = "gaussian"  # a registered kind, or package.module:Class
-    latent_action_size: int = 64
-    latent_action_classes: int = 0  # of kinds that have classes
-    latent_action_deter: int = 64  # of kinds with a deterministic part
+    latent_action_size: PositiveInt = 64
+    latent_action_classes: NonNegativeInt = 0  # of kinds that have classes
+    latent_action_deter: NonNegativeInt = 64  # of kinds with a deterministic part
     latent_action_options: Mapping[str, Any] = field(default_factory=dict)  # further ones
-    latent_action_hidden: int = 1024
-    latent_action_shift: int = 0  # pixels by which its frames are moved in training
+    latent_action_hidden: PositiveInt = 1024
+    latent_action_shift: NonNegativeInt = 0  # pixels by which its frames are moved in training
     # action encoder, into the same space
     action_code: str = "deterministic"  # kind of latent action that it gives
-    action_window: int = 1
+    action_window: PositiveInt = 1
     # video bonus
     bonus_embed: Literal["embed", "feat", "lower"] | None = None
-    bonus_neighbours: int = 16
-    bonus_memory: int = 4096
-    bonus_projection: int = 128
-    bonus_window: int = 5
-    discount: float = 0.99
+    bonus_neighbours: PositiveInt = 16
+    bonus_memory: PositiveInt = 4096
+    bonus_projection: PositiveInt = 128
+    bonus_window: PositiveInt = 5
+    discount: Fraction = 0.99
+
+    def __post_init__(self) -> None:
+        check_settings(type(self), vars(self))
+        if self.images != "cnn" and (self.depth < 2 or self.depth % 2 and self.images == "context"):
+            raise ValueError(
+                f"depth={self.depth} must be at least 2 with images=resnet, and even with context"
+            )
 
 
 @dataclass(frozen=True)
 class LossSettings:
     """How a world model is trained. Weights by term; a term without a weight is not computed."""
 
-    weights: Mapping[str, float] = field(default_factory=lambda: {"image": 1.0, "kl": 1.0})
-    kl_balance: float = 0.8
-    free_nats: float = 0.0
+    weights: Mapping[str, NonNegative | None] = field(
+        default_factory=lambda: {"image": 1.0, "kl": 1.0}
+    )
+    kl_balance: Fraction = 0.8
+    free_nats: NonNegative = 0.0
     free_avg: bool = True
     consistency: ConsistencyMode = "soft"
-    latent_free_nats: float = 0.0  # of latent_kl
-    latent_warmup: int = 0  # updates over which latent_kl rises to its weight
-    latent_warmup_start: float = 0.01  # share of the weight at the start
-    negatives: int = 4
-    temperature: float | None = 1.0
+    latent_free_nats: NonNegative = 0.0  # of latent_kl
+    latent_warmup: NonNegativeInt = 0  # updates over which latent_kl rises to its weight
+    latent_warmup_start: Annotated[Fraction, above(0)] = 0.01  # share of the weight at the start
+    negatives: PositiveInt = 4
+    temperature: Positive | None = 1.0
     contrast_dynamics: bool = True
-    bonus_scale: float = 1.0
+    bonus_scale: NonNegative = 1.0
+
+    def __post_init__(self) -> None:
+        check_settings(type(self), vars(self))
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -243,12 +266,12 @@ def model_settings(
     """The settings of a method's world model.
 
     Raises:
-        ValueError: an unknown method, phase, size or override.
+        ValueError: an unknown method, phase, size or override, or a value out of bounds.
     """
     preset = getattr(find_preset(method, phase), phase)
     check_choice("size", size, SIZES)
     overrides = dict(overrides or {})
-    _check(overrides, ModelSettings)
+    check_settings(ModelSettings, overrides)
     for name in ("heads", "grad_heads"):
         if name in overrides:
             overrides[name] = tuple(overrides[name])
@@ -259,9 +282,9 @@ def loss_settings(overrides: Mapping[str, Any]) -> LossSettings:
     """The settings of a loss.
 
     Raises:
-        ValueError: an unknown override.
+        ValueError: an unknown override, or a value out of bounds.
     """
-    _check(overrides, LossSettings)
+    check_settings(LossSettings, overrides)
     return replace(LossSettings(), **overrides)
 
 
@@ -277,15 +300,3 @@ def find_preset(method: str, phase: str) -> Method:
     if getattr(preset, phase) is None:
         raise ValueError(f"method={method} has no phase {phase!r}")
     return preset
-
-
-def _check(values: Mapping[str, Any], settings: type) -> None:
-    """Reject names that ``settings`` does not have, and choices that are none of theirs."""
-    hints = get_type_hints(settings)
-    for name, value in values.items():
-        if name not in hints:
-            raise ValueError(f"unknown setting {name!r}; choose {', '.join(hints)}")
-        kinds = (hints[name], *get_args(hints[name]))
-        choices = [c for kind in kinds if get_origin(kind) is Literal for c in get_args(kind)]
-        if choices and value is not None:
-            check_choice(name, value, choices)

@@ -1,0 +1,113 @@
+"""Bounds of settings, written into the type of a field: ``depth: PositiveInt = 48``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral, Real
+from pathlib import PurePath
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from prelar_trl.utils import listed
+
+__all__ = [
+    "Fraction",
+    "NonNegative",
+    "NonNegativeInt",
+    "Positive",
+    "PositiveInt",
+    "Rule",
+    "above",
+    "at_least",
+    "between",
+    "check_settings",
+    "one_of",
+]
+
+
+class Rule(NamedTuple):
+    """What an annotated type asks of a value: ``Annotated[int, Rule(...)]``."""
+
+    holds: Callable[[Any], bool]
+    text: str  # goes on after "name=value"
+
+
+def at_least(low: float) -> Rule:
+    return Rule(lambda x: x >= low, f"must be at least {low}")
+
+
+def above(low: float) -> Rule:
+    return Rule(lambda x: x > low, f"must be above {low}")
+
+
+def between(low: float, high: float) -> Rule:
+    return Rule(lambda x: low <= x <= high, f"must lie between {low} and {high}")
+
+
+def one_of(choices: Iterable[str]) -> Rule:
+    return Rule(lambda x: x in choices, f"is unknown; choose {listed(choices)}")
+
+
+PositiveInt = Annotated[int, at_least(1)]
+NonNegativeInt = Annotated[int, at_least(0)]
+Positive = Annotated[float, above(0)]
+NonNegative = Annotated[float, at_least(0)]
+Fraction = Annotated[float, between(0, 1)]
+
+# Types of values: the classes that have such values, and words.
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((Integral,), "a whole number"),
+    float: ((Real,), "a number"),
+    str: ((str, PurePath), "text"),
+    list: ((list, tuple), "a list"),
+    tuple: ((list, tuple), "a list"),
+    dict: ((Mapping,), "a mapping, {name: value}"),
+    Mapping: ((Mapping,), "a mapping, {name: value}"),
+}
+
+
+def check_settings(settings: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Check values by the types of the fields of a dataclass.
+
+    Args:
+        settings: the dataclass. Its fields have the types of :data:`KINDS`, ``Literal``,
+            ``X | None``, ``Any``, or ``Annotated`` with :class:`Rule` objects.
+        values: by the name of the field; not all need be there.
+        prefix: goes before the name in the error, e.g. ``model.``. Default: nothing.
+
+    Raises:
+        ValueError: a name that is no field, or a value that its type does not allow; in one line.
+    """
+    hints = get_type_hints(settings, include_extras=True)
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"unknown setting {prefix + name!r}; choose {listed(hints)}")
+        fault = _fault(hints[name], value)
+        if fault:
+            raise ValueError(f"{prefix}{name}={value!r} {fault}")
+
+
+def _fault(hint: Any, value: Any) -> str | None:
+    """What is wrong with a value of that type; None if nothing is."""
+    origin, parts = get_origin(hint) or hint, get_args(hint)
+    if origin is Any:
+        return None
+    if origin is Annotated:
+        broken = (rule.text for rule in hint.__metadata__ if not rule.holds(value))
+        return _fault(hint.__origin__, value) or next(broken, None)
+    if origin in (Union, UnionType):  # of one type with None
+        return None if value is None else _fault(*(x for x in parts if x is not NoneType), value)
+    if origin is Literal:
+        return None if value in parts else f"is unknown; choose {listed(parts)}"
+    classes, words = KINDS[origin]
+    if not isinstance(value, classes) or (isinstance(value, bool) and origin is not bool):
+        choices = get_args(parts[0]) if parts and get_origin(parts[0]) is Literal else ()
+        return f"must be {words}{f' of {listed(choices)}' if choices else ''}"
+    if not parts:
+        return None
+    if isinstance(value, Mapping):
+        faults = ((f"{key}={x!r}", _fault(parts[1], x)) for key, x in value.items())
+    else:
+        faults = ((repr(x), _fault(parts[0], x)) for x in value)
+    return next((f"has {name}, which {fault}" for name, fault in faults if fault), None)
