@@ -149,7 +149,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-# What a CPU core trains in minutes; measured in docs/performance.md.
+# What a CPU core trains in minutes: few dense products in place of large maps.
 SIZES["mini"] = {
     **SIZES["tiny"],
     "images": "cnn",
