@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from prelar_trl.models import load_pretrained, make_world_model_loss
 from prelar_trl.modules import ActionEncoder, make_latent_actions
-from prelar_trl.recipes import finetune as finetune_recipe
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.record import RunFolder
@@ -294,7 +293,7 @@ def test_a_rehearsing_run_fills_its_batch_with_video_and_continues(made, tmp_pat
 def test_alignment_and_rehearsal_refuse_in_one_line(fails, made, tmp_path):  # noqa: F811
     def line(*arguments):
         start = [f"run={tmp_path / 'new'}", *FINETUNE_ARGS, "model.images=cnn"]
-        found = fails(finetune_recipe, *start, *arguments)
+        found = fails("finetune", *start, *arguments)
         assert not (tmp_path / "new").exists()
         return found
 

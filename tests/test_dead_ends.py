@@ -232,7 +232,7 @@ def test_position_embeddings_train() -> None:
 # ---------------------------------------------------------------- one more method
 
 
-def test_a_method_is_one_entry_and_one_config_file(tmp_path, monkeypatch) -> None:
+def test_a_method_is_one_entry(tmp_path, monkeypatch) -> None:
     """PreLAR on plain CNNs with the contrast in place of the consistency, as ``my_method``."""
     monkeypatch.setitem(
         METHODS,
@@ -245,15 +245,11 @@ def test_a_method_is_one_entry_and_one_config_file(tmp_path, monkeypatch) -> Non
             checkpoint=("my_method",),
         ),
     )
-    (tmp_path / "conf" / "method").mkdir(parents=True)
-    file = tmp_path / "conf" / "method" / "my_method.yaml"
-    file.write_text("# @package _global_\nmethod: my_method\n", encoding="utf-8")
     data, runs = make_clips(tmp_path / "clips"), tmp_path / "runs"
-    where = [f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "method=my_method"]
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        first = [*PRETRAIN_ARGS, *where, f"data={data}", f"run={runs}/a", "updates=1"]
+        first = [*PRETRAIN_ARGS, "method=my_method", f"data={data}", f"run={runs}/a", "updates=1"]
         pretrain(settings(compose("pretrain", first)))
-        second = [*FINETUNE_ARGS, *where, f"pretrained={runs}/a", f"run={runs}/b"]
+        second = [*FINETUNE_ARGS, "method=my_method", f"pretrained={runs}/a", f"run={runs}/b"]
         finetune(settings(compose("finetune", [*second, "env_steps=30", "eval_episodes=0"])))
     metrics = (runs / "a" / "metrics.csv").read_text().partition("\n")[0]
     assert "loss_action_contrast" in metrics and "loss_action_state_consistency" not in metrics

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from prelar_trl.data import ClipWriter
-from prelar_trl.recipes import pretrain as pretrain_recipe
 from prelar_trl.recipes.pretrain import pretrain
 from tests.test_recipes_errors import fails  # noqa: F401
 from tests.toy_runs import (
@@ -52,7 +51,7 @@ def test_labels_add_a_loss_and_training_with_them_continues_bit_for_bit(
 def test_impossible_labels_are_one_line(clips, tmp_path, fails) -> None:  # noqa: F811
     def line(data, *arguments) -> str:
         start = [f"data={data}", f"run={tmp_path / 'new'}", *PRETRAIN_ARGS, "updates=1"]
-        found = fails(pretrain_recipe, *start, *arguments)
+        found = fails("pretrain", *start, *arguments)
         assert not (tmp_path / "new").exists()
         return found
 
