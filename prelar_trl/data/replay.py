@@ -61,7 +61,8 @@ class EpisodeReplay:
         seed: seed of the draws.
         device: where batches go; for CUDA through pinned memory, without blocking.
         law: how windows are drawn, default the official ``prioritize_ends``.
-        min_length: with ``prioritize_ends``, the shortest window; see `prelar_trl.data.windows`.
+        min_length, pack: with ``prioritize_ends``, the shortest window, and whether shorter
+            episodes are packed into rows; see `prelar_trl.data.windows`.
 
     Raises:
         ValueError: the folder holds a replay of another capacity, or is no replay.
@@ -78,13 +79,14 @@ class EpisodeReplay:
         device: torch.device | str = "cpu",
         law: Law = "prioritize_ends",
         min_length: int | None = None,
+        pack: bool = False,
     ) -> None:
         if capacity < window:
             raise ValueError(f"capacity={capacity} frames is less than one window of {window}")
         self.path = Path(path)
         self.window, self.batch_size, self.capacity = window, batch_size, capacity
         self.device = torch.device(device)
-        self.sampler = WindowSampler(window, law=law, seed=seed, min_length=min_length)
+        self.sampler = WindowSampler(window, law=law, seed=seed, min_length=min_length, pack=pack)
         self.buffer: ReplayBuffer | None = None
         self._storage: FrameStorage | None = None
         self._begins: list[int] = []  # absolute frame number; place in the ring: modulo capacity
