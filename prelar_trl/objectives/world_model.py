@@ -14,7 +14,7 @@ from torchrl.objectives import LossModule
 
 from prelar_trl.modules.distributions import at_least_float32
 from prelar_trl.modules.world_model import normalise_pixels
-from prelar_trl.objectives.common import check_weights, loss_keys, weighted
+from prelar_trl.objectives.common import check_entry, check_weights, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
 from prelar_trl.objectives.video_bonus import VideoBonus
@@ -47,7 +47,9 @@ class WorldModelLoss(LossModule):
     ``deter``, batch ``[B, T]``) from which imagination starts.
 
     Raises (forward):
-        TypeError: ``pixels``, the target of ``image``, are not uint8.
+        TypeError: ``pixels``, the target of ``image``, are not uint8; ``is_first`` or
+            ``terminated`` are not bool, ``reward`` is not floating point.
+        ValueError: one of the latter has another shape than ``[B, T, 1]``, or is empty.
     """
 
     @dataclass
@@ -124,7 +126,15 @@ class WorldModelLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
+        if "is_first" in self.world_model.in_keys:
+            first = tensordict["is_first"]
+            check_entry("is_first", first, "bool", first.shape[:2])
         out = self.world_model(tensordict.copy())
+        batch = out[keys.stoch].shape[:2]
+        if "reward" in self.weights or "aux_reward" in self.weights:
+            check_entry(keys.reward, out[keys.reward], "float", batch)
+        if "discount" in self.weights:
+            check_entry(keys.terminated, out[keys.terminated], "bool", batch)
         values: dict[str, Tensor] = {}
         for name, prefix in (("kl", ""), ("af_kl", "lower_")):
             if name in self.weights:
