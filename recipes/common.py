@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from prelar_trl.presets import METHODS, SIZES
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 
 CHECKPOINT = "last.pt"
+FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
 
@@ -71,6 +73,10 @@ def check_run(cfg: Any, phase: str) -> tuple[str, ...]:
     if cfg.compile not in ("auto", "on", "off"):
         raise ValueError(f"compile={cfg.compile!r} is unknown; choose auto, on or off")
     for name, value in asdict(cfg).items():
+        if name == "train_every":  # a ratio: below 1 there are several updates a step
+            if value <= 0:
+                raise ValueError(f"train_every={value} must be above 0")
+            continue
         low = 1 if name.endswith(POSITIVE) or name == "updates" else 0
         if type(value) in (int, float) and value < low:
             raise ValueError(f"{name}={value} must be at least {low}")
@@ -124,14 +130,16 @@ def plain(value: Any) -> Any:
 class Interruption:
     """Ctrl-C or SIGTERM is noted and acted on between two updates, never within one.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once. Outside the main thread, where Python allows no handlers (agents
+    of sweeps run there), nothing is noted.
     """
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> Interruption:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
+        self._before = {s: signal.signal(s, self._note) for s in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -144,9 +152,17 @@ class Interruption:
         self.requested = True
 
 
+def in_main_thread() -> bool:
+    """Whether signal handlers can be set here."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
     """Processes that start inside ignore Ctrl-C, which reaches all: their parent ends them."""
+    if not in_main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -207,13 +223,20 @@ class EpisodeTracker:
 
 @torch.no_grad()
 def play(
-    env: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase], episodes: int, videos: int = 1
+    env: EnvBase,
+    policy: Callable[[TensorDictBase], TensorDictBase],
+    episodes: int,
+    videos: int = 1,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
     """Play whole episodes in one environment or a batch of them.
 
+    Args:
+        stopped: asked after each step; once it says True, only the episodes so far are returned.
+
     Returns:
         A record of each episode (return, success, length), and the frames of the first
-        ``videos``, uint8 ``[T, 3, H, W]`` each.
+        ``videos``, uint8 ``[T, 3, H, W]`` each, :data:`FILM_FRAMES` at most.
     """
     with deaf_to_interrupts():
         td = env.reset()
@@ -222,10 +245,12 @@ def play(
     tracker = EpisodeTracker(workers)
     frames = [[x] for x in images(td)]
     records, films = [], []
-    while any(quota):
+    while any(quota) and not stopped():
         td, following = env.step_and_maybe_reset(policy(td))
-        for film, image in zip(frames, images(td["next"]), strict=True):
-            film.append(image)
+        if len(films) < videos:
+            for film, image in zip(frames, images(td["next"]), strict=True):
+                if len(film) < FILM_FRAMES:
+                    film.append(image)
         first = images(following)
         for record in tracker.update(td["next"]):
             worker = record["worker"]

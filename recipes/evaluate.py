@@ -25,6 +25,7 @@ from prelar_trl.recipes.common import (
     summarise,
 )
 from prelar_trl.recipes.entry import recipe, settings
+from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.finetune import act
 from prelar_trl.recipes.schema import EvaluateConfig, register
 from prelar_trl.record import RunFolder, bootstrap_interval, write_video
@@ -33,7 +34,10 @@ register()
 
 
 def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]:
-    """Write ``evaluation.json`` and ``videos/evaluation.mp4`` into the run; returns the numbers."""
+    """Write ``evaluation.json`` and ``videos/evaluation.mp4`` into the run; returns the numbers.
+
+    ``env_factory`` is the one of :func:`prelar_trl.recipes.finetune.finetune`.
+    """
     if cfg.episodes < 1:
         raise ValueError(f"episodes={cfg.episodes} must be at least 1")
     device = choose_device(cfg.device)
@@ -53,7 +57,8 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
 
     trained = run.config
-    env = env_factory(
+    env = build_env(
+        env_factory,
         cfg.env or trained["env"],
         seed=cfg.seed,
         camera=trained["camera"],

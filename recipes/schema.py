@@ -82,9 +82,10 @@ class FinetuneConfig(RunConfig):
     align_lr: float = 1e-3
     rehearse: float = 0.0  # share of each model batch that is pre-training video
     behavior_after: int = 0  # model updates before actor and critic learn too
-    train_every: int = 5  # environment steps an update
+    train_every: float = 5  # environment steps an update; below 1: several updates a step
     batch_size: int = 50
     batch_length: int = 50
+    min_length: int | None = None  # shortest window; null: batch_length. Shorter episodes: whole
     capacity: int = 1_000_000  # frames of the replay
     action_repeat: int = 1
     max_steps: int | None = None  # an episode's; null: the environment's own
