@@ -30,6 +30,10 @@ class WorldModelLoss(LossModule):
     of a stack) and the terms of a :class:`LatentActionLoss`. Source: DreamerV2 section 2, APV
     section 3, PreLAR section 3.
 
+    A batch is one of frames: ``action`` and ``reward`` at time t are those that led to frame t.
+    TorchRL's collectors and ``env.rollout`` give steps, where they leave from it:
+    :func:`prelar_trl.data.to_frames` turns steps into frames.
+
     Args:
         world_model: any TensorDictModule that writes the keys below from a batch ``[B, T]``.
         weights: weight of each term; a term without a weight is not computed. Default:
