@@ -266,7 +266,8 @@ def test_render_may_give_a_picture_of_any_kind(picture, expected):
         (Gym(actions=Discrete(3)), "only continuous"),
         (Gym(actions=Box(0, 3, (2,), np.int64)), r"discrete \(.* int64 \[2\]\): only continuous"),
         (Gym(actions=Box(-1, 1, (2, 3), np.float32)), r"one vector \[A\].* \[2, 3\]"),
-        (Gym(actions=Box(-np.inf, np.inf, (2,), np.float32)), "no bounds"),
+        (Gym(actions=Box(-np.inf, np.inf, (2,), np.float32)), "unbounded"),
+        (Walkers(action=Bounded(-np.inf, 1, (2, 2), dtype=torch.float32)), "no bounds"),
         (Walkers(action=Unbounded((2, 2))), r"unbounded \(.* float32 \[2\]\)"),
         (Walkers(action=Binary(2, (2, 2))), "discrete"),
         (Walkers(reward=Unbounded((2, 3))), r"one number \[1\]; the environment gives \[3\]"),
@@ -296,7 +297,8 @@ def test_float64_environments_become_float32():
     assert step["action"].dtype == step["next", "state"].dtype == torch.float32
     assert gym.actions[-1].dtype == np.float64 and gym.actions[-1].tolist() == [1, -2]
     own = Walkers(reward=Unbounded((2, 1), dtype=torch.float64))
-    assert make_env(own).rand_step()["next", "reward"].dtype == torch.float32
+    env = make_env(own)
+    assert env.rand_step(env.reset())["next", "reward"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("render_mode", [False, True])
