@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 
 CHECKPOINT = "last.pt"
+FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
 
@@ -94,14 +96,16 @@ def plain(value: Any) -> Any:
 class Interruption:
     """Ctrl-C or SIGTERM is noted and acted on between two updates, never within one.
 
-    A second Ctrl-C stops at once.
+    A second Ctrl-C stops at once. Outside the main thread, where Python allows no handlers (agents
+    of sweeps run there), nothing is noted.
     """
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> Interruption:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
+        self._before = {s: signal.signal(s, self._note) for s in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,9 +118,17 @@ class Interruption:
         self.requested = True
 
 
+def in_main_thread() -> bool:
+    """Whether signal handlers can be set here."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def deaf_to_interrupts() -> Iterator[None]:
     """Processes that start inside ignore Ctrl-C, which reaches all: their parent ends them."""
+    if not in_main_thread():
+        yield
+        return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -177,13 +189,20 @@ class EpisodeTracker:
 
 @torch.no_grad()
 def play(
-    env: EnvBase, policy: Callable[[TensorDictBase], TensorDictBase], episodes: int, videos: int = 1
+    env: EnvBase,
+    policy: Callable[[TensorDictBase], TensorDictBase],
+    episodes: int,
+    videos: int = 1,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
     """Play whole episodes in one environment or a batch of them.
 
+    Args:
+        stopped: asked after each step; once it says True, only the episodes so far are returned.
+
     Returns:
         A record of each episode (return, success, length), and the frames of the first
-        ``videos``, uint8 ``[T, 3, H, W]`` each.
+        ``videos``, uint8 ``[T, 3, H, W]`` each, :data:`FILM_FRAMES` at most.
     """
     with deaf_to_interrupts():
         td = env.reset()
@@ -192,10 +211,12 @@ def play(
     tracker = EpisodeTracker(workers)
     frames = [[x] for x in images(td)]
     records, films = [], []
-    while any(quota):
+    while any(quota) and not stopped():
         td, following = env.step_and_maybe_reset(policy(td))
-        for film, image in zip(frames, images(td["next"]), strict=True):
-            film.append(image)
+        if len(films) < videos:
+            for film, image in zip(frames, images(td["next"]), strict=True):
+                if len(film) < FILM_FRAMES:
+                    film.append(image)
         first = images(following)
         for record in tracker.update(td["next"]):
             worker = record["worker"]

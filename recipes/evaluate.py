@@ -30,6 +30,7 @@ from prelar_trl.recipes.common import (
     seed_everything,
     summarise,
 )
+from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.finetune import act
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import RunFolder, bootstrap_interval, write_video
@@ -37,7 +38,10 @@ from prelar_trl.utils import atomic_write
 
 
 def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]:
-    """Write ``evaluation.json`` and ``videos/evaluation.mp4`` into the run; returns the numbers."""
+    """Write ``evaluation.json`` and ``videos/evaluation.mp4`` into the run; returns the numbers.
+
+    ``env_factory`` is the one of :func:`prelar_trl.recipes.finetune.finetune`.
+    """
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
     run = RunFolder.load(cfg.run)
@@ -55,7 +59,8 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
 
     trained = run.config
-    env = env_factory(
+    env = build_env(
+        env_factory,
         cfg.env or trained["env"],
         seed=cfg.seed,
         camera=trained["camera"],

@@ -44,6 +44,7 @@ from prelar_trl.recipes.common import (
     summarise,
     without_twins,
 )
+from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.pretrained import (
     make_alignment,
     make_rehearsal,
@@ -64,16 +65,17 @@ def finetune(
 ) -> None:
     """The whole run: environment, agent, loop.
 
-    ``env_factory`` takes make_env's arguments; ``watch`` tells where the time goes.
+    ``env_factory`` is any function that makes an environment of TorchRL or gymnasium, such as
+    ``lambda: MyEnv()``, or takes make_env's arguments (`build_env` says which it gets). ``watch``
+    tells where the time goes. In a thread other than the main one Ctrl-C is not handled.
     """
     watch = watch or Stopwatch()
     loggers = chosen_loggers(cfg.logger)
     if cfg.prefill >= cfg.env_steps:
         raise ValueError(f"prefill={cfg.prefill} leaves nothing of env_steps={cfg.env_steps}")
-    if cfg.max_steps is not None and cfg.max_steps + 1 < cfg.batch_length:
+    if (cfg.min_length or 1) > cfg.batch_length:
         raise ValueError(
-            f"an episode of max_steps={cfg.max_steps} has {cfg.max_steps + 1} frames: lower "
-            f"batch_length={cfg.batch_length}"
+            f"min_length={cfg.min_length} must not exceed batch_length={cfg.batch_length}"
         )
     if cfg.capacity < cfg.batch_length:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
@@ -145,10 +147,14 @@ def finetune(
         capacity=cfg.capacity,
         seed=cfg.seed,
         device=device,
+        min_length=cfg.min_length,
+        pack=True,  # the official replay never trains on shorter episodes
     )
     steps, debt = 0, float(cfg.pretrain_updates)  # debt: updates to make up for
+    cut_off = False  # the last evaluation, by an interruption
     if checkpoint is not None:
         steps, debt = checkpoint["step"], checkpoint["debt"]
+        cut_off = checkpoint.get("evaluation_cut_off", False)
         with deaf_to_interrupts():
             env.set_seed(cfg.seed + steps)  # not the first episodes again
         agent.load_state_dict(checkpoint["agent"])
@@ -160,7 +166,7 @@ def finetune(
         if clips is not None:
             clips.load_state_dict(checkpoint["clips"])
         set_rng_state(checkpoint["rng"])
-        if steps >= cfg.env_steps:
+        if steps >= cfg.env_steps and not cut_off:
             print(f"{run.path} has its {steps} steps already; raise env_steps to continue")
             return
 
@@ -175,6 +181,7 @@ def finetune(
             "action_dim": policy.action_dim,
             "step": steps,
             "debt": debt,
+            "evaluation_cut_off": evaluation.cut_off,
             "agent": agent.state_dict(),
             "model_update": model_update.state_dict(),
             "behavior_update": behavior_update.state_dict(),
@@ -207,12 +214,14 @@ def finetune(
     ):
         opened.callback(replay.close)
         opened.callback(env.close, raise_if_closed=False)
-        evaluation = Evaluation(cfg, env_factory, agent, device)
+        evaluation = Evaluation(cfg, env_factory, agent, device, interruption)
         opened.enter_context(closing(evaluation))
         with deaf_to_interrupts():
             td, losses = env.reset(), None
         logger.log_times({"startup_s": watch.summary(steps)["seconds"]}, steps)
         tracker = EpisodeTracker(td.numel())
+        if cut_off:
+            evaluation(logger, steps)
         while steps < cfg.env_steps and not interruption.requested:
             random_phase = steps < cfg.prefill
             with watch("policy"):
@@ -228,12 +237,12 @@ def finetune(
                     logger.log({f"train/{name}": episode[name] for name in names}, steps)
             td = following
 
+            if before < cfg.prefill <= steps and not replay.num_episodes and not cfg.max_steps:
+                raise ValueError(
+                    f"no episode has ended in the prefill of {cfg.prefill} steps, and nothing can "
+                    "be learned before: give max_steps, or a longer prefill"
+                )
             if steps >= cfg.prefill and replay.num_episodes:
-                if not replay.num_eligible:
-                    raise ValueError(
-                        f"batch_length={cfg.batch_length} frames, but none of the "
-                        f"{replay.num_episodes} episodes so far is as long: lower it"
-                    )
                 while (
                     alignment is not None
                     and alignment.count < cfg.align_updates
@@ -269,9 +278,10 @@ def finetune(
         if losses is not None:
             check_finite(losses, steps)
         complete = not interruption.requested
-        if complete and replay.num_episodes and not crossed(before, steps, cfg.eval_every):
+        if complete and replay.num_episodes and evaluation.last != steps:
             with watch("evaluation"):
                 evaluation(logger, steps)
+            complete = not interruption.requested
         with watch("logging"):
             save()
         if complete and not replay.num_episodes:
@@ -293,7 +303,8 @@ def crossed(before: int, now: int, every: int) -> bool:
 def make_training_env(
     cfg: FinetuneConfig, env_factory: Any, seed: int, num_workers: int
 ) -> EnvBase:
-    return env_factory(
+    return build_env(
+        env_factory,
         cfg.env,
         seed=seed,
         camera=cfg.camera,
@@ -317,9 +328,17 @@ class Evaluation:
     """
 
     def __init__(
-        self, cfg: FinetuneConfig, env_factory: Any, agent: Agent, device: torch.device
+        self,
+        cfg: FinetuneConfig,
+        env_factory: Any,
+        agent: Agent,
+        device: torch.device,
+        interruption: Interruption,
     ) -> None:
         self.cfg, self.env_factory, self.device = cfg, env_factory, device
+        self.interruption = interruption
+        self.last: int | None = None  # the step of the last whole evaluation
+        self.cut_off = False  # an interruption has cut the last one off: nothing was logged
         self.policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
         self.env: EnvBase | None = None
 
@@ -335,7 +354,12 @@ class Evaluation:
             self.env.set_seed(seed)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             policy = partial(act, self.policy, device=device)
-            records, films = play(self.env, policy, cfg.eval_episodes)
+            stopped = partial(getattr, self.interruption, "requested")
+            records, films = play(self.env, policy, cfg.eval_episodes, stopped=stopped)
+        self.cut_off = len(records) < cfg.eval_episodes
+        if self.cut_off:
+            return
+        self.last = step
         logger.log({f"eval/{name}": value for name, value in summarise(records).items()}, step)
         logger.log_video("eval", films[0], step, fps=30)
 

@@ -139,9 +139,10 @@ class FinetuneConfig(RunConfig):
     align_lr: NonNegative = 1e-3
     rehearse: Fraction = 0.0  # share of each model batch that is pre-training video
     behavior_after: NonNegativeInt = 0  # model updates before actor and critic learn too
-    train_every: PositiveInt = 5  # environment steps an update
+    train_every: Positive = 5  # environment steps an update; below 1: several updates a step
     batch_size: PositiveInt = 50
     batch_length: PositiveInt = 50
+    min_length: PositiveInt | None = None  # shortest window; null: batch_length
     capacity: PositiveInt = 1_000_000  # frames of the replay
     action_repeat: PositiveInt = 1
     max_steps: PositiveInt | None = None  # an episode's; null: the environment's own

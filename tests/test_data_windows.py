@@ -70,6 +70,27 @@ def test_rows_are_filled_by_several_windows_without_a_gap() -> None:
     assert len(windows.offset) > 50
 
 
+def test_packing_takes_short_episodes_whole_and_draws_long_ones_as_before() -> None:
+    made = WindowSampler(8, strategy="prioritize_ends", pack=True)
+    made.set_episodes(torch.tensor([5, 1, 3, 20]))
+    assert made.num_eligible == 3  # one frame holds no step
+    episode, start, frames = made._prioritized(ROWS)
+    assert_close_to(Counter(episode.tolist()), {0: 1 / 3, 2: 1 / 3, 3: 1 / 3})
+    for number, length in ((0, 5), (2, 3), (3, 8)):
+        assert bool((frames[episode == number] == length).all())
+    assert bool((start[episode != 3] == 0).all())
+    windows = made.draw(50)
+    ends = windows.offset + windows.frames
+    assert windows.offset[0] == 0 and ends[-1] == 400
+    assert torch.equal(windows.offset[1:], ends[:-1])
+    packed, plain = (
+        WindowSampler(8, strategy="prioritize_ends", pack=x, seed=1) for x in (True, False)
+    )
+    for each in (packed, plain):
+        each.set_episodes(torch.tensor([8, 20]))
+    assert torch.equal(packed.draw(99).start, plain.draw(99).start)
+
+
 @pytest.mark.parametrize("strategy", ["episodes", "frames", "epoch", "prioritize_ends"])
 def test_windows_never_leave_their_episode(strategy: str) -> None:
     windows = sampler(strategy).draw(2000)
@@ -149,6 +170,7 @@ def test_sample_wraps_around_the_ring() -> None:
         ({"length": 4, "strategy": "weird"}, "strategy='weird' is unknown"),
         ({"length": 0}, "window length 0"),
         ({"length": 4, "min_length": 2}, "belong to prioritize_ends"),
+        ({"length": 4, "pack": True}, "belong to prioritize_ends"),
         ({"length": 4, "strategy": "prioritize_ends", "min_length": 9}, "min_length=9"),
         ({"length": 4, "rank": 2, "world_size": 2}, "rank=2"),
     ],

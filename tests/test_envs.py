@@ -262,7 +262,6 @@ def test_same_seed_gives_the_same_episodes_and_another_seed_others():
         ({"name_or_env": "toy", "num_workers": 0}, "at least 1"),
         ({"name_or_env": "toy", "action_repeat": 0}, "at least 1"),
         ({"name_or_env": Counter(with_pixels=False)}, "no 'pixels', only height"),
-        ({"name_or_env": Counter(), "pixels": 32}, r"uint8 \[3, 32, 32\]"),
         ({"name_or_env": Counter(), "num_workers": 2}, "needs a function"),
     ],
 )

@@ -369,3 +369,27 @@ def test_gradient_of_the_soft_consistency_is_right_for_a_given_scale(
     monkeypatch.setattr(F, "_difference_scale", lambda x, difference: 0.3)
     p, q = torch.rand(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64)
     assert gradcheck(lambda x: action_state_consistency(p, x), (q.requires_grad_(),))
+
+
+def of(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: F.gaussian_nll(of(4, 3, 1), of(4, 3)), r"mean \[4, 3, 1\], target \[4, 3\]"),
+        (lambda: F.gaussian_nll(of(0, 3), of(0, 3)), "not empty"),
+        (lambda: F.balanced_kl(of(4, 2, 3), of(2, 3)), r"posterior \[4, 2, 3\], prior \[2, 3\]"),
+        (lambda: F.gaussian_kl(of(4, 5, 2), of(4, 1, 2)), r"p \[4, 5, 2\], q \[4, 1, 2\]"),
+        (lambda: F.categorical_kl(of(4, 5, 2), of(5, 2)), r"p \[4, 5, 2\], q \[5, 2\]"),
+        (lambda: F.lambda_return(of(4, 3), of(4, 3, 1), of(4, 3, 1)), r"reward \[4, 3\], value"),
+        (lambda: F.knn_distance(of(4, 2), of(9, 2), of(9).bool(), 0), "k=0 must be at least 1"),
+        (lambda: F.sliding_mean(of(4, 5, 2), 0), "window=0 must be at least 1"),
+        (lambda: F.action_contrast(of(4, 3), 0.0), "temperature=0.0 must be above 0"),
+        (lambda: F.action_state_consistency(of(4), of(4), "soft", -1), "temperature=-1 must be"),
+    ],
+)
+def test_what_would_broadcast_or_divide_by_nothing_is_refused(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

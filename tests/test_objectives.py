@@ -381,6 +381,20 @@ def test_lambda_target_reads_the_slow_critic_and_keeps_the_trajectory() -> None:
     torch.testing.assert_close(out["value_target"], expected)
 
 
+def test_keys_of_the_lambda_target_can_be_renamed() -> None:
+    critic = torch.nn.Linear(3, 1)
+    td = TensorDict({"feat": torch.rand(2, 4, 3)}, batch_size=[2, 4])
+    td["reward"], td["discount"] = torch.rand(2, 4, 1), torch.rand(2, 4, 1)
+    target = LambdaTarget(critic)
+    expected = target(td)
+    target.set_keys(reward=("model", "reward"), value_target="target")
+    out = target(td.copy().rename_key_("reward", ("model", "reward")))
+    assert torch.equal(out["target"], expected["value_target"])
+    assert torch.equal(out["value"], expected["value"])
+    with pytest.raises(TypeError, match="returns"):
+        target.set_keys(returns="x")
+
+
 def test_actor_loss_uses_the_documented_indices() -> None:
     td = trajectory()
     out = ActorLoss(entropy_scale=0.1)(td)

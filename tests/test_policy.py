@@ -8,6 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.envs import EnvBase, SerialEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from prelar_trl.envs import make_env
 from prelar_trl.modules import WorldModelPolicy
@@ -133,6 +134,19 @@ def test_mode_gives_the_same_action_twice_and_sample_does_not() -> None:
         assert torch.equal(first, second) == same
     with pytest.raises(ValueError, match="mode='greedy' is unknown; choose sample or mode"):
         make_policy("prelar", mode="greedy")
+
+
+@pytest.mark.parametrize("kind", [ExplorationType.DETERMINISTIC, ExplorationType.MODE])
+def test_the_exploration_type_of_torchrl_is_followed(kind: ExplorationType) -> None:
+    policy = make_policy("prelar")
+    td = toy(policy).reset()
+    mode = make_policy("prelar", mode="mode")
+    mode.load_state_dict(policy.state_dict())
+    with set_exploration_type(kind):
+        assert torch.equal(policy(td.clone())["action"], mode(td.clone())["action"])
+    with set_exploration_type(ExplorationType.RANDOM):
+        assert not torch.equal(policy(td.clone())["action"], mode(td.clone())["action"])
+        assert torch.equal(mode(td.clone())["action"], mode(td.clone())["action"])
 
 
 def test_latents_are_drawn_in_evaluation_too() -> None:

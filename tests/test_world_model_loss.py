@@ -55,6 +55,35 @@ def test_float_frames_are_refused_whoever_predicts() -> None:
         loss(data.update({"pixels": data["pixels"].float()}))
 
 
+@pytest.mark.parametrize("key", ["is_first", "terminated", "reward"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bool])
+def test_flags_must_be_bool_and_the_reward_a_float(key: str, dtype: torch.dtype) -> None:
+    weights = {"image": 1.0, "reward": 1.0, "discount": 1.0}
+    _, loss = tiny("dreamerv2", "finetune", weights=weights, heads=("reward", "discount"))
+    data = batch()
+    data[key] = data[key].to(dtype)
+    if dtype == (torch.float32 if key == "reward" else torch.bool):
+        assert total_loss(loss(data)).isfinite()
+        return
+    with pytest.raises(TypeError, match=rf"{key} is {str(dtype)[6:]} \[2, 4, 1\]; it must be"):
+        loss(data)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 2)])
+def test_rewards_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    _, loss = tiny("dreamerv2", "finetune", weights={"image": 1.0, "reward": 1.0})
+    data = batch()
+    data["reward"] = torch.zeros(shape)
+    with pytest.raises(ValueError, match=r"reward is float32 \[2, 4.*must be \[2, 4, 1\]"):
+        loss(data)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    _, loss = tiny("dreamerv2", "finetune", weights={"image": 1.0, "reward": 1.0})
+    with pytest.raises(ValueError, match="is_first is .* not empty"):
+        loss(batch()[:0])
+
+
 def test_world_model_loss_is_its_formula() -> None:
     agent, loss = tiny(
         "dreamerv2",

@@ -29,7 +29,8 @@ class EpisodeReplay:
         seed: seed of the draws.
         device: where batches go; for CUDA through pinned memory, without blocking.
         strategy: how windows are drawn, default the official ``prioritize_ends``.
-        min_length: with ``prioritize_ends``, the shortest window; see `prelar_trl.data.windows`.
+        min_length, pack: with ``prioritize_ends``, the shortest window, and whether shorter
+            episodes are packed into rows; see `prelar_trl.data.windows`.
 
     Attributes:
         buffer: the TorchRL ``ReplayBuffer``, whose batch is flat ``[B * T]``: append transforms to
@@ -52,13 +53,16 @@ class EpisodeReplay:
         device: torch.device | str = "cpu",
         strategy: Strategy = "prioritize_ends",
         min_length: int | None = None,
+        pack: bool = False,
     ) -> None:
         if capacity < window:
             raise ValueError(f"capacity={capacity} frames is less than one window of {window}")
         self.path = Path(path)
         self.window, self.batch_size, self.capacity = window, batch_size, capacity
         self.device = torch.device(device)
-        self.sampler = WindowSampler(window, strategy=strategy, seed=seed, min_length=min_length)
+        self.sampler = WindowSampler(
+            window, strategy=strategy, seed=seed, min_length=min_length, pack=pack
+        )
         self.storage = EpisodeStorage(self.path, capacity, pin_memory=self.device.type == "cuda")
         self._writer = EpisodeWriter()
         self.buffer = ReplayBuffer(

@@ -17,6 +17,7 @@ Strategies, for an episode of ``L`` frames and a window of ``T``::
 
 With ``prioritize_ends`` and a ``min_length`` below T a row may be shorter than T; it is then filled
 with further windows, and each of them starts with ``is_first``. What does not fit is cut off.
+With ``pack`` episodes shorter than m are drawn too: whole, m being their length for them.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class WindowSampler(StatefulSampler):
         strategy: see the module docstring.
         seed: seed of the generator.
         min_length, max_length: for ``prioritize_ends`` only; both default to ``length``.
+        pack: for ``prioritize_ends`` only: draw shorter episodes too, of two frames at least, and
+            pack them into rows. The official replay leaves them out.
         rank, world_size: this process's share of one global stream. Row ``k`` of the stream goes to
             process ``k % world_size``, so processes with the same seed never share a row.
 
@@ -93,15 +96,17 @@ class WindowSampler(StatefulSampler):
         seed: int = 0,
         min_length: int | None = None,
         max_length: int | None = None,
+        pack: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         check_choice("strategy", strategy, get_args(Strategy))
         if length < 1:
             raise ValueError(f"window length {length} must be at least 1 frame")
-        if strategy != "prioritize_ends" and (min_length is not None or max_length is not None):
+        given = min_length is not None or max_length is not None or pack
+        if strategy != "prioritize_ends" and given:
             raise ValueError(
-                f"min_length and max_length belong to prioritize_ends, not to {strategy!r}"
+                f"min_length, max_length and pack belong to prioritize_ends, not to {strategy!r}"
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} must lie in 0..{world_size - 1} (world_size - 1)")
@@ -113,6 +118,7 @@ class WindowSampler(StatefulSampler):
             raise ValueError(
                 f"min_length={self.min_length} must lie in 1..max_length={self.max_length}"
             )
+        self.pack = pack
         self.rank, self.world_size = rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
         self._shuffler = torch.Generator()
@@ -155,6 +161,7 @@ class WindowSampler(StatefulSampler):
         self._starts, self._capacity = starts, capacity
         self._cumulative = weights.cumsum(0)
         self._eligible = weights.nonzero().squeeze(-1)
+        self._short = bool((lengths[self._eligible] < self.length).any())
         if self._order is not None and len(self._order) != len(self._eligible):
             self._order = self._order_rng = None  # other episodes: the epoch begins anew
 
@@ -167,7 +174,7 @@ class WindowSampler(StatefulSampler):
     @property
     def shortest(self) -> int:
         """Frames that an episode needs to be drawn from."""
-        return min(self.length, self.min_length)
+        return 2 if self.pack else min(self.length, self.min_length)
 
     @property
     def num_eligible(self) -> int:
@@ -249,7 +256,7 @@ class WindowSampler(StatefulSampler):
         return self._eligible[torch.randperm(len(self._eligible), generator=self._shuffler)]
 
     def _draw_prioritized(self, rows: int) -> Windows:
-        if self.min_length >= self.length:  # one window fills a row
+        if self.min_length >= self.length and not self._short:  # one window fills a row
             windows = self._prioritized(rows)
             frames = windows[2].clamp(max=self.length)
             return Windows(windows[0], windows[1], frames, torch.arange(rows) * self.length)
@@ -270,10 +277,10 @@ class WindowSampler(StatefulSampler):
         episode = self._weighted(count)
         total = self._lengths[episode]
         frames = total.clamp(max=self.max_length)
-        frames = frames - self._uniform(torch.full((count,), self.min_length))
-        frames = frames.clamp(min=self.min_length)
+        least = total.clamp(max=self.min_length)
+        frames = torch.maximum(frames - self._uniform(least), least)
         last = total - frames
-        start = torch.minimum(self._uniform(last + 1 + self.min_length), last)
+        start = torch.minimum(self._uniform(last + 1 + least), last)
         return episode, start, frames
 
     def _own_rows(self, windows: Windows, rows: int) -> Windows:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import gymnasium
 import torch
 from torchrl.envs import (
     ActionScaling,
@@ -20,10 +21,12 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
+from prelar_trl.envs.adopt import adopt, as_float32, check_env
 from prelar_trl.envs.backend import rendering_error
 from prelar_trl.envs.toy import EPISODE_STEPS, make_toy
-from prelar_trl.envs.transforms import ActionRepeat, NoSuccess
+from prelar_trl.envs.transforms import ActionRepeat
 
+Env = EnvBase | gymnasium.Env
 # Modules that import MuJoCo: loaded when asked for, as they take seconds and need OpenGL.
 _FAMILIES = {
     "metaworld": ("prelar_trl.envs.metaworld", "make_metaworld"),
@@ -33,7 +36,7 @@ _FAMILIES = {
 
 
 def make_env(
-    name_or_env: str | EnvBase | Callable[[], EnvBase],
+    name_or_env: str | Env | Callable[[], Env],
     *,
     seed: int = 0,
     pixels: int | None = 64,
@@ -45,26 +48,32 @@ def make_env(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> EnvBase:
-    """Build an environment from its name, or give a TorchRL environment the same form.
+    """Build an environment from its name, or give one of TorchRL or gymnasium the same form.
 
     Whatever the environment, a reset gives at the root, and a step under ``next``:
 
     - ``pixels``: uint8 [3, pixels, pixels]
     - ``is_first``: bool [1], the first frame of an episode
-    - ``success``: bool [1], False where the environment does not know success
+    - ``success``: bool [1], of gymnasium environments ``info["success"]`` or ``["is_success"]``;
+      False where the environment does not know success
     - ``state``: float32 [S], the simulator's state, never read by an agent (where there is one)
     - ``step_count`` int64 [1] and ``episode_reward`` float32 [1], since the reset
     - after a step also ``reward`` float32 [1] and ``done``, ``terminated``, ``truncated`` bool [1]
 
-    It takes ``action``, float32 [A] in [-1, 1], stretched to the environment's own bounds.
+    It takes ``action``, float32 [A] in [-1, 1], stretched to the environment's own bounds. What
+    the environment calls float64 becomes float32. An environment with a batch size keeps it, as
+    leading dimensions of all of these.
 
     Args:
         name_or_env: ``metaworld/<task>``, ``gym/<id>``, ``dm_control/<domain>/<task>``, ``toy``,
-            ``toy/shifted`` (other colors, a textured background), a TorchRL environment that gives
-            ``pixels``, or a function that makes one.
+            ``toy/shifted`` (other colors, a textured background), an environment of TorchRL or
+            gymnasium, or a function that makes one. Its picture is the observation ``pixels``, or
+            the only one that looks like a picture, or (gymnasium) comes from MuJoCo or
+            ``render()``; :mod:`prelar_trl.envs.pictures` says what is read.
         seed: of the initial states; worker ``i`` gets ``seed + i``.
         pixels: height and width of the picture; ``None`` leaves the picture out (much faster).
-        camera: a camera of the simulation. Default: ``corner`` in Meta-world, else the first.
+        camera: a camera of the simulation, or the name of one of several pictures among the
+            observations. Default: ``corner`` in Meta-world, else the first camera.
         render_quality: ``fast`` or ``full`` (docs/rendering.md shows both).
         action_repeat: apply each action this many times; rewards are summed, success is any.
         max_steps: truncate episodes after this many steps, counted after ``action_repeat``.
@@ -74,7 +83,8 @@ def make_env(
         **kwargs: passed on to ``gymnasium.make`` or ``dm_control.suite.load``.
 
     Raises:
-        ValueError: unknown name, camera, quality, or an environment without what is needed.
+        ValueError: unknown name, camera, quality, or an environment without what is needed:
+            a picture, one vector of bounded continuous actions, one reward.
         ImportError: an optional package is missing.
         RuntimeError: this machine cannot draw MuJoCo's pictures.
     """
@@ -92,7 +102,7 @@ def make_env(
     )
     if num_workers == 1:
         return build(seed=seed).to(device)
-    if isinstance(name_or_env, EnvBase):
+    if not isinstance(name_or_env, str) and _is_env(name_or_env):
         raise ValueError("num_workers > 1 needs a function that makes the environment, not one env")
     seeds = [{"seed": seed + worker} for worker in range(num_workers)]
     # Not TorchRL's default, which takes num_workers threads away from this process for good: its
@@ -104,7 +114,7 @@ def make_env(
 
 
 def _make_one(
-    name_or_env: str | EnvBase | Callable[[], EnvBase],
+    name_or_env: str | Env | Callable[[], Env],
     *,
     seed: int,
     pixels: int | None,
@@ -114,16 +124,18 @@ def _make_one(
     max_steps: int | None,
     **kwargs: Any,
 ) -> EnvBase:
+    view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
     if isinstance(name_or_env, str):
-        view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
         base, transforms = _from_name(name_or_env, **view, **kwargs)
         if name_or_env.partition("/")[0] == "toy":
             max_steps = max_steps or EPISODE_STEPS
     else:
-        env = name_or_env if isinstance(name_or_env, EnvBase) else name_or_env()
-        base, transforms = _adopt(env, pixels)
+        base, transforms = _from_object(name_or_env, **view)
     repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
     env = TransformedEnv(base, Compose(*repeat, *transforms))
+    for cast in as_float32(env):
+        env.append_transform(cast)
+    check_env(env)
     space = env.action_spec.space
     if (space.low != -1).any() or (space.high != 1).any():
         env.append_transform(ActionScaling())
@@ -143,7 +155,7 @@ def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
     if family not in _FAMILIES or not rest:
         raise ValueError(
             f"unknown environment {name!r}; write metaworld/<task>, gym/<id>, "
-            "dm_control/<domain>/<task> or toy, or give a TorchRL environment"
+            "dm_control/<domain>/<task> or toy, or give an environment"
         )
     module, function = _FAMILIES[family]
     try:
@@ -155,20 +167,21 @@ def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
     return make(rest, **options)
 
 
-def _adopt(env: EnvBase, pixels: int | None) -> tuple[EnvBase, list[Transform]]:
-    """Check a user's own environment; the transforms add what it lacks."""
-    keys = [str(key) for key in env.observation_spec.keys(True, True)]
-    if pixels is not None:
-        if "pixels" not in keys:
-            given = ", ".join(keys) or "nothing"
-            raise ValueError(f"the environment gives no 'pixels', only {given}")
-        spec, expected = env.observation_spec["pixels"], (*env.batch_size, 3, pixels, pixels)
-        if spec.dtype != torch.uint8 or spec.shape != expected:
-            raise ValueError(
-                f"pixels must be uint8 {list(expected)}, channels first; the environment gives "
-                f"{spec.dtype} {list(spec.shape)}"
-            )
-    transforms = [] if "success" in keys else [NoSuccess()]
-    if isinstance(env, TransformedEnv):  # taken apart, so that the action repeat comes first
-        return env.base_env, [env.transform.clone(), *transforms]
-    return env, transforms
+def _from_object(
+    env: Any, *, pixels: int | None, camera: str | None, render_quality: str
+) -> tuple[EnvBase, list[Transform]]:
+    """A user's own environment, or the one that a user's function makes."""
+    if not _is_env(env):
+        env = env()
+    if isinstance(env, EnvBase):
+        return adopt(env, pixels=pixels, camera=camera)
+    if not isinstance(env, gymnasium.Env):
+        raise ValueError(
+            f"an environment of TorchRL or gymnasium is needed, got {type(env).__name__}"
+        )
+    wrap = importlib.import_module("prelar_trl.envs.wrappers").wrap_gym
+    return wrap(env, pixels=pixels, camera=camera, render_quality=render_quality)
+
+
+def _is_env(candidate: Any) -> bool:
+    return isinstance(candidate, EnvBase | gymnasium.Env) or not callable(candidate)

@@ -99,5 +99,5 @@ def make_metaworld(
             quality=render_quality,
             flip=view in _UPSIDE_DOWN,
         )
-        transforms.append(Pixels(draw, pixels, draw.close))
+        transforms.append(Pixels(draw, pixels, close=draw.close))
     return env, transforms

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
 import mujoco
-import numpy as np
-import torch
 from gymnasium.envs.mujoco import MujocoEnv
-from torchrl.envs import (
-    CatTensors,
-    DMControlEnv,
-    DoubleToFloat,
-    EnvBase,
-    GymWrapper,
-    Transform,
-)
+from tensordict import NestedKey
+from torchrl.envs import DMControlEnv, EnvBase, GymWrapper, Transform
 
+from prelar_trl.envs.adopt import find_pictures, pixels_transform
 from prelar_trl.envs.camera import Camera, RenderQuality
-from prelar_trl.envs.transforms import NoSuccess, Pixels, to_pixels
-
-
-class _ImageObservation(gymnasium.ObservationWrapper):
-    """Image observations, uint8 [H, W, 3], as a dict with ``pixels`` uint8 [3, size, size]."""
-
-    def __init__(self, env: gymnasium.Env, size: int) -> None:
-        super().__init__(env)
-        self._size = size
-        box = gymnasium.spaces.Box(0, 255, (3, size, size), np.uint8)
-        self.observation_space = gymnasium.spaces.Dict({"pixels": box})
-
-    def observation(self, observation: np.ndarray) -> dict[str, np.ndarray]:
-        return {"pixels": to_pixels(torch.from_numpy(observation), self._size).numpy()}
+from prelar_trl.envs.transforms import NoSuccess, Pixels, State, SuccessReader
 
 
 def make_gym(
@@ -45,39 +25,63 @@ def make_gym(
     render_quality: RenderQuality,
     **kwargs: Any,
 ) -> tuple[EnvBase, list[Transform]]:
-    """A gymnasium environment and the transforms that give it the project's keys.
-
-    Pictures come from the simulation (MuJoCo environments), from image observations, or from
-    ``render()``, averaged over areas to the asked size. ``kwargs`` go to ``gymnasium.make``.
-    """
+    """A gymnasium environment by its id; ``kwargs`` go to ``gymnasium.make``. See `wrap_gym`."""
+    mode = {} if pixels is None else {"render_mode": "rgb_array"}
     try:
-        env = gymnasium.make(name, render_mode=None if pixels is None else "rgb_array", **kwargs)
+        try:
+            env = gymnasium.make(name, **mode, **kwargs)
+        except TypeError as error:  # it knows no render modes: its observations may be pictures
+            if not mode or "render_mode" not in str(error):
+                raise
+            env = gymnasium.make(name, **kwargs)
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"gym/{name} needs another package: {error}") from error
     except gymnasium.error.Error as error:
         raise ValueError(f"gymnasium cannot make {name!r}: {error}") from error
-    simulation, space = env.unwrapped, env.observation_space
-    if not isinstance(env.action_space, gymnasium.spaces.Box):
-        raise ValueError(f"gym/{name} has actions {env.action_space}; only continuous ones work")
-    if camera is not None and not isinstance(simulation, MujocoEnv):
-        raise ValueError(f"gym/{name} has no cameras to choose from, got camera={camera!r}")
+    view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
+    return wrap_gym(env, f"gym/{name}", **view)
 
-    if space.shape is not None and len(space.shape) == 3 and space.dtype == np.uint8:
-        return GymWrapper(_ImageObservation(env, pixels or space.shape[0])), [NoSuccess()]
-    base = GymWrapper(env)
-    transforms = [*_state(base), NoSuccess()]
-    if pixels is not None and isinstance(simulation, MujocoEnv):
-        transforms.append(
-            _camera(simulation.model, simulation.data, camera, pixels, render_quality)
-        )
-    elif pixels is not None:
-        try:
-            env.reset()
-            env.render()
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise ImportError(f"gym/{name} needs another package: {error}") from error
-        transforms.append(Pixels(partial(_rendered, env, pixels), pixels))
-    return base, transforms
+
+def wrap_gym(
+    env: gymnasium.Env,
+    name: str | None = None,
+    *,
+    pixels: int | None,
+    camera: str | None,
+    render_quality: RenderQuality,
+) -> tuple[EnvBase, list[Transform]]:
+    """A gymnasium environment and the transforms that give it the project's keys.
+
+    Pictures come from observations, else from the simulation (MuJoCo environments), else from
+    ``render()``. The other observations become ``state``. ``success`` is read from ``info``.
+    """
+    name = name or type(env.unwrapped).__name__
+    if not isinstance(env.action_space, gymnasium.spaces.Box):
+        raise ValueError(f"{name} has actions {env.action_space}; only continuous ones work")
+    simulation, base = env.unwrapped, GymWrapper(env)
+    pictures = find_pictures(base)
+    if camera is not None and not pictures and not isinstance(simulation, MujocoEnv):
+        raise ValueError(f"{name} has no cameras to choose from, got camera={camera!r}")
+    transforms: list[Transform] = []
+    if pixels is not None and pictures:
+        transforms += pixels_transform(base, pixels, camera)
+        used = transforms[0].in_keys[0] if transforms else "pixels"
+        transforms.append(_state(base, [key for key in pictures if key != used], [used]))
+    else:
+        transforms.append(_state(base, pictures))
+    base.set_info_dict_reader(SuccessReader())
+    if pixels is None or pictures:
+        return base, transforms
+    if isinstance(simulation, MujocoEnv):
+        view = (simulation.model, simulation.data, camera, pixels, render_quality)
+        return base, [*transforms, _camera(*view)]
+    picture = Pixels(env.render, pixels, source=f"render() of {name}")
+    try:
+        env.reset()
+        picture.draw()
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ImportError(f"{name} needs another package: {error}") from error
+    return base, [*transforms, picture]
 
 
 def make_dm_control(
@@ -99,11 +103,7 @@ def make_dm_control(
     if name.count("/") != 1:
         raise ValueError(f"write dm_control/<domain>/<task>, got dm_control/{name}")
     env = DMControlEnv(*name.split("/"), **kwargs)
-    transforms = [
-        DoubleToFloat(in_keys=["reward"], in_keys_inv=["action"]),
-        *_state(env),
-        NoSuccess(),
-    ]
+    transforms: list[Transform] = [_state(env), NoSuccess()]
     if pixels is not None:
         physics = env.physics
         transforms.append(
@@ -112,14 +112,11 @@ def make_dm_control(
     return env, transforms
 
 
-def _state(env: EnvBase) -> list[Transform]:
-    """Gather all observations in ``state``, float32 [S]."""
+def _state(env: EnvBase, drop: Sequence[NestedKey] = (), keep: Sequence[NestedKey] = ()) -> State:
+    """Gather the observations that are numbers in ``state``, float32 [S], those of ``keep`` not."""
     specs = dict(env.observation_spec.items(True, True))
-    doubles = [key for key, spec in specs.items() if spec.dtype == torch.float64]
-    return [
-        DoubleToFloat(in_keys=doubles),
-        CatTensors(list(specs), "state", unsqueeze_if_oor=True),
-    ]
+    drop = [*drop, *(key for key, spec in specs.items() if spec.dtype is None)]
+    return State([key for key in specs if key not in drop and key not in keep], drop)
 
 
 def _camera(
@@ -130,8 +127,4 @@ def _camera(
     quality: RenderQuality,
 ) -> Pixels:
     draw = Camera(model, data, camera=camera, size=size, quality=quality)
-    return Pixels(draw, size, draw.close)
-
-
-def _rendered(env: gymnasium.Env, size: int) -> torch.Tensor:
-    return to_pixels(torch.from_numpy(np.ascontiguousarray(env.render())), size)
+    return Pixels(draw, size, close=draw.close)

@@ -22,6 +22,7 @@ __all__ = [
     "TruncatedNormal",
     "to_float32",
     "categorical_kl",
+    "check_equal_shapes",
     "gaussian_kl",
 ]
 
@@ -40,6 +41,7 @@ def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         ``[...]``, in nats, computed in float32 (or float64).
     """
+    check_equal_shapes(p=p, q=q)
     log_p, log_q = to_float32(p).log_softmax(-1), to_float32(q).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
@@ -53,10 +55,18 @@ def gaussian_kl(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         ``[...]``, in nats, computed in float32 (or float64).
     """
+    check_equal_shapes(p=p, q=q)
     (mean_p, std_p), (mean_q, std_q) = (to_float32(x).unbind(-1) for x in (p, q))
     ratio = (std_p / std_q).square()
     distance = ((mean_p - mean_q) / std_q).square()
     return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+
+
+def check_equal_shapes(**tensors: Tensor) -> None:
+    """Raise ValueError where the shapes differ: they would broadcast silently, or are empty."""
+    if len({x.shape for x in tensors.values()}) > 1 or not all(x.numel() for x in tensors.values()):
+        given = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
+        raise ValueError(f"{given}: the shapes must be equal, and not empty")
 
 
 class Categorical:

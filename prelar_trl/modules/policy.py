@@ -10,12 +10,15 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
+from torchrl.envs.utils import ExplorationType, exploration_type
 
 from prelar_trl.modules.heads import Actor
 from prelar_trl.modules.rssm import State
 from prelar_trl.modules.world_model import WorldModel
 
 __all__ = ["WorldModelPolicy"]
+
+_GREEDY = (ExplorationType.DETERMINISTIC, ExplorationType.MODE)
 
 
 class WorldModelPolicy(TensorDictModuleBase):
@@ -27,8 +30,9 @@ class WorldModelPolicy(TensorDictModuleBase):
 
     Args:
         world_model, actor: the networks.
-        mode: ``"sample"`` draws the action, ``"mode"`` takes its mode (evaluation). Latents are
-            drawn in both.
+        mode: ``"sample"`` draws the action, unless TorchRL's exploration type is set to
+            ``DETERMINISTIC`` or ``MODE``; ``"mode"`` takes its mode (evaluation). Latents are drawn
+            in both.
     """
 
     def __init__(
@@ -79,7 +83,8 @@ class WorldModelPolicy(TensorDictModuleBase):
         out = model.observe(embed, self._code(history), is_first, state, lower)[:, 0]
 
         policy = self.actor(out["feat"])
-        action = policy.rsample(self.mode == "sample")
+        greedy = self.mode == "mode" or exploration_type() in _GREEDY
+        action = policy.rsample(not greedy)
         new = {
             "stoch": out["stoch"],
             "deter": out["deter"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tensordict import TensorDict, TensorDictBase
@@ -32,17 +32,38 @@ class LambdaTarget(nn.Module):
         lmbda: lambda. Default: 0.95.
     """
 
+    @dataclass
+    class _AcceptedKeys:
+        """Imagined trajectories ``[N, H+1]``, see :meth:`WorldModel.imagine`."""
+
+        feat: NestedKey = "feat"
+        reward: NestedKey = "reward"
+        discount: NestedKey = "discount"
+        value: NestedKey = "value"
+        value_target: NestedKey = "value_target"
+
     def __init__(self, critic: nn.Module, lmbda: float = 0.95) -> None:
         super().__init__()
         if not 0 <= lmbda <= 1:
             raise ValueError(f"lmbda={lmbda} must lie in [0, 1]")
         self.critic, self.lmbda = critic, lmbda
+        self.tensor_keys = self._AcceptedKeys()
+
+    def set_keys(self, **keys: NestedKey) -> None:
+        """Rename ``feat, reward, discount``, which are read, or ``value, value_target``.
+
+        Raises:
+            TypeError: another name.
+        """
+        self.tensor_keys = replace(self.tensor_keys, **keys)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads ``feat, reward, discount``, ``[N, H+1, ...]``; adds ``value, value_target``."""
-        value = self.critic(tensordict["feat"])
-        target = lambda_return(tensordict["reward"], value, tensordict["discount"], self.lmbda)
-        return tensordict.copy().update({"value": value, "value_target": target})
+        keys = self.tensor_keys
+        value = self.critic(tensordict[keys.feat])
+        reward, discount = tensordict[keys.reward], tensordict[keys.discount]
+        target = lambda_return(reward, value, discount, self.lmbda)
+        return tensordict.copy().set(keys.value, value).set(keys.value_target, target)
 
 
 class ActorLoss(LossModule):

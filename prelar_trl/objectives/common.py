@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import torch
-from tensordict import TensorDict
+from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
-__all__ = ["check_weights", "loss_keys", "total_loss", "weighted"]
+__all__ = ["check_entry", "check_weights", "loss_keys", "total_loss", "weighted"]
 
 
 def check_weights(weights: Mapping[str, float], terms: Iterable[str]) -> dict[str, float]:
@@ -22,6 +23,17 @@ def check_weights(weights: Mapping[str, float], terms: Iterable[str]) -> dict[st
         if name not in terms:
             raise ValueError(f"unknown loss weight {name!r}; the terms are {', '.join(terms)}")
     return {name: float(weights[name]) for name in terms if name in weights}
+
+
+def check_entry(
+    key: NestedKey, value: Tensor, dtype: Literal["bool", "float"], batch: Sequence[int]
+) -> None:
+    """Raise TypeError, or ValueError for the shape, where an entry is not ``dtype [*batch, 1]``."""
+    given = f"{key} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if value.dtype != torch.bool if dtype == "bool" else not value.is_floating_point():
+        raise TypeError(f"{given}; it must be {dtype}")
+    if value.shape != (*batch, 1) or not value.numel():
+        raise ValueError(f"{given}; its shape must be {[*batch, 1]}, and not empty")
 
 
 def loss_keys(weights: Mapping[str, float]) -> list[str]:

@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prelar_trl.modules.distributions import categorical_kl, gaussian_kl, to_float32
+from prelar_trl.modules.distributions import (
+    categorical_kl,
+    check_equal_shapes,
+    gaussian_kl,
+    to_float32,
+)
 from prelar_trl.types import ConsistencyMode
 
 __all__ = [
@@ -34,6 +39,7 @@ def gaussian_nll(mean: Tensor, target: Tensor, event_dims: int = 1) -> Tensor:
 
     ``(target - mean)^2 / 2``, summed over the last ``event_dims`` dimensions, in float32.
     """
+    check_equal_shapes(mean=mean, target=target)
     mean, target = to_float32(mean), to_float32(target)
     error = F.mse_loss(mean, target, reduction="none")
     return 0.5 * (error.flatten(-event_dims).sum(-1) if event_dims else error)
@@ -62,6 +68,7 @@ def balanced_kl(
     Returns:
         Scalar, in nats.
     """
+    check_equal_shapes(posterior=posterior, prior=prior)
     to_prior = kl(posterior.detach(), prior)
     to_posterior = kl(posterior, prior.detach())
     if free_avg:
@@ -83,6 +90,7 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lmbda: float 
     Returns:
         ``[N, H+1, ...]``; the last entry is the last value.
     """
+    check_equal_shapes(reward=reward, value=value, discount=discount)
     one_step = reward[:, :-1] + discount[:, :-1] * (1 - lmbda) * value[:, 1:]
     decay = lmbda * discount[:, :-1]
     targets = [value[:, -1]]
@@ -122,6 +130,7 @@ def action_state_consistency(
     """
     if p.dim() != 1 or p.shape != q.shape:
         raise ValueError(f"p {tuple(p.shape)} and q {tuple(q.shape)} must both have shape [N]")
+    _check_temperature(temperature)
     p, q = to_float32(p.detach()), to_float32(q)
     p_difference, q_difference = p[:, None] - p, q[:, None] - q  # [N, N]
     match mode:
@@ -170,11 +179,14 @@ def action_contrast(kl: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """
     if kl.dim() != 2 or kl.shape[1] < 2:
         raise ValueError(f"kl has shape {tuple(kl.shape)}; it must be [N, 1+K] with K >= 1")
+    _check_temperature(temperature)
     return -(-to_float32(kl) / temperature).log_softmax(-1)[:, 0].mean()
 
 
 def sliding_mean(x: Tensor, window: int) -> Tensor:
     """Mean of each ``window`` steps along dimension 1: ``[B, T, E]`` -> ``[B, T-w+1, E]``."""
+    if window < 1:
+        raise ValueError(f"window={window} must be at least 1")
     if x.shape[1] < window:
         raise ValueError(f"sequences of {x.shape[1]} steps are shorter than the window of {window}")
     return x.unfold(1, window, 1).mean(-1)
@@ -193,6 +205,8 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
     Returns:
         ``[N]``.
     """
+    if k < 1:
+        raise ValueError(f"k={k} must be at least 1")
     # A matrix product instead of differences; in float64, or a point is far from itself. Not zero,
     # where the root has no gradient.
     a, b = x.double(), memory.double()
@@ -206,3 +220,8 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
     nearest = distance.topk(min(k, memory.shape[0]), largest=False).values  # [N, k]
     found = nearest.isfinite()
     return nearest.where(found, 0.0).sum(-1) / found.sum(-1).clamp_min(1)
+
+
+def _check_temperature(temperature: float | Tensor) -> None:
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from prelar_trl.modules.world_model import normalize_pixels
-from prelar_trl.objectives.common import check_weights, loss_keys, weighted
+from prelar_trl.objectives.common import check_entry, check_weights, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
 from prelar_trl.objectives.video_bonus import VideoBonus
@@ -28,6 +28,10 @@ class WorldModelLoss(LossModule):
     (negative log-likelihoods, mean over B and T), ``kl`` (balanced), ``af_kl`` (of the lower RSSM
     of a stack) and the terms of a :class:`LatentActionLoss`. Source: DreamerV2 section 2, APV
     section 3, PreLAR section 3.
+
+    A batch is one of frames: ``action`` and ``reward`` at time t are those that led to frame t.
+    TorchRL's collectors and ``env.rollout`` give steps, where they leave from it:
+    :func:`prelar_trl.data.to_frames` turns steps into frames.
 
     Args:
         world_model: any TensorDictModule that writes the keys below from a batch ``[B, T]``.
@@ -46,7 +50,9 @@ class WorldModelLoss(LossModule):
     ``deter``, batch ``[B, T]``) from which imagination starts.
 
     Raises (forward):
-        TypeError: ``pixels``, the target of ``image``, are not uint8.
+        TypeError: ``pixels``, the target of ``image``, are not uint8; ``is_first`` or
+            ``terminated`` are not bool, ``reward`` is not floating point.
+        ValueError: one of the latter has another shape than ``[B, T, 1]``, or is empty.
     """
 
     @dataclass
@@ -123,7 +129,15 @@ class WorldModelLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
+        if "is_first" in self.world_model.in_keys:
+            first = tensordict["is_first"]
+            check_entry("is_first", first, "bool", first.shape[:2])
         out = self.world_model(tensordict.copy())
+        batch = out[keys.stoch].shape[:2]
+        if "reward" in self.weights or "aux_reward" in self.weights:
+            check_entry(keys.reward, out[keys.reward], "float", batch)
+        if "discount" in self.weights:
+            check_entry(keys.terminated, out[keys.terminated], "bool", batch)
         values: dict[str, Tensor] = {}
         for name, prefix in (("kl", ""), ("af_kl", "lower_")):
             if name in self.weights:

@@ -1,0 +1,55 @@
+"""From TorchRL's layout of a trajectory to the one that the losses read."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+__all__ = ["to_frames"]
+
+
+def to_frames(steps: TensorDictBase) -> TensorDict:
+    """Steps ``(x_t, a_t, next)`` as frames, each with the action and reward that led to it.
+
+    ::
+
+        steps       0      1      2           frames        0      1      2      3
+        pixels      x0     x1     x2          pixels        x0     x1     x2     x3
+        action      a0     a1     a2          action        0      a0     a1     a2
+        next:                                 reward        0      r1     r2     r3
+          pixels    x1     x2     x3          is_first      1      0      0      0
+          reward    r1     r2     r3          terminated    0      0      0      d3
+          terminated 0     0      d3
+
+    Args:
+        steps: ``[..., L]``, time last: one episode each, or a part of one, as ``env.rollout``
+            gives it. ``pixels``, ``action``, ``next`` with ``pixels``, ``reward`` and (else False)
+            ``terminated``, ``done``.
+
+    Returns:
+        ``[..., L+1]``: ``pixels``, ``action``, ``reward``, ``is_first``, ``terminated``: what
+        :class:`prelar_trl.objectives.WorldModelLoss` reads as ``[B, T]``. The input is not changed.
+
+    Raises:
+        ValueError: an episode ends before the last step; cut there first.
+    """
+    time, following = steps.ndim - 1, steps["next"]
+    shape = (*steps.shape, 1)
+    no = torch.zeros(shape, dtype=torch.bool, device=following["reward"].device)
+    done = following.get("done", no).reshape(shape)
+    if done.narrow(time, 0, shape[time] - 1).any():
+        raise ValueError("an episode ends within the steps: cut them after each done")
+    after = TensorDict(
+        {
+            "pixels": following["pixels"],
+            "action": steps["action"],
+            "reward": following["reward"].reshape(shape),
+            "is_first": no,
+            "terminated": following.get("terminated", no).reshape(shape),
+        },
+        batch_size=steps.shape,
+    )
+    before = torch.zeros_like(after.narrow(time, 0, 1))
+    before["pixels"] = steps["pixels"].narrow(time, 0, 1)
+    before["is_first"] = torch.ones_like(before["is_first"])
+    return torch.cat([before, after], time)

@@ -1,0 +1,64 @@
+"""Environments for the recipes, from make_env or from any function that makes one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torchrl.envs import EnvBase
+
+from prelar_trl.envs import make_env
+
+KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward"}
+
+
+def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any) -> EnvBase:
+    """Call a factory and give what it makes the form of :func:`prelar_trl.envs.make_env`.
+
+    A factory whose first argument has no default is called as make_env is: with the name and the
+    options that it takes. Any other, such as ``lambda: MyEnv()``, ``MyEnv`` or
+    ``partial(make_env, "toy")``, gets those of the options that are set and that it names. What it
+    does not take (``action_repeat``, ``max_steps``, ``num_workers``, ...) make_env does.
+
+    Args:
+        env_factory: gives an environment of TorchRL or gymnasium.
+        name: the ``env`` of the configuration.
+        **options: make_env's; ``seed`` and ``num_workers`` among them.
+    """
+    parameters = _parameters(env_factory)
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    first = parameters[0] if parameters else None
+    takes_name = (
+        first is not None
+        and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+        and first.default is first.empty
+        and first.name not in options
+    )
+    if takes_name:
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        taken = {key: x for key, x in options.items() if anything or key in named}
+        make = partial(env_factory, name, **taken)
+    else:
+        required = {p.name for p in parameters if p.default is p.empty}
+        taken = {
+            key: x
+            for key, x in options.items()
+            if key in named and (x is not None or key in required)
+        }
+        make = partial(env_factory, **taken)
+    left = {key: x for key, x in options.items() if key not in taken and x is not None}
+    if "num_workers" not in taken:
+        return make_env(make, **{"seed": options["seed"], **left})
+    env = make()
+    if not left and isinstance(env, EnvBase) and KEYS <= {*env.observation_spec.keys()}:
+        return env
+    return make_env(env, **{"seed": options["seed"], **left})
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """A class's are those of its constructor: TorchRL's metaclass hides them."""
+    if inspect.isclass(function):
+        return list(inspect.signature(function.__init__).parameters.values())[1:]
+    return list(inspect.signature(function).parameters.values())
