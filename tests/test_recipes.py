@@ -23,7 +23,7 @@ from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, SerialEnv
 
 from prelar_trl.config import METHODS
-from prelar_trl.data import EpisodeReplay
+from prelar_trl.data import ClipStore, EpisodeReplay
 from prelar_trl.envs import make_env
 from prelar_trl.envs.toy import ToyEnv
 from prelar_trl.recipes import finetune as finetune_recipe
@@ -254,12 +254,12 @@ def test_each_evaluation_starts_from_the_same_states(tmp_path, monkeypatch):
     starts = []
     real = finetune_recipe.play
 
-    def play(env, policy, episodes):
+    def play(env, policy, episodes, **options):
         def note(td):
             starts.extend(td["state"][td["is_first"].squeeze(-1)].tolist())
             return policy(td)
 
-        return real(env, note, episodes)
+        return real(env, note, episodes, **options)
 
     monkeypatch.setattr(finetune_recipe, "play", play)
     cfg = finetune_config(tmp_path / "a", eval_every=30, eval_episodes=3)
@@ -272,7 +272,14 @@ def test_finetuning_in_several_environments_at_once(tmp_path):
     finetune(finetune_config(tmp_path / "a"), env_factory=two_at_once)
     episodes = [int(row["step"]) for row in rows(tmp_path / "a") if row["train/return"]]
     assert episodes == [20, 20, 40, 40, 60, 60]
-    assert checkpoint(tmp_path / "a")["replay"]["end"] == 6
+    assert replayed(tmp_path / "a") == (6, 66)
+
+
+def replayed(run):
+    """Episodes by the checkpoint, and frames in the replay's folder."""
+    store = ClipStore(run / "replay")
+    assert len(store) == checkpoint(run)["replay"]["end"]
+    return len(store), store.num_frames
 
 
 def two_at_once(name, *, seed, num_workers, **options):
@@ -354,11 +361,13 @@ def test_interrupted_finetuning_continues_with_replay_and_counters(tmp_path, mon
         with pytest.raises(SystemExit, match="stopped after 40 steps.*resume=true"):
             finetune(cfg)
     state = checkpoint(run)
-    assert (state["step"], state["model_update"]["count"], state["replay"]["end"]) == (40, 3, 4)
+    assert (state["step"], state["model_update"]["count"]) == (40, 3)
+    assert replayed(run) == (4, 44)
     cfg.resume = True
     finetune(cfg)
     state = checkpoint(run)
-    assert (state["step"], state["model_update"]["count"], state["replay"]["end"]) == (60, 5, 6)
+    assert (state["step"], state["model_update"]["count"]) == (60, 5)
+    assert replayed(run) == (6, 66)
     assert state["behavior_update"]["count"] == 5
     episodes = [int(row["step"]) for row in rows(run) if row["train/return"]]
     assert episodes == [10, 20, 30, 40, 50, 60]
@@ -518,7 +527,7 @@ def test_action_repeat_counts_the_simulators_steps(tmp_path):
     finetune(finetune_config(tmp_path / "a", action_repeat=2, eval_episodes=0))
     episodes = [int(row["step"]) for row in rows(tmp_path / "a") if row["train/return"]]
     assert episodes == [20, 40, 60]
-    assert checkpoint(tmp_path / "a")["replay"]["end"] == 3  # episodes
+    assert replayed(tmp_path / "a") == (3, 33)
 
 
 def test_half_precision(clips, tmp_path):
