@@ -348,7 +348,7 @@ def test_flow_is_a_second_stream_of_the_store(tmp_path) -> None:
         ({"kind": "films"}, "kind='films' is unknown"),
         ({"resize": "stretch"}, "resize='stretch' is unknown"),
         ({"stride": 0}, "stride=0"),
-        ({"pixels": 4}, "size=4"),
+        ({"pixels": 4}, "pixels=4 must be at least 8"),
         ({"max_frames": 0}, "max_frames=0"),
         ({"export_as": "zip"}, "export_as='zip' is unknown"),
         ({"min_frames": 0}, "min_frames=0"),
