@@ -37,7 +37,7 @@ def test_own_encoder_example_is_there() -> None:
 def test_every_recipe_named_exists_and_every_recipe_is_named() -> None:
     named = set(re.findall(r"recipes/(\w+)\.py", README))
     recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    assert named == recipes | {"schema"}
+    assert named == recipes | {"schema", "environments"}
 
 
 def test_every_method_is_explained() -> None:
