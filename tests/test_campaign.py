@@ -50,7 +50,7 @@ TRIAL = {
             "broken": {
                 "label": "B",
                 "color": "g",
-                "finetune": {"method": "dreamerv2", "batch_length": 60},
+                "finetune": {"method": "dreamerv2", "prefill": 1000},
             },
         },
     }
@@ -227,7 +227,7 @@ def test_a_run_says_what_made_it_and_names_no_place_on_this_machine(continued):
 def test_a_failed_run_does_not_stop_the_others(continued):
     assert continued.done.returncode == 1
     line = row(continued.done.stdout, "trial/finetune/broken-toy-0")
-    assert " failed " in line and "lower batch_length=60" in line
+    assert " failed " in line and "prefill=1000 leaves nothing" in line
 
 
 def test_the_report_compares_what_is_finished(continued):
@@ -255,7 +255,7 @@ def test_finished_runs_are_not_repeated_where_only_the_results_are_left(continue
 def test_a_later_commit_counts_only_when_asked_for(continued, tmp_path):
     repository = shutil.copytree(continued.repository, tmp_path / "repository", symlinks=True)
     table = repository / "benchmarks" / "suites.yaml"
-    table.write_text(table.read_text().replace("batch_length: 60", "batch_length: 5"))
+    table.write_text(table.read_text().replace("prefill: 1000", "prefill: 20"))
     git(repository, "checkout", "recipes")
     git(repository, "commit", "--quiet", "--all", "-m", "mended")
     before = contents(repository / "results" / "curves" / "trial" / "runs")
