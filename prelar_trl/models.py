@@ -17,8 +17,8 @@ from prelar_trl.modules.heads import MLP, Actor
 from prelar_trl.modules.latent_actions import LatentActions, make_latent_actions
 from prelar_trl.modules.patchnets import PatchDecoder, PatchEncoder
 from prelar_trl.modules.rssm import RSSM
-from prelar_trl.modules.world_model import WorldModel
-from prelar_trl.objectives import LatentActionLoss, VideoBonus, WorldModelLoss
+from prelar_trl.modules.world_model import RSSMWorldModel
+from prelar_trl.objectives import LatentActionLoss, RSSMWorldModelLoss, VideoBonus
 from prelar_trl.objectives.common import check_weights
 
 __all__ = [
@@ -35,7 +35,9 @@ __all__ = [
 class Agent(nn.Module):
     """World model, actor, critics and bonus of a fine-tuning run."""
 
-    def __init__(self, world_model: WorldModel, actor: Actor, critic: MLP, bonus: nn.Module | None):
+    def __init__(
+        self, world_model: RSSMWorldModel, actor: Actor, critic: MLP, bonus: nn.Module | None
+    ):
         super().__init__()
         self.world_model, self.actor, self.critic = world_model, actor, critic
         # Equal to the critic from the start; in the authors' code its first target is random.
@@ -53,7 +55,7 @@ def make_world_model(
     decoder: nn.Module | None = None,
     sample: bool = True,
     **overrides: Any,
-) -> WorldModel:
+) -> RSSMWorldModel:
     """The world model of a method.
 
     Args:
@@ -110,7 +112,7 @@ def make_world_model(
         context_encoder = ContextEncoder(**network, augmentation=s.augmentation)
     if decoder is None:
         decoder = _make_decoder(s, rssm.feat_dim, network)
-    world_model = WorldModel(
+    world_model = RSSMWorldModel(
         encoder,
         decoder,
         rssm,
@@ -169,13 +171,13 @@ def make_agent(
 def make_world_model_loss(
     method: str,
     phase: Phase,
-    world_model: WorldModel,
+    world_model: RSSMWorldModel,
     *,
     video_bonus: VideoBonus | None = None,
     weights: Mapping[str, float | None] | None = None,
     action_dim: int | None = None,
     **overrides: Any,
-) -> WorldModelLoss:
+) -> RSSMWorldModelLoss:
     """The loss of a method.
 
     Args:
@@ -192,7 +194,7 @@ def make_world_model_loss(
     if world_model.latent_action_encoder is not None:
         kind = world_model.latent_action_encoder.latent_actions
     latent_terms = LatentActionLoss.TERMS + (kind.outputs().losses if kind is not None else ())
-    check_weights(dict.fromkeys(merged, 0), (*WorldModelLoss.TERMS, *latent_terms))
+    check_weights(dict.fromkeys(merged, 0), (*RSSMWorldModelLoss.TERMS, *latent_terms))
     latent_weights = {name: merged.pop(name) for name in latent_terms if name in merged}
     merged = {name: weight for name, weight in merged.items() if weight is not None}
     for name in ("reward", "aux_reward", "discount"):
@@ -225,7 +227,7 @@ def make_world_model_loss(
             contrast_dynamics=s.contrast_dynamics,
             action_dim=action_dim,
         )
-    loss = WorldModelLoss(
+    loss = RSSMWorldModelLoss(
         world_model,
         weights=merged,
         latent=latent,
@@ -242,7 +244,7 @@ def make_world_model_loss(
     return loss
 
 
-def pretrained_modules(world_model: WorldModel) -> dict[str, nn.Module]:
+def pretrained_modules(world_model: RSSMWorldModel) -> dict[str, nn.Module]:
     """The parts that a pre-training run supplies, by their name there."""
     modules = {
         "encoder": world_model.encoder,
@@ -253,7 +255,7 @@ def pretrained_modules(world_model: WorldModel) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if module is not None}
 
 
-def load_pretrained(world_model: WorldModel, state: Mapping[str, Tensor]) -> None:
+def load_pretrained(world_model: RSSMWorldModel, state: Mapping[str, Tensor]) -> None:
     """Copy encoder, decoder and RSSM of a pre-trained world model's ``state_dict``.
 
     An action encoder that gives the same kind of latent action gets what that kind has learned.

@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from prelar_trl.modules import WorldModel
+from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.modules.actions import LatentActionEncoder
 from prelar_trl.record import psnr, ssim
 
@@ -36,7 +36,7 @@ __all__ = [
 
 @torch.no_grad()
 def openloop_quality(
-    world_model: WorldModel,
+    world_model: RSSMWorldModel,
     batch: TensorDictBase,
     context: int,
     metrics: Sequence[Callable[[Tensor, Tensor], Tensor]] = (psnr, ssim),
@@ -77,7 +77,7 @@ def openloop_quality(
 
 @torch.no_grad()
 def transfer(
-    world_model: WorldModel, source: TensorDictBase, target: TensorDictBase, context: int
+    world_model: RSSMWorldModel, source: TensorDictBase, target: TensorDictBase, context: int
 ) -> tuple[Tensor, Tensor]:
     """Imagine the target's beginning under the source's latent actions.
 
@@ -101,7 +101,7 @@ def transfer(
 
 @torch.no_grad()
 def transfer_quality(
-    world_model: WorldModel,
+    world_model: RSSMWorldModel,
     source: TensorDictBase,
     target: TensorDictBase,
     played: Tensor,
@@ -235,13 +235,15 @@ def _standardize(x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def states_before(world_model: WorldModel, batch: TensorDictBase) -> Tensor:
+def states_before(world_model: RSSMWorldModel, batch: TensorDictBase) -> Tensor:
     """Features of the posterior state before each transition, ``[B, T-1, F]``."""
     return world_model(batch.select(*world_model.in_keys))["feat"][:, :-1].float()
 
 
 @torch.no_grad()
-def action_usage(world_model: WorldModel, batch: TensorDictBase, context: int) -> dict[str, float]:
+def action_usage(
+    world_model: RSSMWorldModel, batch: TensorDictBase, context: int
+) -> dict[str, float]:
     """Does the dynamics use the latent actions? Two numbers to watch during pre-training.
 
     Args:
@@ -270,7 +272,7 @@ def action_usage(world_model: WorldModel, batch: TensorDictBase, context: int) -
 
 @torch.no_grad()
 def action_effects(
-    world_model: WorldModel, batch: TensorDictBase, exchanges: int = 4
+    world_model: RSSMWorldModel, batch: TensorDictBase, exchanges: int = 4
 ) -> dict[str, Tensor]:
     """Exchange each transition's latent action for those of other sequences: what changes?
 

@@ -15,12 +15,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
-from prelar_trl.modules.world_model import WorldModel, normalize_pixels
+from prelar_trl.modules.world_model import RSSMWorldModel, normalize_pixels
 from prelar_trl.objectives import (
     ActorLoss,
     CriticLoss,
     LambdaTarget,
-    WorldModelLoss,
+    RSSMWorldModelLoss,
     total_loss,
 )
 from prelar_trl.objectives.common import loss_keys
@@ -133,7 +133,7 @@ class WorldModelUpdate(Update):
 
     def __init__(
         self,
-        loss: WorldModelLoss,
+        loss: RSSMWorldModelLoss,
         *,
         lr: float = 3e-4,
         frozen_updates: int | None = None,
@@ -143,7 +143,7 @@ class WorldModelUpdate(Update):
     ) -> None:
         super().__init__(loss, precision, clip)
         self.loss, self.rehearsal = loss, rehearsal
-        model: WorldModel = loss.world_model
+        model: RSSMWorldModel = loss.world_model
         groups = {"model": list(loss.parameters())}
         if frozen_updates is not None:
             modules = pretrained_modules(model)
@@ -223,16 +223,16 @@ class Rehearsal(nn.Module):
     """
 
     def __init__(
-        self, loss: WorldModelLoss, inverse_model: LatentActionEncoder | None, share: float
+        self, loss: RSSMWorldModelLoss, inverse_model: LatentActionEncoder | None, share: float
     ) -> None:
         super().__init__()
-        world_model: WorldModel = loss.world_model
+        world_model: RSSMWorldModel = loss.world_model
         if not 0 < share < 1:
             raise ValueError(f"rehearse={share} must lie between 0 and 1")
         if world_model.lower_rssm is not None:
             raise ValueError(f"rehearse={share}: a stacked world model cannot rehearse video")
         self.share, self.inverse_model = share, inverse_model
-        video_model = WorldModel(
+        video_model = RSSMWorldModel(
             world_model.encoder,
             world_model.decoder,
             world_model.rssm,
@@ -241,7 +241,7 @@ class Rehearsal(nn.Module):
             context_encoder=world_model.context_encoder,
             sample=world_model.sample,
         )
-        self.loss = WorldModelLoss(
+        self.loss = RSSMWorldModelLoss(
             video_model,
             weights={name: loss.weights[name] for name in ("image", "kl") if name in loss.weights},
             latent=world_model.rssm.latent.kind,

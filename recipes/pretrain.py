@@ -24,8 +24,8 @@ from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate, compile_update
 from prelar_trl.models import make_world_model, make_world_model_loss
-from prelar_trl.modules import WorldModel
-from prelar_trl.objectives import WorldModelLoss, total_loss
+from prelar_trl.modules import RSSMWorldModel
+from prelar_trl.objectives import RSSMWorldModelLoss, total_loss
 from prelar_trl.probes import action_usage
 from prelar_trl.recipes.common import (
     CHECKPOINT,
@@ -121,7 +121,9 @@ def pretrain(cfg: PretrainConfig) -> None:
     print(f"pre-trained world model: {run.path}")
 
 
-def make_loss(cfg: PretrainConfig, world_model: WorldModel, clips: VideoClips) -> WorldModelLoss:
+def make_loss(
+    cfg: PretrainConfig, world_model: RSSMWorldModel, clips: VideoClips
+) -> RSSMWorldModelLoss:
     """The method's loss, with a term for the labels if there are any."""
     settings = overrides(cfg.loss)
     weights = dict(settings.pop("weights", {}))
@@ -145,7 +147,7 @@ class UsageGuard:
     LEAST = 0.1  # of action_usage
     CURES = "lower loss.weights.latent_kl or action_state_consistency, or use method=prelar_plus"
 
-    def __init__(self, cfg: PretrainConfig, world_model: WorldModel, batch: TensorDict) -> None:
+    def __init__(self, cfg: PretrainConfig, world_model: RSSMWorldModel, batch: TensorDict) -> None:
         self.cfg, self.world_model, self.batch = cfg, world_model, batch
         self.watches = world_model.latent_action_encoder is not None
         self.latest: dict[str, float] = {}
@@ -168,7 +170,7 @@ class UsageGuard:
 
 
 @contextmanager
-def looking(world_model: WorldModel, batch: TensorDict) -> Iterator[None]:
+def looking(world_model: RSSMWorldModel, batch: TensorDict) -> Iterator[None]:
     """Evaluation mode, and random draws that the training does not feel."""
     device = batch["pixels"].device
     world_model.eval()
@@ -177,7 +179,7 @@ def looking(world_model: WorldModel, batch: TensorDict) -> Iterator[None]:
 
 
 def open_clips(
-    cfg: PretrainConfig, world_model: WorldModel, device: torch.device
+    cfg: PretrainConfig, world_model: RSSMWorldModel, device: torch.device
 ) -> tuple[VideoClips, VideoClips]:
     """Training clips and held-out clips."""
     streams = ["pixels"] + (["flow"] if "flow" in world_model.in_keys else [])
@@ -206,7 +208,10 @@ def open_clips(
 
 
 def load_state(
-    checkpoint: dict[str, Any], world_model: WorldModel, update: WorldModelUpdate, clips: VideoClips
+    checkpoint: dict[str, Any],
+    world_model: RSSMWorldModel,
+    update: WorldModelUpdate,
+    clips: VideoClips,
 ) -> None:
     world_model.load_state_dict(checkpoint["model"])
     update.load_state_dict(checkpoint["update"])
@@ -215,7 +220,7 @@ def load_state(
 
 
 def predict(
-    world_model: WorldModel, batch: TensorDict, logger: Logger, step: int, context: int
+    world_model: RSSMWorldModel, batch: TensorDict, logger: Logger, step: int, context: int
 ) -> None:
     """Open-loop prediction on held-out clips: PSNR, a video grid and a film strip."""
     with looking(world_model, batch):

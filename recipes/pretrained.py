@@ -11,8 +11,8 @@ from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_inverse_model
-from prelar_trl.modules import WorldModel
-from prelar_trl.objectives import WorldModelLoss
+from prelar_trl.modules import RSSMWorldModel
+from prelar_trl.objectives import RSSMWorldModelLoss
 from prelar_trl.recipes.common import CHECKPOINT
 from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.record import RunFolder
@@ -51,7 +51,7 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
 
 def make_alignment(
     cfg: FinetuneConfig,
-    world_model: WorldModel,
+    world_model: RSSMWorldModel,
     pretrained: Pretrained | None,
     device: torch.device,
 ) -> Alignment | None:
@@ -73,7 +73,7 @@ def make_alignment(
 
 def make_rehearsal(
     cfg: FinetuneConfig,
-    loss: WorldModelLoss,
+    loss: RSSMWorldModelLoss,
     pretrained: Pretrained | None,
     device: torch.device,
 ) -> Rehearsal | None:

@@ -34,7 +34,7 @@ from prelar_trl.data import VideoClips
 from prelar_trl.envs import play_toy
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model
-from prelar_trl.modules import WorldModel
+from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.probes import (
     action_effects,
     frame_difference,
@@ -150,7 +150,7 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
     return result
 
 
-def make_model(checkpoint: dict[str, Any]) -> WorldModel:
+def make_model(checkpoint: dict[str, Any]) -> RSSMWorldModel:
     """A new world model like the run's, with random weights."""
     return make_world_model(
         checkpoint["method"],
@@ -162,7 +162,7 @@ def make_model(checkpoint: dict[str, Any]) -> WorldModel:
 
 
 def open_clips(
-    cfg: ProbeConfig, run: RunFolder, world_model: WorldModel, device: torch.device
+    cfg: ProbeConfig, run: RunFolder, world_model: RSSMWorldModel, device: torch.device
 ) -> tuple[VideoClips, VideoClips, int]:
     """Clips to fit linear maps on, held-out clips, and the number of frames seen."""
     chosen = {}
@@ -193,7 +193,7 @@ def draw(clips: VideoClips, count: int, with_actions: bool) -> Any:
 
 
 @torch.no_grad()
-def calibrate(untrained: WorldModel, clips: VideoClips) -> None:
+def calibrate(untrained: RSSMWorldModel, clips: VideoClips) -> None:
     """Norm layers of the random encoder get statistics, so that it is not at a disadvantage."""
     if untrained.latent_action_encoder is not None:
         untrained.train()
@@ -205,7 +205,7 @@ def calibrate(untrained: WorldModel, clips: VideoClips) -> None:
 
 @torch.no_grad()
 def features(
-    world_model: WorldModel, untrained: WorldModel, batch: TensorDict, has_actions: bool
+    world_model: RSSMWorldModel, untrained: RSSMWorldModel, batch: TensorDict, has_actions: bool
 ) -> dict[str, Tensor]:
     """What the true action (``target``) is read from, ``[B*(T-1), X]`` each."""
     if not has_actions:
@@ -258,7 +258,7 @@ def effect_rows(effects: dict[str, Tensor], run: RunFolder) -> list[Row]:
 
 
 def draw_transfers(
-    cfg: ProbeConfig, world_model: WorldModel, clips: VideoClips, run: RunFolder, context: int
+    cfg: ProbeConfig, world_model: RSSMWorldModel, clips: VideoClips, run: RunFolder, context: int
 ) -> None:
     """Latent actions of clip A applied to the first frames of clip B, as pictures."""
     a, b = clips.sample(), clips.sample()
@@ -274,7 +274,7 @@ def draw_transfers(
 
 
 def toy_transfer(
-    cfg: ProbeConfig, world_model: WorldModel, clips: VideoClips, context: int
+    cfg: ProbeConfig, world_model: RSSMWorldModel, clips: VideoClips, context: int
 ) -> list[Row]:
     """Transfer measured against the simulator, where all clips are the toy's; no rows elsewhere."""
     envs = [(store.meta.get("info") or {}).get("envs") for store in clips.stores]

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from prelar_trl.models import Agent, make_agent, make_world_model, make_world_model_loss
-from prelar_trl.objectives import WorldModelLoss
+from prelar_trl.objectives import RSSMWorldModelLoss
 
 FOLDER = Path(
     os.environ.get("PRELAR_PARITY_FIXTURES", Path(__file__).parent / "fixtures" / "parity")
@@ -135,7 +135,7 @@ class Fixture:
         model = make(self.system, *phase, action_dim=action_dim, sample=False, **self.overrides())
         return model
 
-    def loss(self, model: Any) -> WorldModelLoss:
+    def loss(self, model: Any) -> RSSMWorldModelLoss:
         config = self.config
         settings: dict[str, Any] = {
             "kl_balance": config["kl"]["balance"],

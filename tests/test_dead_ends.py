@@ -20,7 +20,7 @@ from prelar_trl.models import (
     make_world_model_loss,
     pretrained_modules,
 )
-from prelar_trl.modules import WorldModel, context
+from prelar_trl.modules import RSSMWorldModel, context
 from prelar_trl.official import load_official_checkpoint, official_name, save_official_checkpoint
 from prelar_trl.recipes.entry import settings
 from prelar_trl.recipes.finetune import finetune
@@ -47,7 +47,9 @@ def batch() -> TensorDict:
     )
 
 
-def pretrain_once(method: str, loss: dict[str, Any] | None = None, **options: Any) -> WorldModel:
+def pretrain_once(
+    method: str, loss: dict[str, Any] | None = None, **options: Any
+) -> RSSMWorldModel:
     """One update of pre-training."""
     torch.manual_seed(0)
     model = make_world_model(method, "pretrain", action_dim=0, size="tiny", **{**TINY, **options})
@@ -60,7 +62,7 @@ def pretrain_once(method: str, loss: dict[str, Any] | None = None, **options: An
 
 def finetune_once(
     method: str,
-    pretrained: WorldModel | None = None,
+    pretrained: RSSMWorldModel | None = None,
     loss: dict[str, Any] | None = None,
     behavior: dict[str, Any] | None = None,
     **options: Any,
@@ -141,13 +143,13 @@ def test_hidden_may_differ_from_deter_without_pretraining() -> None:
 @pytest.mark.parametrize("method", ["prelar", "apv", "dreamerv2"])
 def test_imagination_from_some_of_the_states(method, monkeypatch) -> None:
     seen = []
-    real = WorldModel.imagine
+    real = RSSMWorldModel.imagine
 
     def imagine(self, actor, start, *args):
         seen.append(start.shape)
         return real(self, actor, start, *args)
 
-    monkeypatch.setattr(WorldModel, "imagine", imagine)
+    monkeypatch.setattr(RSSMWorldModel, "imagine", imagine)
     finetune_once(method, behavior={"imag_batch": 5})
     assert seen == [(5,)]
 

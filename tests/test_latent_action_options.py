@@ -9,9 +9,9 @@ import torch
 from tensordict import TensorDict
 
 from prelar_trl.models import load_pretrained, make_world_model_loss
-from prelar_trl.modules import WorldModel
+from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.modules.latent_actions import DeterministicActions, GaussianActions
-from prelar_trl.objectives import LatentActionLoss, WorldModelLoss
+from prelar_trl.objectives import LatentActionLoss, RSSMWorldModelLoss
 from prelar_trl.objectives.functional import action_state_consistency
 from prelar_trl.updates import WorldModelUpdate
 from tests.tiny import batch, has_gradient, tiny_world_model
@@ -51,7 +51,7 @@ def test_warm_up_raises_the_weight_geometrically_over_training_calls() -> None:
             torch.testing.assert_close(out["latent_kl"], torch.tensor(4.0))
 
 
-def options_run() -> tuple[WorldModel, WorldModelUpdate]:
+def options_run() -> tuple[RSSMWorldModel, WorldModelUpdate]:
     torch.manual_seed(3)
     model = tiny_world_model()
     loss = make_world_model_loss(
@@ -230,7 +230,7 @@ def test_a_kind_cannot_take_the_name_of_another_loss(name: str, monkeypatch) -> 
     monkeypatch.setattr(Named, "name", name)
     with pytest.raises(ValueError, match=f"cannot name a loss of its own '{name}'"):
         own = LatentActionLoss(torch.nn.Identity(), Named(size=2), weights={})
-        WorldModelLoss(tiny_world_model(), latent_action=own)
+        RSSMWorldModelLoss(tiny_world_model(), latent_action=own)
 
 
 # ---------------------------------------------------------------- what the kind has learned

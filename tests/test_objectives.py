@@ -23,7 +23,7 @@ from prelar_trl.objectives import (
     CriticLoss,
     LambdaTarget,
     LatentActionLoss,
-    WorldModelLoss,
+    RSSMWorldModelLoss,
     functional,
     total_loss,
 )
@@ -354,13 +354,13 @@ def test_bad_settings_are_errors() -> None:
     with pytest.raises(ValueError, match="unknown loss weight 'rank'.*latent_kl"):
         LatentActionLoss(Dynamics(), weights={"rank": 1.0})
     with pytest.raises(ValueError, match="unknown loss weight 'picture'.*image"):
-        WorldModelLoss(tiny_world_model(), weights={"picture": 1.0})
+        RSSMWorldModelLoss(tiny_world_model(), weights={"picture": 1.0})
     with pytest.raises(ValueError, match="prior_std=0"):
         GaussianActions(size=2, prior_std=0)
     with pytest.raises(ValueError, match="negatives=0"):
         LatentActionLoss(Dynamics(), negatives=0)
     with pytest.raises(ValueError, match="kl_balance=2"):
-        WorldModelLoss(tiny_world_model(), kl_balance=2)
+        RSSMWorldModelLoss(tiny_world_model(), kl_balance=2)
     with pytest.raises(ValueError, match="gradient='straight'"):
         ActorLoss(gradient="straight")
     with pytest.raises(ValueError, match="lmbda=1.5"):

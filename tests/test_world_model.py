@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from prelar_trl.modules import State, WorldModel
+from prelar_trl.modules import RSSMWorldModel, State
 from prelar_trl.objectives import functional
 from tests.tiny import ACTION_DIM, PHASES, batch, has_gradient, tiny, tiny_agent, tiny_world_model
 
@@ -22,7 +22,7 @@ def as_keys(keys: list) -> set:
     return {key if isinstance(key, str) else tuple(key) for key in keys}
 
 
-def world_model(method: str, phase: str, **options) -> WorldModel:
+def world_model(method: str, phase: str, **options) -> RSSMWorldModel:
     model, _ = tiny(method, phase, **options)
     return getattr(model, "world_model", model)
 
@@ -99,7 +99,9 @@ def test_the_stack_can_also_read_the_embedding() -> None:
 # ---------------------------------------------------------------------- gradients
 
 
-def gradients_of(model: WorldModel, term: Callable[[TensorDict], torch.Tensor]) -> dict[str, bool]:
+def gradients_of(
+    model: RSSMWorldModel, term: Callable[[TensorDict], torch.Tensor]
+) -> dict[str, bool]:
     model.zero_grad()
     term(model(batch())).backward()
     return {name: has_gradient(module) for name, module in model.named_children()}
@@ -144,7 +146,7 @@ def test_the_context_encoder_learns_from_the_reconstruction_alone() -> None:
 # ---------------------------------------------------------------------- imagination
 
 
-def starts(model: WorldModel, data: TensorDict) -> TensorDict:
+def starts(model: RSSMWorldModel, data: TensorDict) -> TensorDict:
     return model(data.copy()).select("stoch", "deter").update(data.select("action", "terminated"))
 
 

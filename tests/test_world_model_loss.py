@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from prelar_trl.objectives import VideoBonus, WorldModelLoss, functional, total_loss
+from prelar_trl.objectives import RSSMWorldModelLoss, VideoBonus, functional, total_loss
 from tests.tiny import PHASES, batch, same, seeded, tiny, tiny_agent
 
 S, K = 2, 3
@@ -175,7 +175,7 @@ def test_world_model_loss_works_on_any_module_with_matching_keys() -> None:
 
     keys = [("out", "image", "pixels"), ("out", "q"), ("out", "p"), ("out", "z"), ("out", "h")]
     module = TensorDictModule(Linear(), [("in", "frames")], keys)
-    loss = WorldModelLoss(module)
+    loss = RSSMWorldModelLoss(module)
     loss.set_keys(
         pixels=("in", "frames"),
         prediction=("out", "image"),

@@ -10,8 +10,8 @@ from tensordict import TensorDict
 
 from prelar_trl.config import METHODS
 from prelar_trl.models import Agent, make_agent, make_world_model, make_world_model_loss
-from prelar_trl.modules import WorldModel
-from prelar_trl.objectives import WorldModelLoss
+from prelar_trl.modules import RSSMWorldModel
+from prelar_trl.objectives import RSSMWorldModelLoss
 from prelar_trl.updates import Update
 
 ACTION_DIM = 2
@@ -42,7 +42,9 @@ PHASES = [
 ]
 
 
-def tiny_world_model(method: str = "prelar", phase: str = "pretrain", **options: Any) -> WorldModel:
+def tiny_world_model(
+    method: str = "prelar", phase: str = "pretrain", **options: Any
+) -> RSSMWorldModel:
     return make_world_model(method, phase, action_dim=ACTION_DIM, **{**TINY, **options})
 
 
@@ -52,7 +54,7 @@ def tiny_agent(method: str = "prelar", **options: Any) -> Agent:
 
 def tiny(
     method: str, phase: str, weights: dict[str, float | None] | None = None, **options: Any
-) -> tuple[WorldModel | Agent, WorldModelLoss]:
+) -> tuple[RSSMWorldModel | Agent, RSSMWorldModelLoss]:
     """A world model (pre-training) or an agent, and its loss."""
     if phase == "pretrain":
         model = tiny_world_model(method, phase, **options)

@@ -28,7 +28,8 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
 
     Returns:
         ``[..., L+1]``: ``pixels``, ``action``, ``reward``, ``is_first``, ``terminated``: what
-        :class:`prelar_trl.objectives.WorldModelLoss` reads as ``[B, T]``. The input is not changed.
+        :class:`prelar_trl.objectives.RSSMWorldModelLoss` reads as ``[B, T]``. The input is not
+        changed.
 
     Raises:
         ValueError: an episode ends before the last step; cut there first.

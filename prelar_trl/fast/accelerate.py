@@ -25,14 +25,14 @@ from prelar_trl.modules.convnets import (
 from prelar_trl.modules.heads import MLP, Actor
 from prelar_trl.modules.patchnets import PatchEncoder
 from prelar_trl.modules.rssm import RSSM, GRUCell
-from prelar_trl.modules.world_model import WorldModel
+from prelar_trl.modules.world_model import RSSMWorldModel
 
 __all__ = ["accelerate"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
-class FastWorldModel(WorldModel):
+class FastWorldModel(RSSMWorldModel):
     """Casts the frozen weights once for all steps of imagination."""
 
     def imagine(
@@ -57,7 +57,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
     ResNetDecoder: convnets.FastResNetDecoder,
     ResNetEncoder: convnets.FastResNetEncoder,
     ResidualLayer: convnets.FastResidualLayer,
-    WorldModel: FastWorldModel,
+    RSSMWorldModel: FastWorldModel,
 }
 CHECKPOINTED = (convnets.FastResNetDecoder, convnets.FastResNetEncoder)
 # Activations that follow a layer whose output nothing else reads.
@@ -91,7 +91,7 @@ def accelerate(module: M, *, checkpoint: bool | None = None) -> M:
     tricks step aside.
 
     Args:
-        module: any module, such as a :class:`WorldModel`, an :class:`Agent` or a loss.
+        module: any module, such as a :class:`RSSMWorldModel`, an :class:`Agent` or a loss.
         checkpoint: keep only the convolutions' outputs of the ResNets for the backward pass: half
             of the memory, a few percent of the time. Default: where the module is on the CPU.
 

@@ -12,7 +12,7 @@ from prelar_trl.modules.latent_actions import (
 )
 from prelar_trl.modules.policy import WorldModelPolicy
 from prelar_trl.modules.rssm import RSSM, State
-from prelar_trl.modules.world_model import WorldModel
+from prelar_trl.modules.world_model import RSSMWorldModel
 
 __all__ = [
     "MLP",
@@ -31,7 +31,7 @@ __all__ = [
     "ResNetEncoder",
     "State",
     "TruncatedNormal",
-    "WorldModel",
+    "RSSMWorldModel",
     "WorldModelPolicy",
     "make_latent_actions",
     "register_latent_actions",

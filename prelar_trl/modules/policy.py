@@ -14,7 +14,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from prelar_trl.modules.heads import Actor
 from prelar_trl.modules.rssm import State
-from prelar_trl.modules.world_model import WorldModel
+from prelar_trl.modules.world_model import RSSMWorldModel
 
 __all__ = ["WorldModelPolicy"]
 
@@ -36,7 +36,7 @@ class WorldModelPolicy(TensorDictModuleBase):
     """
 
     def __init__(
-        self, world_model: WorldModel, actor: Actor, mode: Literal["sample", "mode"] = "sample"
+        self, world_model: RSSMWorldModel, actor: Actor, mode: Literal["sample", "mode"] = "sample"
     ) -> None:
         super().__init__()
         if mode not in ("sample", "mode"):

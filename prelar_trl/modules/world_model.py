@@ -20,7 +20,7 @@ from prelar_trl.modules.distributions import TruncatedNormal
 from prelar_trl.modules.heads import Actor
 from prelar_trl.modules.rssm import RSSM, State
 
-__all__ = ["WorldModel", "normalize_pixels"]
+__all__ = ["RSSMWorldModel", "normalize_pixels"]
 
 
 def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,7 +30,7 @@ def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     return pixels.to(dtype).div_(255).sub_(0.5)
 
 
-class WorldModel(TensorDictModuleBase):
+class RSSMWorldModel(TensorDictModuleBase):
     """A recurrent world model over sequences of frames.
 
     Reads ``pixels`` (uint8 ``[B, T, 3, 64, 64]``), ``is_first`` (bool ``[B, T, 1]``) and, unless

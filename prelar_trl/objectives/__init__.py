@@ -5,7 +5,7 @@ from prelar_trl.objectives.behavior import ActorLoss, CriticLoss, LambdaTarget
 from prelar_trl.objectives.common import total_loss
 from prelar_trl.objectives.latent_action import LatentActionLoss
 from prelar_trl.objectives.video_bonus import VideoBonus
-from prelar_trl.objectives.world_model import WorldModelLoss
+from prelar_trl.objectives.world_model import RSSMWorldModelLoss
 
 __all__ = [
     "ActorLoss",
@@ -13,7 +13,7 @@ __all__ = [
     "LambdaTarget",
     "LatentActionLoss",
     "VideoBonus",
-    "WorldModelLoss",
+    "RSSMWorldModelLoss",
     "functional",
     "total_loss",
 ]

@@ -34,7 +34,7 @@ class LambdaTarget(nn.Module):
 
     @dataclass
     class _AcceptedKeys:
-        """Imagined trajectories ``[N, H+1]``, see :meth:`WorldModel.imagine`."""
+        """Imagined trajectories ``[N, H+1]``, see :meth:`RSSMWorldModel.imagine`."""
 
         feat: NestedKey = "feat"
         reward: NestedKey = "reward"
@@ -83,7 +83,7 @@ class ActorLoss(LossModule):
 
     @dataclass
     class _AcceptedKeys:
-        """Imagined trajectories ``[N, H+1]``, see :meth:`WorldModel.imagine`."""
+        """Imagined trajectories ``[N, H+1]``, see :meth:`RSSMWorldModel.imagine`."""
 
         value_target: NestedKey = "value_target"
         value: NestedKey = "value"
@@ -154,7 +154,7 @@ class CriticLoss(LossModule):
 
     @dataclass
     class _AcceptedKeys:
-        """Imagined trajectories ``[N, H+1]``, see :meth:`WorldModel.imagine`."""
+        """Imagined trajectories ``[N, H+1]``, see :meth:`RSSMWorldModel.imagine`."""
 
         feat: NestedKey = "feat"
         value_target: NestedKey = "value_target"

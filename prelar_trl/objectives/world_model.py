@@ -18,10 +18,10 @@ from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
 from prelar_trl.objectives.video_bonus import VideoBonus
 
-__all__ = ["WorldModelLoss"]
+__all__ = ["RSSMWorldModelLoss"]
 
 
-class WorldModelLoss(LossModule):
+class RSSMWorldModelLoss(LossModule):
     """Negative evidence lower bound of a recurrent world model, plus PreLAR's terms.
 
     ``sum_i w_i L_i`` over ``image`` and the scalar heads ``reward``, ``aux_reward``, ``discount``
