@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 
 from prelar_trl.utils import atomic_write
 
-__all__ = ["load_checkpoint", "rng_state", "save_checkpoint", "set_rng_state"]
+__all__ = ["kept_rng", "load_checkpoint", "rng_state", "save_checkpoint", "set_rng_state"]
 
 FORMAT = 1
 
@@ -90,3 +92,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     python_version, python_keys, python_gauss = state["python"]
     random.setstate((python_version, tuple(python_keys), python_gauss))
+
+
+@contextmanager
+def kept_rng() -> Iterator[None]:
+    """What is drawn inside does not move the global random generators."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)

@@ -23,6 +23,7 @@ from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 
 CHECKPOINT = "last.pt"
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
+HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
 
@@ -124,16 +125,16 @@ def in_main_thread() -> bool:
 
 
 @contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
-    """Processes that start inside ignore Ctrl-C, which reaches all: their parent ends them."""
-    if not in_main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def hold_signals() -> Iterator[None]:
+    """Ctrl-C and the like, which reach a terminal's whole group, wait until the end.
+
+    Processes that start inside never get them: their parent ends them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
@@ -167,23 +168,23 @@ class EpisodeTracker:
     """
 
     def __init__(self, workers: int) -> None:
-        self._success = [False] * workers
+        self.success = [False] * workers
 
     def update(self, after: TensorDictBase) -> list[dict[str, Any]]:
         """``after`` is the ``next`` entry of a step; one record for each episode that ended."""
         ended = []
         for worker, step in enumerate(after.reshape(-1)):
-            self._success[worker] |= bool(step["success"])
+            self.success[worker] |= bool(step["success"])
             if bool(step["done"]):
                 ended.append(
                     {
                         "worker": worker,
                         "return": float(step["episode_reward"]),
-                        "success": self._success[worker],
+                        "success": self.success[worker],
                         "length": int(step["step_count"]),
                     }
                 )
-                self._success[worker] = False
+                self.success[worker] = False
         return ended
 
 
@@ -204,7 +205,7 @@ def play(
         A record of each episode (return, success, length), and the frames of the first
         ``videos``, uint8 ``[T, 3, H, W]`` each, :data:`FILM_FRAMES` at most.
     """
-    with deaf_to_interrupts():
+    with hold_signals():
         td = env.reset()
     workers = td.numel()
     quota = [episodes // workers + (i < episodes % workers) for i in range(workers)]

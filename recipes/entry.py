@@ -27,7 +27,20 @@ FULL_ERROR = "HYDRA_FULL_ERROR"
 CONFIGS = Path(__file__).parent.parent / "configs"
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, under Windows
 
+STOPPED = 75  # exit code of a run that can be continued; EX_TEMPFAIL, "try again"
+
 register()
+
+
+class Stopped(SystemExit):
+    """A run that was asked to stop, and that the same command continues.
+
+    Exit codes are those that schedulers know: 0 done, 1 failed, 75 stopped: start it again.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = STOPPED
 
 
 def start(name: str) -> None:
@@ -79,8 +92,12 @@ def one_line_errors(full: bool) -> Iterator[None]:
     """Expected errors end the program with one line, unless ``full``."""
     try:
         yield
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
-        sys.exit("stopped at once; what was saved before is kept")
+        print("stopped at once; what was saved before is kept", file=sys.stderr)
+        sys.exit(STOPPED)
     except Exception as error:
         line = describe(error)
         if full or line is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from prelar_trl.recipes.entry import start
+from prelar_trl.recipes.entry import Stopped, start
 
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("finetune"))
@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
+from tensordict import TensorDict, TensorDictBase
 
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
@@ -28,7 +29,6 @@ from prelar_trl.recipes.common import (
     check_finite,
     choose_device,
     chosen_loggers,
-    deaf_to_interrupts,
     open_logger,
     open_run,
     seed_everything,
@@ -42,6 +42,7 @@ from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
 
 FRAME_BYTES = 3 * 64 * 64
+COUNTERS = ("step", "before", "updates_due", "training_due", "evaluation_due")
 
 
 def finetune(
@@ -66,7 +67,8 @@ def finetune(
     learner = make_learner(cfg, action_dim, device, watch)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
     env = env.append_transform(policy.make_primer())
-    frames = min(cfg.capacity, cfg.env_steps // cfg.action_repeat)
+    # Beyond the capacity stays what the last checkpoints need.
+    frames = min(cfg.capacity + 3 * cfg.checkpoint_every, cfg.env_steps) // cfg.action_repeat
     run, checkpoint = open_run(cfg, learner.agent, data_bytes=frames * FRAME_BYTES)
     replay = EpisodeReplay(
         run.path / "replay",
@@ -78,21 +80,15 @@ def finetune(
         min_length=cfg.min_length,
         pack=True,  # the official replay never trains on shorter episodes
     )
-    collection = Collection(env, policy, replay, device, watch)
+    collection = Collection(env, policy, replay, device, watch, cfg.seed)
     state = FinetuneState(cfg, action_dim, learner, collection)
-    if checkpoint is not None:
-        state.load_state_dict(checkpoint)
-        if state.step >= cfg.env_steps and not state.evaluation_due:
-            print(f"{run.path} has its {state.step} steps already; raise env_steps to continue")
-            return
+    if checkpoint is not None and state.is_finished(checkpoint):
+        print(f"{run.path} has its {checkpoint['step']} steps already; raise env_steps to continue")
+        return
 
-    def save() -> None:
-        state.evaluation_due = evaluation.cut_off
-        save_checkpoint(run.checkpoints / CHECKPOINT, state.state_dict())
-
-    model_update = learner.model_update
     per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
-    bar = Progress(cfg.env_steps, initial=state.step, name="finetune", unit="steps")
+    done = checkpoint["step"] if checkpoint else 0
+    bar = Progress(cfg.env_steps, initial=done, name="finetune", unit="steps")
     with (
         ExitStack() as opened,
         open_logger(run, loggers, checkpoint) as logger,
@@ -102,60 +98,74 @@ def finetune(
         opened.enter_context(closing(collection))
         evaluation = Evaluation(cfg, env_factory, learner.agent, device, interruption)
         opened.enter_context(closing(evaluation))
-        collection.reset()
-        losses = None
+
+        def evaluate() -> None:
+            with watch("evaluation"):
+                evaluation(logger, state.step)
+            state.evaluation_due = evaluation.cut_off
+
+        def save() -> None:
+            with watch("logging"):
+                if state.losses is not None:
+                    check_finite(state.losses, state.step)
+                save_checkpoint(run.checkpoints / CHECKPOINT, state.state_dict())
+
+        if checkpoint is None:
+            collection.reset()
+        else:
+            state.load_state_dict(checkpoint)
         logger.log_times({"startup_s": watch.summary(state.step)["seconds"]}, state.step)
         if state.evaluation_due:
-            evaluation(logger, state.step)
-        while state.step < cfg.env_steps and not interruption.requested:
-            random_phase = state.step < cfg.prefill
-            ended = collection.step(random=random_phase)
-            before, state.step, updates = state.step, state.step + per_step, model_update.count
-            step = state.step
-            with watch("logging"):
-                for episode in ended:
-                    names = ("return", "success", "length")
-                    logger.log({f"train/{name}": episode[name] for name in names}, step)
+            evaluate()
+        while state.step < cfg.env_steps or state.training_due:
+            if not state.training_due:
+                if interruption.requested:
+                    break
+                ended = collection.step(random=state.step < cfg.prefill)
+                state.advance(per_step)
+                with watch("logging"):
+                    for episode in ended:
+                        names = ("return", "success", "length")
+                        logger.log({f"train/{name}": episode[name] for name in names}, state.step)
+            before, step, updates = state.before, state.step, learner.model_update.count
             if before < cfg.prefill <= step and not replay.num_episodes and not cfg.max_steps:
                 raise ValueError(
                     f"no episode has ended in the prefill of {cfg.prefill} steps, and nothing can "
                     "be learned before: give max_steps, or a longer prefill"
                 )
-            if step >= cfg.prefill and replay.num_episodes:
+            if state.can_train:
                 while learner.unaligned and not interruption.requested:
                     aligned = learner.align(collection.sample())
                     if not learner.unaligned:
                         logger.log(aligned, step)
-                state.updates_due += per_step / cfg.train_every
                 while state.updates_due >= 1 and not interruption.requested:
-                    losses = learner.update(collection.sample())
+                    state.losses = learner.update(collection.sample())
                     state.updates_due -= 1
-            metrics = {} if losses is None else {"updates": model_update.count, **shown(losses)}
-            trained = (model_update.count - updates) * cfg.batch_size * cfg.batch_length
+                if learner.unaligned or state.updates_due >= 1:
+                    break  # interrupted: the run goes on with the rest of the updates
+            state.training_due = False
+            losses = state.losses
+            count = learner.model_update.count
+            metrics = {} if losses is None else {"updates": count, **shown(losses)}
+            trained = (count - updates) * cfg.batch_size * cfg.batch_length
             with watch("logging"):
-                bar.update(per_step, frames=trained, metrics=metrics)
+                bar.update(step - bar.count, frames=trained, metrics=metrics)
                 if losses is not None and crossed(before, step, cfg.log_every):
                     check_finite(losses, step)
                     logger.log(without_twins(losses), step)
-            if not random_phase and crossed(before, step, cfg.eval_every):
-                with watch("evaluation"):
-                    evaluation(logger, step)
+            last = step >= cfg.env_steps and replay.num_episodes > 0
+            if last or (before >= cfg.prefill and crossed(before, step, cfg.eval_every)):
+                state.evaluation_due = True
+                if not interruption.requested:
+                    evaluate()
             if step >= cfg.env_steps:
                 break
             # After the evaluation: a run that is killed within it comes back to it.
             if losses is not None and crossed(before, step, cfg.checkpoint_every):
-                with watch("logging"):
-                    check_finite(losses, step)
-                    save()
+                save()
             if crossed(before, step, cfg.log_every):
                 logger.log_times(watch.summary(step), step)
-        if losses is not None:
-            check_finite(losses, state.step)
-        if not interruption.requested and replay.num_episodes and evaluation.last != state.step:
-            with watch("evaluation"):
-                evaluation(logger, state.step)
-        with watch("logging"):
-            save()
+        save()
         if not interruption.requested and not replay.num_episodes:
             raise ValueError(
                 f"no episode was finished in {state.step} steps, so nothing was learned: raise "
@@ -163,7 +173,7 @@ def finetune(
             )
         logger.log_times(watch.summary(state.step), state.step)
     if interruption.requested:
-        sys.exit(
+        raise Stopped(
             f"stopped after {state.step} steps; to continue: the same command with resume=true"
         )
     print(f"fine-tuned agent: {run.path}")
@@ -195,8 +205,28 @@ class FinetuneState:
         self.cfg, self.action_dim = cfg, action_dim
         self.learner, self.collection = learner, collection
         self.step = 0  # of the environment
+        self.before = 0  # the step before that one
         self.updates_due = float(cfg.pretrain_updates)
+        self.training_due = False  # not all that follows a step is done: updates, what is logged
         self.evaluation_due = False  # an interruption has cut the last one off
+        self.losses: TensorDictBase | None = None  # of the last update
+
+    @property
+    def can_train(self) -> bool:
+        """Whether the prefill is over, and there is something to learn from."""
+        return self.step >= self.cfg.prefill and self.collection.replay.num_episodes > 0
+
+    def advance(self, steps: int) -> None:
+        """Count steps of the environment, and the updates that they call for."""
+        self.before, self.step = self.step, self.step + steps
+        self.training_due = True
+        if self.can_train:
+            self.updates_due += steps / self.cfg.train_every
+
+    def is_finished(self, state: dict[str, Any]) -> bool:
+        """Whether nothing is left to do for a run with that checkpoint."""
+        due = state["evaluation_due"] or state["training_due"]
+        return state["step"] >= self.cfg.env_steps and not due
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -205,19 +235,17 @@ class FinetuneState:
             "size": self.cfg.size,
             "overrides": overrides(self.cfg.model),
             "action_dim": self.action_dim,
-            "step": self.step,
-            "updates_due": self.updates_due,
-            "evaluation_due": self.evaluation_due,
+            **{name: getattr(self, name) for name in COUNTERS},
+            "losses": None if self.losses is None else self.losses.detach().to_dict(),
             **self.learner.state_dict(),
             **self.collection.state_dict(),
             "rng": rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.updates_due = state["step"], state["updates_due"]
-        self.evaluation_due = state["evaluation_due"]
-        with deaf_to_interrupts():
-            self.collection.env.set_seed(self.cfg.seed + self.step)  # not the first episodes again
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.losses = None if state["losses"] is None else TensorDict(state["losses"])
         self.learner.load_state_dict(state)
         self.collection.load_state_dict(state)
         set_rng_state(state["rng"])

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
+from torchrl.envs.utils import step_mdp
 
+from prelar_trl.checkpoint import kept_rng
 from prelar_trl.data import EpisodeReplay
+from prelar_trl.envs.episodes import begin_episode, episode_seed, repeat_episode
 from prelar_trl.models import Agent
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
     EpisodeTracker,
     Interruption,
-    deaf_to_interrupts,
+    hold_signals,
     play,
     summarise,
 )
@@ -49,7 +53,14 @@ def act(policy: WorldModelPolicy, td: TensorDictBase, device: torch.device) -> T
 
 
 class Collection:
-    """Steps in the training environment, which end in the replay."""
+    """Steps in the training environment, which end in the replay.
+
+    Every episode begins from a seed of its own, so that one that is running when the run stops can
+    be repeated when it goes on. Environments with a batch size of their own cannot do that.
+
+    Attributes:
+        dropped: running episodes that could not be repeated, and are lost.
+    """
 
     def __init__(
         self,
@@ -58,15 +69,18 @@ class Collection:
         replay: EpisodeReplay,
         device: torch.device,
         watch: Stopwatch,
+        seed: int,
     ) -> None:
         self.env, self.policy, self.replay = env, policy, replay
-        self.device, self.watch = device, watch
+        self.device, self.watch, self.seed = device, watch, seed
+        self.dropped = 0
+        self._workers = max(1, env.batch_size.numel())
+        self._begun = [0] * self._workers  # episodes of each
+        self._tracker = EpisodeTracker(self._workers)
 
     def reset(self) -> None:
         """The first frame of new episodes."""
-        with deaf_to_interrupts():
-            self._now = self.env.reset()
-        self._tracker = EpisodeTracker(self._now.numel())
+        self._now = self._begin(None)
 
     def step(self, random: bool) -> list[dict[str, Any]]:
         """One step of every environment, by random actions or the policy's.
@@ -80,10 +94,27 @@ class Collection:
             else:
                 td = act(self.policy, self._now, self.device)
         with self.watch("env"):
-            td, self._now = self.env.step_and_maybe_reset(td)
+            td = self.env.step(td)
+            self._now = self._begin(step_mdp(td))
         with self.watch("replay"):
             self.replay.add(td.exclude("belief", ("next", "belief")))
         return self._tracker.update(td["next"])
+
+    def _begin(self, now: TensorDictBase | None) -> TensorDictBase:
+        """``now`` with a new episode wherever one is over, and at first."""
+        over = [True] * self._workers if now is None else now["done"].flatten().tolist()
+        if not any(over):
+            return now
+        for worker in range(self._workers):
+            self._begun[worker] += over[worker]
+        with hold_signals():
+            if not self.env.batch_size:
+                return begin_episode(self.env, self._seed_of(0))
+            return self.env.reset() if now is None else self.env.maybe_reset(now)
+
+    def _seed_of(self, worker: int) -> int:
+        """The seed of the episode that runs there."""
+        return episode_seed(self.seed, worker, self._begun[worker] - 1)
 
     def sample(self) -> TensorDictBase:
         """A batch of the replay's windows, ``[batch_size, batch_length]``."""
@@ -91,12 +122,71 @@ class Collection:
             return self.replay.sample()
 
     def state_dict(self) -> dict[str, Any]:
+        """The replay with the running episodes, and what is known now."""
         replay = self.replay.state_dict()
-        replay.pop("pending")  # the simulator cannot be saved: an episode starts anew
-        return {"replay": replay}
+        pending = {worker: rows.to_dict() for worker, rows in replay["pending"].items()}
+        return {
+            "replay": replay | {"pending": pending},
+            "collection": {
+                "now": self._now.to_dict(),
+                "begun": list(self._begun),
+                "success": list(self._tracker.success),
+                "dropped": self.dropped,
+            },
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.replay.load_state_dict({**state["replay"], "pending": {}})
+        """Goes on with the running episodes, as far as they can be repeated."""
+        pending = {
+            worker: TensorDict(rows, [len(rows["pixels"])])
+            for worker, rows in state["replay"]["pending"].items()
+        }
+        self.replay.load_state_dict(state["replay"] | {"pending": pending})
+        state = state["collection"]
+        self.dropped = state["dropped"]
+        if len(state["begun"]) == self._workers:
+            self._begun = list(state["begun"])
+            self._tracker.success = list(state["success"])
+        else:
+            self._begun = [max(state["begun"])] * self._workers  # no episode a second time
+        now = TensorDict(state["now"], self.env.batch_size)
+        why = self._repeat(now, pending)
+        if why is None:
+            self._now = now
+            return
+        self._drop(pending, why)
+
+    def _repeat(self, now: TensorDict, pending: dict[int, TensorDict]) -> str | None:
+        """Bring the environment to where ``now`` was taken; returns why that is impossible."""
+        if self.env.batch_size:
+            return "an environment with a batch size cannot be rebuilt"
+        rows = pending.get(0)
+        actions = torch.zeros(0) if rows is None else rows["action"][1:]
+        reached, frames = repeat_episode(self.env, self._seed_of(0), actions)
+        if rows is not None:
+            differs = (frames != rows["pixels"]).flatten(1).any(1).nonzero()
+            if len(differs):
+                return f"repeated with the same actions, its frame {int(differs[0])} is another one"
+        for key in reached.exclude("belief").keys(True, True):
+            if key in now.keys(True, True) and not torch.equal(reached[key], now[key]):
+                return f"repeated with the same actions, it ends with another {key}"
+        return None
+
+    def _drop(self, pending: dict[int, TensorDict], why: str) -> None:
+        """The running episodes are lost, new ones begin."""
+        for worker in pending:
+            self.replay.drop(worker)
+        self.dropped += len(pending)
+        self._tracker = EpisodeTracker(self._workers)
+        if self.env.batch_size:
+            self.env.set_seed(episode_seed(self.seed, self._workers, max(self._begun)))
+        self.reset()
+        steps = sum(len(rows) - 1 for rows in pending.values())
+        print(
+            f"warning: the running episodes of {len(pending)} environments ({steps} steps) are "
+            f"dropped: {why}",
+            file=sys.stderr,
+        )
 
     def close(self) -> None:
         self.replay.close()
@@ -119,7 +209,6 @@ class Evaluation:
     ) -> None:
         self.cfg, self.env_factory, self.device = cfg, env_factory, device
         self.interruption = interruption
-        self.last: int | None = None  # the step of the last whole evaluation
         self.cut_off = False  # an interruption has cut the last one off: nothing was logged
         self.policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
         self.env: EnvBase | None = None
@@ -128,20 +217,19 @@ class Evaluation:
         cfg, device, seed = self.cfg, self.device, self.cfg.seed + EVAL_SEED
         if not cfg.eval_episodes:
             return
-        if self.env is None:
-            workers = min(cfg.num_workers, cfg.eval_episodes)
-            env = make_training_env(cfg, self.env_factory, seed, workers)
-            self.env = env.append_transform(self.policy.make_primer())
-        with deaf_to_interrupts():
-            self.env.set_seed(seed)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with kept_rng():  # the training's
+            if self.env is None:
+                workers = min(cfg.num_workers, cfg.eval_episodes)
+                env = make_training_env(cfg, self.env_factory, seed, workers)
+                self.env = env.append_transform(self.policy.make_primer())
+            with hold_signals():
+                self.env.set_seed(seed)
             policy = partial(act, self.policy, device=device)
             stopped = partial(getattr, self.interruption, "requested")
             records, films = play(self.env, policy, cfg.eval_episodes, stopped=stopped)
         self.cut_off = len(records) < cfg.eval_episodes
         if self.cut_off:
             return
-        self.last = step
         logger.log({f"eval/{name}": value for name, value in summarise(records).items()}, step)
         logger.log_video("eval", films[0], step, fps=30)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from prelar_trl.recipes.entry import start
+from prelar_trl.recipes.entry import Stopped, start
 
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("pretrain"))
@@ -115,7 +115,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             check_finite(losses, update.count)
             save()
     if interruption.requested:
-        sys.exit(
+        raise Stopped(
             f"stopped after {update.count} updates; to continue: the same command with resume=true"
         )
     print(f"pre-trained world model: {run.path}")

@@ -15,7 +15,9 @@ The shift between the two layouts lives here and nowhere else (`_rows`)::
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections import deque
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from prelar_trl.data.storage import FrameStorage
 from prelar_trl.data.store import MappedShards, read_meta
 from prelar_trl.data.writer import ClipWriter
 
+logger = logging.getLogger(__name__)
+
 _KEYS = ("pixels", "action", ("next", "pixels"), ("next", "reward"), ("next", "done"))
 _TRAJECTORY = ("collector", "traj_ids")
 _STREAMS = {
@@ -40,10 +44,15 @@ _STREAMS = {
 }
 _SHARDS = 8  # at least so many, so that deleting the oldest keeps the disk near the capacity
 _SHARD_BYTES = 2**28
+_CHECKPOINTS = 3  # whose episodes stay: two on the disk and the one that is being written
 
 
 class EpisodeStorage(FrameStorage):
     """A ring of frames in a clip store, an episode a clip; the oldest shards are deleted.
+
+    Nothing is deleted that one of the last three states of `state_dict` knows: a run that is killed
+    goes back to the newest of them that is on the disk. This takes space beyond the capacity, for
+    the frames that were written since.
 
     Args:
         path: the folder; made if it is missing.
@@ -62,6 +71,7 @@ class EpisodeStorage(FrameStorage):
         self.path = path
         self.streams = _STREAMS
         self._store: ClipWriter | None = None
+        self._needed: deque[int] = deque(maxlen=_CHECKPOINTS)  # first episode of the last states
         self._open()
 
     def _open(self) -> None:
@@ -125,6 +135,8 @@ class EpisodeStorage(FrameStorage):
         self._sync_clips()
         kept = self._end - self.max_size  # places below are overwritten
         before = int(np.searchsorted(self._start + self._frames, kept, side="right"))
+        if self._needed:
+            before = min(before, max(0, min(self._needed) - self._first))
         if self._store.evict(before):
             self._shards = ()  # a deleted file keeps its space while it is mapped
             self._sync_clips()
@@ -147,12 +159,13 @@ class EpisodeStorage(FrameStorage):
             self._store.close() if self._store.num_clips else self._store.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many episodes were written."""
-        return {"end": self.num_written}
+        """How many episodes were written, and which of them are needed: see the class."""
+        self._needed.append(self._first + self.whole.start)
+        return {"end": self.num_written, "needed": list(self._needed)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`."""
-        end = state_dict["end"]
+        end, needed = state_dict["end"], state_dict["needed"]
         if end > self.num_written:
             raise ValueError(
                 f"the replay in {str(self.path)!r} ends at episode {self.num_written}, the "
@@ -163,6 +176,13 @@ class EpisodeStorage(FrameStorage):
             self._store.truncate(sum(int(clip.name) < end for clip in clips))
             self.num_written, self._shards = end, ()
             self._sync_clips()
+        if self._first > needed[-1]:
+            logger.warning(
+                "%d episodes that the state knew are deleted from the replay in %s: it is too old",
+                self._first - needed[-1],
+                self.path,
+            )
+        self._needed = deque(needed, _CHECKPOINTS)
 
     def dumps(self, path: str | Path) -> None:
         """Copies the clip store to the folder ``path``; what was there is deleted."""

@@ -120,6 +120,10 @@ class EpisodeReplay:
         """Takes one step, batch ``[]`` or ``[N]``, of as many environments. Otherwise `extend`."""
         return self.buffer.extend(data.reshape(-1, 1))  # [N, 1]
 
+    def drop(self, environment: int) -> None:
+        """Forgets the unfinished episode of an environment, if there is one."""
+        self._writer.pending.pop(environment, None)
+
     def sample(self) -> TensorDict:
         """Draws a batch.
 
@@ -163,8 +167,9 @@ class EpisodeReplay:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was taken, over the same folder.
 
-        Episodes that were finished later are dropped. Those that have been overwritten since are
-        gone, which happens only when the ring was full.
+        Episodes that were finished later are dropped. Of those that the ring has overwritten since,
+        the ones that the last three states knew are still there; older states may miss some, which
+        is logged.
 
         Raises:
             ValueError: the folder holds less than the state tells of.
