@@ -21,6 +21,7 @@ import prelar_trl
 from benchmarks.campaign import COPY, REPOSITORY, git, lock_root, locked, parse_arguments, say
 from benchmarks.suites import TABLE, Job, Suite, expand, load_suites, override
 from prelar_trl import configs, recipes
+from prelar_trl.recipes.entry import STOPPED
 from prelar_trl.record import (
     SUMMARY,
     Comparison,
@@ -140,7 +141,10 @@ class Campaign:
             )
 
     def _end(self, job: Job, code: int) -> bool:
-        """Note how a job ended, and publish the results of a run; returns False if it failed."""
+        """Note how a job ended, and publish the results of a run; returns False if it failed.
+
+        One that was stopped, with the whole campaign or alone, goes on at the next start.
+        """
         record, error = self.record(job) | {"state": "finished"}, None
         if code != 0:
             lines = self._log(job).splitlines()
@@ -150,7 +154,7 @@ class Campaign:
                 self.publish(job)
             except (OSError, KeyError, ValueError) as problem:
                 error = f"its results cannot be published: {problem!r}"
-        if error is not None and self.stopping is not None:
+        if error is not None and (code == STOPPED or self.stopping is not None):
             record["state"] = "stopped"
         elif error is not None:
             record |= {"state": "failed", "error": error}
@@ -315,7 +319,7 @@ def drive(
         failed = campaign.work(chosen, args.jobs, lock)
         report()
         print(campaign.table(chosen, alive=False))
-    sys.exit(failed > 0 or campaign.stopping is not None)
+    sys.exit(1 if failed else STOPPED if campaign.stopping is not None else 0)
 
 
 if __name__ == "__main__":

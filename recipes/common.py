@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +20,18 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.recipes.schema import RunConfig
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 
 CHECKPOINT = "last.pt"
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
+# What a run may continue with another value of: it changes no number that was not to come.
+CHANGEABLE = {
+    *("run", "updates", "env_steps", "device", "threads", "compile", "num_workers", "prefetch"),
+    *("worker_timeout", "worker_failures", "logger", "log_every", "video_every", "usage_every"),
+    *("checkpoint_every", "eval_every", "eval_episodes"),
+}
+MOVABLE = {"data", "pretrained"}  # the clip stores' contents are compared with the checkpoint
 HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
@@ -52,35 +61,70 @@ def chosen_loggers(logger: str | Sequence[str]) -> tuple[str, ...]:
     return loggers
 
 
+Run = TypeVar("Run", bound=RunConfig)
+
+
+def settle_resume(cfg: Run) -> tuple[Run, bool]:
+    """The configuration with ``resume`` true or false, and whether ``auto`` decided that."""
+    if cfg.resume != "auto":
+        return cfg, False
+    checkpoint = Path(cfg.run).expanduser() / "checkpoints" / CHECKPOINT
+    return replace(cfg, resume=checkpoint.is_file()), True
+
+
 def open_run(
-    cfg: Any, module: nn.Module, data_bytes: int = 0
+    cfg: RunConfig, module: nn.Module, data_bytes: int = 0, restart: bool = False
 ) -> tuple[RunFolder, dict[str, Any] | None]:
     """The run folder, and the checkpoint to continue from (``resume=true``), or None.
 
     There must be space for two checkpoints of ``module`` with Adam's two moments, and for
-    ``data_bytes`` of a replay.
+    ``data_bytes`` of a replay. With ``restart`` a run that was stopped before its first checkpoint
+    starts anew.
     """
+    exists = (Path(cfg.run).expanduser() / "config.yaml").exists()
     if not cfg.resume:
-        if (Path(cfg.run).expanduser() / "config.yaml").exists():
+        if exists and not restart:
             raise FileExistsError(
                 f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
                 "choose another folder"
             )
         state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
         need = 2 * 3 * state + data_bytes + MARGIN_BYTES
+        if exists:
+            before = RunFolder.load(cfg.run)
+            if before.config:  # empty: killed while it was written
+                changed_settings(before, cfg)
+            before.clear()
         return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
     run = RunFolder.load(cfg.run)
-    changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
-    changeable += ("compile",)
-    for name, value in plain(asdict(cfg)).items():
-        if name not in changeable and run.config.get(name) != value:
+    changed = changed_settings(run, cfg)
+    if not (run.checkpoints / CHECKPOINT).is_file():
+        raise FileNotFoundError(
+            f"the run in {cfg.run} was stopped before its first checkpoint: start it anew with "
+            "resume=auto"
+        )
+    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    run.note_continuation(checkpoint["step"], changed)
+    return run, checkpoint
+
+
+def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
+    """Settings that differ from those that the run was started with.
+
+    Raises:
+        ValueError: one of them changes what the run computes.
+    """
+    given = plain(asdict(cfg))
+    changed = {k: v for k, v in given.items() if k != "resume" and run.config.get(k) != v}
+    for name, value in changed.items():
+        before = run.config.get(name)
+        moved = name in MOVABLE and None not in (value, before)
+        if name not in CHANGEABLE and not moved:
             raise ValueError(
                 f"resume: {name}={value} but the run in {cfg.run} was started with "
-                f"{name}={run.config.get(name)}; repeat its command with resume=true"
+                f"{name}={before}; repeat its command with resume=true"
             )
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
-    run.note_continuation(checkpoint["step"])
-    return run, checkpoint
+    return changed
 
 
 def open_logger(run: RunFolder, loggers: tuple[str, ...], checkpoint: Mapping | None) -> Logger:
@@ -95,17 +139,25 @@ def plain(value: Any) -> Any:
 
 
 class Interruption:
-    """Ctrl-C or SIGTERM is noted and acted on between two updates, never within one.
+    """SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 are acted on between two updates, never within.
 
-    A second Ctrl-C stops at once. Outside the main thread, where Python allows no handlers (agents
-    of sweeps run there), nothing is noted.
+    A second SIGINT stops at once, without saving. SIGHUP stays ignored where it was (``nohup``).
+    Outside the main thread, where Python allows no handlers (agents of sweeps run there), nothing
+    is noted.
+
+    Attributes:
+        requested: a signal has come.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self._interrupts = 0
 
     def __enter__(self) -> Interruption:
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        numbers = [*HELD, signal.SIGTERM] if in_main_thread() else []
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers = [number for number in numbers if number != signal.SIGHUP]
         self._before = {s: signal.signal(s, self._note) for s in numbers}
         return self
 
@@ -114,9 +166,15 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
         self.requested = True
+        if number == signal.SIGHUP:  # the terminal is gone: writing to it would be an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for descriptor in self._terminals:
+                os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
 
 
 def in_main_thread() -> bool:
@@ -171,9 +229,16 @@ class EpisodeTracker:
         self.success = [False] * workers
 
     def update(self, after: TensorDictBase) -> list[dict[str, Any]]:
-        """``after`` is the ``next`` entry of a step; one record for each episode that ended."""
+        """One record for each episode that ended.
+
+        Args:
+            after: the ``next`` entry of a step. An episode that is ``dropped`` does not count.
+        """
         ended = []
         for worker, step in enumerate(after.reshape(-1)):
+            if bool(step.get("dropped", False)):  # its worker has failed
+                self.success[worker] = False
+                continue
             self.success[worker] |= bool(step["success"])
             if bool(step["done"]):
                 ended.append(
@@ -226,6 +291,7 @@ def play(
                 records.append(record)
                 if len(films) < videos:
                     films.append(torch.stack(frames[worker]))
+        for worker in td["next", "done"].flatten().nonzero().flatten().tolist():
             frames[worker] = [first[worker]]
         td = following
     return records, films

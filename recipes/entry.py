@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def start(name: str) -> None:
             cfg = settings(config)
             if isinstance(cfg, RunConfig) and is_cpu(cfg.device):
                 with_tcmalloc()  # starts the program anew: before the imports, not after them
-            importlib.import_module(f"prelar_trl.recipes.{name}").main(cfg)
+            with stoppable() if isinstance(cfg, RunConfig) else nullcontext():
+                importlib.import_module(f"prelar_trl.recipes.{name}").main(cfg)
 
     job.__module__ = f"prelar_trl.recipes.{name}"  # Hydra names the job by it
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
@@ -93,7 +95,8 @@ def one_line_errors(full: bool) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        with suppress(OSError):  # a terminal that is gone
+            print(stopped, file=sys.stderr)
         sys.exit(STOPPED)
     except KeyboardInterrupt:
         print("stopped at once; what was saved before is kept", file=sys.stderr)
@@ -103,6 +106,23 @@ def one_line_errors(full: bool) -> Iterator[None]:
         if full or line is None:
             raise
         sys.exit(f"error: {line}")
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """What asks a run to stop ends it; once it has begun, it listens itself and saves first."""
+
+    def stop(*_: object) -> None:
+        raise Stopped("stopped while it was starting; the same command with resume=auto goes on")
+
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    asked = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in asked}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe(error: Exception) -> str | None:

@@ -49,7 +49,9 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
         }
         make = partial(env_factory, **taken)
     left = {key: x for key, x in options.items() if key not in taken and x is not None}
-    if "num_workers" not in taken:
+    if "num_workers" in taken:  # it makes the processes itself
+        left = {key: x for key, x in left.items() if not key.startswith("worker_")}
+    else:
         return make_env(make, **{"seed": options["seed"], **left})
     env = make()
     if not left and isinstance(env, EnvBase) and KEYS <= {*env.observation_spec.keys()}:

@@ -12,7 +12,8 @@ from prelar_trl.recipes.entry import Stopped, start
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("finetune"))
 
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
+from prelar_trl.envs.workers import WorkerError
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
     CHECKPOINT,
@@ -32,6 +34,7 @@ from prelar_trl.recipes.common import (
     open_logger,
     open_run,
     seed_everything,
+    settle_resume,
     shown,
     without_twins,
 )
@@ -55,6 +58,7 @@ def finetune(
     tells where the time goes. In a thread other than the main one Ctrl-C is not handled.
     """
     check(cfg)
+    cfg, restart = settle_resume(cfg)
     watch = watch or Stopwatch()
     loggers = chosen_loggers(cfg.logger)
     device = choose_device(cfg.device)
@@ -69,7 +73,7 @@ def finetune(
     env = env.append_transform(policy.make_primer())
     # Beyond the capacity stays what the last checkpoints need.
     frames = min(cfg.capacity + 3 * cfg.checkpoint_every, cfg.env_steps) // cfg.action_repeat
-    run, checkpoint = open_run(cfg, learner.agent, data_bytes=frames * FRAME_BYTES)
+    run, checkpoint = open_run(cfg, learner.agent, frames * FRAME_BYTES, restart)
     replay = EpisodeReplay(
         run.path / "replay",
         window=cfg.batch_length,
@@ -82,8 +86,14 @@ def finetune(
     )
     collection = Collection(env, policy, replay, device, watch, cfg.seed)
     state = FinetuneState(cfg, action_dim, learner, collection)
+    if checkpoint is not None and "collection" not in checkpoint:
+        raise ValueError(
+            f"the run in {cfg.run} is of an older version, which kept no running episodes: "
+            "continue it with that version, or start a new run"
+        )
     if checkpoint is not None and state.is_finished(checkpoint):
-        print(f"{run.path} has its {checkpoint['step']} steps already; raise env_steps to continue")
+        done = f"its {checkpoint['step']} steps already; raise env_steps to continue"
+        print(f"finished: {run.path} has {done}")
         return
 
     per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
@@ -115,6 +125,8 @@ def finetune(
         else:
             state.load_state_dict(checkpoint)
         logger.log_times({"startup_s": watch.summary(state.step)["seconds"]}, state.step)
+        opened.enter_context(saved_first(save))
+        dropped = checkpoint["collection"]["dropped"] if checkpoint else 0
         if state.evaluation_due:
             evaluate()
         while state.step < cfg.env_steps or state.training_due:
@@ -127,6 +139,9 @@ def finetune(
                     for episode in ended:
                         names = ("return", "success", "length")
                         logger.log({f"train/{name}": episode[name] for name in names}, state.step)
+                    if collection.dropped > dropped:
+                        dropped = collection.dropped
+                        logger.log({"train/dropped": dropped}, state.step)
             before, step, updates = state.before, state.step, learner.model_update.count
             if before < cfg.prefill <= step and not replay.num_episodes and not cfg.max_steps:
                 raise ValueError(
@@ -189,6 +204,16 @@ def check(cfg: FinetuneConfig) -> None:
         )
     if cfg.capacity < cfg.batch_length:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
+
+
+@contextmanager
+def saved_first(save: Callable[[], None]) -> Iterator[None]:
+    """Workers that fail again and again stop the run, but it is saved."""
+    try:
+        yield
+    except WorkerError as error:
+        save()
+        raise WorkerError(f"{error}; the run is saved, resume=auto continues it") from error
 
 
 def crossed(before: int, now: int, every: int) -> bool:

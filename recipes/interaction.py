@@ -14,6 +14,7 @@ from torchrl.envs.utils import step_mdp
 from prelar_trl.checkpoint import kept_rng
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs.episodes import begin_episode, episode_seed, repeat_episode
+from prelar_trl.envs.workers import WorkerError, worker_env
 from prelar_trl.models import Agent
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
@@ -43,6 +44,8 @@ def make_training_env(
         action_repeat=cfg.action_repeat,
         max_steps=cfg.max_steps,
         num_workers=num_workers,
+        worker_timeout=cfg.worker_timeout,
+        worker_failures=cfg.worker_failures,
     )
 
 
@@ -56,10 +59,10 @@ class Collection:
     """Steps in the training environment, which end in the replay.
 
     Every episode begins from a seed of its own, so that one that is running when the run stops can
-    be repeated when it goes on. Environments with a batch size of their own cannot do that.
+    be repeated when it goes on. Environments with a batch size that are no `WorkerEnv` cannot.
 
     Attributes:
-        dropped: running episodes that could not be repeated, and are lost.
+        dropped: episodes that are lost: they could not be repeated, or their worker has failed.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Collection:
         self.env, self.policy, self.replay = env, policy, replay
         self.device, self.watch, self.seed = device, watch, seed
         self.dropped = 0
+        self._processes = worker_env(env)
         self._workers = max(1, env.batch_size.numel())
         self._begun = [0] * self._workers  # episodes of each
         self._tracker = EpisodeTracker(self._workers)
@@ -98,23 +102,30 @@ class Collection:
             self._now = self._begin(step_mdp(td))
         with self.watch("replay"):
             self.replay.add(td.exclude("belief", ("next", "belief")))
+        if "dropped" in td["next"].keys():
+            self.dropped += int(td["next", "dropped"].sum())
         return self._tracker.update(td["next"])
 
     def _begin(self, now: TensorDictBase | None) -> TensorDictBase:
-        """``now`` with a new episode wherever one is over, and at first."""
-        over = [True] * self._workers if now is None else now["done"].flatten().tolist()
-        if not any(over):
+        """``now`` with a new episode wherever one is over; None: everywhere."""
+        over = torch.ones(self._workers, dtype=torch.bool)
+        if now is not None:
+            over = now["done"].flatten()
+        if not over.any():
             return now
-        for worker in range(self._workers):
-            self._begun[worker] += over[worker]
+        begun = [count + int(it) for count, it in zip(self._begun, over, strict=True)]
+        seeds = [episode_seed(self.seed, worker, n - 1) for worker, n in enumerate(begun)]
         with hold_signals():
             if not self.env.batch_size:
-                return begin_episode(self.env, self._seed_of(0))
-            return self.env.reset() if now is None else self.env.maybe_reset(now)
-
-    def _seed_of(self, worker: int) -> int:
-        """The seed of the episode that runs there."""
-        return episode_seed(self.seed, worker, self._begun[worker] - 1)
+                first = begin_episode(self.env, seeds[0])
+            elif self._processes is None:
+                first = self.env.reset() if now is None else self.env.maybe_reset(now)
+            else:
+                if now is not None:
+                    now = now.set("_reset", over.unsqueeze(-1))
+                first = self.env.reset(now, seeds=seeds)
+        self._begun = begun
+        return first
 
     def sample(self) -> TensorDictBase:
         """A batch of the replay's windows, ``[batch_size, batch_length]``."""
@@ -147,22 +158,41 @@ class Collection:
         if len(state["begun"]) == self._workers:
             self._begun = list(state["begun"])
             self._tracker.success = list(state["success"])
+            now = TensorDict(state["now"], self.env.batch_size)
+            faults = {i: self._repeat(i, now, pending.get(i)) for i in range(self._workers)}
         else:
             self._begun = [max(state["begun"])] * self._workers  # no episode a second time
-        now = TensorDict(state["now"], self.env.batch_size)
-        why = self._repeat(now, pending)
-        if why is None:
-            self._now = now
-            return
-        self._drop(pending, why)
+            now = None
+            faults = dict.fromkeys(pending, "another number of environments")
+        lost = {worker: why for worker, why in faults.items() if why is not None}
+        if now is not None and len(lost) < self._workers:
+            now["done"].view(-1)[list(lost)] = True
+            self._now = self._begin(now)
+        else:
+            if self.env.batch_size and self._processes is None:  # not its first episodes again
+                self.env.set_seed(episode_seed(self.seed, self._workers, max(self._begun)))
+            self._now = self._begin(None)
+        for worker in lost.keys() & pending.keys():
+            self._drop(worker, len(pending[worker]) - 1, lost[worker])
 
-    def _repeat(self, now: TensorDict, pending: dict[int, TensorDict]) -> str | None:
-        """Bring the environment to where ``now`` was taken; returns why that is impossible."""
-        if self.env.batch_size:
-            return "an environment with a batch size cannot be rebuilt"
-        rows = pending.get(0)
+    def _repeat(self, worker: int, now: TensorDict, rows: TensorDict | None) -> str | None:
+        """Bring an environment to where ``now`` was taken; returns why that is impossible.
+
+        Args:
+            rows: of the replay, of the episode that runs there; None: no step was made.
+        """
         actions = torch.zeros(0) if rows is None else rows["action"][1:]
-        reached, frames = repeat_episode(self.env, self._seed_of(0), actions)
+        episode = (episode_seed(self.seed, worker, self._begun[worker] - 1), actions)
+        if not self.env.batch_size:
+            reached, frames = repeat_episode(self.env, *episode)
+        elif self._processes is None:
+            return "an environment with a batch size cannot be rebuilt"
+        else:
+            now = now[worker]
+            try:
+                reached, frames = self._processes.repeat(worker, *episode)
+            except WorkerError as error:
+                return f"its worker {error}"
         if rows is not None:
             differs = (frames != rows["pixels"]).flatten(1).any(1).nonzero()
             if len(differs):
@@ -172,19 +202,13 @@ class Collection:
                 return f"repeated with the same actions, it ends with another {key}"
         return None
 
-    def _drop(self, pending: dict[int, TensorDict], why: str) -> None:
-        """The running episodes are lost, new ones begin."""
-        for worker in pending:
-            self.replay.drop(worker)
-        self.dropped += len(pending)
-        self._tracker = EpisodeTracker(self._workers)
-        if self.env.batch_size:
-            self.env.set_seed(episode_seed(self.seed, self._workers, max(self._begun)))
-        self.reset()
-        steps = sum(len(rows) - 1 for rows in pending.values())
+    def _drop(self, worker: int, steps: int, why: str) -> None:
+        """The running episode is lost."""
+        self.replay.drop(worker)
+        self.dropped += 1
         print(
-            f"warning: the running episodes of {len(pending)} environments ({steps} steps) are "
-            f"dropped: {why}",
+            f"warning: the running episode of environment {worker} ({steps} steps) is dropped: "
+            f"{why}",
             file=sys.stderr,
         )
 

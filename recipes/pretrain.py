@@ -36,6 +36,7 @@ from prelar_trl.recipes.common import (
     open_logger,
     open_run,
     seed_everything,
+    settle_resume,
     shown,
     without_twins,
 )
@@ -54,6 +55,7 @@ from prelar_trl.updates import WorldModelUpdate
 
 def pretrain(cfg: PretrainConfig) -> None:
     """The whole run: data, model, loop."""
+    cfg, restart = settle_resume(cfg)
     loggers = chosen_loggers(cfg.logger)
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
@@ -68,11 +70,12 @@ def pretrain(cfg: PretrainConfig) -> None:
     update = WorldModelUpdate(loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision)
     compile_update(update, cfg.compile)
 
-    run, checkpoint = open_run(cfg, world_model)
+    run, checkpoint = open_run(cfg, world_model, restart=restart)
     if checkpoint is not None:
         load_state(checkpoint, world_model, update, clips)
         if update.count >= cfg.updates:
-            print(f"{run.path} has its {update.count} updates already; raise updates to continue")
+            done = f"its {update.count} updates already; raise updates to continue"
+            print(f"finished: {run.path} has {done}")
             return
     fixed = heldout.sample()  # the same held-out clips throughout
     guard = UsageGuard(cfg, world_model, fixed)

@@ -56,6 +56,10 @@ Pixels = Annotated[int, at_least(8)]
 Precision = Annotated[str, one_of(("32", "bf16"))]
 Quality = Annotated[str, one_of(get_args(RenderQuality))]
 Resize = Annotated[str, one_of(("squeeze", "crop"))]
+Resume = Annotated[
+    bool | str,
+    Rule(lambda x: x in (True, False, "auto"), "is unknown; choose true, false or auto"),
+]
 Size = Annotated[str, one_of(SIZES)]
 
 
@@ -86,7 +90,7 @@ class RunConfig(Config):
     method: Method = "prelar"
     size: Size = "full"
     run: str = MISSING  # run folder
-    resume: bool = False  # continue the run in that folder
+    resume: Resume = False  # continue the run in that folder; auto: start it, or continue it
     seed: NonNegativeInt = 0
     device: Device = "auto"  # auto, cpu, cuda, cuda:1
     precision: Precision = "32"
@@ -149,6 +153,8 @@ class FinetuneConfig(RunConfig):
     camera: str | None = None
     render_quality: Quality = "fast"
     num_workers: PositiveInt = 1
+    worker_timeout: Positive = 120.0  # seconds without an answer: the worker hangs, is replaced
+    worker_failures: PositiveInt = 5  # of one worker in a row: the run saves and stops
     horizon: Annotated[int, at_least(2)] = 15
     lmbda: Fraction = 0.95
     actor_lr: NonNegative = 8e-5

@@ -92,7 +92,7 @@ def finetune_fails(fails, tmp_path):
         ("+model.foo=1", ["unknown setting 'model.foo'", "images, actions"]),
         ("updates=abc", ["updates=abc", "Integer"]),
         ("updates", ["updates", "EQUAL"]),
-        ("resume=maybe", ["maybe", "bool"]),
+        ("resume=maybe", ["resume='maybe' is unknown", "auto"]),
         ("model.depth=deep", ["model.depth='deep'", "a whole number"]),
         ("model.norm=instance", ["norm='instance'", "batch, layer, group or none"]),
         ("loss.consistency=hard", ["consistency='hard'", "soft, sign, soft_rank"]),

@@ -235,11 +235,16 @@ class EpisodeWriter(Writer):
         done = data["next", "done"].reshape(data.shape).cpu()  # [N, T]
         first = data.get("is_first", None)
         first = torch.zeros_like(done) if first is None else first.reshape(done.shape).cpu()
+        lost = data.get(("next", "dropped"), None)
+        lost = torch.zeros_like(done) if lost is None else lost.reshape(done.shape).cpu()
         ids = data.get(_TRAJECTORY, None)
         ids = None if ids is None else ids.reshape(done.shape).cpu()
         for worker in range(data.shape[0]):
             for begin, end in _pieces(done[worker], first[worker]):
                 key = worker if ids is None else ("trajectory", int(ids[worker, begin]))
+                if bool(lost[worker, end - 1]):
+                    self.pending.pop(key, None)
+                    continue
                 if bool(first[worker, begin]) and key in self.pending:
                     written.append(self._finish(key))
                 rows = _rows(data[worker, begin:end], new=key not in self.pending)

@@ -105,7 +105,8 @@ class EpisodeReplay:
         Args:
             data: ``pixels`` uint8, ``action`` float32, ``next`` with ``pixels``, ``reward``,
                 ``done`` and (else False) ``terminated``; ``is_first`` at the root (optional)
-                breaks an unfinished episode off, which is then kept as truncated.
+                breaks an unfinished episode off, which is then kept as truncated. An episode whose
+                last step is ``dropped`` (under ``next``, optional) is forgotten.
 
         Returns:
             Indices int64 ``[M]`` of the frames of the episodes that were finished by this call.

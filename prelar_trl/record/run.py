@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from prelar_trl.utils import atomic_write
+
 PACKAGES = (
     "prelar_trl",
     "torch",
@@ -30,6 +32,9 @@ PACKAGES = (
     "wandb",
 )
 MEBIBYTE = 2**20
+# Of a run folder; config.yaml last, by which it is known as one.
+CONTENTS = ("checkpoints", "videos", "pictures", "replay", "tensorboard", "wandb")
+CONTENTS += ("metrics.csv", "times.csv", "versions.json", "config.yaml")
 
 
 class RunFolder:
@@ -112,12 +117,29 @@ class RunFolder:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         return cls(path, config or {})
 
-    def note_continuation(self, step: int) -> None:
-        """Add to ``versions.json`` that a session continues this run after ``step`` steps."""
+    def note_continuation(self, step: int, changed: Mapping[str, Any] | None = None) -> None:
+        """Add to ``versions.json`` that a session continues this run after ``step`` steps.
+
+        Args:
+            step: of the checkpoint.
+            changed: settings that the session changes; ``config.yaml`` gets them too.
+        """
         record = self.versions
-        session = describe_session(record.get("seed"))
-        record.setdefault("continued", []).append({"step": step, **session})
+        session = {"step": step, **describe_session(record.get("seed"))}
+        if changed:
+            session["changed"] = dict(changed)
+            self.config = {**self.config, **changed}
+            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+            with atomic_write(self.path / "config.yaml") as part:
+                part.write_text(text, encoding="utf-8")
+        record.setdefault("continued", []).append(session)
         _write_json(self.path / "versions.json", record)
+
+    def clear(self) -> None:
+        """Delete all that a run has put into its folder; what is not a run's stays."""
+        for name in CONTENTS:
+            place = self.path / name
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
 
     @property
     def versions(self) -> dict[str, Any]:
