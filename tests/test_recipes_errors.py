@@ -395,13 +395,15 @@ def test_checkpoint_that_cannot_be_written_keeps_the_one_before(made, tmp_path, 
     assert checkpoint(run)["step"] == 2
 
 
-def test_ctrl_c_twice_stops_at_once_with_one_line(made, tmp_path, monkeypatch):
+def test_ctrl_c_twice_stops_at_once_with_one_line(made, tmp_path, monkeypatch, capsys):
     interrupt_after(monkeypatch, 1)
     interrupt_after(monkeypatch, 1)
     arguments = [f"data={made.clips}", f"run={tmp_path / 'a'}", *PRETRAIN_ARGS]
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
-    with pytest.raises(SystemExit, match="stopped at once"):
+    with pytest.raises(SystemExit) as stop:
         start("pretrain")
+    assert stop.value.code == 75
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped at once")
 
 
 def test_full_error_shows_where_it_came_from(made, tmp_path, monkeypatch):

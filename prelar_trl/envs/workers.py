@@ -97,7 +97,8 @@ class WorkerEnv(EnvBase):
         Raises:
             WorkerError: the worker has failed and was replaced.
         """
-        found, failed = self._ask({worker: ("repeat", seed, actions)})
+        seconds = self._timeout * (1 + len(actions))
+        found, failed = self._ask({worker: ("repeat", seed, actions)}, seconds)
         if failed:
             raise WorkerError(failed[worker])
         return found[worker]
@@ -140,8 +141,14 @@ class WorkerEnv(EnvBase):
         self._seed = seed
         self._ask({i: ("seed", seed + i) for i in range(len(self._workers))})
 
-    def _ask(self, questions: dict[int, tuple]) -> tuple[dict[int, Any], dict[int, str]]:
+    def _ask(
+        self, questions: dict[int, tuple[Any, ...]], seconds: float | None = None
+    ) -> tuple[dict[int, Any], dict[int, str]]:
         """Send a command to each of these workers.
+
+        Args:
+            questions: by worker.
+            seconds: until a worker hangs. Default: the timeout.
 
         Returns:
             The answers, and of those workers that have failed and were replaced, why.
@@ -153,7 +160,7 @@ class WorkerEnv(EnvBase):
             except WorkerError as error:
                 failed[worker] = str(error)
         found: dict[int, Any] = {}
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + (seconds or self._timeout)
         for worker in questions.keys() - failed.keys():
             try:
                 found[worker] = self._workers[worker].answer(deadline - time.monotonic())
@@ -206,7 +213,7 @@ class _Worker:
     def __init__(self, make: bytes, seed: int) -> None:
         # Threads and OpenGL do not survive a fork: it is one of a process that has only imported.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["__main__", __name__])
         self._connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, make, seed), daemon=True)
         with _held_signals():
@@ -242,7 +249,6 @@ class _Worker:
         self.process.join(patience)
         self.process.kill()
         self.process.join()
-        self.process.close()
 
 
 def _work(connection: Connection, make: bytes, seed: int) -> None:
@@ -265,13 +271,13 @@ def _work(connection: Connection, make: bytes, seed: int) -> None:
                     env.set_seed(number)
                 case ("reset", number):
                     now = env.reset() if number is None else begin_episode(env, number)
-                    answer = _observed(now)
+                    answer = _observed(env, now)
                 case ("step", action):
                     step = env.step(now.set("action", action))
-                    now, answer = step_mdp(step), _observed(step["next"])
+                    now, answer = step_mdp(step), _observed(env, step["next"])
                 case ("repeat", number, actions):
                     now, frames = repeat_episode(env, number, actions)
-                    answer = _observed(now), frames
+                    answer = _observed(env, now), frames
         except Exception as problem:
             logger.exception("an environment has raised an error")
             error = " ".join(f"{type(problem).__name__}: {problem}".split())
@@ -295,9 +301,10 @@ def _specs(env: EnvBase) -> dict[str, Any]:
     }
 
 
-def _observed(now: TensorDictBase) -> TensorDict:
-    """What the parent is told; of views too no more than they show."""
-    told = now.exclude("action").clone()
+def _observed(env: EnvBase, now: TensorDictBase) -> TensorDictBase:
+    """What the parent is told."""
+    keys = [*env.observation_spec.keys(True, True), *env.reward_keys, *env.done_keys]
+    told = now.select(*keys, strict=False).clone()
     return told.set("dropped", torch.zeros(1, dtype=torch.bool))
 
 
