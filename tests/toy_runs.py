@@ -92,9 +92,9 @@ def interrupt_after(
     monkeypatch.setattr(WorldModelUpdate, "__call__", call)
 
 
-def checkpoint(run: Path) -> dict[str, Any]:
+def checkpoint(run: str | Path) -> dict[str, Any]:
     """The last checkpoint of a run."""
-    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    return torch.load(Path(run, "checkpoints", "last.pt"), weights_only=True)
 
 
 def different(a: Any, b: Any, name: str = "") -> list[str]:
