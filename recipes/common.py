@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
+from prelar_trl.types import Backend
 
 CHECKPOINT = "last.pt"
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
@@ -44,11 +45,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def chosen_loggers(logger: str | Sequence[str]) -> tuple[str, ...]:
+def chosen_loggers(logger: str | Sequence[str]) -> tuple[Backend, ...]:
     """The names of the loggers, each of which can be used."""
     loggers = (logger,) if isinstance(logger, str) else tuple(logger)
     check_backends(loggers)
-    return loggers
+    return cast(tuple[Backend, ...], loggers)
 
 
 def open_run(
@@ -82,7 +83,7 @@ def open_run(
     return run, checkpoint
 
 
-def open_logger(run: RunFolder, loggers: tuple[str, ...], checkpoint: Mapping | None) -> Logger:
+def open_logger(run: RunFolder, loggers: tuple[Backend, ...], checkpoint: Mapping | None) -> Logger:
     return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
 
 

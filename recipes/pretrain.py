@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
@@ -172,7 +172,7 @@ class UsageGuard:
 @contextmanager
 def looking(world_model: RSSMWorldModel, batch: TensorDict) -> Iterator[None]:
     """Evaluation mode, and random draws that the training does not feel."""
-    device = batch["pixels"].device
+    device = cast(torch.Tensor, batch["pixels"]).device
     world_model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -25,7 +25,7 @@ import hashlib
 import json
 import mmap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,7 +120,7 @@ def sha256(file: Path) -> str:
 
 
 def whole_clip(
-    line: bytes, handles: dict[str, BinaryIO], streams: dict[str, Stream]
+    line: bytes, handles: Mapping[str, BinaryIO], streams: Mapping[str, Stream]
 ) -> dict[str, Any] | None:
     """The journal's record, if the clip's data, next in the open files, agree with it."""
     try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import torch
+from torchrl.data import Bounded
 from torchrl.envs import (
     ActionScaling,
     Compose,
@@ -132,15 +133,15 @@ def _make_one(
     else:
         base, transforms = _from_object(name_or_env, **view)
     repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
-    env = TransformedEnv(base, Compose(*repeat, *transforms))
-    for cast in as_float32(env):
-        env.append_transform(cast)
+    env = TransformedEnv(base, Compose(*cast(Any, [*repeat, *transforms])))
+    for conversion in as_float32(env):
+        env.append_transform(conversion)
     check_env(env)
-    space = env.action_spec.space
-    if (space.low != -1).any() or (space.high != 1).any():
+    actions = cast(Bounded, env.action_spec)
+    if (actions.low != -1).any() or (actions.high != 1).any():
         env.append_transform(ActionScaling())
     env.append_transform(InitTracker(init_key="is_first"))
-    if "truncated" not in env.done_spec.keys():  # StepCounter adds it when it has a limit
+    if "truncated" not in env.full_done_spec.keys():  # StepCounter adds it when it has a limit
         max_steps = max_steps or torch.iinfo(torch.int64).max
     env.append_transform(StepCounter(max_steps=max_steps))
     env.append_transform(RewardSum())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -44,7 +45,10 @@ def compile_update(update: U, mode: CompileMode = "auto") -> U:
         return update
     log.info("compiling %s: its first calls take minutes", type(update).__name__)
     # The second option is what mode="reduce-overhead" means; torch takes no mode beside options.
-    options = {"fallback_random": True, "triton.cudagraphs": cuda}
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
+        "fallback_random": True,
+        "triton.cudagraphs": cuda,
+    }
     compiled = torch.compile(update.losses, fullgraph=True, dynamic=False, options=options)
     eager = update.forward_backward
 

@@ -5,6 +5,8 @@ Source: PreLAR (Zhang et al., ECCV 2024), sections 3.2 and 3.4.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class LatentActionEncoder(nn.Module):
         self.latent_actions = latent_actions
         self.encoder = encoder
         self.head = nn.Sequential(
-            nn.Linear(encoder.embed_dim, hidden),
+            nn.Linear(cast(int, encoder.embed_dim), hidden),
             nn.ELU(),
             nn.Linear(hidden, latent_actions.num_outputs),
         )

@@ -77,7 +77,9 @@ class Source(Protocol):
     decoder: str
     root: Path
     options: FrameOptions
-    left_out: Mapping[str, list[str]]
+
+    @property
+    def left_out(self) -> Mapping[str, list[str]]: ...
 
     def items(self) -> Sequence[Item]:
         """All clips, in an order that depends on the names alone."""

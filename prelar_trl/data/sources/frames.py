@@ -67,7 +67,7 @@ def _frames(frames: Iterator[Sizes], options: FrameOptions) -> Iterator[Frame]:
     for colour, grey in islice(frames, options.max_frames):
         empty = False
         frame = {"pixels": _channels_first(colour)}
-        if flow is not None:
+        if flow is not None and grey is not None:
             frame["flow"] = _channels_first(flow(grey))
         yield frame
     if empty:

@@ -99,7 +99,7 @@ class _Converter:
         rgb = to_rgb(picture, self.white)
         if picture.mode.startswith("I"):
             self.deep += 1
-            self.brightest = max(self.brightest, rgb.getextrema()[0][1])
+            self.brightest = max(self.brightest, int(np.asarray(rgb)[..., 0].max()))
         return rgb
 
     def note(self, notes: Counter[str]) -> None:

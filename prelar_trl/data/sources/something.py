@@ -128,7 +128,7 @@ class FrameLists:
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
-        paths = [item.path / f"{n:06d}.jpg" for n in range(1, item.frames + 1)]
+        paths = [item.path / f"{n:06d}.jpg" for n in range(1, (item.frames or 0) + 1)]
         missing = next((p for p in paths if not p.is_file()), None)
         if missing is not None:
             raise ClipError(f"{item.frames} frames are listed, {missing.name} is missing")
