@@ -43,18 +43,22 @@ class Rule(NamedTuple):
 
 
 def at_least(low: float) -> Rule:
+    """Numbers from ``low`` on."""
     return Rule(lambda x: x >= low, f"must be at least {low}")
 
 
 def above(low: float) -> Rule:
+    """Numbers above ``low``."""
     return Rule(lambda x: x > low, f"must be above {low}")
 
 
 def between(low: float, high: float) -> Rule:
+    """Numbers in [``low``, ``high``]."""
     return Rule(lambda x: low <= x <= high, f"must lie between {low} and {high}")
 
 
 def one_of(choices: Iterable[str]) -> Rule:
+    """One of a few words."""
     return Rule(lambda x: x in choices, f"is unknown; choose {listed(choices)}")
 
 

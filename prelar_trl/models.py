@@ -159,7 +159,7 @@ def make_agent(
     if s.bonus_embed is not None:
         bonus = VideoBonus(
             cast(int, world_model.encoder.embed_dim) if s.bonus_embed == "embed" else feat_dim,
-            k=s.bonus_neighbours,
+            k=s.bonus_neighbors,
             window=s.bonus_window,
             projection_dim=s.bonus_projection,
             memory_size=s.bonus_memory,

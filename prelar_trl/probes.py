@@ -47,7 +47,7 @@ def openloop_quality(
     The latent actions of the imagined frames are inferred from those very frames: they tell what
     happens, and the model what that looks like. So three predictions are compared: under the
     clip's ``own_actions``; under ``other_actions``, those of another clip of the batch from frame
-    ``context`` on; and ``last_frame``, the last seen frame for ever. A model without actions has
+    ``context`` on; and ``last_frame``, the last seen frame, repeated. A model without actions has
     ``no_actions`` in place of the first two.
 
     Args:
@@ -163,7 +163,7 @@ def linear_r2(
     """Share of the test targets' variance that a ridge regression on the features explains.
 
     ``min_W mean |y - W x|^2 + penalty |W|^2`` in closed form, features standardised and targets
-    centred by the training samples; ``R^2 = 1 - sum (y - W x)^2 / sum (y - mean y)^2`` on the test
+    centered by the training samples; ``R^2 = 1 - sum (y - W x)^2 / sum (y - mean y)^2`` on the test
     samples.
 
     Args:

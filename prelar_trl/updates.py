@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -24,6 +24,7 @@ from prelar_trl.objectives import (
     total_loss,
 )
 from prelar_trl.objectives.common import loss_keys
+from prelar_trl.utils import check_choice
 
 __all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
 
@@ -83,8 +84,7 @@ class Update:
     """
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
-        if precision not in ("32", "bf16"):
-            raise ValueError(f"precision={precision!r} is unknown; choose 32 or bf16")
+        check_choice("precision", precision, get_args(Precision))
         self.module, self.mixed, self.clip = module, precision == "bf16", clip
         self.optimizers: dict[str, Optimizer] = {}
         self.count = 0

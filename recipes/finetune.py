@@ -35,14 +35,14 @@ from prelar_trl.recipes.common import (
     check_finite,
     choose_device,
     chosen_loggers,
-    deaf_to_interrupts,
+    drop_unweighted,
+    ignore_sigint,
     open_logger,
     open_run,
     play,
+    progress_metrics,
     seed_everything,
-    shown,
-    summarise,
-    without_twins,
+    summarize,
 )
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.pretrained import (
@@ -155,7 +155,7 @@ def finetune(
     if checkpoint is not None:
         steps, debt = checkpoint["step"], checkpoint["debt"]
         cut_off = checkpoint.get("evaluation_cut_off", False)
-        with deaf_to_interrupts():
+        with ignore_sigint():
             env.set_seed(cfg.seed + steps)  # not the first episodes again
         agent.load_state_dict(checkpoint["agent"])
         model_update.load_state_dict(checkpoint["model_update"])
@@ -216,7 +216,7 @@ def finetune(
         opened.callback(env.close, raise_if_closed=False)
         evaluation = Evaluation(cfg, env_factory, agent, device, interruption)
         opened.enter_context(closing(evaluation))
-        with deaf_to_interrupts():
+        with ignore_sigint():
             td, losses = env.reset(), None
         logger.log_times({"startup_s": watch.summary(steps)["seconds"]}, steps)
         tracker = EpisodeTracker(td.numel())
@@ -256,13 +256,17 @@ def finetune(
                 while debt >= 1 and not interruption.requested:
                     losses = train()
                     debt -= 1
-            metrics = {} if losses is None else {"updates": model_update.count, **shown(losses)}
+            metrics = (
+                {}
+                if losses is None
+                else {"updates": model_update.count, **progress_metrics(losses)}
+            )
             trained = (model_update.count - updates) * cfg.batch_size * cfg.batch_length
             with watch("logging"):
                 bar.update(per_step, frames=trained, metrics=metrics)
                 if losses is not None and crossed(before, steps, cfg.log_every):
                     check_finite(losses, steps)
-                    logger.log(without_twins(losses), steps)
+                    logger.log(drop_unweighted(losses), steps)
             if not random_phase and crossed(before, steps, cfg.eval_every):
                 with watch("evaluation"):
                     evaluation(logger, steps)
@@ -350,7 +354,7 @@ class Evaluation:
             workers = min(cfg.num_workers, cfg.eval_episodes)
             env = make_training_env(cfg, self.env_factory, seed, workers)
             self.env = env.append_transform(self.policy.make_primer())
-        with deaf_to_interrupts():
+        with ignore_sigint():
             self.env.set_seed(seed)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             policy = partial(act, self.policy, device=device)
@@ -360,7 +364,7 @@ class Evaluation:
         if self.cut_off:
             return
         self.last = step
-        logger.log({f"eval/{name}": value for name, value in summarise(records).items()}, step)
+        logger.log({f"eval/{name}": value for name, value in summarize(records).items()}, step)
         logger.log_video("eval", films[0], step, fps=30)
 
     def close(self) -> None:

@@ -310,6 +310,7 @@ def toy_transfer(
 
 
 def join(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """The pieces of each name as one tensor."""
     return {name: torch.cat(x) for name, x in pieces.items()}
 
 

@@ -25,7 +25,7 @@ from prelar_trl.envs.pictures import (
 from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels
 
 
-def adopt(
+def wrap_env(
     env: EnvBase, *, pixels: int | None, camera: str | None
 ) -> tuple[EnvBase, list[Transform]]:
     """A TorchRL environment, taken apart, with the transforms that add what it lacks."""

@@ -22,14 +22,14 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
-from prelar_trl.envs.adopt import adopt, as_float32, check_env
+from prelar_trl.envs.adopt import as_float32, check_env, wrap_env
 from prelar_trl.envs.backend import rendering_error
 from prelar_trl.envs.toy import EPISODE_STEPS, make_toy
 from prelar_trl.envs.transforms import ActionRepeat
 
 Env = EnvBase | gymnasium.Env
 # Modules that import MuJoCo: loaded when asked for, as they take seconds and need OpenGL.
-_FAMILIES = {
+SUITES = {
     "metaworld": ("prelar_trl.envs.metaworld", "make_metaworld"),
     "gym": ("prelar_trl.envs.wrappers", "make_gym"),
     "dm_control": ("prelar_trl.envs.wrappers", "make_dm_control"),
@@ -153,12 +153,12 @@ def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
     family, _, rest = name.partition("/")
     if family == "toy":
         return make_toy(rest, **options)
-    if family not in _FAMILIES or not rest:
+    if family not in SUITES or not rest:
         raise ValueError(
             f"unknown environment {name!r}; write metaworld/<task>, gym/<id>, "
             "dm_control/<domain>/<task> or toy, or give an environment"
         )
-    module, function = _FAMILIES[family]
+    module, function = SUITES[family]
     try:
         make = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError:
@@ -175,7 +175,7 @@ def _from_object(
     if not _is_env(env):
         env = env()
     if isinstance(env, EnvBase):
-        return adopt(env, pixels=pixels, camera=camera)
+        return wrap_env(env, pixels=pixels, camera=camera)
     if not isinstance(env, gymnasium.Env):
         raise ValueError(
             f"an environment of TorchRL or gymnasium is needed, got {type(env).__name__}"

@@ -1,7 +1,7 @@
 """A tiny pixel task that a small agent learns in minutes: steer a disc onto a square.
 
 Both lie in the square [-1, 1]^2. An action is a velocity in [-1, 1]^2; one step moves the disc by
-``SPEED`` times it. With ``gap`` = the distance beyond ``RADIUS`` between the two centres,
+``SPEED`` times it. With ``gap`` = the distance beyond ``RADIUS`` between the two centers,
 
     reward = 1 / (1 + (gap / SCALE)^2)        1 on the target, 0.5 at gap = SCALE, never 0
 
@@ -133,8 +133,8 @@ class ToyEnv(EnvBase):
         if size is not None:
             observation["pixels"] = Bounded(0, 255, torch.Size([3, size, size]), dtype=torch.uint8)
             margin = 1 + _SQUARE  # both shapes stay inside the picture
-            centres = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32) * margin
-            self._y, self._x = -centres[:, None], centres[None, :]  # y points up
+            centers = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32) * margin
+            self._y, self._x = -centers[:, None], centers[None, :]  # y points up
             self._pixel = 2 * margin / size
             self._background = _texture(background, size)
             self._disc, self._square = _as_image(disc), _as_image(square)

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 
 from prelar_trl.objectives import total_loss
 from prelar_trl.updates import Update
+from prelar_trl.utils import check_choice
 
 __all__ = ["CompileMode", "compile_update"]
 
@@ -38,8 +39,7 @@ def compile_update(update: U, mode: CompileMode = "auto") -> U:
     Raises (by the update):
         RuntimeError: ``on``, and compiling failed.
     """
-    if mode not in get_args(CompileMode):
-        raise ValueError(f"compile={mode!r} is unknown; choose auto, on or off")
+    check_choice("compile", mode, get_args(CompileMode))
     cuda = next(update.module.parameters()).is_cuda
     if mode == "off" or (mode == "auto" and not cuda):
         return update

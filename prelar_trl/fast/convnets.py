@@ -110,7 +110,7 @@ class FastResidualLayer(ResidualLayer):
         y = _convolve(self.block, x, upsample)
         return _join(self.block, y, skip, upsample and not self.skip)
 
-    def by_branches(self, x: Tensor, upsample: bool, run: Run = checkpoint_convs) -> Tensor:
+    def checkpointed(self, x: Tensor, upsample: bool, run: Run = checkpoint_convs) -> Tensor:
         """The same; the backward pass computes one branch again at a time, their sum not at all."""
         # The skip first: its gradient, as large as x, comes last and is not kept meanwhile.
         skip = run(partial(_shortcut, self.skip, upsample=upsample), x)
@@ -160,7 +160,7 @@ class FastResNetDecoder(ResNetDecoder):
         for stage in stages:
             x = run(partial(_upsampled_stage, stage), x)
         for index, layer in enumerate(cast(Iterable[Any], largest)):
-            x = layer.by_branches(x, index == 0, run)
+            x = layer.checkpointed(x, index == 0, run)
         return self.conv_out(x)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prelar_trl.modules.augmentation import random_shift
 from prelar_trl.modules.latent_actions import LatentActions
 from prelar_trl.types import FrameInput
+from prelar_trl.utils import check_choice
 
 __all__ = ["FRAME_CHANNELS", "ActionEncoder", "FrameInput", "LatentActionEncoder"]
 
@@ -50,8 +51,7 @@ class LatentActionEncoder(nn.Module):
         shift: int = 0,
     ) -> None:
         super().__init__()
-        if frames not in FRAME_CHANNELS:
-            raise ValueError(f"frames={frames!r} is unknown; choose {', '.join(FRAME_CHANNELS)}")
+        check_choice("frames", frames, FRAME_CHANNELS)
         if shift < 0:
             raise ValueError(f"shift={shift} must not be negative")
         self.frames, self.shift = frames, shift

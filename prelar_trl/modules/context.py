@@ -85,7 +85,7 @@ class ContextLayer(nn.Module):
         self.attention_norm = nn.Sequential(*make_norm(norm, in_channels, size))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x ``[B*T, C, H, W]``, context ``[B, C, H, W]`` of the same resolution."""
+        """Maps ``x`` ``[B*T, C, H, W]``, context ``[B, C, H, W]`` of the same resolution."""
         z = F.relu(x + self.attention_norm(self.attend(x, context)))
         return F.relu(self.skip(x) + self.block(z))
 

@@ -175,6 +175,7 @@ class TruncatedNormal:
 
     @property
     def mode(self) -> Tensor:
+        """The mean, clamped as a sample is."""
         return self._clamp(self.mean)
 
     def rsample(self, sample: bool = True) -> Tensor:

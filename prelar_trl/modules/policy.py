@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from prelar_trl.modules.heads import Actor
 from prelar_trl.modules.rssm import State
 from prelar_trl.modules.world_model import RSSMWorldModel
+from prelar_trl.utils import check_choice
 
 __all__ = ["WorldModelPolicy"]
 
@@ -39,8 +40,7 @@ class WorldModelPolicy(TensorDictModuleBase):
         self, world_model: RSSMWorldModel, actor: Actor, mode: Literal["sample", "mode"] = "sample"
     ) -> None:
         super().__init__()
-        if mode not in ("sample", "mode"):
-            raise ValueError(f"mode={mode!r} is unknown; choose sample or mode")
+        check_choice("mode", mode, ("sample", "mode"))
         self.world_model, self.actor, self.mode = world_model, actor, mode
         self.action_dim = actor.std_out.out_features
         encoder = world_model.action_encoder

@@ -12,6 +12,7 @@ from torchrl.objectives import LossModule
 
 from prelar_trl.objectives.common import dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
+from prelar_trl.utils import check_choice
 
 __all__ = ["ActorLoss", "CriticLoss", "LambdaTarget"]
 
@@ -103,10 +104,7 @@ class ActorLoss(LossModule):
     ) -> None:
         super().__init__()
         self.out_keys = ["loss_actor", "entropy", "imagined_return"]
-        if gradient not in ("dynamics", "reinforce", "both"):
-            raise ValueError(
-                f"gradient={gradient!r} is unknown; choose dynamics, reinforce or both"
-            )
+        check_choice("gradient", gradient, ("dynamics", "reinforce", "both"))
         self.gradient, self.entropy_scale, self.mix = gradient, entropy_scale, mix
         self._set_in_keys()
 

@@ -91,7 +91,7 @@ class Source(Protocol):
 
 
 def text(path: str | Path) -> str:
-    """A path as text that UTF-8 can hold: undecodable bytes become ``\\xff``."""
+    r"""A path as text that UTF-8 can hold: undecodable bytes become ``\xff``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 

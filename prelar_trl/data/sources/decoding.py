@@ -177,10 +177,10 @@ class _Scaler:
     def __call__(self, frame: av.VideoFrame) -> Sizes:
         if frame.key_frame or self.matrix == ():
             self.matrix = display_matrix(frame)
-        colour = upright(self._scale(frame, self.options.size, "rgb24"), self.matrix)
+        color = upright(self._scale(frame, self.options.size, "rgb24"), self.matrix)
         if not self.options.flow:
-            return colour, None
-        return colour, upright(self._scale(frame, FLOW_SIZE, "gray"), self.matrix)
+            return color, None
+        return color, upright(self._scale(frame, FLOW_SIZE, "gray"), self.matrix)
 
     def _scale(self, frame: av.VideoFrame, size: int, pixel_format: str) -> np.ndarray:
         width, height = size, size
