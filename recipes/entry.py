@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import hydra
@@ -71,7 +71,7 @@ def typed(recipe: str) -> list[str]:
     """The arguments of the command line, text as it was typed; see `as_typed`."""
     node = ConfigStore.instance().load(f"{recipe}_schema.yaml").node
     groups = [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()]
-    return as_typed(sys.argv[1:], OmegaConf.get_type(node), groups)
+    return as_typed(sys.argv[1:], cast(type, OmegaConf.get_type(node)), groups)
 
 
 @contextmanager
@@ -114,8 +114,8 @@ def settings(config: DictConfig) -> Any:
         ValueError: a key that the dataclass does not have, added with ``+``, or a bad value.
         MissingMandatoryValue: a value that must be given is not.
     """
-    cfg = OmegaConf.to_object(config)
+    cfg: Any = cast(Any, OmegaConf.to_object(config))
     unknown = config.keys() - {field.name for field in fields(cfg)}
     if unknown:
-        raise ValueError(f"unknown config key {min(unknown)}: --cfg job shows all keys")
+        raise ValueError(f"unknown config key {min(map(str, unknown))}: --cfg job shows all keys")
     return cfg
