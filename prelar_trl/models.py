@@ -344,7 +344,6 @@ def _make_decoder(s: ModelSettings, feat_dim: int, network: Mapping[str, Any]) -
             return ContextDecoder(
                 feat_dim, **network, mask=s.context_mask, dropout=s.context_dropout
             )
-    raise ValueError(f"images={s.images!r} is unknown; choose resnet, cnn or context")
 
 
 @torch.no_grad()

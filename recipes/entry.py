@@ -24,7 +24,7 @@ from prelar_trl.recipes.schema import RunConfig, register
 from prelar_trl.utils import listed
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, under Windows
 
 register()
