@@ -128,7 +128,7 @@ class Evaluation:
         cfg, device, seed = self.cfg, self.device, self.cfg.seed + EVAL_SEED
         if not cfg.eval_episodes:
             return
-        env = self._env = self._env or self._make_env(seed)
+        env = self._env = self._make_env(seed) if self._env is None else self._env
         with ignore_sigint():
             env.set_seed(seed)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
