@@ -150,12 +150,13 @@ def test_world_model_loss_works_on_any_module_with_matching_keys() -> None:
 
         def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
             statistics = torch.randn(*frames.shape[:2], S, K)
-            mean = self.weight[0] * (frames.float() / 255 - 0.5)
-            return mean, self.weight[1] * statistics, self.weight[2] * statistics, statistics, frames
+            image, q, p = self.weight
+            return image * (frames / 255), q * statistics, p * statistics, statistics, frames
 
     names = ("prediction", "posterior", "prior", "stoch", "deter")
     keys = {name: ("out", "my", name) for name in names}
-    module = TensorDictModule(Linear(), [("in", "frames")], list(keys.values()))
+    written = [(*keys["prediction"], "pixels"), *list(keys.values())[1:]]
+    module = TensorDictModule(Linear(), [("in", "frames")], written)
     loss = RSSMWorldModelLoss(module)
     loss.set_keys(pixels=("in", "frames"), **keys)
     assert loss.in_keys == [("in", "frames")]
