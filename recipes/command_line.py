@@ -7,8 +7,9 @@ it.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, get_type_hints
 
@@ -51,6 +52,15 @@ def as_typed(arguments: Sequence[str], schema: type, groups: Sequence[str]) -> l
         if types[field.name] in (str, str | None, Any) and field.name not in groups
     }
     return [_as_typed(argument, text, types) for argument in arguments]
+
+
+def as_override(value: Any) -> str:
+    """A plain value in the form in which Hydra reads it from a command line."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{as_override(x)}" for key, x in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(as_override, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _as_typed(argument: str, text: dict[str, Field], types: dict[str, Any]) -> str:

@@ -238,6 +238,42 @@ class PrepareVideosConfig(Config):
 
 
 @dataclass
+class SweepConfig(Config):
+    """``sweep.py``: methods x tasks x seeds, each pre-training once for all that need it.
+
+    An ``experiment`` is a whole sweep; its ``variants`` and ``environments`` are tables, of which
+    ``methods`` and ``tasks`` take some.
+    """
+
+    name: str = "sweep"  # its folder below root and results
+    methods: list[str] | None = None  # null: all of variants
+    tasks: list[str] | None = None  # null: all of environments
+    seeds: PositiveInt = 1  # 0, 1, ... of each
+    pretrain_seeds: PositiveInt | None = None  # pre-training runs of a method; null: one a seed
+    # name: label, color, line, pretrain (settings, or the variant whose run it shares), finetune.
+    variants: dict[str, Any] = field(default_factory=dict)  # empty: the presets, by their name
+    environments: dict[str, Any] = field(default_factory=dict)  # name: settings of finetune.py
+    videos: dict[str, Any] = field(default_factory=dict)  # collect_videos.py; or pretrain.data
+    pretrain: dict[str, Any] = field(default_factory=dict)  # settings of pretrain.py, of all
+    finetune: dict[str, Any] = field(default_factory=dict)
+    from_scratch: str | None = None  # folder of runs without pre-training, shared by sweeps
+    score: Annotated[str, one_of(("return", "success"))] = "success"  # compared in the report
+    threshold: float = 0.8  # of the score: learned
+    runtime: dict[str, Any] = field(default_factory=dict)  # device, threads, ... of all programs
+    only: str = ""  # runs whose path this regular expression matches
+    jobs: PositiveInt = 2  # programs at a time
+    launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
+    slurm: dict[str, Any] = field(default_factory=dict)  # of submitit: timeout_min, mem_gb, ...
+    root: str = "runs/sweep"  # runs, logs and states; also the code that runs
+    results: str = "results/sweep"  # of finished runs: curves, tables, pictures
+    copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout
+    update_code: bool = False  # take the present commit for unfinished runs
+    status: bool = False  # show the state of all, run nothing
+    report: bool = False  # only make tables and pictures anew
+    dry_run: bool = False  # only show runs, hours and disk
+
+
+@dataclass
 class PlotConfig(Config):
     """``plot.py``: a report from run folders."""
 
@@ -271,6 +307,7 @@ def register() -> None:
         "probe": ProbeConfig,
         "collect_videos": CollectVideosConfig,
         "prepare_videos": PrepareVideosConfig,
+        "sweep": SweepConfig,
         "plot": PlotConfig,
         "import_official": ImportOfficialConfig,
     }.items():
