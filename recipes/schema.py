@@ -27,6 +27,7 @@ from prelar_trl.bounds import (
     one_of,
 )
 from prelar_trl.config import METHODS, SIZES, LossSettings, ModelSettings, Phase, model_settings
+from prelar_trl.recipes.command_line import FREE
 from prelar_trl.types import Backend, RenderQuality
 
 
@@ -62,6 +63,11 @@ Size = Annotated[str, one_of(SIZES)]
 def overrides(settings: dict[str, Any]) -> dict[str, Any]:
     """Those of ``model`` or ``loss`` that are set."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def free() -> Any:
+    """A field with a mapping of settings that the schema does not know."""
+    return field(default_factory=dict, metadata=FREE)
 
 
 class Config:
@@ -251,19 +257,19 @@ class SweepConfig(Config):
     seeds: PositiveInt = 1  # 0, 1, ... of each
     pretrain_seeds: PositiveInt | None = None  # pre-training runs of a method; null: one a seed
     # name: label, color, line, pretrain (settings, or the variant whose run it shares), finetune.
-    variants: dict[str, Any] = field(default_factory=dict)  # empty: the presets, by their name
-    environments: dict[str, Any] = field(default_factory=dict)  # name: settings of finetune.py
-    videos: dict[str, Any] = field(default_factory=dict)  # collect_videos.py; or pretrain.data
-    pretrain: dict[str, Any] = field(default_factory=dict)  # settings of pretrain.py, of all
-    finetune: dict[str, Any] = field(default_factory=dict)
+    variants: dict[str, Any] = free()  # empty: the presets, by their name
+    environments: dict[str, Any] = free()  # name: settings of finetune.py
+    videos: dict[str, Any] = free()  # collect_videos.py; or pretrain.data
+    pretrain: dict[str, Any] = free()  # settings of pretrain.py, of all
+    finetune: dict[str, Any] = free()
     from_scratch: str | None = None  # folder of runs without pre-training, shared by sweeps
     score: Annotated[str, one_of(("return", "success"))] = "success"  # compared in the report
     threshold: float = 0.8  # of the score: learned
-    runtime: dict[str, Any] = field(default_factory=dict)  # device, threads, ... of all programs
+    runtime: dict[str, Any] = free()  # device, threads, ... of all programs
     only: str = ""  # runs whose path this regular expression matches
     jobs: PositiveInt = 2  # programs at a time
     launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
-    slurm: dict[str, Any] = field(default_factory=dict)  # of submitit: timeout_min, mem_gb, ...
+    slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
     root: str = "runs/sweep"  # runs, logs and states; also the code that runs
     results: str = "results/sweep"  # of finished runs: curves, tables, pictures
     copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout

@@ -33,7 +33,6 @@ from prelar_trl.config import METHODS
 from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.schema import SweepConfig
 from prelar_trl.sweep import (
-    CurveResults,
     Engine,
     Job,
     Launcher,
@@ -46,6 +45,7 @@ from prelar_trl.sweep import (
     module_command,
     prepare_source,
 )
+from prelar_trl.sweep.results import CurveResults
 
 
 def sweep(cfg: SweepConfig) -> int:

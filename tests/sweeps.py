@@ -1,7 +1,8 @@
-"""Campaigns of this code in a repository of their own, as whole programs."""
+"""Sweeps of this code in a repository of their own, as whole programs."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,28 +22,42 @@ def git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def make_repository(folder: Path, table: str, content: Mapping[str, Any]) -> Path:
-    """This code with a table of runs in place of ``benchmarks/<table>``, committed."""
+def make_repository(folder: Path, table: str, content: Mapping[str, Any] | str) -> Path:
+    """This code with a table of runs in place of the file ``table``, committed."""
+    ignore = shutil.ignore_patterns("__pycache__")
     for name in ("prelar_trl", "recipes", "configs", "benchmarks"):
-        ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    (folder / ".gitignore").write_text("runs/\n__pycache__/\n")
-    (folder / "benchmarks" / table).write_text(yaml.safe_dump(content, sort_keys=False))
+    for name in ("recipes", "configs"):  # so that it is this code, whatever is installed
+        (folder / "prelar_trl" / name).symlink_to(Path("..") / name)
+    (folder / ".gitignore").write_text(
+        "runs/\n__pycache__/\n/prelar_trl/recipes\n/prelar_trl/configs\n"
+    )
+    text = content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+    (folder / table).write_text(text)
     git(folder, "init", "--quiet")
     git(folder, "add", ".")
     git(folder, "commit", "--quiet", "-m", "trial")
     return folder
 
 
+def environment(repository: Path) -> dict[str, str]:
+    """Where its code comes first."""
+    return os.environ | {"PYTHONPATH": str(repository)}
+
+
 def command(repository: Path, program: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(repository / "benchmarks" / program), *arguments]
+    return [sys.executable, str(repository / program), *arguments]
 
 
-def campaign(
-    repository: Path, *arguments: str, program: str = "campaign.py"
-) -> subprocess.CompletedProcess:
-    line = command(repository, program, *arguments)
-    return subprocess.run(line, capture_output=True, text=True, timeout=400)
+def run(repository: Path, program: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(repository, program, *arguments),
+        cwd=repository,
+        env=environment(repository),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:

@@ -1,4 +1,4 @@
-"""The campaign: which runs there are, and that stopping it in any way loses and repeats nothing."""
+"""Sweeps: which runs there are, and that stopping one in any way loses and repeats nothing."""
 
 from __future__ import annotations
 
@@ -18,57 +18,76 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from benchmarks.jobs import PROGRESS
-from benchmarks.suites import TABLE, expand, load_suites, override
 from prelar_trl.recipes.collect_videos import env_names
+from prelar_trl.recipes.command_line import as_override, as_typed
 from prelar_trl.recipes.entry import settings
+from prelar_trl.recipes.schema import SweepConfig
+from prelar_trl.recipes.sweep import make_jobs, make_suite
 from prelar_trl.record import Progress
-from tests.campaigns import campaign, command, contents, git, make_repository, row, wait_for
+from prelar_trl.sweep import Job
+from prelar_trl.sweep.engine import PROGRESS
+from tests.sweeps import command, contents, environment, git, make_repository, row, run, wait_for
 from tests.toy_runs import CLIPS, ROOT, STEPS, TINY
 
 pytestmark = pytest.mark.timeout(900)  # some thirty programs are started
-SUITES = load_suites(TABLE)
+EXPERIMENTS = ("toy", "toy_shifted", "metaworld")
 MODEL = {"size": "tiny", **{f"model.{name}": value for name, value in TINY.items()}}
 LONG = {"env_steps": 600, "eval_every": 100, "checkpoint_every": 50}
 TRIAL = {
-    "trial": {
-        "tasks": {"toy": {"env": "toy", "max_steps": 10}},
-        "seeds": 1,
-        "score": "return",
-        "threshold": 1,
-        "videos": {"env": "toy", "episodes": 5, "max_steps": 8, "after_success": None},
-        "pretrain": {**MODEL, **CLIPS, "updates": 3},
-        "finetune": {**MODEL, **STEPS},
-        "variants": {
-            "dreamerv2": {"label": "D", "color": "k", "finetune": {"method": "dreamerv2", **LONG}},
-            "apv": {
-                "label": "A",
-                "color": "r",
-                "pretrain": {"method": "apv"},
-                "finetune": {"method": "apv"},
-            },
-            "broken": {
-                "label": "B",
-                "color": "g",
-                "finetune": {"method": "dreamerv2", "prefill": 1000},
-            },
+    "name": "trial",
+    "environments": {"toy": {"env": "toy", "max_steps": 10}},
+    "seeds": 1,
+    "score": "return",
+    "threshold": 1,
+    "runtime": {"device": "cpu", "threads": 1},
+    "videos": {"env": "toy", "episodes": 5, "max_steps": 8, "after_success": None},
+    "pretrain": {**MODEL, **CLIPS, "updates": 3},
+    "finetune": {**MODEL, **STEPS},
+    "variants": {
+        "dreamerv2": {"label": "D", "color": "k", "finetune": {"method": "dreamerv2", **LONG}},
+        "apv": {
+            "label": "A",
+            "color": "r",
+            "pretrain": {"method": "apv"},
+            "finetune": {"method": "apv"},
         },
-    }
+        "broken": {
+            "label": "B",
+            "color": "g",
+            "finetune": {"method": "dreamerv2", "prefill": 1000},
+        },
+    },
 }
+TABLE = "configs/experiment/trial.yaml"
+EXPERIMENT = "# @package _global_\n# sweep.py: a trial\n" + yaml.safe_dump(TRIAL, sort_keys=False)
+
+
+def config(*given: str) -> SweepConfig:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return settings(compose("sweep", as_typed(given, SweepConfig, ["experiment"])))
+
+
+def jobs_of(*given: str) -> list[Job]:
+    return make_jobs(config(*given))
+
+
+def sweep(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return run(repository, "recipes/sweep.py", "experiment=trial", *arguments)
 
 
 # Which runs there are
 
 
 def test_every_variant_gets_a_seed_before_any_gets_the_next():
-    for name in SUITES:
-        seeds = [job.run["seed"] for job in expand(SUITES, name) if job.run]
-        assert seeds == sorted(seeds) and set(seeds) == set(range(SUITES[name].seeds))
+    for name in EXPERIMENTS:
+        cfg = config(f"experiment={name}")
+        seeds = [job.run["seed"] for job in make_jobs(cfg) if job.run]
+        assert seeds == sorted(seeds) and set(seeds) == set(range(cfg.seeds))
 
 
 def test_jobs_come_after_what_they_need_and_once():
-    for name in SUITES:
-        jobs = expand(SUITES, name)
+    for name in EXPERIMENTS:
+        jobs = jobs_of(f"experiment={name}")
         paths = [job.path for job in jobs]
         assert len(set(paths)) == len(paths)
         for i, job in enumerate(jobs):
@@ -76,7 +95,7 @@ def test_jobs_come_after_what_they_need_and_once():
 
 
 def test_variants_share_a_pretraining_run_of_their_seed():
-    jobs = {job.name: job for job in expand(SUITES, "toy")}
+    jobs = {job.name: job for job in jobs_of("experiment=toy")}
     assert jobs["naive-toy-3"].needs is jobs["apv-toy-3"].needs is jobs["apv-3"]
     assert jobs["naive-toy-3"].settings["pretrained"] == "toy/pretrain/apv-3"
     assert jobs["apv-3"].settings["seed"] == jobs["naive-toy-3"].settings["seed"] == 3
@@ -84,33 +103,60 @@ def test_variants_share_a_pretraining_run_of_their_seed():
     assert {job.needs for job in jobs.values() if job.recipe == "pretrain"} == {jobs["videos"]}
 
 
+def test_one_pretraining_run_can_serve_all_seeds():
+    jobs = {job.name: job for job in jobs_of("experiment=toy", "pretrain_seeds=2")}
+    assert {name for name in jobs if name.startswith("apv-") and "toy" not in name} == {
+        *("apv-0", "apv-1")
+    }
+    assert jobs["naive-toy-5"].needs is jobs["apv-toy-3"].needs is jobs["apv-1"]
+    assert jobs["naive-toy-5"].settings["seed"] == 5
+
+
 def test_runs_from_scratch_serve_both_suites_and_others_see_their_own_videos():
-    jobs = {job.name: job for job in expand(SUITES, "toy_shifted")}
-    assert jobs["dreamerv2-toy-0"].suite == "toy"
+    jobs = {job.name: job for job in jobs_of("experiment=toy_shifted")}
+    toy = {job.name: job for job in jobs_of("experiment=toy")}
+    assert jobs["dreamerv2-toy-0"].path == toy["dreamerv2-toy-0"].path
+    assert jobs["dreamerv2-toy-0"].inputs == toy["dreamerv2-toy-0"].inputs
     assert jobs["prelar-toy-0"].suite == jobs["prelar-0"].suite == "toy_shifted"
-    assert jobs["videos"].settings == {**SUITES["toy"].videos, "env": "toy/shifted"}
+    assert jobs["videos"].settings == {**toy["videos"].settings, "env": "toy/shifted"}
 
 
-def test_a_run_from_scratch_with_settings_of_its_own_is_not_shared(tmp_path):
-    table = yaml.safe_load(TABLE.read_text())
-    table["toy_shifted"]["finetune"] = {"env_steps": 9_000}
-    (tmp_path / "suites.yaml").write_text(yaml.safe_dump(table))
-    jobs = expand(load_suites(tmp_path / "suites.yaml"), "toy_shifted")
-    assert {job.suite for job in jobs} == {"toy_shifted"}
+def test_methods_and_tasks_choose_from_an_experiment():
+    jobs = jobs_of("experiment=toy", "methods=[naive,dreamerv2]", "seeds=1")
+    assert [job.name for job in jobs] == ["videos", "apv-0", "naive-toy-0", "dreamerv2-toy-0"]
+    with pytest.raises(ValueError, match="methods: 'nonsense' is unknown; choose dreamerv2, "):
+        jobs_of("experiment=toy", "methods=[nonsense]")
+    with pytest.raises(ValueError, match="tasks: 'reach' is unknown; choose toy"):
+        jobs_of("experiment=toy", "tasks=[reach]")
+
+
+def test_without_an_experiment_methods_are_presets_and_tasks_environments():
+    given = ["methods=[dreamerv2,naive]", "tasks=[metaworld/reach,toy]", "seeds=2"]
+    jobs = {job.path: job for job in jobs_of(*given, "pretrain.data=mine", "finetune.size=tiny")}
+    assert len(jobs) == 2 + 2 * 2 * 2  # two pre-training runs of APV
+    run = jobs["sweep/finetune/naive-reach-1"]
+    assert run.needs.settings == {"data": "mine", "method": "apv", "seed": 1}
+    assert run.settings["env"] == "metaworld/reach" and run.settings["size"] == "tiny"
+    for missing, message in (
+        (["tasks=[toy]"], "no methods"),
+        (["methods=[prelar]"], "no tasks"),
+        (["methods=[prelar]", "tasks=[toy]"], "prelar has nothing to pre-train on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jobs_of(*missing)
 
 
 def test_videos_of_metaworld_show_other_tasks_than_the_one_that_is_learned():
-    suite = SUITES["metaworld"]
-    assert not set(suite.tasks) & set(suite.videos["tasks"])
+    cfg = config("experiment=metaworld")
+    assert cfg.environments and not set(cfg.environments) & set(cfg.videos["tasks"])
 
 
-@pytest.mark.parametrize("suite", SUITES)
-def test_every_job_has_settings_that_its_recipe_takes(suite):
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_job_has_settings_that_its_recipe_takes(experiment):
+    jobs = jobs_of(f"experiment={experiment}", "seeds=1")
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for job in expand(SUITES, suite):
-            if job.settings.get("seed", 0) > 0:
-                continue
-            given = [f"{name}={override(value)}" for name, value in job.settings.items()]
+        for job in jobs:
+            given = [f"{name}={as_override(value)}" for name, value in job.settings.items()]
             given.append("data=here" if job.recipe == "collect_videos" else "run=here")
             cfg = settings(compose(job.recipe, given))
             if job.recipe == "collect_videos":
@@ -119,9 +165,15 @@ def test_every_job_has_settings_that_its_recipe_takes(suite):
                 assert cfg.env_steps % cfg.eval_every == 0
 
 
+def test_a_variant_with_an_unknown_setting_is_refused():
+    cfg = config("experiment=toy", "variants.apv.colour=red")
+    with pytest.raises(ValueError, match="variants.apv is no mapping of label, color, line"):
+        make_suite(cfg)
+
+
 def test_overrides_are_written_as_hydra_reads_them():
     value = {"reward": 10.0, "kl": None, "names": ["a", 1, True]}
-    assert override(value) == "{reward:10.0,kl:null,names:[a,1,true]}"
+    assert as_override(value) == "{reward:10.0,kl:null,names:[a,1,true]}"
 
 
 def test_progress_and_speed_are_read_from_the_log_of_a_run():
@@ -144,23 +196,31 @@ def evaluated(path: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory) -> SimpleNamespace:
-    """A campaign that was paused, then killed without notice, within its first run."""
-    repository = make_repository(tmp_path_factory.mktemp("repository"), "suites.yaml", TRIAL)
+    """A sweep that was paused, then killed without notice, within its first run."""
+    repository = make_repository(tmp_path_factory.mktemp("repository"), TABLE, EXPERIMENT)
     # A tree that is being worked on: what is not committed must not count.
     (repository / "recipes" / "finetune.py").write_text("raise RuntimeError('half written')\n")
-    root = repository / "runs" / "campaign"
-    line = command(repository, "campaign.py", "trial")
-    run = root / "trial" / "finetune" / "dreamerv2-toy-0"
+    root = repository / "runs" / "sweep"
+    line = command(repository, "recipes/sweep.py", "experiment=trial")
+    folder = root / "trial" / "finetune" / "dreamerv2-toy-0"
     with open(repository / "runs.log", "w") as log:
-        process = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            line,
+            cwd=repository,
+            env=environment(repository),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    last = folder / "checkpoints" / "last.pt"
     try:
-        wait_for(lambda: (run / "checkpoints" / "last.pt").is_file() or process.poll() is not None)
+        wait_for(lambda: last.is_file() or process.poll() is not None)
         assert process.poll() is None, (repository / "runs.log").read_text()
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(0.3)  # what had begun
         before = contents(root / "trial")
-        second = campaign(repository, "trial")
-        status = campaign(repository, "trial", "--status")
+        second = sweep(repository)
+        status = sweep(repository, "status=true")
         paused = contents(root / "trial") == before
     finally:
         process.kill()
@@ -170,29 +230,29 @@ def killed(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(
         repository=repository,
         root=root,
-        run=run,
+        run=folder,
         commit=git(repository, "rev-parse", "HEAD"),
         second=second,
         status=status.stdout,
         paused=paused,
-        afterwards=campaign(repository, "trial", "--status").stdout,
+        afterwards=sweep(repository, "status=true").stdout,
     )
 
 
 @pytest.fixture(scope="module")
 def continued(killed) -> SimpleNamespace:
-    """The same campaign, started again, to its end."""
-    done = campaign(killed.repository, "trial")
-    return SimpleNamespace(**vars(killed), done=done, results=killed.repository / "results/curves")
+    """The same sweep, started again, to its end."""
+    done = sweep(killed.repository)
+    return SimpleNamespace(**vars(killed), done=done, results=killed.repository / "results/sweep")
 
 
 def test_a_stopped_process_group_pauses_all_runs(killed):
     assert killed.paused
 
 
-def test_a_second_campaign_on_the_same_root_refuses(killed):
+def test_a_second_sweep_on_the_same_root_refuses(killed):
     assert killed.second.returncode == 1
-    assert "another campaign is at work" in killed.second.stderr
+    assert "error: another sweep is at work" in killed.second.stderr
 
 
 def test_the_table_of_states_can_be_seen_at_any_time(killed):
@@ -202,7 +262,7 @@ def test_the_table_of_states_can_be_seen_at_any_time(killed):
     assert "running" not in killed.afterwards
 
 
-def test_a_killed_campaign_goes_on_where_it_was(continued):
+def test_a_killed_sweep_goes_on_where_it_was(continued):
     assert "continues: trial/finetune/dreamerv2-toy-0" in continued.done.stdout
     versions = json.loads((continued.run / "versions.json").read_text())
     assert versions["continued"][0]["step"] >= 50
@@ -224,6 +284,16 @@ def test_a_run_says_what_made_it_and_names_no_place_on_this_machine(continued):
     assert git_state == {"commit": continued.commit, "dirty": False}
 
 
+def test_the_manifest_lists_every_job_with_its_state_and_settings(continued):
+    manifest = json.loads((continued.root / "trial" / "manifest.json").read_text())
+    assert manifest["commit"] == continued.commit
+    states = {path: job["state"] for path, job in manifest["jobs"].items()}
+    assert states.pop("trial/finetune/broken-toy-0") == "failed"
+    assert set(states.values()) == {"finished"} and len(states) == 4
+    apv = manifest["jobs"]["trial/finetune/apv-toy-0"]
+    assert apv["needs"] == "trial/pretrain/apv-0" and apv["settings"]["method"] == "apv"
+
+
 def test_a_failed_run_does_not_stop_the_others(continued):
     assert continued.done.returncode == 1
     line = row(continued.done.stdout, "trial/finetune/broken-toy-0")
@@ -243,29 +313,43 @@ def test_the_report_compares_what_is_finished(continued):
 
 
 def test_finished_runs_are_not_repeated_where_only_the_results_are_left(continued, tmp_path):
-    places = ["--root", str(tmp_path / "empty"), "--results", str(continued.results)]
+    places = [f"root={tmp_path / 'empty'}", f"results={continued.results}"]
     before = contents(continued.results)
-    done = campaign(continued.repository, "trial", "--only", "dreamerv2|apv", *places)
+    done = sweep(continued.repository, "methods=[dreamerv2,apv]", *places)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "starts" not in done.stdout and "2 finished" in done.stdout
-    assert not (tmp_path / "empty" / "trial").exists()
+    assert not (tmp_path / "empty" / "trial" / "finetune").exists()
     assert contents(continued.results) == before
+
+
+def test_runs_from_scratch_with_other_settings_are_not_shared(continued):
+    shared = ["name=other", "from_scratch=trial", "methods=[dreamerv2]", "status=true"]
+    same = sweep(continued.repository, *shared)
+    assert " finished" in row(same.stdout, "trial/finetune/dreamerv2-toy-0")
+    other = sweep(continued.repository, *shared, "finetune.lr=0.5")
+    assert other.returncode == 1 and other.stderr.splitlines() == [
+        "error: from_scratch=trial: trial/finetune/dreamerv2-toy-0 was run with other settings; "
+        "leave from_scratch out"
+    ]
 
 
 def test_a_later_commit_counts_only_when_asked_for(continued, tmp_path):
     repository = shutil.copytree(continued.repository, tmp_path / "repository", symlinks=True)
-    table = repository / "benchmarks" / "suites.yaml"
+    table = repository / TABLE
     table.write_text(table.read_text().replace("prefill: 1000", "prefill: 20"))
+    recipe = repository / "recipes" / "finetune.py"
     git(repository, "checkout", "recipes")
+    recipe.write_text(recipe.read_text().replace("finetune(cfg)", "finetune(cfg); print('new')"))
     git(repository, "commit", "--quiet", "--all", "-m", "mended")
-    before = contents(repository / "results" / "curves" / "trial" / "runs")
-    old = campaign(repository, "trial")  # tries the failed run again
-    assert old.stdout.count("starts: ") == 1 and old.returncode == 1
-    assert "--update-code" in old.stdout and " failed " in row(old.stdout, "trial/finetune/broken")
-    new = campaign(repository, "trial", "--update-code")
+    log = repository / "runs" / "sweep" / "trial" / "finetune" / "broken-toy-0.log"
+    before = contents(repository / "results" / "sweep" / "trial" / "runs")
+    old = sweep(repository, "only=nothing|apv")  # takes what is there
+    assert old.returncode == 0 and "update_code=true" in old.stdout
+    new = sweep(repository, "update_code=true")
     assert new.returncode == 0, new.stdout + new.stderr
     assert new.stdout.count("starts: ") == 1 and "continues" not in new.stdout
-    after = contents(repository / "results" / "curves" / "trial" / "runs")
+    assert log.read_text().splitlines()[-1] == "new"
+    after = contents(repository / "results" / "sweep" / "trial" / "runs")
     made = json.loads(after.pop("broken-toy-0.json"))
     del after["broken-toy-0.csv"]
     assert made["commit"] == git(repository, "rev-parse", "HEAD") != continued.commit

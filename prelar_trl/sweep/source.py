@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import prelar_trl
-from prelar_trl.record.run import git_state
+from prelar_trl.utils import git_state
 
 COPY = "source"  # the clean copy, in the root
 BESIDE = ("recipes", "configs")  # lie beside the package in a checkout, and are parts of it
