@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from prelar_trl.utils import git_state
+from prelar_trl.utils import atomic_write, git_state
 
 PACKAGES = (
     "prelar_trl",
@@ -194,9 +194,8 @@ def _check_free(path: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _one_line(error: Exception) -> str:
