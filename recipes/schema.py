@@ -169,6 +169,7 @@ class FinetuneConfig(RunConfig):
     imag_batch: PositiveInt | None = None
     slow_every: PositiveInt = 100
     eval_every: PositiveInt = 10_000
+    eval_from: PositiveInt | None = None  # first evaluation; null: first multiple past the prefill
     eval_episodes: NonNegativeInt = 10  # 0: no evaluation
     log_every: PositiveInt = 1_000
     checkpoint_every: PositiveInt = 10_000
@@ -281,7 +282,10 @@ class SweepConfig(Config):
     update_code: bool = False  # take the present commit for unfinished runs
     status: bool = False  # show the state of all, run nothing
     report: bool = False  # only make tables and pictures anew
-    dry_run: bool = False  # only show runs, hours and disk
+    dry_run: bool = False  # only show the runs, GPU hours and disk that are left
+    update_times: str | None = None  # dry_run: report of benchmarks/train.py --json on your GPU
+    tflops: Positive = 10.0  # dry_run: declared speed of the GPU where nothing is measured
+    env_step_s: NonNegative = 0.01  # dry_run: declared, an environment step with rendering
 
 
 @dataclass

@@ -3,6 +3,7 @@
 python recipes/sweep.py experiment=toy jobs=2                    two runs at a time
 python recipes/sweep.py experiment=toy status=true               finished, running, waiting, failed
 python recipes/sweep.py experiment=toy report=true               tables and pictures anew
+python recipes/sweep.py experiment=prelar_paper dry_run=true     runs, GPU hours, disk
 python recipes/sweep.py methods=[dreamerv2,prelar] tasks=[metaworld/reach] seeds=3 \\
     pretrain.data=videos/rlbench name=mine
 
@@ -18,19 +19,23 @@ from __future__ import annotations
 
 import sys
 
-from prelar_trl.recipes.entry import start
+from prelar_trl.recipes.entry import describe, start
 
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("sweep"))
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
 from prelar_trl.config import METHODS
 from prelar_trl.recipes.command_line import as_override
+from prelar_trl.recipes.estimate import estimate, estimate_table, resolve
 from prelar_trl.recipes.schema import SweepConfig
 from prelar_trl.sweep import (
     Engine,
@@ -68,9 +73,14 @@ def sweep(cfg: SweepConfig) -> int:
     if cfg.status:
         print(engine.table(alive=locked(root)))
         return 0
+    if cfg.dry_run:
+        print(engine.table(alive=locked(root)), end="\n\n")
+        print(estimate_table(*estimate(engine.unfinished(), cfg), cfg))
+        return 0
     if cfg.report:
         results.report(suite, jobs, say)
         return 0
+    check_settings(engine.unfinished())
     with lock_root(root) as lock:
         engine.source = prepare_source(root, copy=cfg.copy_code, update=cfg.update_code, say=say)
         launcher: Launcher = LocalLauncher(lock)
@@ -122,6 +132,24 @@ def make_jobs(cfg: SweepConfig) -> list[Job]:
     if not cfg.variants and cfg.methods is None:
         raise ValueError("no methods: give an experiment=, or methods=[dreamerv2,prelar]")
     return make_suite(cfg).jobs(cfg.methods, cfg.tasks if cfg.environments else None)
+
+
+def check_settings(jobs: Iterable[Job]) -> None:
+    """Refuse settings that a recipe does not take before anything is run.
+
+    Raises:
+        ValueError: naming the first such job.
+    """
+    checked = []
+    for job in jobs:
+        settings = [job.recipe, {k: x for k, x in job.settings.items() if k != "seed"}]
+        if settings in checked:
+            continue
+        checked.append(settings)
+        try:
+            resolve(job)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ValueError(f"{job.path}: {describe(error)}") from None
 
 
 def presets() -> dict[str, dict[str, Any]]:

@@ -289,6 +289,7 @@ def module_command(recipe: str, overrides: Iterable[str]) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """What is in it; nothing where there is no such file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
