@@ -91,6 +91,7 @@ def finetune(
         save_checkpoint(run.checkpoints / CHECKPOINT, state.state_dict())
 
     model_update = learner.model_update
+    first = first_evaluation(cfg)
     per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
     bar = Progress(cfg.env_steps, initial=state.step, name="finetune", unit="steps")
     with (
@@ -141,7 +142,7 @@ def finetune(
                 if losses is not None and crossed(before, step, cfg.log_every):
                     check_finite(losses, step)
                     logger.log(drop_unweighted(losses), step)
-            if not random_phase and crossed(before, step, cfg.eval_every):
+            if step >= first and crossed(before - first, step - first, cfg.eval_every):
                 with watch("evaluation"):
                     evaluation(logger, step)
             if step >= cfg.env_steps:
@@ -181,8 +182,20 @@ def check(cfg: FinetuneConfig) -> None:
         raise ValueError(
             f"min_length={cfg.min_length} must not exceed batch_length={cfg.batch_length}"
         )
+    if cfg.eval_from is not None and cfg.eval_from < cfg.prefill:
+        raise ValueError(
+            f"eval_from={cfg.eval_from} lies in the prefill of {cfg.prefill} steps, in which "
+            f"nothing is learned: use eval_from={cfg.prefill} or more"
+        )
     if cfg.capacity < cfg.batch_length:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
+
+
+def first_evaluation(cfg: FinetuneConfig) -> int:
+    """The step of the first evaluation: after the random actions."""
+    if cfg.eval_from is not None:
+        return cfg.eval_from
+    return (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
 
 
 def crossed(before: int, now: int, every: int) -> bool:

@@ -27,6 +27,7 @@ from prelar_trl.bounds import (
     one_of,
 )
 from prelar_trl.config import METHODS, SIZES, LossSettings, ModelSettings, Phase, model_settings
+from prelar_trl.recipes.command_line import FREE
 from prelar_trl.types import Backend, RenderQuality
 
 
@@ -67,6 +68,11 @@ Size = Annotated[Choice, one_of(SIZES)]
 def overrides(settings: dict[str, Any]) -> dict[str, Any]:
     """Those of ``model`` or ``loss`` that are set."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def free() -> Any:
+    """A field with a mapping of settings that the schema does not know."""
+    return field(default_factory=dict, metadata=FREE)
 
 
 class Config:
@@ -163,6 +169,7 @@ class FinetuneConfig(RunConfig):
     imag_batch: PositiveInt | None = None
     slow_every: PositiveInt = 100
     eval_every: PositiveInt = 10_000
+    eval_from: PositiveInt | None = None  # first evaluation; null: first multiple past the prefill
     eval_episodes: NonNegativeInt = 10  # 0: no evaluation
     log_every: PositiveInt = 1_000
     checkpoint_every: PositiveInt = 10_000
@@ -243,6 +250,45 @@ class PrepareVideosConfig(Config):
 
 
 @dataclass
+class SweepConfig(Config):
+    """``sweep.py``: methods x tasks x seeds, each pre-training once for all that need it.
+
+    An ``experiment`` is a whole sweep; its ``variants`` and ``environments`` are tables, of which
+    ``methods`` and ``tasks`` take some.
+    """
+
+    name: str = "sweep"  # its folder below root and results
+    methods: list[str] | None = None  # null: all of variants
+    tasks: list[str] | None = None  # null: all of environments
+    seeds: PositiveInt = 1  # 0, 1, ... of each
+    pretrain_seeds: PositiveInt | None = None  # pre-training runs of a method; null: one a seed
+    # name: label, color, line, pretrain (settings, or the variant whose run it shares), finetune.
+    variants: dict[str, Any] = free()  # empty: the presets, by their name
+    environments: dict[str, Any] = free()  # name: settings of finetune.py
+    videos: dict[str, Any] = free()  # collect_videos.py; or pretrain.data
+    pretrain: dict[str, Any] = free()  # settings of pretrain.py, of all
+    finetune: dict[str, Any] = free()
+    from_scratch: str | None = None  # folder of runs without pre-training, shared by sweeps
+    score: Annotated[str, one_of(("return", "success"))] = "success"  # compared in the report
+    threshold: float = 0.8  # of the score: learned
+    runtime: dict[str, Any] = free()  # device, threads, ... of all programs
+    only: str = ""  # runs whose path this regular expression matches
+    jobs: PositiveInt = 2  # programs at a time
+    launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
+    slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
+    root: str = "runs/sweep"  # runs, logs and states; also the code that runs
+    results: str = "results/sweep"  # of finished runs: curves, tables, pictures
+    copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout
+    update_code: bool = False  # take the present commit for unfinished runs
+    status: bool = False  # show the state of all, run nothing
+    report: bool = False  # only make tables and pictures anew
+    dry_run: bool = False  # only show the runs, GPU hours and disk that are left
+    update_times: str | None = None  # dry_run: report of benchmarks/train.py --json on your GPU
+    tflops: Positive = 10.0  # dry_run: declared speed of the GPU where nothing is measured
+    env_step_s: NonNegative = 0.01  # dry_run: declared, an environment step with rendering
+
+
+@dataclass
 class PlotConfig(Config):
     """``plot.py``: a report from run folders."""
 
@@ -276,6 +322,7 @@ def register() -> None:
         "probe": ProbeConfig,
         "collect_videos": CollectVideosConfig,
         "prepare_videos": PrepareVideosConfig,
+        "sweep": SweepConfig,
         "plot": PlotConfig,
         "import_official": ImportOfficialConfig,
     }.items():

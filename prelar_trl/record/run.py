@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from prelar_trl.utils import atomic_write
+from prelar_trl.utils import atomic_write, git_state
 
 PACKAGES = (
     "prelar_trl",
@@ -169,34 +168,6 @@ def describe_session(seed: int | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "packages": packages,
     }
-
-
-def git_state(source: str | os.PathLike[str] = __file__) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout that tracks ``source``.
-
-    None when ``source`` is not tracked: an installed wheel may lie inside a checkout of
-    something else, whose commit says nothing about this code.
-    """
-    source = Path(source).resolve()
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(source.parent), *args],
-                capture_output=True,
-                text=True,
-                stdin=subprocess.DEVNULL,
-            )
-        except OSError:  # git is not installed
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", source.name) is None:
-        return None
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "dirty": git("status", "--porcelain") != ""}
 
 
 def check_space(path: str | os.PathLike[str], need_bytes: int) -> None:
