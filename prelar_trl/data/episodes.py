@@ -166,7 +166,10 @@ class EpisodeStorage(FrameStorage):
         return {"end": self.num_written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`."""
+        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`.
+
+        Where fewer are left, which is damage, a warning says so.
+        """
         end = state_dict["end"]
         if end > self.num_written:
             differ = (

@@ -152,6 +152,16 @@ def _crc32(file: BinaryIO, size: int) -> int:
     return crc
 
 
+def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= (
+            dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
 class MappedShards:
     """The streams of a store, memory-mapped and read-only; a shard may still grow.
 

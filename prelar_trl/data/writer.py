@@ -25,6 +25,7 @@ from prelar_trl.data.store import (
     VERSION,
     StoreError,
     Stream,
+    dotted,
     read_meta,
     read_records,
 )
@@ -266,7 +267,9 @@ class ClipWriter:
     def _forgetting(self) -> Iterator[None]:
         before = {clip.name for clip in self.clips}
         yield
-        self.done -= before - {clip.name for clip in self.clips}
+        gone = before - {clip.name for clip in self.clips}
+        self.done -= gone
+        self.damaged.difference_update(gone)
 
     def _append(
         self,
@@ -349,7 +352,7 @@ class ClipWriter:
     def _resume(self, keep_damaged: bool) -> None:
         meta = read_meta(self.path)
         begun = self._shards.resume(meta, keep_damaged=keep_damaged)
-        have, want = _flat(meta), _flat(self.settings)
+        have, want = dotted(meta), dotted(self.settings)
         for key in sorted(want | have):
             if key.split(".")[0] not in self.settings or have.get(key) == want.get(key):
                 continue
@@ -389,13 +392,3 @@ class ClipWriter:
             self.done.add(record["name"])
         if file.exists():
             os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
