@@ -65,7 +65,7 @@ def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
 
 
 def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
-    """Step where ``skip``, bool [], is False; without a host sync if the optimizer is fused."""
+    """Step unless ``skip``, bool []; without a host sync if the optimizer is fused."""
     if optimizer.defaults["fused"]:
         optimizer.found_inf = skip.float()  # as a GradScaler does
         optimizer.step()
@@ -85,7 +85,7 @@ class Update:
 
     Attributes:
         count: updates so far, skipped ones among them.
-        skipped, skipped_in_a_row: how many; on the loss's device, so that only who reads waits.
+        skipped, skipped_in_a_row: how many, on the loss's device: only who reads them waits.
     """
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:

@@ -74,7 +74,7 @@ def open_run(
     run = RunFolder.load(cfg.run)
     run.lock()
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
-    changeable += ("compile", "keep", "keep_every", "max_skipped")
+    changeable += ("compile", "keep", "keep_every", "max_skipped", "trust_code")
     for name, value in plain(asdict(cfg)).items():
         if name not in changeable and run.config.get(name) != value:
             raise ValueError(
@@ -87,18 +87,23 @@ def open_run(
 
 
 def read_run(
-    path: str, *, trust_code: bool = False, checkpoint: str = CHECKPOINT
+    path: str, *, trust_code: bool, checkpoint: str = CHECKPOINT, typed: str | None = None
 ) -> tuple[RunFolder, dict[str, Any]]:
     """A run folder that may come from anybody, and a checkpoint of it.
 
+    Args:
+        path: the folder.
+        trust_code: its model may be made by a module that the folder names.
+        checkpoint: which.
+        typed: the latent action of this command, which needs no trust.
+
     Raises:
-        ValueError: damage; or the model is made by a module that the folder names, and
-            ``trust_code`` is not set.
+        FileNotFoundError, ValueError: none, damage, or code that is not trusted.
     """
     run = RunFolder.load(path)
     state = load_checkpoint(run.checkpoints / checkpoint)
     kind = state.get("overrides", {}).get("latent_action")
-    check_trust(path, "model.latent_action", kind, trust_code)
+    check_trust(path, "model.latent_action", kind, trust_code or kind == typed)
     return run, state
 
 

@@ -64,7 +64,7 @@ def import_official(cfg: ImportOfficialConfig) -> RunFolder:
     return run
 
 
-def export_official(run: str, folder: str, trust_code: bool = False) -> None:
+def export_official(run: str, folder: str, *, trust_code: bool = False) -> None:
     """Write the weights of a run as the authors' code reads them."""
     _, checkpoint = read_run(run, trust_code=trust_code)
     model = make_model(checkpoint)
@@ -83,7 +83,7 @@ def make_model(state: dict[str, Any]) -> nn.Module:
 def main(cfg: ImportOfficialConfig) -> None:
     """Entry point."""
     if cfg.export is not None:
-        export_official(cfg.run, cfg.export, cfg.trust_code)
+        export_official(cfg.run, cfg.export, trust_code=cfg.trust_code)
         print(f"official checkpoint: {cfg.export}/variables.pt")
         return
     run = import_official(cfg)

@@ -30,7 +30,9 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
             raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
     if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
         return None
-    run, checkpoint = read_run(cfg.pretrained, trust_code=cfg.trust_code)
+    run, checkpoint = read_run(
+        cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model["latent_action"]
+    )
     accepted = METHODS[cfg.method].checkpoint
     if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:
         suits = f"runs of {', '.join(accepted)}" if accepted else "no pre-training run"
