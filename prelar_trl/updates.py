@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -24,6 +24,7 @@ from prelar_trl.objectives import (
     total_loss,
 )
 from prelar_trl.objectives.common import loss_keys
+from prelar_trl.utils import check_choice
 
 __all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
 
@@ -76,7 +77,7 @@ def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
 class Update:
     """Base of the updates: loss and gradient, optimizers by name, saving and loading.
 
-    An update whose loss or gradient is not finite is skipped: no optimizer steps.
+    One whose loss or gradient is not finite is skipped: no optimizer steps.
 
     Args:
         module: has all parameters and buffers that :meth:`losses` uses.
@@ -89,8 +90,7 @@ class Update:
     """
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
-        if precision not in ("32", "bf16"):
-            raise ValueError(f"precision={precision!r} is unknown; choose 32 or bf16")
+        check_choice("precision", precision, get_args(Precision))
         self.module, self.mixed, self.clip = module, precision == "bf16", clip
         self.optimizers: dict[str, Optimizer] = {}
         self.count = 0
@@ -162,7 +162,7 @@ class WorldModelUpdate(Update):
     ) -> None:
         super().__init__(loss, precision, clip)
         self.loss, self.rehearsal = loss, rehearsal
-        model: RSSMWorldModel = loss.world_model
+        model = cast(RSSMWorldModel, loss.world_model)
         groups = {"model": list(loss.parameters())}
         if frozen_updates is not None:
             modules = pretrained_modules(model)
@@ -188,11 +188,10 @@ class WorldModelUpdate(Update):
         self.loss.train()
         if self.rehearsal is not None:
             self.rehearsal.train()
-        buffers = list(self.module.buffers())
-        before = [buffer.clone() for buffer in buffers]
+        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         losses = self.forward_backward(batch, video)
         losses.update(self.step_optimizers(total_loss(losses)))
-        for buffer, old in zip(buffers, before, strict=True):  # statistics know no skipped batch
+        for buffer, old in before:  # statistics know no skipped batch
             buffer.copy_(torch.where(self.skipped_in_a_row > 0, old, buffer))
         if self.scheduler is not None:
             self.scheduler.step()
@@ -200,7 +199,7 @@ class WorldModelUpdate(Update):
         return losses
 
     def losses(self, batch: TensorDictBase, video: TensorDictBase | None) -> TensorDict:
-        with self.autocast(batch["pixels"].device):
+        with self.autocast(cast(Tensor, batch["pixels"]).device):
             losses = self.loss(batch)
             return losses if self.rehearsal is None else self.rehearsal(losses, video)
 
@@ -249,7 +248,7 @@ class Rehearsal(nn.Module):
         self, loss: RSSMWorldModelLoss, inverse_model: LatentActionEncoder | None, share: float
     ) -> None:
         super().__init__()
-        world_model: RSSMWorldModel = loss.world_model
+        world_model = cast(RSSMWorldModel, loss.world_model)
         if not 0 < share < 1:
             raise ValueError(f"rehearse={share} must lie between 0 and 1")
         if world_model.lower_rssm is not None:
@@ -394,7 +393,7 @@ class BehaviorUpdate(Update):
         return losses
 
     def losses(self, start: TensorDictBase, sample: bool) -> TensorDict:
-        with self.autocast(start["deter"].device):
+        with self.autocast(cast(Tensor, start["deter"]).device):
             imagined = self.agent.world_model.imagine(self.agent.actor, start, self.horizon, sample)
             imagined = self.target(imagined)
             return self.actor_loss(imagined).update(self.critic_loss(imagined))

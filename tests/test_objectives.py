@@ -146,8 +146,8 @@ def test_keys_can_be_renamed_and_nested(pair) -> None:
 
 def test_unknown_keys_are_an_error(pair) -> None:
     loss, _ = pair
-    with pytest.raises(ValueError, match="colour"):
-        loss.set_keys(colour="red")
+    with pytest.raises(ValueError, match="color"):
+        loss.set_keys(color="red")
 
 
 def test_a_missing_entry_is_named(pair) -> None:
@@ -367,7 +367,7 @@ def test_bad_settings_are_errors() -> None:
         LambdaTarget(MLP(D, 1), 1.5)
 
 
-# ---------------------------------------------------------------------- behaviour
+# ---------------------------------------------------------------------- behavior
 
 
 def test_lambda_target_reads_the_slow_critic_and_keeps_the_trajectory() -> None:

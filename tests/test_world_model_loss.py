@@ -245,7 +245,7 @@ def test_bonus_memory_keeps_the_newest_points_first() -> None:
     torch.testing.assert_close(bonus.memory[3:], project(first)[:3])
 
 
-def test_bonus_is_the_neighbour_distance_over_the_running_magnitude() -> None:
+def test_bonus_is_the_neighbor_distance_over_the_running_magnitude() -> None:
     bonus, embed = make_bonus(momentum=0.9).train(), torch.randn(1, 4, 4)
     out = bonus(embed)
     points = (functional.sliding_mean(embed, 2) @ bonus.projection)[0]

@@ -55,10 +55,12 @@ class Stream:
 
     @property
     def frame_bytes(self) -> int:
+        """Bytes of one frame."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
     @property
     def is_image(self) -> bool:
+        """Whether a frame is a picture, uint8 ``[C, H, W]``."""
         return self.dtype == "uint8" and len(self.shape) == 3
 
 

@@ -187,7 +187,7 @@ def _open_wandb(run: RunFolder, project: str) -> Any:
 
 def _add_gif(writer: Any, name: str, frames: Tensor, step: int, fps: float) -> None:
     """An animated picture for TensorBoard; ``SummaryWriter.add_video`` would need moviepy."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
     images = [
         Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in frames.cpu()
