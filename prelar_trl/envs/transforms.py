@@ -102,8 +102,8 @@ class StepCheck(Transform):
 
 def _place(tensordict: TensorDictBase, bad: torch.Tensor, ahead: int = 0) -> str:
     """The first bad step: its number in the episode and, of several environments, which."""
-    first = bad.reshape(*tensordict.batch_size, -1).any(-1).reshape(-1).nonzero()[0].item()
-    number = tensordict["step_count"].reshape(-1)[first].item() + ahead
+    first = int(bad.reshape(*tensordict.batch_size, -1).any(-1).reshape(-1).nonzero()[0])
+    number = int(tensordict["step_count"].reshape(-1)[first]) + ahead
     worker = f", worker {first}," if tensordict.batch_size else ""
     return f"{number} of an episode{worker}"
 
