@@ -10,6 +10,7 @@ from typing import Any
 from torchrl.envs import EnvBase
 
 from prelar_trl.envs import make_env
+from prelar_trl.envs.transforms import StepCheck
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward"}
 
@@ -53,7 +54,7 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
         return make_env(make, **{"seed": options["seed"], **left})
     env = make()
     if not left and isinstance(env, EnvBase) and KEYS <= {*env.observation_spec.keys()}:
-        return env
+        return env.append_transform(StepCheck(f"environment {name}"))
     return make_env(env, **{"seed": options["seed"], **left})
 
 

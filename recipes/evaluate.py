@@ -18,22 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_agent
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
-    CHECKPOINT,
+    check_trust,
     choose_device,
     play,
+    read_run,
     seed_everything,
     summarize,
 )
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.interaction import act
 from prelar_trl.recipes.schema import EvaluateConfig
-from prelar_trl.record import RunFolder, bootstrap_interval, write_video
+from prelar_trl.record import bootstrap_interval, write_video
 from prelar_trl.utils import atomic_write
 
 
@@ -44,8 +44,9 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     """
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
-    run = RunFolder.load(cfg.run)
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    run, checkpoint = read_run(
+        cfg.run, trust_code=cfg.trust_code, checkpoint=f"{cfg.checkpoint}.pt"
+    )
     if checkpoint["phase"] != "finetune":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; evaluate a finetune run")
     agent = make_agent(
@@ -59,6 +60,8 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
 
     trained = run.config
+    if cfg.env is None:
+        check_trust(cfg.run, "env", trained["env"], cfg.trust_code)
     env = build_env(
         env_factory,
         cfg.env or trained["env"],

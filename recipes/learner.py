@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from prelar_trl.recipes.pretrained import (
 )
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.stopwatch import Stopwatch
-from prelar_trl.updates import Alignment, BehaviorUpdate, WorldModelUpdate
+from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate
 
 
 @dataclass
@@ -41,8 +42,20 @@ class Learner:
         """Clips of a model batch that are rehearsed video, not the replay's."""
         return 0 if self.clips is None else self.clips.batch_size
 
-    def update(self, batch: TensorDictBase) -> TensorDictBase:
+    @property
+    def updates(self) -> list[Update]:
+        """All that there are."""
+        updates = [self.model_update, self.behavior_update, self.alignment]
+        return [update for update in updates if update is not None]
+
+    def update(
+        self, batch: TensorDictBase, watch: Callable[..., None] = lambda *batches: None
+    ) -> TensorDictBase:
         """One update of the world model, and of the behavior from the states that it infers.
+
+        Args:
+            batch: of the replay.
+            watch: is shown all that goes into the update.
 
         Returns:
             The losses, scalars.
@@ -51,6 +64,7 @@ class Learner:
         if self.clips is not None:
             with self.watch("replay"):
                 batches.append(self.clips.sample())
+        watch(*batches)
         with self.watch("world_model"):
             losses = self.model_update(*batches)
         state = losses.pop("state")

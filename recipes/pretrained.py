@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 
-from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_inverse_model
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss
-from prelar_trl.recipes.common import CHECKPOINT
+from prelar_trl.recipes.common import read_run
 from prelar_trl.recipes.schema import FinetuneConfig
-from prelar_trl.record import RunFolder
 from prelar_trl.updates import Alignment, Rehearsal
 
 Pretrained = dict[str, Any]  # a checkpoint, and under "config" the configuration of its run
@@ -32,8 +30,9 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
             raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
     if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
         return None
-    run = RunFolder.load(cfg.pretrained)
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    run, checkpoint = read_run(
+        cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model["latent_action"]
+    )
     accepted = METHODS[cfg.method].checkpoint
     if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:
         suits = f"runs of {', '.join(accepted)}" if accepted else "no pre-training run"

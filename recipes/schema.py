@@ -108,6 +108,9 @@ class RunConfig(Config):
     loss: dict[str, Any] = field(default_factory=dict)
     lr: NonNegative = 3e-4
     clip: Positive = 100.0  # largest gradient norm
+    max_skipped: PositiveInt = 10  # updates in a row that are not finite before the run stops
+    keep: PositiveInt = 2  # newest checkpoints that are kept
+    keep_every: PositiveInt | None = None  # updates or steps; the first checkpoint after each stays
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,6 +145,7 @@ class FinetuneConfig(RunConfig):
 
     env: str = MISSING  # metaworld/<task>, gym/<id>, dm_control/<domain>/<task>, toy
     pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
+    trust_code: bool = False  # may run modules that this folder names
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
     pretrain_updates: NonNegativeInt = 100  # before the first policy step
@@ -187,6 +191,8 @@ class EvaluateConfig(Config):
     num_workers: PositiveInt = 1
     render_quality: Quality | None = None
     video_episodes: NonNegativeInt = 3
+    checkpoint: str = "last"  # or best, or step_<number>
+    trust_code: bool = False  # may run modules that the run folder names
 
 
 @dataclass
@@ -204,6 +210,7 @@ class ProbeConfig(Config):
     seed: NonNegativeInt = 0
     device: Device = "auto"
     threads: PositiveInt | None = None
+    trust_code: bool = False  # may run modules that the run folder names
 
 
 @dataclass
@@ -310,6 +317,7 @@ class ImportOfficialConfig(Config):
     size: Size = "full"
     model: dict[str, Any] = field(default_factory=dict)
     env: str = "metaworld/drawer-open"  # finetune: where the agent was trained
+    trust_code: bool = False  # export: may run modules that the run folder names
 
 
 def register() -> None:

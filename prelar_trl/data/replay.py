@@ -19,7 +19,8 @@ class EpisodeReplay:
     """A replay of whole episodes in a folder, a ring of frames that forgets the oldest episodes.
 
     An episode can be sampled from the moment it is finished. Opening the folder again finds every
-    finished episode. After `close` the folder is a clip store that `VideoClips` reads.
+    finished episode; one whose data do not agree with its checksums is named in a warning and not
+    sampled. After `close` the folder is a clip store that `VideoClips` reads.
 
     Args:
         path: the folder; made if it is missing.
@@ -164,10 +165,11 @@ class EpisodeReplay:
         """Goes back to where `state_dict` was taken, over the same folder.
 
         Episodes that were finished later are dropped. Those that have been overwritten since are
-        gone, which happens only when the ring was full.
+        gone, which happens only when the ring was full. So are, with a warning, those that the
+        folder has lost by damage.
 
         Raises:
-            ValueError: the folder holds less than the state tells of.
+            ValueError: the folder holds no episode, and the state tells of some.
         """
         self.storage.load_state_dict(state_dict)
         self._writer.load_state_dict(state_dict)
