@@ -33,6 +33,7 @@ from torchrl.envs import EnvBase
 
 from prelar_trl.data import ClipStore, ClipWriter
 from prelar_trl.envs import make_env, metaworld_tasks, toy_expert
+from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import CollectVideosConfig
 from prelar_trl.record import (
     Progress,
@@ -103,7 +104,7 @@ def expert_for(name: str) -> Expert | None:
 @cache
 def cached_env(name: str, **options: Any) -> EnvBase:
     """One environment of a kind a process: making one takes half a second."""
-    return make_env(name, **options)
+    return build_env(make_env, name, seed=0, num_workers=1, **options)
 
 
 def collect_episode(number: int, *, names: list[str], cfg: CollectVideosConfig) -> Episode:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torchrl.envs import EnvBase
 
-from prelar_trl.envs import make_env
+from prelar_trl.envs import import_factory, is_import_path, make_env
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward"}
 
@@ -24,9 +26,18 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
 
     Args:
         env_factory: gives an environment of TorchRL or gymnasium.
-        name: the ``env`` of the configuration.
+        name: the ``env`` of the configuration. With make_env as the factory it may be
+            ``<module>:<callable>``, which then is the factory; modules in the working directory are
+            found.
         **options: make_env's; ``seed`` and ``num_workers`` among them.
+
+    Raises:
+        ValueError: see make_env; or the factory needs an argument that no option is.
     """
+    if env_factory is make_env and name is not None and is_import_path(name):
+        if os.getcwd() not in sys.path:  # a program looks beside its own file only
+            sys.path.append(os.getcwd())
+        env_factory = import_factory(name)
     parameters = _parameters(env_factory)
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     first = parameters[0] if parameters else None
@@ -41,12 +52,17 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
         taken = {key: x for key, x in options.items() if anything or key in named}
         make = partial(env_factory, name, **taken)
     else:
-        required = {p.name for p in parameters if p.default is p.empty}
+        required = {p.name for p in parameters if p.default is p.empty and p.name in named}
         taken = {
             key: x
             for key, x in options.items()
             if key in named and (x is not None or key in required)
         }
+        if unknown := required - options.keys():
+            raise ValueError(
+                f"env={name}: the function asks for {', '.join(sorted(unknown))}; it can get the "
+                f"name, as its first argument, and {', '.join(options)}"
+            )
         make = partial(env_factory, **taken)
     left = {key: x for key, x in options.items() if key not in taken and x is not None}
     if "num_workers" not in taken:

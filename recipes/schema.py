@@ -129,7 +129,7 @@ class FinetuneConfig(RunConfig):
 
     phase = "finetune"
 
-    env: str = MISSING  # metaworld/<task>, gym/<id>, dm_control/<domain>/<task>, toy
+    env: str = MISSING  # metaworld/<task>, gym/<id>, toy, ..., or <module>:<callable>
     pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
@@ -200,7 +200,7 @@ class CollectVideosConfig(Config):
 
     data: str = MISSING  # clip store folder; if it exists, collecting continues
     episodes: PositiveInt = 100  # how many the store holds in the end
-    env: str = "metaworld"  # the tasks below, or one env: metaworld/<task>, toy/shifted, ...
+    env: str = "metaworld"  # the tasks below, or one env: toy/shifted, <module>:<callable>, ...
     tasks: Any = "evaluation"  # the six of the papers, all, or a list of Meta-world tasks
     random_tasks: bool = False  # draw the task of each episode, instead of one after the other
     noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the expert's actions

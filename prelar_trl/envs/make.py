@@ -23,16 +23,10 @@ from torchrl.envs import (
 
 from prelar_trl.envs.adopt import adopt, as_float32, check_env
 from prelar_trl.envs.backend import rendering_error
-from prelar_trl.envs.toy import EPISODE_STEPS, make_toy
+from prelar_trl.envs.registry import find_suite, import_factory, is_import_path
 from prelar_trl.envs.transforms import ActionRepeat
 
 Env = EnvBase | gymnasium.Env
-# Modules that import MuJoCo: loaded when asked for, as they take seconds and need OpenGL.
-_FAMILIES = {
-    "metaworld": ("prelar_trl.envs.metaworld", "make_metaworld"),
-    "gym": ("prelar_trl.envs.wrappers", "make_gym"),
-    "dm_control": ("prelar_trl.envs.wrappers", "make_dm_control"),
-}
 
 
 def make_env(
@@ -66,8 +60,9 @@ def make_env(
 
     Args:
         name_or_env: ``metaworld/<task>``, ``gym/<id>``, ``dm_control/<domain>/<task>``, ``toy``,
-            ``toy/shifted`` (other colors, a textured background), an environment of TorchRL or
-            gymnasium, or a function that makes one. Its picture is the observation ``pixels``, or
+            ``toy/shifted`` (other colors, a textured background), or ``<suite>/<task>`` of another
+            suite (:mod:`prelar_trl.envs.registry`); an environment of TorchRL or gymnasium, or a
+            function that makes one, also as ``<module>:<callable>``. Its picture is the observation ``pixels``, or
             the only one that looks like a picture, or (gymnasium) comes from MuJoCo or
             ``render()``; :mod:`prelar_trl.envs.pictures` says what is read.
         seed: of the initial states; worker ``i`` gets ``seed + i``.
@@ -125,10 +120,11 @@ def _make_one(
     **kwargs: Any,
 ) -> EnvBase:
     view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
+    if isinstance(name_or_env, str) and is_import_path(name_or_env):
+        name_or_env = import_factory(name_or_env)
     if isinstance(name_or_env, str):
-        base, transforms = _from_name(name_or_env, **view, **kwargs)
-        if name_or_env.partition("/")[0] == "toy":
-            max_steps = max_steps or EPISODE_STEPS
+        base, transforms, limit = _from_name(name_or_env, **view, **kwargs)
+        max_steps = max_steps or limit
     else:
         base, transforms = _from_object(name_or_env, **view)
     repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
@@ -148,23 +144,20 @@ def _make_one(
     return env
 
 
-def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
-    family, _, rest = name.partition("/")
-    if family == "toy":
-        return make_toy(rest, **options)
-    if family not in _FAMILIES or not rest:
-        raise ValueError(
-            f"unknown environment {name!r}; write metaworld/<task>, gym/<id>, "
-            "dm_control/<domain>/<task> or toy, or give an environment"
-        )
-    module, function = _FAMILIES[family]
+def _from_name(
+    name: str, *, pixels: int | None, camera: str | None, render_quality: str, **kwargs: Any
+) -> tuple[EnvBase, list[Transform], int | None]:
+    """A suite's environment, its transforms, and the suite's own limit of an episode's steps."""
+    view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
     try:
-        make = getattr(importlib.import_module(module), function)
+        suite = find_suite(name)
     except ModuleNotFoundError:
         raise
     except (ImportError, AttributeError) as error:  # OpenGL's library is missing or broken
         raise rendering_error(error) from error
-    return make(rest, **options)
+    made = suite.make(name.partition("/")[2], **view, **kwargs)
+    base, transforms = made if isinstance(made, tuple) else _from_object(made, **view)
+    return base, transforms, suite.max_steps
 
 
 def _from_object(
