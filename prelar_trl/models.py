@@ -13,7 +13,7 @@ from prelar_trl.config import ModelSettings, Phase, find_preset, loss_settings, 
 from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
-from prelar_trl.modules.heads import MLP, Actor
+from prelar_trl.modules.heads import MLP, Actor, OneHotActor
 from prelar_trl.modules.latent_actions import LatentActions, make_latent_actions
 from prelar_trl.modules.patchnets import PatchDecoder, PatchEncoder
 from prelar_trl.modules.rssm import RSSM
@@ -36,7 +36,11 @@ class Agent(nn.Module):
     """World model, actor, critics and bonus of a fine-tuning run."""
 
     def __init__(
-        self, world_model: RSSMWorldModel, actor: Actor, critic: MLP, bonus: nn.Module | None
+        self,
+        world_model: RSSMWorldModel,
+        actor: Actor | OneHotActor,
+        critic: MLP,
+        bonus: nn.Module | None,
     ):
         super().__init__()
         self.world_model, self.actor, self.critic = world_model, actor, critic
@@ -134,13 +138,17 @@ def make_agent(
     method: str,
     *,
     action_dim: int,
+    discrete: bool = False,
     size: str = "full",
     encoder: nn.Module | None = None,
     decoder: nn.Module | None = None,
     sample: bool = True,
     **overrides: Any,
 ) -> Agent:
-    """World model, actor, critics and bonus of a method's fine-tuning; see make_world_model."""
+    """World model, actor, critics and bonus of a method's fine-tuning; see make_world_model.
+
+    With ``discrete`` an action is one of ``action_dim`` choices, a one-hot vector. Default: False.
+    """
     s = model_settings(method, "finetune", size, overrides)
     world_model = make_world_model(
         method,
@@ -153,7 +161,8 @@ def make_agent(
         **overrides,
     )
     feat_dim = world_model.rssm.feat_dim
-    actor = _initialize(Actor(feat_dim, action_dim, s.head_layers, s.head_units))
+    policy = OneHotActor if discrete else Actor
+    actor = _initialize(policy(feat_dim, action_dim, s.head_layers, s.head_units))
     critic = _initialize(MLP(feat_dim, 1, s.head_layers, s.head_units))
     bonus = None
     if s.bonus_embed is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from torchrl.data import OneHot
 from torchrl.envs import EnvBase
 
 from prelar_trl.envs import import_factory, is_import_path, make_env
@@ -71,6 +72,29 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
     if not left and isinstance(env, EnvBase) and KEYS <= {*env.observation_spec.keys()}:
         return env
     return make_env(env, **{"seed": options["seed"], **left})
+
+
+def interface(env: EnvBase) -> dict[str, Any]:
+    """What an agent must know of its environment, as make_agent takes it; part of a checkpoint."""
+    spec = env.action_spec
+    return {"action_dim": spec.shape[-1], "discrete": isinstance(spec, OneHot)}
+
+
+def saved_interface(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The interface of the environment that a checkpoint's agent was trained in."""
+    return {"action_dim": checkpoint["action_dim"], "discrete": checkpoint.get("discrete", False)}
+
+
+def check_interface(
+    env: str, known: Mapping[str, Any], run: str, trained: Mapping[str, Any]
+) -> None:
+    """Raise ValueError where an agent cannot act in an environment."""
+    has, had = (
+        f"{x['action_dim']} {'choices of action' if x['discrete'] else 'action dimensions'}"
+        for x in (known, trained)
+    )
+    if has != had:
+        raise ValueError(f"env={env} has {has}, the agent in {run} has {had}")
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,14 +92,17 @@ class Learner:
 
 
 def make_learner(
-    cfg: FinetuneConfig, action_dim: int, device: torch.device, watch: Stopwatch
+    cfg: FinetuneConfig, known: Mapping[str, Any], device: torch.device, watch: Stopwatch
 ) -> Learner:
     """Networks, losses and optimizers, with the pre-trained weights if there are any.
+
+    Args:
+        known: of the environment, see :func:`prelar_trl.recipes.environments.interface`.
 
     Raises:
         ValueError: settings, or a pre-training run, that do not go together.
     """
-    agent = make_agent(cfg.method, action_dim=action_dim, size=cfg.size, **overrides(cfg.model))
+    agent = make_agent(cfg.method, size=cfg.size, **known, **overrides(cfg.model))
     if agent.video_bonus is not None and cfg.batch_length < agent.video_bonus.window:
         raise ValueError(
             f"batch_length={cfg.batch_length} is shorter than the video bonus's window of "

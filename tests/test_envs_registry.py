@@ -62,7 +62,9 @@ def run(monkeypatch, recipe: str, *arguments: str) -> None:
 
 
 def test_the_three_recipes_take_a_users_function_by_its_name(module, tmp_path, monkeypatch):
-    arguments = [a for a in FINETUNE_ARGS if not a.startswith("env=")]
+    own = ("env=", "size=", "model.depth=", "env_steps=")
+    arguments = [a for a in FINETUNE_ARGS if not a.startswith(own)] + ["env_steps=30"]
+    arguments += ["method=dreamerv2", "size=mini", "model.depth=2"]
     run(monkeypatch, "finetune", "env=my_maze:make", "run=fine", *arguments)
     calls = sys.modules[module].calls
     assert (0, 10) in calls and (10_000, 10) in calls  # training, evaluation

@@ -18,7 +18,6 @@ from torchrl.envs.gym_like import GymLikeEnv
 from prelar_trl.envs.pictures import (
     PictureConverter,
     check_picture,
-    dtype_name,
     looks_like_picture,
     white_of,
 )
@@ -97,7 +96,7 @@ def as_float32(env: EnvBase) -> list[Transform]:
 
 
 def check_env(env: EnvBase) -> None:
-    """Raise ValueError for an environment whose actions, reward or end cannot be used."""
+    """Raise ValueError for an environment without action, reward or end, or a reward of many."""
     batch = env.batch_size
     for found, key in (
         (env.action_keys, "action"),
@@ -109,20 +108,6 @@ def check_env(env: EnvBase) -> None:
                 f"the environment has no {key!r}, only {', '.join(map(shown, found))}: rename it "
                 "with a RenameTransform"
             )
-    spec = env.full_action_spec["action"]
-    shape = list(spec.shape[len(batch) :])
-    given = f"{type(spec).__name__} {dtype_name(spec.dtype)} {shape}"
-    if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
-        kind = "unbounded" if spec.dtype.is_floating_point else "discrete"
-        raise ValueError(
-            f"the environment's actions are {kind} ({given}): only continuous ones work, floats "
-            "[A] with a lower and an upper bound"
-        )
-    if len(env.action_keys) > 1 or len(shape) != 1:
-        keys = ", ".join(map(shown, env.action_keys))
-        raise ValueError(f"actions must be one vector [A]; the environment takes {keys}: {given}")
-    if not (spec.space.low.isfinite() & spec.space.high.isfinite()).all():
-        raise ValueError(f"the environment's actions have no bounds ({given}): they must be finite")
     shape = list(env.full_reward_spec["reward"].shape[len(batch) :])
     if shape != [1]:
         raise ValueError(f"the reward must be one number [1]; the environment gives {shape}")

@@ -10,7 +10,6 @@ from typing import Any
 import gymnasium
 import torch
 from torchrl.envs import (
-    ActionScaling,
     Compose,
     EnvBase,
     InitTracker,
@@ -21,6 +20,7 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
+from prelar_trl.envs.actions import action_transforms
 from prelar_trl.envs.adopt import adopt, as_float32, check_env
 from prelar_trl.envs.backend import rendering_error
 from prelar_trl.envs.registry import find_suite, import_factory, is_import_path
@@ -54,17 +54,18 @@ def make_env(
     - ``step_count`` int64 [1] and ``episode_reward`` float32 [1], since the reset
     - after a step also ``reward`` float32 [1] and ``done``, ``terminated``, ``truncated`` bool [1]
 
-    It takes ``action``, float32 [A] in [-1, 1], stretched to the environment's own bounds. What
-    the environment calls float64 becomes float32. An environment with a batch size keeps it, as
+    It takes ``action``, float32 [A]: in [-1, 1], stretched to the environment's own bounds, or
+    one-hot (a ``OneHot`` spec) where the environment takes one of A choices. What the environment
+    calls float64 becomes float32. An environment with a batch size keeps it, as
     leading dimensions of all of these.
 
     Args:
         name_or_env: ``metaworld/<task>``, ``gym/<id>``, ``dm_control/<domain>/<task>``, ``toy``,
             ``toy/shifted`` (other colors, a textured background), or ``<suite>/<task>`` of another
             suite (:mod:`prelar_trl.envs.registry`); an environment of TorchRL or gymnasium, or a
-            function that makes one, also as ``<module>:<callable>``. Its picture is the observation ``pixels``, or
-            the only one that looks like a picture, or (gymnasium) comes from MuJoCo or
-            ``render()``; :mod:`prelar_trl.envs.pictures` says what is read.
+            function that makes one, also as ``<module>:<callable>``. Its picture is the
+            observation ``pixels``, or the only one that looks like a picture, or (gymnasium) comes
+            from MuJoCo or ``render()``; :mod:`prelar_trl.envs.pictures` says what is read.
         seed: of the initial states; worker ``i`` gets ``seed + i``.
         pixels: height and width of the picture; ``None`` leaves the picture out (much faster).
         camera: a camera of the simulation, or the name of one of several pictures among the
@@ -79,7 +80,7 @@ def make_env(
 
     Raises:
         ValueError: unknown name, camera, quality, or an environment without what is needed:
-            a picture, one vector of bounded continuous actions, one reward.
+            a picture, one vector of bounded continuous actions or one choice, one reward.
         ImportError: an optional package is missing.
         RuntimeError: this machine cannot draw MuJoCo's pictures.
     """
@@ -132,9 +133,8 @@ def _make_one(
     for cast in as_float32(env):
         env.append_transform(cast)
     check_env(env)
-    space = env.action_spec.space
-    if (space.low != -1).any() or (space.high != 1).any():
-        env.append_transform(ActionScaling())
+    for transform in action_transforms(env):
+        env.append_transform(transform)
     env.append_transform(InitTracker(init_key="is_first"))
     if "truncated" not in env.done_spec.keys():  # StepCounter adds it when it has a limit
         max_steps = max_steps or torch.iinfo(torch.int64).max

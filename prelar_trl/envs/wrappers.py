@@ -12,6 +12,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from tensordict import NestedKey
 from torchrl.envs import DMControlEnv, EnvBase, GymWrapper, Transform
 
+from prelar_trl.envs.actions import NO_FACTORS
 from prelar_trl.envs.adopt import find_pictures, pixels_transform
 from prelar_trl.envs.camera import Camera, RenderQuality
 from prelar_trl.envs.transforms import NoSuccess, Pixels, State, SuccessReader
@@ -56,8 +57,12 @@ def wrap_gym(
     ``render()``. The other observations become ``state``. ``success`` is read from ``info``.
     """
     name = name or type(env.unwrapped).__name__
-    if not isinstance(env.action_space, gymnasium.spaces.Box):
-        raise ValueError(f"{name} has actions {env.action_space}; only continuous ones work")
+    space = env.action_space
+    if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
+        raise ValueError(f"{name} has actions {space}: {NO_FACTORS}")
+    if isinstance(space, gymnasium.spaces.Discrete) and space.start:  # TorchRL counts from 0
+        first, choices = space.start, gymnasium.spaces.Discrete(space.n)
+        env = gymnasium.wrappers.TransformAction(env, lambda choice: choice + first, choices)
     simulation, base = env.unwrapped, GymWrapper(env)
     pictures = find_pictures(base)
     if camera is not None and not pictures and not isinstance(simulation, MujocoEnv):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from prelar_trl.modules.distributions import TruncatedNormal, to_float32
+from prelar_trl.modules.distributions import OneHot, TruncatedNormal, to_float32
 
-__all__ = ["MLP", "Actor"]
+__all__ = ["MLP", "Actor", "OneHotActor"]
 
 
 class MLP(nn.Module):
@@ -38,8 +38,20 @@ class Actor(MLP):
 
     def __init__(self, in_features: int, action_dim: int, layers: int = 4, units: int = 400):
         super().__init__(in_features, action_dim, layers, units)
+        self.action_dim = action_dim
         self.std_out = nn.Linear(self.out.in_features, action_dim)
 
     def forward(self, feat: Tensor) -> TruncatedNormal:
         x = self.trunk(feat)
         return TruncatedNormal.from_raw(self.out(x), self.std_out(x))
+
+
+class OneHotActor(MLP):
+    """Policy on features for one of A choices: a one-hot vector (DreamerV2, section 2)."""
+
+    def __init__(self, in_features: int, action_dim: int, layers: int = 4, units: int = 400):
+        super().__init__(in_features, action_dim, layers, units)
+        self.action_dim = action_dim
+
+    def forward(self, feat: Tensor) -> OneHot:
+        return OneHot(self.out(self.trunk(feat)))

@@ -12,7 +12,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from prelar_trl.modules.heads import Actor
+from prelar_trl.modules.heads import Actor, OneHotActor
 from prelar_trl.modules.rssm import State
 from prelar_trl.modules.world_model import RSSMWorldModel
 
@@ -36,13 +36,16 @@ class WorldModelPolicy(TensorDictModuleBase):
     """
 
     def __init__(
-        self, world_model: RSSMWorldModel, actor: Actor, mode: Literal["sample", "mode"] = "sample"
+        self,
+        world_model: RSSMWorldModel,
+        actor: Actor | OneHotActor,
+        mode: Literal["sample", "mode"] = "sample",
     ) -> None:
         super().__init__()
         if mode not in ("sample", "mode"):
             raise ValueError(f"mode={mode!r} is unknown; choose sample or mode")
         self.world_model, self.actor, self.mode = world_model, actor, mode
-        self.action_dim = actor.std_out.out_features
+        self.action_dim = actor.action_dim
         encoder = world_model.action_encoder
         self.window = encoder.window if encoder is not None else 1
         self.in_keys = ["pixels", "is_first", "belief"]

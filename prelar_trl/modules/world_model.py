@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextEncoder
-from prelar_trl.modules.distributions import TruncatedNormal
-from prelar_trl.modules.heads import Actor
+from prelar_trl.modules.heads import Actor, OneHotActor
 from prelar_trl.modules.rssm import RSSM, State
 
 __all__ = ["RSSMWorldModel", "normalize_pixels"]
@@ -176,7 +175,11 @@ class RSSMWorldModel(TensorDictModuleBase):
     # ------------------------------------------------------------------ imagination
 
     def imagine(
-        self, actor: Actor, start: TensorDictBase, horizon: int = 15, sample: bool = True
+        self,
+        actor: Actor | OneHotActor,
+        start: TensorDictBase,
+        horizon: int = 15,
+        sample: bool = True,
     ) -> TensorDict:
         """Imagine trajectories under the actor, from states that are detached first.
 
@@ -188,7 +191,8 @@ class RSSMWorldModel(TensorDictModuleBase):
             entropy    e0   e1   e2  ...  0         of the policy at z_k
 
         Args:
-            actor: features ``[N, F]`` -> :class:`TruncatedNormal`; reads detached features.
+            actor: features ``[N, F]`` -> a distribution of actions, :class:`TruncatedNormal` or
+                :class:`OneHot`; reads detached features.
             start: ``stoch, deter`` and optionally ``terminated``, any batch shape (``[B, T]``
                 becomes N = B*T). An action window also needs ``action`` ``[B, T, A]``, or what
                 :meth:`flatten_start_states` made of it.
@@ -212,7 +216,7 @@ class RSSMWorldModel(TensorDictModuleBase):
             actions.append(action)
             policies.append(policy)
         feat = torch.stack(feats, 1)  # [N, H+1, F]
-        action, policy = torch.stack(actions, 1), TruncatedNormal.stack(policies, 1)  # [N, H, A]
+        action, policy = torch.stack(actions, 1), type(policy).stack(policies, 1)  # [N, H, A]
         discount = self.imagined_discount(feat, start.get("terminated", None))
         ones = torch.ones_like(discount[:, :1])
         return TensorDict(
