@@ -13,6 +13,7 @@ from torchrl.data import OneHot
 from torchrl.envs import EnvBase
 
 from prelar_trl.envs import import_factory, is_import_path, make_env
+from prelar_trl.types import Inputs
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward"}
 
@@ -76,13 +77,26 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
 
 def interface(env: EnvBase) -> dict[str, Any]:
     """What an agent must know of its environment, as make_agent takes it; part of a checkpoint."""
-    spec = env.action_spec
-    return {"action_dim": spec.shape[-1], "discrete": isinstance(spec, OneHot)}
+    spec, seen = env.action_spec, env.observation_spec
+    inputs = Inputs(
+        size=seen["pixels"].shape[-1],
+        views=seen["pixels"].shape[-3] // 3,
+        vector=seen["vector"].shape[-1] if "vector" in seen.keys() else 0,
+    )
+    return {
+        "action_dim": spec.shape[-1],
+        "discrete": isinstance(spec, OneHot),
+        "inputs": inputs,
+    }
 
 
 def saved_interface(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The interface of the environment that a checkpoint's agent was trained in."""
-    return {"action_dim": checkpoint["action_dim"], "discrete": checkpoint.get("discrete", False)}
+    return {
+        "action_dim": checkpoint["action_dim"],
+        "discrete": checkpoint.get("discrete", False),
+        "inputs": Inputs(**checkpoint.get("inputs", {})),
+    }
 
 
 def check_interface(
@@ -95,6 +109,10 @@ def check_interface(
     )
     if has != had:
         raise ValueError(f"env={env} has {has}, the agent in {run} has {had}")
+    if known["inputs"] != trained["inputs"]:
+        raise ValueError(
+            f"env={env} gives {known['inputs']}, the agent in {run} sees {trained['inputs']}"
+        )
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("finetune"))
 
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -42,8 +43,6 @@ from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
 
-FRAME_BYTES = 3 * 64 * 64
-
 
 def finetune(
     cfg: FinetuneConfig, env_factory: Any = make_env, watch: Stopwatch | None = None
@@ -68,7 +67,9 @@ def finetune(
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
     env = env.append_transform(policy.make_primer())
     frames = min(cfg.capacity, cfg.env_steps // cfg.action_repeat)
-    run, checkpoint = open_run(cfg, learner.agent, data_bytes=frames * FRAME_BYTES)
+    run, checkpoint = open_run(
+        cfg, learner.agent, data_bytes=frames * env.observation_spec["pixels"].shape[-3:].numel()
+    )
     replay = EpisodeReplay(
         run.path / "replay",
         window=cfg.batch_length,
@@ -210,6 +211,7 @@ class FinetuneState:
             "size": self.cfg.size,
             "overrides": overrides(self.cfg.model),
             **self.known,
+            "inputs": asdict(self.known["inputs"]),
             "step": self.step,
             "updates_due": self.updates_due,
             "evaluation_due": self.evaluation_due,

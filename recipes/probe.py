@@ -35,6 +35,7 @@ from prelar_trl.envs import play_toy
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model
 from prelar_trl.modules import RSSMWorldModel
+from prelar_trl.modules.world_model import normalize_pixels
 from prelar_trl.probes import (
     action_effects,
     frame_difference,
@@ -57,6 +58,7 @@ from prelar_trl.record import (
     plot_scatter,
     write_picture,
 )
+from prelar_trl.types import Inputs
 from prelar_trl.utils import atomic_write
 
 EXCHANGES = 4  # other actions that each transition's own is compared with
@@ -156,6 +158,7 @@ def make_model(checkpoint: dict[str, Any]) -> RSSMWorldModel:
         checkpoint["method"],
         "pretrain",
         action_dim=0,
+        inputs=Inputs(**checkpoint.get("inputs", {})),
         size=checkpoint["size"],
         **checkpoint["overrides"],
     )
@@ -211,7 +214,7 @@ def features(
     if not has_actions:
         return {}
     images = world_model.preprocess(batch["pixels"])
-    flow = world_model.preprocess(batch["flow"]) if "flow" in batch.keys() else None
+    flow = normalize_pixels(batch["flow"], images.dtype) if "flow" in batch.keys() else None
     found = {"target": batch["action"][:, 1:], "frame_difference": frame_difference(images)}
     found["state"] = states_before(world_model, batch)
     for name, model in (("latent_action", world_model), ("random_encoder", untrained)):

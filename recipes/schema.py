@@ -19,6 +19,7 @@ from prelar_trl.bounds import (
     Fraction,
     NonNegative,
     NonNegativeInt,
+    PictureSize,
     Positive,
     PositiveInt,
     Rule,
@@ -50,6 +51,13 @@ Gradient = Annotated[str, one_of(("dynamics", "reinforce", "both"))]
 Kind = Annotated[str, one_of(("auto", "videos", "something", "frames", "episodes"))]
 Loggers = Annotated[
     Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
+]
+Names = Annotated[
+    Any,
+    Rule(
+        lambda x: x is None or (isinstance(x, list | tuple) and all(isinstance(y, str) for y in x)),
+        "must be a list of names",
+    ),
 ]
 Method = Annotated[str, one_of(METHODS)]
 Pixels = Annotated[int, at_least(8)]
@@ -95,6 +103,7 @@ class RunConfig(Config):
     logger: Loggers = "csv"  # csv, tensorboard, wandb, or a list
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
+    pixels: PictureSize = 64  # height and width of the pictures
     lr: NonNegative = 3e-4
     clip: Positive = 100.0  # largest gradient norm
 
@@ -146,7 +155,9 @@ class FinetuneConfig(RunConfig):
     capacity: PositiveInt = 1_000_000  # frames of the replay
     action_repeat: PositiveInt = 1
     max_steps: PositiveInt | None = None  # an episode's; null: the environment's own
-    camera: str | None = None
+    camera: str | None = None  # null: corner in Meta-world, else the env's first camera
+    cameras: Names = None  # instead: several pictures, [corner,gripperPOV]
+    vectors: Names = None  # numbers that are seen too, by name or pattern: [proprio,joint*]
     render_quality: Quality = "fast"
     num_workers: PositiveInt = 1
     horizon: Annotated[int, at_least(2)] = 15

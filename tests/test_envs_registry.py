@@ -101,7 +101,7 @@ def test_what_cannot_be_called_is_said_in_one_line(module, name, message):
 
 def test_a_suite_from_outside(outside):
     @register_suite("mazes", max_steps=7)
-    def make_maze(task, *, pixels, camera, render_quality, walls=0):
+    def make_maze(task, *, pixels, cameras, render_quality, walls=0):
         return {"torchrl": ToyEnv(pixels), "gym": Gym(), "walls": ToyEnv(pixels)}[task]
 
     assert "mazes" in suites()
@@ -120,7 +120,7 @@ def test_a_suite_of_an_installed_package(outside, monkeypatch):
     assert make_env("boxes/any", pixels=8).reset()["pixels"].shape == (3, 8, 8)
 
 
-def make_box(task, *, pixels, camera, render_quality):
+def make_box(task, *, pixels, cameras, render_quality):
     return ToyEnv(pixels)
 
 

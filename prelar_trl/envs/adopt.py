@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
 import torch
 from tensordict import NestedKey
 from torchrl.data import Bounded
@@ -23,15 +26,17 @@ from prelar_trl.envs.pictures import (
 )
 from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels
 
+NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
+
 
 def adopt(
-    env: EnvBase, *, pixels: int | None, camera: str | None
+    env: EnvBase, *, pixels: int | None, cameras: Sequence[str] = ()
 ) -> tuple[EnvBase, list[Transform]]:
     """A TorchRL environment, taken apart, with the transforms that add what it lacks."""
     transforms: list[Transform] = []
     given = {*env.observation_spec.keys(True, True)}
     if pixels is not None:
-        transforms += pixels_transform(env, pixels, camera)
+        transforms += pixels_transform(env, pixels, cameras)
     base = env
     if isinstance(env, TransformedEnv):  # taken apart, so that the action repeat comes first
         own = env.transform if isinstance(env.transform, Compose) else [env.transform]
@@ -55,8 +60,10 @@ def find_pictures(env: EnvBase) -> list[NestedKey]:
     ]
 
 
-def pixels_transform(env: EnvBase, size: int, camera: str | None) -> list[Transform]:
-    """What turns the picture among the observations into ``pixels``; nothing where it is that.
+def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> list[Transform]:
+    """What turns pictures among the observations into ``pixels``; nothing where they are that.
+
+    Without ``cameras`` the only one.
 
     Raises:
         ValueError: there is no picture, more than one and none is chosen, or it cannot be used.
@@ -65,20 +72,57 @@ def pixels_transform(env: EnvBase, size: int, camera: str | None) -> list[Transf
     if not names:
         given = ", ".join(map(shown, env.observation_spec.keys(True, True))) or "nothing"
         raise ValueError(f"the environment gives no 'pixels', only {given}")
-    if camera is not None and camera not in names:
-        raise ValueError(f"unknown camera {camera!r}; this environment has {', '.join(names)}")
-    if camera is None and len(names) > 1:
+    batch = env.batch_size
+    if "pixels" in names:
+        spec, views = env.observation_spec["pixels"], max(1, len(cameras))
+        if spec.dtype == torch.uint8 and spec.shape == (*batch, 3 * views, size, size):
+            return []
+    for camera in cameras:
+        if camera not in names:
+            raise ValueError(f"unknown camera {camera!r}; this environment has {', '.join(names)}")
+    if not cameras and len(names) > 1:
         raise ValueError(
-            f"the environment gives {len(names)} pictures, choose by camera=: {', '.join(names)}"
+            f"the environment gives {len(names)} pictures, choose by camera= or cameras=: "
+            f"{', '.join(names)}"
         )
-    name = camera or next(iter(names))
-    spec, batch = env.observation_spec[names[name]], env.batch_size
-    if name == "pixels" and spec.dtype == torch.uint8 and spec.shape == (*batch, 3, size, size):
-        return []
-    check_picture(name, spec.shape[len(batch) :], spec.dtype)
-    white = white_of(spec.space.high) if isinstance(spec, Bounded) else None
-    convert = PictureConverter(size, white=white, batch_dims=len(batch), source=name)
-    return [ToPixels(names[name], convert)]
+    converters = {}
+    for name in cameras or names:
+        spec = env.observation_spec[names[name]]
+        check_picture(name, spec.shape[len(batch) :], spec.dtype)
+        white = white_of(spec.space.high) if isinstance(spec, Bounded) else None
+        converters[names[name]] = PictureConverter(
+            size, white=white, batch_dims=len(batch), source=name
+        )
+    return [ToPixels(converters)]
+
+
+def vector_keys(env: EnvBase, vectors: Sequence[str]) -> list[NestedKey]:
+    """The observations that are numbers, no pictures, and whose name fits a name or pattern.
+
+    Patterns are those of file names: ``joint*``. ``state`` is all of them where none has that name.
+
+    Raises:
+        ValueError: one that fits nothing.
+    """
+    first = len(env.batch_size)
+    names = {
+        shown(key): key
+        for key, spec in env.observation_spec.items(True, True)
+        if spec.dtype not in (None, torch.bool)
+        and shown(key) not in NOT_SEEN
+        and not looks_like_picture(spec.shape[first:], spec.dtype)
+    }
+    chosen: dict[str, NestedKey] = {}
+    for pattern in vectors:
+        whole = pattern == "state" and pattern not in names
+        fitting = [name for name in names if whole or fnmatchcase(name, pattern)]
+        if not fitting:
+            raise ValueError(
+                f"vectors: {pattern!r} fits none of {', '.join(names) or 'no'} observations of "
+                "numbers"
+            )
+        chosen |= {name: names[name] for name in fitting}
+    return [*chosen.values()]
 
 
 def as_float32(env: EnvBase) -> list[Transform]:

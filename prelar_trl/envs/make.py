@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,10 @@ from torchrl.envs import (
 )
 
 from prelar_trl.envs.actions import action_transforms
-from prelar_trl.envs.adopt import adopt, as_float32, check_env
+from prelar_trl.envs.adopt import adopt, as_float32, check_env, vector_keys
 from prelar_trl.envs.backend import rendering_error
 from prelar_trl.envs.registry import find_suite, import_factory, is_import_path
-from prelar_trl.envs.transforms import ActionRepeat
+from prelar_trl.envs.transforms import ActionRepeat, State, Vector
 
 Env = EnvBase | gymnasium.Env
 
@@ -35,6 +35,8 @@ def make_env(
     seed: int = 0,
     pixels: int | None = 64,
     camera: str | None = None,
+    cameras: Sequence[str] | None = None,
+    vectors: Sequence[str] | None = None,
     render_quality: str = "fast",
     action_repeat: int = 1,
     max_steps: int | None = None,
@@ -46,11 +48,12 @@ def make_env(
 
     Whatever the environment, a reset gives at the root, and a step under ``next``:
 
-    - ``pixels``: uint8 [3, pixels, pixels]
+    - ``pixels``: uint8 [3 V, pixels, pixels], of V cameras one behind the other; V = 1 by default
+    - ``vector``: float32 [size], where ``vectors`` are chosen
     - ``is_first``: bool [1], the first frame of an episode
     - ``success``: bool [1], of gymnasium environments ``info["success"]`` or ``["is_success"]``;
       False where the environment does not know success
-    - ``state``: float32 [S], the simulator's state, never read by an agent (where there is one)
+    - ``state``: float32 [S], the simulator's state (where there is one), which no agent reads
     - ``step_count`` int64 [1] and ``episode_reward`` float32 [1], since the reset
     - after a step also ``reward`` float32 [1] and ``done``, ``terminated``, ``truncated`` bool [1]
 
@@ -69,7 +72,12 @@ def make_env(
         seed: of the initial states; worker ``i`` gets ``seed + i``.
         pixels: height and width of the picture; ``None`` leaves the picture out (much faster).
         camera: a camera of the simulation, or the name of one of several pictures among the
-            observations. Default: ``corner`` in Meta-world, else the first camera.
+            observations. Default: ``corner`` in Meta-world, else the first camera. Meta-world's
+            ``corner2_near`` is ``corner2`` at (0.75, 0.075, 0.7), where most papers have it.
+        cameras: instead: several of them.
+        vectors: names of observations that an agent is to see as numbers, or patterns of names
+            (``joint*``); ``state`` is all of them. Meta-world has ``proprio`` [4] besides. Default:
+            none.
         render_quality: ``fast`` or ``full`` (docs/rendering.md shows both).
         action_repeat: apply each action this many times; rewards are summed, success is any.
         max_steps: truncate episodes after this many steps, counted after ``action_repeat``.
@@ -90,7 +98,8 @@ def make_env(
         _make_one,
         name_or_env,
         pixels=pixels,
-        camera=camera,
+        cameras=_chosen(camera, cameras),
+        vectors=tuple(vectors or ()),
         render_quality=render_quality,
         action_repeat=action_repeat,
         max_steps=max_steps,
@@ -114,13 +123,14 @@ def _make_one(
     *,
     seed: int,
     pixels: int | None,
-    camera: str | None,
+    cameras: tuple[str, ...],
+    vectors: tuple[str, ...],
     render_quality: str,
     action_repeat: int,
     max_steps: int | None,
     **kwargs: Any,
 ) -> EnvBase:
-    view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
+    view = {"pixels": pixels, "cameras": cameras, "render_quality": render_quality}
     if isinstance(name_or_env, str) and is_import_path(name_or_env):
         name_or_env = import_factory(name_or_env)
     if isinstance(name_or_env, str):
@@ -129,6 +139,13 @@ def _make_one(
     else:
         base, transforms = _from_object(name_or_env, **view)
     repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
+    if vectors:  # before `state` takes the place of what it gathers
+        gathers = (i for i, transform in enumerate(transforms) if isinstance(transform, State))
+        place = next(gathers, len(transforms))
+        keys = vector_keys(TransformedEnv(base, Compose(*transforms[:place])), vectors)
+        transforms.insert(place, Vector(keys))
+        for transform in transforms:  # each has one parent at a time
+            transform.reset_parent()
     env = TransformedEnv(base, Compose(*repeat, *transforms))
     for cast in as_float32(env):
         env.append_transform(cast)
@@ -144,11 +161,20 @@ def _make_one(
     return env
 
 
+def _chosen(camera: str | None, cameras: Sequence[str] | None) -> tuple[str, ...]:
+    """The cameras; none: the environment's default."""
+    if camera is not None and cameras is not None:
+        raise ValueError(f"camera={camera} and cameras={list(cameras)}: give one of them")
+    if isinstance(cameras, str) or (cameras is not None and len(set(cameras)) < len(cameras)):
+        raise ValueError(f"cameras={cameras!r} must be a list of different names")
+    return tuple(cameras or (() if camera is None else (camera,)))
+
+
 def _from_name(
-    name: str, *, pixels: int | None, camera: str | None, render_quality: str, **kwargs: Any
+    name: str, *, pixels: int | None, cameras: tuple[str, ...], render_quality: str, **kwargs: Any
 ) -> tuple[EnvBase, list[Transform], int | None]:
     """A suite's environment, its transforms, and the suite's own limit of an episode's steps."""
-    view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
+    view = {"pixels": pixels, "cameras": cameras, "render_quality": render_quality}
     try:
         suite = find_suite(name)
     except ModuleNotFoundError:
@@ -161,19 +187,19 @@ def _from_name(
 
 
 def _from_object(
-    env: Any, *, pixels: int | None, camera: str | None, render_quality: str
+    env: Any, *, pixels: int | None, cameras: tuple[str, ...], render_quality: str
 ) -> tuple[EnvBase, list[Transform]]:
     """A user's own environment, or the one that a user's function makes."""
     if not _is_env(env):
         env = env()
     if isinstance(env, EnvBase):
-        return adopt(env, pixels=pixels, camera=camera)
+        return adopt(env, pixels=pixels, cameras=cameras)
     if not isinstance(env, gymnasium.Env):
         raise ValueError(
             f"an environment of TorchRL or gymnasium is needed, got {type(env).__name__}"
         )
     wrap = importlib.import_module("prelar_trl.envs.wrappers").wrap_gym
-    return wrap(env, pixels=pixels, camera=camera, render_quality=render_quality)
+    return wrap(env, pixels=pixels, cameras=cameras, render_quality=render_quality)
 
 
 def _is_env(candidate: Any) -> bool:

@@ -1,6 +1,7 @@
 """The suites of environments that :func:`make_env` knows by name, and how to add one.
 
-A suite is one function, ``make(task, *, pixels, camera, render_quality, **kwargs)``. It returns an
+A suite is one function, ``make(task, *, pixels, cameras, render_quality, **kwargs)``, of
+:func:`make_env`'s own arguments; ``cameras`` is a tuple, empty for the default. It returns an
 environment of TorchRL or gymnasium, to which :func:`make_env` gives its form, or a base environment
 with the list of transforms that give it that form.
 """

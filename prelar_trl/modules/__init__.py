@@ -4,7 +4,7 @@ from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
 from prelar_trl.modules.distributions import Categorical, Gaussian, OneHot, TruncatedNormal
-from prelar_trl.modules.heads import MLP, Actor, OneHotActor
+from prelar_trl.modules.heads import MLP, Actor, OneHotActor, VectorEncoder
 from prelar_trl.modules.latent_actions import (
     LatentActions,
     make_latent_actions,
@@ -33,6 +33,7 @@ __all__ = [
     "ResNetEncoder",
     "State",
     "TruncatedNormal",
+    "VectorEncoder",
     "RSSMWorldModel",
     "WorldModelPolicy",
     "make_latent_actions",

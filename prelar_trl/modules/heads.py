@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules.distributions import OneHot, TruncatedNormal, to_float32
 
-__all__ = ["MLP", "Actor", "OneHotActor"]
+__all__ = ["MLP", "Actor", "OneHotActor", "VectorEncoder"]
 
 
 class MLP(nn.Module):
@@ -31,6 +32,26 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return to_float32(self.out(self.trunk(x)))
+
+
+class VectorEncoder(nn.Module):
+    """``layers`` ELU layers of ``units``: ``[..., V]`` -> ``[..., E]`` (DreamerV2's ``mlp_keys``).
+
+    The output is float32 under autocast too. ``embed_dim = units``.
+    """
+
+    def __init__(self, in_features: int, layers: int = 4, units: int = 400) -> None:
+        super().__init__()
+        sizes = [in_features] + [units] * layers
+        self.layers = nn.ModuleList(
+            nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+        )
+        self.embed_dim = sizes[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.elu(layer(x))
+        return to_float32(x)
 
 
 class Actor(MLP):

@@ -24,9 +24,10 @@ _GREEDY = (ExplorationType.DETERMINISTIC, ExplorationType.MODE)
 class WorldModelPolicy(TensorDictModuleBase):
     """Filters the frames into a latent state and acts on it.
 
-    Reads ``pixels``, ``is_first`` and the recurrent entries under ``"belief"``; writes ``action``
-    and the next belief under ``("next", "belief")``, as TorchRL's recurrent modules do. Give the
-    environment :meth:`make_primer` so that the belief is there after a reset.
+    Reads ``pixels``, ``is_first``, where the model has one ``vector``, and the recurrent entries
+    under ``"belief"``; writes ``action`` and the next belief under ``("next", "belief")``, as
+    TorchRL's recurrent modules do. Give the environment :meth:`make_primer` so that the belief is
+    there after a reset.
 
     Args:
         world_model, actor: the networks.
@@ -48,7 +49,8 @@ class WorldModelPolicy(TensorDictModuleBase):
         self.action_dim = actor.action_dim
         encoder = world_model.action_encoder
         self.window = encoder.window if encoder is not None else 1
-        self.in_keys = ["pixels", "is_first", "belief"]
+        vector = [] if world_model.vector_encoder is None else ["vector"]
+        self.in_keys = ["pixels", "is_first", *vector, "belief"]
         self.out_keys = ["action", ("next", "belief")]
 
     def belief_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -77,7 +79,8 @@ class WorldModelPolicy(TensorDictModuleBase):
         is_first = flat["is_first"].unsqueeze(1)  # [N, 1, 1]
 
         model = self.world_model
-        embed = model.encode(model.preprocess(flat["pixels"]).unsqueeze(1))
+        vector = None if model.vector_encoder is None else flat["vector"].unsqueeze(1)
+        embed = model.encode(model.preprocess(flat["pixels"]).unsqueeze(1), vector)
         history = belief["actions"] * (~is_first).to(embed.dtype)
         lower = None
         if model.lower_rssm is not None:
