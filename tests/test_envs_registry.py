@@ -20,8 +20,8 @@ from prelar_trl.envs import ToyEnv
 
 calls = []
 
-def make(seed, pixels=64, max_steps=None):
-    calls.append((seed, max_steps))
+def make(seed, pixels=64):
+    calls.append((seed, pixels))
     return ToyEnv(pixels, disc=(255, 255, 255))
 
 def needs(size):
@@ -67,10 +67,10 @@ def test_the_three_recipes_take_a_users_function_by_its_name(module, tmp_path, m
     arguments += ["method=dreamerv2", "size=mini", "model.depth=2"]
     run(monkeypatch, "finetune", "env=my_maze:make", "run=fine", *arguments)
     calls = sys.modules[module].calls
-    assert (0, 10) in calls and (10_000, 10) in calls  # training, evaluation
+    assert (0, 64) in calls and (10_000, 64) in calls  # training, evaluation
     assert checkpoint(tmp_path / "fine")["action_dim"] == 2
     run(monkeypatch, "evaluate", "run=fine", "episodes=1", "device=cpu", "seed=3")
-    assert calls[-1] == (3, 10)
+    assert calls[-1] == (3, 64)
     run(monkeypatch, "collect_videos", "env=my_maze:make", "data=clips", "episodes=1", "pixels=16")
     store = ClipStore(tmp_path / "clips")
     assert store.size == (16, 16)
