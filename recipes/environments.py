@@ -67,12 +67,13 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
             )
         make = partial(env_factory, **taken)
     left = {key: x for key, x in options.items() if key not in taken and x is not None}
+    given = {key: options[key] for key in ("seed", "pixels") if key in options} | left
     if "num_workers" not in taken:
-        return make_env(make, **{"seed": options["seed"], **left})
+        return make_env(make, **given)
     env = make()
     if not left and isinstance(env, EnvBase) and KEYS <= {*env.observation_spec.keys()}:
         return env
-    return make_env(env, **{"seed": options["seed"], **left})
+    return make_env(env, **given)
 
 
 def interface(env: EnvBase) -> dict[str, Any]:

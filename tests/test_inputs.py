@@ -257,7 +257,7 @@ def test_vectors_of_a_torchrl_environment_and_of_its_transforms():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "gives 2 pictures, choose by camera= or cameras=: eye, hand"),
+        ({}, "gives 2 pictures, choose by camera=: eye, hand; or several by cameras="),
         ({"cameras": ["eye", "foot"]}, "unknown camera 'foot'; this environment has eye, hand"),
         ({"cameras": ["eye"], "camera": "hand"}, "camera=hand and cameras=.*: give one of them"),
         ({"cameras": ["eye", "eye"]}, "must be a list of different names"),

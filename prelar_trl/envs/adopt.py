@@ -74,16 +74,19 @@ def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> li
         raise ValueError(f"the environment gives no 'pixels', only {given}")
     batch = env.batch_size
     if "pixels" in names:
-        spec, views = env.observation_spec["pixels"], max(1, len(cameras))
-        if spec.dtype == torch.uint8 and spec.shape == (*batch, 3 * views, size, size):
+        spec = env.observation_spec["pixels"]
+        *others, channels, height, width = spec.shape
+        views = len(cameras) or max(1, channels // 3)
+        ready = (*others, channels, height, width) == (*batch, 3 * views, size, size)
+        if ready and spec.dtype == torch.uint8:
             return []
     for camera in cameras:
         if camera not in names:
             raise ValueError(f"unknown camera {camera!r}; this environment has {', '.join(names)}")
     if not cameras and len(names) > 1:
         raise ValueError(
-            f"the environment gives {len(names)} pictures, choose by camera= or cameras=: "
-            f"{', '.join(names)}"
+            f"the environment gives {len(names)} pictures, choose by camera=: {', '.join(names)}; "
+            "or several by cameras="
         )
     converters = {}
     for name in cameras or names:
