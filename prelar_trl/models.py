@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ class Agent(nn.Module):
         world_model: RSSMWorldModel,
         actor: Actor | OneHotActor,
         critic: MLP,
-        bonus: nn.Module | None,
+        bonus: VideoBonus | None,
     ):
         super().__init__()
         self.world_model, self.actor, self.critic = world_model, actor, critic
@@ -109,8 +109,8 @@ def make_world_model(
         "ensemble": s.ensemble,
     }
     latent_action_encoder = action_encoder = lower_rssm = context_encoder = None
-    latent_dim, embed_dim = action_dim, encoder.embed_dim
-    embed_dim += sum(view.embed_dim for view in view_encoders)
+    latent_dim, embed_dim = action_dim, cast(int, encoder.embed_dim)
+    embed_dim += sum(cast(int, view.embed_dim) for view in view_encoders)
     embed_dim += 0 if vector_encoder is None else vector_encoder.embed_dim
     if s.actions == "latent":
         latent_actions = _make_latent_actions(s)
@@ -204,7 +204,7 @@ def make_agent(
     if s.bonus_embed is not None:
         bonus = VideoBonus(
             world_model.rssm.embed_dim if s.bonus_embed == "embed" else feat_dim,
-            k=s.bonus_neighbours,
+            k=s.bonus_neighbors,
             window=s.bonus_window,
             projection_dim=s.bonus_projection,
             memory_size=s.bonus_memory,

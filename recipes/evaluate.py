@@ -28,7 +28,7 @@ from prelar_trl.recipes.common import (
     choose_device,
     play,
     seed_everything,
-    summarise,
+    summarize,
 )
 from prelar_trl.recipes.environments import (
     build_env,
@@ -79,10 +79,10 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     )
     check_interface(cfg.env or trained["env"], interface(env), cfg.run, saved_interface(checkpoint))
     env = env.append_transform(policy.make_primer())
-    records, films = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
+    records, clips = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
     env.close(raise_if_closed=False)
 
-    total = summarise(records)
+    total = summarize(records)
     returns = [record["return"] for record in records]
     result = {
         "env": cfg.env or trained["env"],
@@ -97,8 +97,8 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     }
     with atomic_write(run.path / "evaluation.json") as part:
         part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if films:
-        write_video(run.videos / "evaluation.mp4", torch.cat(films), fps=30)
+    if clips:
+        write_video(run.videos / "evaluation.mp4", torch.cat(clips), fps=30)
     return result
 
 

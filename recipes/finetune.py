@@ -29,12 +29,12 @@ from prelar_trl.recipes.common import (
     check_finite,
     choose_device,
     chosen_loggers,
-    deaf_to_interrupts,
+    drop_unweighted,
+    ignore_sigint,
     open_logger,
     open_run,
+    progress_metrics,
     seed_everything,
-    shown,
-    without_twins,
 )
 from prelar_trl.recipes.environments import interface
 from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
@@ -132,13 +132,17 @@ def finetune(
                 while state.updates_due >= 1 and not interruption.requested:
                     losses = learner.update(collection.sample())
                     state.updates_due -= 1
-            metrics = {} if losses is None else {"updates": model_update.count, **shown(losses)}
+            metrics = (
+                {}
+                if losses is None
+                else {"updates": model_update.count, **progress_metrics(losses)}
+            )
             trained = (model_update.count - updates) * cfg.batch_size * cfg.batch_length
             with watch("logging"):
                 bar.update(per_step, frames=trained, metrics=metrics)
                 if losses is not None and crossed(before, step, cfg.log_every):
                     check_finite(losses, step)
-                    logger.log(without_twins(losses), step)
+                    logger.log(drop_unweighted(losses), step)
             if not random_phase and crossed(before, step, cfg.eval_every):
                 with watch("evaluation"):
                     evaluation(logger, step)
@@ -223,7 +227,7 @@ class FinetuneState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.updates_due = state["step"], state["updates_due"]
         self.evaluation_due = state["evaluation_due"]
-        with deaf_to_interrupts():
+        with ignore_sigint():
             self.collection.env.set_seed(self.cfg.seed + self.step)  # not the first episodes again
         self.learner.load_state_dict(state)
         self.collection.load_state_dict(state)

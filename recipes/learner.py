@@ -56,11 +56,12 @@ class Learner:
         with self.watch("world_model"):
             losses = self.model_update(*batches)
         state = losses.pop("state")
+        assert isinstance(state, TensorDictBase)
         if self.model_update.count <= self.behavior_after:
             return losses
         with self.watch("behavior"):
-            start = state.update(batch.select("terminated", "action"))
-            return losses.update(self.behavior_update(start))
+            state.update(batch.select("terminated", "action"))
+            return losses.update(self.behavior_update(state))
 
     @property
     def unaligned(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 
@@ -35,7 +37,7 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
     Raises:
         ValueError: an episode ends before the last step; cut there first.
     """
-    time, following = steps.ndim - 1, steps["next"]
+    time, following = steps.ndim - 1, cast(TensorDictBase, steps["next"])
     shape = (*steps.shape, 1)
     no = torch.zeros(shape, dtype=torch.bool, device=following["reward"].device)
     done = following.get("done", no).reshape(shape)
@@ -53,9 +55,9 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
     )
     if "vector" in steps.keys():
         after["vector"] = following["vector"]
-    before = torch.zeros_like(after.narrow(time, 0, 1))
+    before = cast(TensorDict, torch.zeros_like(after.narrow(time, 0, 1)))
     for key in ("pixels", "vector"):
         if key in steps.keys():
             before[key] = steps[key].narrow(time, 0, 1)
-    before["is_first"] = torch.ones_like(before["is_first"])
-    return torch.cat([before, after], time)
+    before["is_first"] = ~before["is_first"]
+    return cast(TensorDict, TensorDict.cat([before, after], time))

@@ -29,7 +29,7 @@ from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels
 NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
 
 
-def adopt(
+def wrap_env(
     env: EnvBase, *, pixels: int | None, cameras: Sequence[str] = ()
 ) -> tuple[EnvBase, list[Transform]]:
     """A TorchRL environment, taken apart, with the transforms that add what it lacks."""
@@ -162,4 +162,4 @@ def check_env(env: EnvBase) -> None:
 
 def shown(key: NestedKey) -> str:
     """A key as a person writes it: ``camera/left``."""
-    return key if isinstance(key, str) else "/".join(key)
+    return key if isinstance(key, str) else "/".join(map(str, key))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import torch
@@ -21,7 +21,7 @@ from torchrl.envs import (
 )
 
 from prelar_trl.envs.actions import action_transforms
-from prelar_trl.envs.adopt import adopt, as_float32, check_env, vector_keys
+from prelar_trl.envs.adopt import as_float32, check_env, vector_keys, wrap_env
 from prelar_trl.envs.backend import rendering_error
 from prelar_trl.envs.registry import find_suite, import_factory, is_import_path
 from prelar_trl.envs.transforms import ActionRepeat, State, Vector
@@ -142,18 +142,18 @@ def _make_one(
     if vectors:  # before `state` takes the place of what it gathers
         gathers = (i for i, transform in enumerate(transforms) if isinstance(transform, State))
         place = next(gathers, len(transforms))
-        keys = vector_keys(TransformedEnv(base, Compose(*transforms[:place])), vectors)
-        transforms.insert(place, Vector(keys))
+        seen = TransformedEnv(base, Compose(*cast(Any, transforms[:place])))
+        transforms.insert(place, Vector(vector_keys(seen, vectors)))
         for transform in transforms:  # each has one parent at a time
             transform.reset_parent()
-    env = TransformedEnv(base, Compose(*repeat, *transforms))
-    for cast in as_float32(env):
-        env.append_transform(cast)
+    env = TransformedEnv(base, Compose(*cast(Any, [*repeat, *transforms])))
+    for conversion in as_float32(env):
+        env.append_transform(conversion)
     check_env(env)
     for transform in action_transforms(env):
         env.append_transform(transform)
     env.append_transform(InitTracker(init_key="is_first"))
-    if "truncated" not in env.done_spec.keys():  # StepCounter adds it when it has a limit
+    if "truncated" not in env.full_done_spec.keys():  # StepCounter adds it when it has a limit
         max_steps = max_steps or torch.iinfo(torch.int64).max
     env.append_transform(StepCounter(max_steps=max_steps))
     env.append_transform(RewardSum())
@@ -193,7 +193,7 @@ def _from_object(
     if not _is_env(env):
         env = env()
     if isinstance(env, EnvBase):
-        return adopt(env, pixels=pixels, cameras=cameras)
+        return wrap_env(env, pixels=pixels, cameras=cameras)
     if not isinstance(env, gymnasium.Env):
         raise ValueError(
             f"an environment of TorchRL or gymnasium is needed, got {type(env).__name__}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
-from torchrl.envs import Transform
+from torchrl.envs import Transform, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 from torchrl.envs.gym_like import BaseInfoDictReader
 from torchrl.envs.utils import step_mdp
@@ -30,8 +30,7 @@ class ActionRepeat(Transform):
         self.repeat = repeat
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        env = self.parent.base_env
-        keys = {"reward_keys": env.reward_keys, "done_keys": env.done_keys}
+        env = cast(TransformedEnv, self.parent).base_env
         for _ in range(self.repeat - 1):
             over = _any_of(next_tensordict, env.done_keys)  # [*batch]
             if "_step" in tensordict.keys():  # only some of the environments make this step
@@ -42,7 +41,8 @@ class ActionRepeat(Transform):
                 tensordict.copy().set("next", next_tensordict),
                 exclude_action=False,
                 action_keys=env.action_keys,
-                **keys,
+                reward_keys=env.reward_keys,
+                done_keys=env.done_keys,
             )
             if isinstance(env, BatchedEnvBase):  # it can leave out those that are over
                 now.set("_step", ~over)
@@ -97,7 +97,7 @@ class Pixels(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        shape = (3 * len(self._pictures), self._size, self._size)
+        shape = torch.Size([3 * len(self._pictures), self._size, self._size])
         observation_spec["pixels"] = Bounded(0, 255, shape, dtype=torch.uint8)
         return observation_spec
 
@@ -129,7 +129,7 @@ class ToPixels(Transform):
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         size = next(iter(self._converters.values())).size
-        shape = (*observation_spec.shape, 3 * len(self._converters), size, size)
+        shape = torch.Size([*observation_spec.shape, 3 * len(self._converters), size, size])
         for key in self._converters:
             del observation_spec[key]
         observation_spec["pixels"] = Bounded(0, 255, shape, dtype=torch.uint8)
@@ -171,7 +171,7 @@ class State(Transform):
         drop: what is left out besides, such as text.
     """
 
-    def __init__(self, keys: list[NestedKey], drop: list[NestedKey] = ()) -> None:
+    def __init__(self, keys: list[NestedKey], drop: Sequence[NestedKey] = ()) -> None:
         super().__init__(in_keys=keys, out_keys=["state"] if keys else [])
         self._keys, self._drop = keys, list(drop)
 
@@ -192,7 +192,7 @@ class State(Transform):
         for key in (*self._keys, *self._drop):
             del observation_spec[key]
         if self._keys:
-            observation_spec["state"] = Unbounded((*batch, size))
+            observation_spec["state"] = Unbounded(torch.Size([*batch, size]))
         return observation_spec
 
 
@@ -206,7 +206,7 @@ class SuccessReader(BaseInfoDictReader):
 
     @property
     def info_spec(self) -> dict[str, TensorSpec]:
-        return {"success": Binary(1, (1,), dtype=torch.bool)}
+        return {"success": Binary(1, torch.Size([1]), dtype=torch.bool)}
 
 
 class NoSuccess(Transform):
@@ -226,5 +226,5 @@ class NoSuccess(Transform):
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         shape = (*observation_spec.shape, 1)
-        observation_spec["success"] = Binary(1, shape, dtype=torch.bool)
+        observation_spec["success"] = Binary(1, torch.Size(shape), dtype=torch.bool)
         return observation_spec

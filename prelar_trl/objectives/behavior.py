@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import nn
 from torchrl.objectives import LossModule
 
+from prelar_trl.objectives.common import dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
+from prelar_trl.utils import check_choice
 
 __all__ = ["ActorLoss", "CriticLoss", "LambdaTarget"]
 
@@ -93,7 +94,6 @@ class ActorLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    out_keys = ["loss_actor", "entropy", "imagined_return"]
 
     def __init__(
         self,
@@ -103,10 +103,8 @@ class ActorLoss(LossModule):
         mix: float = 0.1,
     ) -> None:
         super().__init__()
-        if gradient not in ("dynamics", "reinforce", "both"):
-            raise ValueError(
-                f"gradient={gradient!r} is unknown; choose dynamics, reinforce or both"
-            )
+        self.out_keys = ["loss_actor", "entropy", "imagined_return"]
+        check_choice("gradient", gradient, ("dynamics", "reinforce", "both"))
         self.gradient, self.entropy_scale, self.mix = gradient, entropy_scale, mix
         self._set_in_keys()
 
@@ -116,9 +114,10 @@ class ActorLoss(LossModule):
 
     def _set_in_keys(self) -> None:
         keys = self.tensor_keys
-        self.in_keys = [keys.value_target, keys.entropy, keys.weight]
+        in_keys: list[Any] = [keys.value_target, keys.entropy, keys.weight]
         if self.gradient != "dynamics":
-            self.in_keys += [keys.value, keys.log_prob]
+            in_keys += [keys.value, keys.log_prob]
+        self.in_keys = in_keys
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         self._set_in_keys()
@@ -162,11 +161,11 @@ class CriticLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    out_keys = ["loss_critic", "value"]
 
     def __init__(self, critic: nn.Module) -> None:
         super().__init__()
         self.critic = critic
+        self.out_keys = ["loss_critic", "value"]
         self._set_in_keys()
 
     @property
@@ -175,7 +174,8 @@ class CriticLoss(LossModule):
 
     def _set_in_keys(self) -> None:
         keys = self.tensor_keys
-        self.in_keys = [keys.feat, keys.value_target, keys.weight]
+        in_keys: list[Any] = [keys.feat, keys.value_target, keys.weight]
+        self.in_keys = in_keys
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         self._set_in_keys()
