@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("finetune"))
 
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -36,14 +37,13 @@ from prelar_trl.recipes.common import (
     save_run,
     seed_everything,
 )
+from prelar_trl.recipes.environments import interface
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
 from prelar_trl.recipes.learner import Learner, make_learner
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
-
-FRAME_BYTES = 3 * 64 * 64
 
 
 def finetune(
@@ -64,12 +64,14 @@ def finetune(
         torch.set_num_threads(cfg.threads)
 
     env = make_training_env(cfg, env_factory, cfg.seed, cfg.num_workers)
-    action_dim = env.action_spec.shape[-1]
-    learner = make_learner(cfg, action_dim, device, watch)
+    known = interface(env)
+    learner = make_learner(cfg, known, device, watch)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
     env = env.append_transform(policy.make_primer())
     frames = min(cfg.capacity, cfg.env_steps // cfg.action_repeat)
-    run, checkpoint = open_run(cfg, learner.agent, data_bytes=frames * FRAME_BYTES)
+    run, checkpoint = open_run(
+        cfg, learner.agent, data_bytes=frames * env.observation_spec["pixels"].shape[-3:].numel()
+    )
     replay = EpisodeReplay(
         run.path / "replay",
         window=cfg.batch_length,
@@ -81,7 +83,7 @@ def finetune(
         pack=True,  # the official replay never trains on shorter episodes
     )
     collection = Collection(env, policy, replay, device, watch)
-    state = FinetuneState(cfg, action_dim, learner, collection)
+    state = FinetuneState(cfg, known, learner, collection)
     if checkpoint is not None:
         state.load_state_dict(checkpoint)
         if state.step >= cfg.env_steps and not state.evaluation_due:
@@ -214,9 +216,13 @@ class FinetuneState:
     """What a checkpoint holds of a fine-tuning run."""
 
     def __init__(
-        self, cfg: FinetuneConfig, action_dim: int, learner: Learner, collection: Collection
+        self,
+        cfg: FinetuneConfig,
+        known: dict[str, Any],
+        learner: Learner,
+        collection: Collection,
     ) -> None:
-        self.cfg, self.action_dim = cfg, action_dim
+        self.cfg, self.known = cfg, known  # of the environment, see `interface`
         self.learner, self.collection = learner, collection
         self.step = 0  # of the environment
         self.updates_due = float(cfg.pretrain_updates)
@@ -229,7 +235,8 @@ class FinetuneState:
             "method": self.cfg.method,
             "size": self.cfg.size,
             "overrides": overrides(self.cfg.model),
-            "action_dim": self.action_dim,
+            **self.known,
+            "inputs": asdict(self.known["inputs"]),
             "step": self.step,
             "updates_due": self.updates_due,
             "evaluation_due": self.evaluation_due,

@@ -19,6 +19,7 @@ from prelar_trl.bounds import (
     Fraction,
     NonNegative,
     NonNegativeInt,
+    PictureSize,
     Positive,
     PositiveInt,
     Rule,
@@ -56,6 +57,13 @@ Gradient = Annotated[Choice, one_of(("dynamics", "reinforce", "both"))]
 Kind = Annotated[Choice, one_of(("auto", "videos", "something", "frames", "episodes"))]
 Loggers = Annotated[
     Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
+]
+Names = Annotated[
+    Any,
+    Rule(
+        lambda x: x is None or (isinstance(x, list | tuple) and all(isinstance(y, str) for y in x)),
+        "must be a list of names",
+    ),
 ]
 Method = Annotated[Choice, one_of(METHODS)]
 Pixels = Annotated[int, at_least(8)]
@@ -106,6 +114,7 @@ class RunConfig(Config):
     logger: Loggers = "csv"  # csv, tensorboard, wandb, or a list
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
+    pixels: PictureSize = 64  # height and width of the pictures
     lr: NonNegative = 3e-4
     clip: Positive = 100.0  # largest gradient norm
     max_skipped: PositiveInt = 10  # updates in a row that are not finite before the run stops
@@ -143,7 +152,7 @@ class FinetuneConfig(RunConfig):
 
     phase = "finetune"
 
-    env: str = MISSING  # metaworld/<task>, gym/<id>, dm_control/<domain>/<task>, toy
+    env: str = MISSING  # metaworld/<task>, gym/<id>, toy, ..., or <module>:<callable>
     pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
     trust_code: bool = False  # may run modules that this folder names
     env_steps: PositiveInt = 256_000
@@ -161,7 +170,9 @@ class FinetuneConfig(RunConfig):
     capacity: PositiveInt = 1_000_000  # frames of the replay
     action_repeat: PositiveInt = 1
     max_steps: PositiveInt | None = None  # an episode's; null: the environment's own
-    camera: str | None = None
+    camera: str | None = None  # null: corner in Meta-world, else the env's first camera
+    cameras: Names = None  # instead: several pictures, [corner,gripperPOV]
+    vectors: Names = None  # numbers that are seen too, by name or pattern: [proprio,joint*]
     render_quality: Quality = "fast"
     num_workers: PositiveInt = 1
     horizon: Annotated[int, at_least(2)] = 15
@@ -219,7 +230,7 @@ class CollectVideosConfig(Config):
 
     data: str = MISSING  # clip store folder; if it exists, collecting continues
     episodes: PositiveInt = 100  # how many the store holds in the end
-    env: str = "metaworld"  # the tasks below, or one env: metaworld/<task>, toy/shifted, ...
+    env: str = "metaworld"  # the tasks below, or one env: toy/shifted, <module>:<callable>, ...
     tasks: Any = "evaluation"  # the six of the papers, all, or a list of Meta-world tasks
     random_tasks: bool = False  # draw the task of each episode, instead of one after the other
     noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the expert's actions

@@ -242,7 +242,6 @@ def test_same_seed_gives_the_same_episodes_and_another_seed_others():
     [
         ({"name_or_env": "nonsense"}, "write metaworld/<task>"),
         ({"name_or_env": "gym/Pendulun-v1"}, "Pendulum"),
-        ({"name_or_env": "gym/CartPole-v1"}, "only continuous"),
         ({"name_or_env": "gym/HalfCheetah-v5", "camera": "up"}, "this environment has track"),
         ({"name_or_env": "toy", "camera": "corner"}, "no cameras"),
         ({"name_or_env": "toy/mirrored"}, "'toy/mirrored'; choose toy, toy/shifted"),

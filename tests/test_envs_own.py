@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, Text
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text
 from tensordict import TensorDict
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import (
@@ -224,7 +224,9 @@ def test_render_may_give_a_picture_of_any_kind(picture, expected):
         (Gym(Box(0, 255, (84, 84, 4), np.uint8)), r"\[84, 84, 4\], .* four stacked frames"),
         (Gym(Box(0, 255, (84, 84, 12), np.uint8)), r"\[84, 84, 12\], which is no picture"),
         (Gym(Box(0, 255, (4, 84, 84, 3), np.uint8)), "which is no picture"),
-        (Gym(actions=Discrete(3)), "only continuous"),
+        (Gym(actions=MultiDiscrete([2, 3])), r"MultiDiscrete\(\[2 3\]\): multi-discrete and mixed"),
+        (Gym(actions=MultiBinary(3)), "multi-discrete and mixed actions do not work"),
+        (Gym(actions=Dict(a=ACTIONS, b=Discrete(2))), "multi-discrete and mixed actions do not"),
         (Gym(actions=Box(0, 3, (2,), np.int64)), r"discrete \(.* int64 \[2\]\): only continuous"),
         (Gym(actions=Box(-1, 1, (2, 3), np.float32)), r"one vector \[A\].* \[2, 3\]"),
         (Gym(actions=Box(-np.inf, np.inf, (2,), np.float32)), "unbounded"),

@@ -3,8 +3,8 @@
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
-from prelar_trl.modules.distributions import Categorical, Gaussian, TruncatedNormal
-from prelar_trl.modules.heads import MLP, Actor
+from prelar_trl.modules.distributions import Categorical, Gaussian, OneHot, TruncatedNormal
+from prelar_trl.modules.heads import MLP, Actor, OneHotActor, VectorEncoder
 from prelar_trl.modules.latent_actions import (
     LatentActions,
     make_latent_actions,
@@ -27,10 +27,13 @@ __all__ = [
     "Gaussian",
     "LatentActionEncoder",
     "LatentActions",
+    "OneHot",
+    "OneHotActor",
     "ResNetDecoder",
     "ResNetEncoder",
     "State",
     "TruncatedNormal",
+    "VectorEncoder",
     "RSSMWorldModel",
     "WorldModelPolicy",
     "make_latent_actions",
