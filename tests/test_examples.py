@@ -1,0 +1,57 @@
+"""The examples run, small."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_tested() -> None:
+    tests = Path(__file__).read_text(encoding="utf-8")
+    for example in EXAMPLES.iterdir():
+        assert example.stem.startswith("_") or f'"{example.stem}"' in tests, example.name
+
+
+def test_torchrl_dreamerv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load("torchrl_dreamerv3")
+    real, descend = example.Networks, example.descend
+    networks: list[torch.nn.Module] = []
+    still: list[set[int]] = []  # of each update, the parameters that it did not move
+
+    def make(**sizes: int) -> torch.nn.Module:
+        networks.append(real(**sizes))
+        return networks[-1]
+
+    def recorded(optimizer: torch.optim.Optimizer, losses: TensorDict) -> float:
+        parameters = optimizer.param_groups[0]["params"]
+        before = [p.detach().clone() for p in parameters]
+        loss = descend(optimizer, losses)
+        pairs = zip(before, parameters, strict=True)
+        still.append({id(p) for old, p in pairs if torch.equal(old, p)})
+        return loss
+
+    monkeypatch.setattr(example, "Networks", make)
+    monkeypatch.setattr(example, "descend", recorded)
+    small = {"videos": 4, "updates": 2, "steps": 60, "prefill": 50, "every": 5, "units": 32}
+    losses, returns = example.main(tmp_path, batch=(2, 6), **small)
+    assert len(losses) == 2 and len(returns) == 1
+    assert len(still) == 2 + 2
+    # Video says nothing of rewards, and its KL may lie below the free nats.
+    (model,) = networks
+    silent = (*model.reward.parameters(), *model.prior.rnn_to_prior_projector.parameters())
+    assert still[1] <= {id(p) for p in silent}
+    assert not still[-1]
