@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,15 @@ import torch
 from tensordict import TensorDict
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = {
+    "depth": 4,
+    "deter": 16,
+    "hidden": 16,
+    "stoch": 4,
+    "classes": 4,
+    "head_units": 16,
+    "latent_action_hidden": 16,
+}
 
 
 def load(name: str) -> ModuleType:
@@ -55,3 +65,29 @@ def test_torchrl_dreamerv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     head = {id(p) for p in model.prior.rnn_to_prior_projector.parameters()}
     assert still[0] & still[1] <= head | {id(p) for p in model.reward.parameters()}
     assert set.intersection(*still[2:]) <= head
+
+
+def test_own_encoder(tmp_path: Path) -> None:
+    losses = load("own_encoder").main(tmp_path, videos=4, updates=6, **SMALL)
+    assert losses[-1] < losses[0]
+
+
+def test_own_environment(tmp_path: Path) -> None:
+    steps = {"env_steps": 160, "prefill": 60, "train_every": 40, "batch_size": 2}
+    steps |= {"batch_length": 6, "pretrain_updates": 1, "horizon": 3, "eval_episodes": 1}
+    load("own_environment").main(tmp_path, model=SMALL, threads=1, **steps)
+    returns = [row["train/return"] for row in metrics(tmp_path / "run") if row["train/return"]]
+    assert len(returns) == 3 and all(0 < float(x) < 50 for x in returns)
+
+
+def test_own_latent_action(tmp_path: Path) -> None:
+    small = {"updates": 3, "batch_size": 2, "clip_len": 6, "log_every": 1, "threads": 1}
+    load("own_latent_action").main(tmp_path, videos=4, model=SMALL, **small)
+    rows = metrics(tmp_path / "run")
+    assert all(float(row["loss_push"]) > 0 for row in rows if row["loss_push"])
+    assert any(1 <= float(row["codes_used"]) <= 16 for row in rows if row["codes_used"])
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
