@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from tensordict import TensorDict
@@ -33,7 +40,7 @@ def load(name: str) -> ModuleType:
 def test_every_example_is_tested() -> None:
     tests = Path(__file__).read_text(encoding="utf-8")
     for example in EXAMPLES.iterdir():
-        assert example.stem.startswith("_") or f'"{example.stem}"' in tests, example.name
+        assert example.stem.startswith("_") or f"test_{example.stem}(" in tests, example.name
 
 
 def test_torchrl_dreamerv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +93,25 @@ def test_own_latent_action(tmp_path: Path) -> None:
     rows = metrics(tmp_path / "run")
     assert all(float(row["loss_push"]) > 0 for row in rows if row["loss_push"])
     assert any(1 <= float(row["codes_used"]) <= 16 for row in rows if row["codes_used"])
+
+
+def test_latent_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = json.loads((EXAMPLES / "latent_actions.ipynb").read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    small = f"FOLDER, SIZES = {str(tmp_path)!r}, {SMALL}\nVIDEOS, UPDATES, BATCH = 60, 2, 5\n"
+    monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
+    shown: list[plt.Figure] = []
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for cell in cells:
+        source = "".join(cell["source"])
+        if "parameters" in cell["metadata"].get("tags", ()):
+            source += "\n" + small
+        exec(compile(source, cell["id"], "exec"), names)  # noqa: S102
+    plt.close("all")
+    assert len(shown) == 4 and len(names["frames"]) == names["LENGTH"]
+    assert names["update"].count == 2 and names["moved"].shape[:2] == (5, names["LENGTH"])
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
