@@ -31,6 +31,7 @@ from prelar_trl.record import (
     write_comparison,
     write_rows,
 )
+from prelar_trl.utils import atomic_write
 
 GRACE = 10.0  # seconds from a signal to this process until those that did not get it are told
 PROGRESS = re.compile(r"(\d+)/(\d+) (\w+) after .*?([\d.]+) \3/s")
@@ -278,9 +279,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def rng_state() -> dict[str, Any]:
     """The state of all global random generators: torch, CUDA, NumPy, Python."""
-    version, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    version, keys, position, has_gauss, gauss = cast(Any, np.random.get_state())  # noqa: NPY002
     python_version, python_keys, python_gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

@@ -84,7 +84,7 @@ class ModelSettings:
     action_window: PositiveInt = 1
     # video bonus
     bonus_embed: Literal["embed", "feat", "lower"] | None = None
-    bonus_neighbours: PositiveInt = 16
+    bonus_neighbors: PositiveInt = 16
     bonus_memory: PositiveInt = 4096
     bonus_projection: PositiveInt = 128
     bonus_window: PositiveInt = 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Agent(nn.Module):
     """World model, actor, critics and bonus of a fine-tuning run."""
 
     def __init__(
-        self, world_model: RSSMWorldModel, actor: Actor, critic: MLP, bonus: nn.Module | None
+        self, world_model: RSSMWorldModel, actor: Actor, critic: MLP, bonus: VideoBonus | None
     ):
         super().__init__()
         self.world_model, self.actor, self.critic = world_model, actor, critic
@@ -86,7 +86,7 @@ def make_world_model(
         "ensemble": s.ensemble,
     }
     latent_action_encoder = action_encoder = lower_rssm = context_encoder = None
-    latent_dim, embed_dim = action_dim, encoder.embed_dim
+    latent_dim, embed_dim = action_dim, cast(int, encoder.embed_dim)
     if s.actions == "latent":
         latent_actions = _make_latent_actions(s)
         latent_action_encoder = LatentActionEncoder(
@@ -158,8 +158,8 @@ def make_agent(
     bonus = None
     if s.bonus_embed is not None:
         bonus = VideoBonus(
-            world_model.encoder.embed_dim if s.bonus_embed == "embed" else feat_dim,
-            k=s.bonus_neighbours,
+            cast(int, world_model.encoder.embed_dim) if s.bonus_embed == "embed" else feat_dim,
+            k=s.bonus_neighbors,
             window=s.bonus_window,
             projection_dim=s.bonus_projection,
             memory_size=s.bonus_memory,
@@ -344,7 +344,6 @@ def _make_decoder(s: ModelSettings, feat_dim: int, network: Mapping[str, Any]) -
             return ContextDecoder(
                 feat_dim, **network, mask=s.context_mask, dropout=s.context_dropout
             )
-    raise ValueError(f"images={s.images!r} is unknown; choose resnet, cnn or context")
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ def save_official_checkpoint(folder: str | Path, model: nn.Module) -> None:
         part = {key[len(prefix) :]: x for key, x in state.items() if key.startswith(prefix)}
         if part:
             _write(part, folder / file)
-    if isinstance(model, Agent):  # of their reward normaliser, which never moves
+    if isinstance(model, Agent):  # of their reward normalizer, which never moves
         state["_task_behavior.rewnorm.mag"] = torch.ones((), dtype=torch.float64)
     aliases = {"_task_behavior.": "_expl_behavior."}
     if not any(key.startswith("wm.af_rssm.") for key in state):

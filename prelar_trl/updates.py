@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -24,6 +24,7 @@ from prelar_trl.objectives import (
     total_loss,
 )
 from prelar_trl.objectives.common import loss_keys
+from prelar_trl.utils import check_choice
 
 __all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
 
@@ -83,8 +84,7 @@ class Update:
     """
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
-        if precision not in ("32", "bf16"):
-            raise ValueError(f"precision={precision!r} is unknown; choose 32 or bf16")
+        check_choice("precision", precision, get_args(Precision))
         self.module, self.mixed, self.clip = module, precision == "bf16", clip
         self.optimizers: dict[str, Optimizer] = {}
         self.count = 0
@@ -143,7 +143,7 @@ class WorldModelUpdate(Update):
     ) -> None:
         super().__init__(loss, precision, clip)
         self.loss, self.rehearsal = loss, rehearsal
-        model: RSSMWorldModel = loss.world_model
+        model = cast(RSSMWorldModel, loss.world_model)
         groups = {"model": list(loss.parameters())}
         if frozen_updates is not None:
             modules = pretrained_modules(model)
@@ -177,7 +177,7 @@ class WorldModelUpdate(Update):
         return losses
 
     def losses(self, batch: TensorDictBase, video: TensorDictBase | None) -> TensorDict:
-        with self.autocast(batch["pixels"].device):
+        with self.autocast(cast(Tensor, batch["pixels"]).device):
             losses = self.loss(batch)
             return losses if self.rehearsal is None else self.rehearsal(losses, video)
 
@@ -226,7 +226,7 @@ class Rehearsal(nn.Module):
         self, loss: RSSMWorldModelLoss, inverse_model: LatentActionEncoder | None, share: float
     ) -> None:
         super().__init__()
-        world_model: RSSMWorldModel = loss.world_model
+        world_model = cast(RSSMWorldModel, loss.world_model)
         if not 0 < share < 1:
             raise ValueError(f"rehearse={share} must lie between 0 and 1")
         if world_model.lower_rssm is not None:
@@ -371,7 +371,7 @@ class BehaviorUpdate(Update):
         return losses
 
     def losses(self, start: TensorDictBase, sample: bool) -> TensorDict:
-        with self.autocast(start["deter"].device):
+        with self.autocast(cast(Tensor, start["deter"]).device):
             imagined = self.agent.world_model.imagine(self.agent.actor, start, self.horizon, sample)
             imagined = self.target(imagined)
             return self.actor_loss(imagined).update(self.critic_loss(imagined))

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -94,9 +94,9 @@ def expert_for(name: str) -> Expert | None:
 
         policy = ENV_POLICY_MAP[name.removeprefix("metaworld/") + "-v3"]()
         warnings.filterwarnings("ignore", "Constant.s. may be too high", module="metaworld")
-        return lambda td: policy.get_action(td["state"].double().numpy())
+        return lambda td: policy.get_action(cast(torch.Tensor, td["state"]).double().numpy())
     if name.partition("/")[0] == "toy":
-        return lambda td: toy_expert(td.clone())["action"].numpy()
+        return lambda td: cast(torch.Tensor, toy_expert(td.clone())["action"]).numpy()
     return None
 
 
@@ -220,7 +220,7 @@ def summary(store: ClipStore) -> str:
     expert = [
         (str(label), info["success"])
         for label, info in zip(store.labels, store.infos, strict=True)
-        if info["expert"]
+        if info and info["expert"]
     ]
     lines = [f"{len(store)} episodes, {store.num_frames} frames, {store.num_bytes / 2**20:.0f} MiB"]
     if expert:

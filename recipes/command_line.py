@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, fields
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -72,7 +72,7 @@ def _as_typed(argument: str, text: dict[str, Field], types: dict[str, Any]) -> s
             raise ValueError(f"{argument} cannot be read: {HINTS[value[0]].format(key)}") from None
         parsed = None
     if several:
-        _check_names(argument, parsed, HINTS[value[0]].format(key))
+        _check_names(argument, cast(Iterable[Any], parsed), HINTS[value[0]].format(key))
     if several or parsed == value:
         return argument
     return f"{typed_key}={QuotedString(value, Quote.single).with_quotes()}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
+from prelar_trl.types import Backend
 
 CHECKPOINT = "last.pt"
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
@@ -39,16 +40,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
-def chosen_loggers(logger: str | Sequence[str]) -> tuple[str, ...]:
+def chosen_loggers(logger: str | Sequence[str]) -> tuple[Backend, ...]:
     """The names of the loggers, each of which can be used."""
     loggers = (logger,) if isinstance(logger, str) else tuple(logger)
     check_backends(loggers)
-    return loggers
+    return cast(tuple[Backend, ...], loggers)
 
 
 def open_run(
@@ -82,7 +84,8 @@ def open_run(
     return run, checkpoint
 
 
-def open_logger(run: RunFolder, loggers: tuple[str, ...], checkpoint: Mapping | None) -> Logger:
+def open_logger(run: RunFolder, loggers: tuple[Backend, ...], checkpoint: Mapping | None) -> Logger:
+    """The run's logger; after a checkpoint it continues from its step."""
     return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
 
 
@@ -124,7 +127,7 @@ def in_main_thread() -> bool:
 
 
 @contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
+def ignore_sigint() -> Iterator[None]:
     """Processes that start inside ignore Ctrl-C, which reaches all: their parent ends them."""
     if not in_main_thread():
         yield
@@ -136,7 +139,7 @@ def deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
+def drop_unweighted(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses to log: ``loss_<term>`` once, without its unweighted copy ``<term>``.
 
     ``latent_kl`` stays: its weight may change, and free nats hide its value.
@@ -145,7 +148,7 @@ def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
     return {name: x for name, x in losses.items() if name not in twins}
 
 
-def shown(losses: TensorDictBase) -> dict[str, Tensor]:
+def progress_metrics(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses for the progress bar, of those that the run has."""
     return {name: losses[name] for name in ("image", "kl") if name in losses.keys()}
 
@@ -204,16 +207,16 @@ def play(
         A record of each episode (return, success, length), and the frames of the first
         ``videos``, uint8 ``[T, 3, H, W]`` each, :data:`FILM_FRAMES` at most.
     """
-    with deaf_to_interrupts():
+    with ignore_sigint():
         td = env.reset()
     workers = td.numel()
     quota = [episodes // workers + (i < episodes % workers) for i in range(workers)]
     tracker = EpisodeTracker(workers)
     frames = [[x] for x in images(td)]
-    records, films = [], []
+    records, clips = [], []
     while any(quota) and not stopped():
         td, following = env.step_and_maybe_reset(policy(td))
-        if len(films) < videos:
+        if len(clips) < videos:
             for film, image in zip(frames, images(td["next"]), strict=True):
                 if len(film) < FILM_FRAMES:
                     film.append(image)
@@ -223,11 +226,11 @@ def play(
             if quota[worker]:
                 quota[worker] -= 1
                 records.append(record)
-                if len(films) < videos:
-                    films.append(torch.stack(frames[worker]))
+                if len(clips) < videos:
+                    clips.append(torch.stack(frames[worker]))
             frames[worker] = [first[worker]]
         td = following
-    return records, films
+    return records, clips
 
 
 def images(td: TensorDictBase) -> Tensor:
@@ -235,7 +238,7 @@ def images(td: TensorDictBase) -> Tensor:
     return td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()
 
 
-def summarise(records: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(records: list[dict[str, Any]]) -> dict[str, float]:
     """Success rate with its 95% Wilson interval, and mean return."""
     successes = sum(record["success"] for record in records)
     low, high = wilson_interval(successes, len(records))

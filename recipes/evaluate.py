@@ -28,10 +28,10 @@ from prelar_trl.recipes.common import (
     choose_device,
     play,
     seed_everything,
-    summarise,
+    summarize,
 )
 from prelar_trl.recipes.environments import build_env
-from prelar_trl.recipes.finetune import act
+from prelar_trl.recipes.interaction import act
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import RunFolder, bootstrap_interval, write_video
 from prelar_trl.utils import atomic_write
@@ -75,10 +75,10 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
             f"the agent in {cfg.run} has {policy.action_dim}"
         )
     env = env.append_transform(policy.make_primer())
-    records, films = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
+    records, clips = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
     env.close(raise_if_closed=False)
 
-    total = summarise(records)
+    total = summarize(records)
     returns = [record["return"] for record in records]
     result = {
         "env": cfg.env or trained["env"],
@@ -93,8 +93,8 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     }
     with atomic_write(run.path / "evaluation.json") as part:
         part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if films:
-        write_video(run.videos / "evaluation.mp4", torch.cat(films), fps=30)
+    if clips:
+        write_video(run.videos / "evaluation.mp4", torch.cat(clips), fps=30)
     return result
 
 

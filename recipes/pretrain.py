@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
@@ -33,17 +33,17 @@ from prelar_trl.recipes.common import (
     check_finite,
     choose_device,
     chosen_loggers,
+    drop_unweighted,
     open_logger,
     open_run,
+    progress_metrics,
     seed_everything,
-    shown,
-    without_twins,
 )
 from prelar_trl.recipes.schema import PretrainConfig, overrides
 from prelar_trl.record import (
     Logger,
     Progress,
-    film_strip,
+    frame_strip,
     plot_psnr_by_step,
     psnr,
     video_grid,
@@ -102,7 +102,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             if step % cfg.log_every == 0 or step == 1 or last:
                 losses.pop("state")
                 check_finite(losses, step)
-                logger.log({**without_twins(losses), "loss": total_loss(losses)}, step)
+                logger.log({**drop_unweighted(losses), "loss": total_loss(losses)}, step)
             if guard.watches and (step % cfg.usage_every == 0 or last):
                 logger.log(guard(step), step)
             if step % cfg.video_every == 0 or step == 1 or last:
@@ -110,7 +110,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             if step % cfg.checkpoint_every == 0:
                 check_finite(losses, step)
                 save()
-            bar.update(frames=frames, metrics={**shown(losses), **guard.latest})
+            bar.update(frames=frames, metrics={**progress_metrics(losses), **guard.latest})
         if losses is not None:
             check_finite(losses, update.count)
             save()
@@ -172,7 +172,7 @@ class UsageGuard:
 @contextmanager
 def looking(world_model: RSSMWorldModel, batch: TensorDict) -> Iterator[None]:
     """Evaluation mode, and random draws that the training does not feel."""
-    device = batch["pixels"].device
+    device = cast(torch.Tensor, batch["pixels"]).device
     world_model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
@@ -213,6 +213,7 @@ def load_state(
     update: WorldModelUpdate,
     clips: VideoClips,
 ) -> None:
+    """Continue where the checkpoint was written."""
     world_model.load_state_dict(checkpoint["model"])
     update.load_state_dict(checkpoint["update"])
     clips.load_state_dict(checkpoint["clips"])
@@ -232,7 +233,7 @@ def predict(
     grid = video_grid(batch["pixels"], model, context=context)
     logger.log_video("openloop", grid, step, fps=5)
     pictures = logger.run.pictures
-    strip = film_strip(batch["pixels"][0], model[0], context=context)
+    strip = frame_strip(batch["pixels"][0], model[0], context=context)
     write_picture(pictures / f"openloop_{step:06d}.png", strip)
     curve = {f"after {step} updates": quality.tolist()}
     plot_psnr_by_step(curve, pictures / "psnr_by_frame.png", context=context)

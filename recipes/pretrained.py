@@ -62,6 +62,7 @@ def make_alignment(
         raise ValueError(
             f"align_updates={cfg.align_updates}: method={cfg.method} has no action encoder"
         )
+    assert pretrained is not None, "the configuration requires it"
     inverse_model = accelerate(make_inverse_model(pretrained).to(device))
     if inverse_model.frames == "flow":
         raise ValueError(
@@ -80,6 +81,7 @@ def make_rehearsal(
     """The video's share of the loss, if pre-training video is to be rehearsed."""
     if not cfg.rehearse:
         return None
+    assert pretrained is not None, "the configuration requires it"
     inverse_model = None
     if loss.world_model.action_encoder is not None:
         inverse_model = accelerate(make_inverse_model(pretrained).to(device))
@@ -87,7 +89,10 @@ def make_rehearsal(
 
 
 def rehearsed_clips(
-    cfg: FinetuneConfig, rehearsal: Rehearsal, pretrained: Pretrained, device: torch.device
+    cfg: FinetuneConfig,
+    rehearsal: Rehearsal,
+    pretrained: Pretrained | None,
+    device: torch.device,
 ) -> VideoClips:
     """The clips that the pre-training run was trained on, as its share of each model batch.
 
@@ -98,6 +103,7 @@ def rehearsed_clips(
         raise ValueError(
             f"rehearse={cfg.rehearse} needs batch_size of at least 2, not {cfg.batch_size}"
         )
+    assert pretrained is not None, "the configuration requires it"
     config = pretrained["config"]
     if config.get("data") is None:
         raise ValueError(

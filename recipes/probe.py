@@ -23,7 +23,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
@@ -178,9 +178,9 @@ def open_clips(
         raise ValueError(f"the run in {cfg.run} held no clips out: add heldout= and other data=")
     streams = ["pixels"] + (["flow"] if "flow" in world_model.in_keys else [])
     path = chosen.pop("data")
-    common = dict(batch_size=cfg.batch_size, seed=cfg.seed, device=device, heldout=heldout)
+    chosen |= {"batch_size": cfg.batch_size, "seed": cfg.seed, "device": device}
     fitting, held = (
-        VideoClips(path, split=split, streams=streams, **chosen, **common)
+        VideoClips(path, split=split, streams=streams, heldout=heldout, **chosen)
         for split in ("train", "heldout")
     )
     return fitting, held, context
@@ -212,7 +212,10 @@ def features(
         return {}
     images = world_model.preprocess(batch["pixels"])
     flow = world_model.preprocess(batch["flow"]) if "flow" in batch.keys() else None
-    found = {"target": batch["action"][:, 1:], "frame_difference": frame_difference(images)}
+    found = {
+        "target": cast(Tensor, batch["action"])[:, 1:],
+        "frame_difference": frame_difference(images),
+    }
     found["state"] = states_before(world_model, batch)
     for name, model in (("latent_action", world_model), ("random_encoder", untrained)):
         if model.latent_action_encoder is not None:
@@ -307,6 +310,7 @@ def toy_transfer(
 
 
 def join(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """The pieces of each name as one tensor."""
     return {name: torch.cat(x) for name, x in pieces.items()}
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -36,8 +36,13 @@ def are_loggers(value: Any) -> bool:
     return isinstance(names, list | tuple) and all(name in get_args(Backend) for name in names)
 
 
-# Hydra knows no ``Literal``.
-Compile = Annotated[str, one_of(("auto", "on", "off"))]
+# One of a few words: text to Hydra, which knows no ``Literal``; to a type checker it fits anywhere.
+if TYPE_CHECKING:
+    from typing import Any as Choice
+else:
+    Choice = str
+
+Compile = Annotated[Choice, one_of(("auto", "on", "off"))]
 Device = Annotated[
     str,
     Rule(
@@ -45,18 +50,18 @@ Device = Annotated[
         "is unknown; choose auto, cpu, cuda or cuda:<n>",
     ),
 ]
-Export = Annotated[str, one_of(("npz", "jpeg"))]
-Gradient = Annotated[str, one_of(("dynamics", "reinforce", "both"))]
-Kind = Annotated[str, one_of(("auto", "videos", "something", "frames", "episodes"))]
+Export = Annotated[Choice, one_of(("npz", "jpeg"))]
+Gradient = Annotated[Choice, one_of(("dynamics", "reinforce", "both"))]
+Kind = Annotated[Choice, one_of(("auto", "videos", "something", "frames", "episodes"))]
 Loggers = Annotated[
     Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
 ]
-Method = Annotated[str, one_of(METHODS)]
+Method = Annotated[Choice, one_of(METHODS)]
 Pixels = Annotated[int, at_least(8)]
-Precision = Annotated[str, one_of(("32", "bf16"))]
-Quality = Annotated[str, one_of(get_args(RenderQuality))]
-Resize = Annotated[str, one_of(("squeeze", "crop"))]
-Size = Annotated[str, one_of(SIZES)]
+Precision = Annotated[Choice, one_of(("32", "bf16"))]
+Quality = Annotated[Choice, one_of(get_args(RenderQuality))]
+Resize = Annotated[Choice, one_of(("squeeze", "crop"))]
+Size = Annotated[Choice, one_of(SIZES)]
 
 
 def overrides(settings: dict[str, Any]) -> dict[str, Any]:

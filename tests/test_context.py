@@ -59,7 +59,7 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
     assert 70 < flipped.sum() < 130
 
 
-def test_erasing_greys_a_rectangle_of_the_right_area() -> None:
+def test_erasing_grays_a_rectangle_of_the_right_area() -> None:
     images = torch.full((400, 3, 64, 64), 0.3)
     erased = augment(images, "erasing")[:, 0] == 0  # [400, 64, 64]
     area = erased.flatten(1).float().mean(1)

@@ -78,7 +78,7 @@ def test_smoothing_is_the_mean_and_deviation_of_the_values_in_reach():
         np.testing.assert_allclose([mean[i], deviation[i]], [near.mean(), near.std()], rtol=1e-8)
 
 
-def test_curves_of_several_runs_have_their_own_colours(tmp_path):
+def test_curves_of_several_runs_have_their_own_colors(tmp_path):
     steps = np.arange(100.0)
     runs = {name: {"loss": Series(steps, steps * k)} for name, k in (("one", 1), ("two", 2))}
     picture = imread(plot_curves(runs, tmp_path / "curves.png", ["loss"]))

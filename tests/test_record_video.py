@@ -10,7 +10,7 @@ import torch
 
 from prelar_trl.record import (
     contact_sheet,
-    film_strip,
+    frame_strip,
     psnr,
     read_video,
     to_uint8,
@@ -85,16 +85,16 @@ def test_grid_refuses_videos_of_different_shape():
 
 def test_film_strip_shows_first_and_last_frame():
     truth = moving_square(length=25)[0]
-    strip = film_strip(truth, truth, context=5, columns=4)
-    narrow = film_strip(truth[:2], truth[:2], columns=4)
+    strip = frame_strip(truth, truth, context=5, columns=4)
+    narrow = frame_strip(truth[:2], truth[:2], columns=4)
     assert strip.shape[1] > narrow.shape[1] - 30 and strip.shape[2] > narrow.shape[2]
 
 
 def test_contact_sheet_holds_every_picture_with_or_without_labels():
     pictures = [torch.full((3, 16, 16), 10 * i, dtype=torch.uint8) for i in range(1, 8)]
     plain = contact_sheet(pictures, columns=3)
-    labelled = contact_sheet(pictures, columns=3, labels=["x"] * 7, caption="seven")
-    for sheet in (plain, labelled):
+    labeled = contact_sheet(pictures, columns=3, labels=["x"] * 7, caption="seven")
+    for sheet in (plain, labeled):
         for i in range(1, 8):
             assert (sheet == 10 * i).all(0).sum() >= 16 * 16
     with pytest.raises(ValueError, match="no pictures"):

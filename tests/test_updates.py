@@ -97,7 +97,7 @@ def test_one_batch_is_learnt_by_heart(method: str, phase: str) -> None:
         assert last["reward"] < 0.1 * first["reward"]
 
 
-def test_behaviour_trains_actor_and_critic_only() -> None:
+def test_behavior_trains_actor_and_critic_only() -> None:
     agent = tiny_agent("dreamerv2")
     before = snapshot(agent)
     BehaviorUpdate(agent, horizon=4)(start())
@@ -191,10 +191,10 @@ def test_bf16_trains_float32_weights() -> None:
         WorldModelUpdate(loss, precision="16")
 
 
-def train(agent, world, behaviour, steps: int) -> None:
+def train(agent, world, behavior, steps: int) -> None:
     for _ in range(steps):
         out = world(batch())
-        behaviour(out["state"].update(batch().select("terminated", "action")))
+        behavior(out["state"].update(batch().select("terminated", "action")))
 
 
 def make_run():

@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class EpisodeStorage(FrameStorage):
         self.num_written = int(clips[-1].name) + 1 if clips else 0
         self._sync_clips()
 
-    def _open_store(self, height: int, width: int, shard_bytes: int) -> None:
+    def _open_store(self, height: int, width: int, shard_bytes: int) -> ClipWriter:
         self._store = ClipWriter(
             self.path,
             source="replay",
@@ -88,16 +88,18 @@ class EpisodeStorage(FrameStorage):
             shard_bytes=shard_bytes,
             info={"capacity": self.max_size},
         )
+        return self._store
 
     def _sync_clips(self) -> None:
-        clips = self._store.clips if self._store else []
+        store = self._store
+        clips = store.clips if store else []
         where = np.array([(0, c.shard, c.row) for c in clips], np.int64).reshape(-1, 3)
         frames = np.array([c.frames for c in clips], np.int64)
         start = frames.cumsum() - frames
         shards: Sequence[MappedShards] = ()
-        if clips:
-            start += self._store.num_evicted_frames
-            shards = self._shards or [MappedShards(self.path, self._store.streams)]
+        if store is not None and clips:
+            start += store.num_evicted_frames
+            shards = self._shards or [MappedShards(self.path, store.streams)]
         self.set_clips(shards, start, frames, where, first=self.num_written - len(clips))
 
     def append(self, frames: TensorDict) -> Tensor:
@@ -115,17 +117,20 @@ class EpisodeStorage(FrameStorage):
         """
         if len(frames) > self.max_size:
             raise ValueError(f"an episode of {len(frames)} frames exceeds capacity={self.max_size}")
-        arrays = {name: frames[key].contiguous().numpy() for key, name in _STREAMS.items()}
-        if self._store is None:
+        arrays = {
+            name: cast(Tensor, frames[key]).contiguous().numpy() for key, name in _STREAMS.items()
+        }
+        store = self._store
+        if store is None:
             pixels = arrays["pixels"][0]
             size = min(_SHARD_BYTES, self.max_size * pixels.size // _SHARDS)
-            self._open_store(*pixels.shape[1:], size)
-        self._store.add_streams(arrays, name=f"{self.num_written:06d}")
+            store = self._open_store(pixels.shape[1], pixels.shape[2], size)
+        store.add_streams(arrays, name=f"{self.num_written:06d}")
         self.num_written += 1
         self._sync_clips()
         kept = self._end - self.max_size  # places below are overwritten
         before = int(np.searchsorted(self._start + self._frames, kept, side="right"))
-        if self._store.evict(before):
+        if store.evict(before):
             self._shards = ()  # a deleted file keeps its space while it is mapped
             self._sync_clips()
         return torch.arange(self._end - len(frames), self._end) % self.max_size
@@ -158,7 +163,7 @@ class EpisodeStorage(FrameStorage):
                 f"the replay in {str(self.path)!r} ends at episode {self.num_written}, the "
                 f"checkpoint at {end}: it is another folder, or files of it are missing"
             )
-        if end < self.num_written:
+        if self._store is not None and end < self.num_written:
             clips = self._store.clips
             self._store.truncate(sum(int(clip.name) < end for clip in clips))
             self.num_written, self._shards = end, ()
@@ -190,6 +195,8 @@ class EpisodeStorage(FrameStorage):
 
 class EpisodeWriter(Writer):
     """Cuts TorchRL's steps into episodes and appends each to an `EpisodeStorage` when it ends."""
+
+    _storage: EpisodeStorage
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,7 +236,7 @@ class EpisodeWriter(Writer):
         return torch.cat(written)
 
     def _finish(self, key: Hashable) -> Tensor:
-        return self._storage.append(torch.cat(self.pending.pop(key)))
+        return self._storage.append(cast(TensorDict, TensorDict.cat(self.pending.pop(key))))
 
     def _check(self, data: TensorDictBase) -> None:
         keys = data.keys(include_nested=True, leaves_only=True)
@@ -263,7 +270,7 @@ class EpisodeWriter(Writer):
 
     def state_dict(self) -> dict[str, Any]:
         """The unfinished episodes."""
-        return {"pending": {key: torch.cat(rows) for key, rows in self.pending.items()}}
+        return {"pending": {key: TensorDict.cat(rows) for key, rows in self.pending.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the unfinished episodes."""
@@ -298,7 +305,7 @@ def _rows(steps: TensorDictBase, new: bool) -> TensorDict:
 
     See the drawing at the top of this module.
     """
-    following = steps["next"]
+    following = cast(TensorDictBase, steps["next"])
     count = len(steps)
     flag = torch.zeros(count, 1, dtype=torch.bool)
     terminated = following.get("terminated", None)
@@ -314,7 +321,7 @@ def _rows(steps: TensorDictBase, new: bool) -> TensorDict:
     ).cpu()
     if not new:
         return rows.clone()
-    first = torch.zeros_like(rows[:1])
+    first = cast(TensorDict, torch.zeros_like(rows[:1]))
     first["pixels"] = steps["pixels"][:1].cpu()
     first["is_first"] = torch.ones(1, 1, dtype=torch.bool)
-    return torch.cat([first, rows])
+    return cast(TensorDict, TensorDict.cat([first, rows]))

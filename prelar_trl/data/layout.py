@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 
@@ -34,7 +36,7 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
     Raises:
         ValueError: an episode ends before the last step; cut there first.
     """
-    time, following = steps.ndim - 1, steps["next"]
+    time, following = steps.ndim - 1, cast(TensorDictBase, steps["next"])
     shape = (*steps.shape, 1)
     no = torch.zeros(shape, dtype=torch.bool, device=following["reward"].device)
     done = following.get("done", no).reshape(shape)
@@ -50,10 +52,10 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
         },
         batch_size=steps.shape,
     )
-    before = torch.zeros_like(after.narrow(time, 0, 1))
+    before = cast(TensorDict, torch.zeros_like(after.narrow(time, 0, 1)))
     before["pixels"] = steps["pixels"].narrow(time, 0, 1)
-    before["is_first"] = torch.ones_like(before["is_first"])
-    return torch.cat([before, after], time)
+    before["is_first"] = ~before["is_first"]
+    return cast(TensorDict, TensorDict.cat([before, after], time))
 
 
 def to_dreamer_v3(frames: TensorDictBase, *, state_dim: int, belief_dim: int) -> TensorDict:

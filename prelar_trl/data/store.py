@@ -25,7 +25,7 @@ import hashlib
 import json
 import mmap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -55,10 +55,12 @@ class Stream:
 
     @property
     def frame_bytes(self) -> int:
+        """Bytes of one frame."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
     @property
     def is_image(self) -> bool:
+        """Whether a frame is a picture, uint8 ``[C, H, W]``."""
         return self.dtype == "uint8" and len(self.shape) == 3
 
 
@@ -120,7 +122,7 @@ def sha256(file: Path) -> str:
 
 
 def whole_clip(
-    line: bytes, handles: dict[str, BinaryIO], streams: dict[str, Stream]
+    line: bytes, handles: Mapping[str, BinaryIO], streams: Mapping[str, Stream]
 ) -> dict[str, Any] | None:
     """The journal's record, if the clip's data, next in the open files, agree with it."""
     try:

@@ -25,7 +25,7 @@ from prelar_trl.envs.pictures import (
 from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels
 
 
-def adopt(
+def wrap_env(
     env: EnvBase, *, pixels: int | None, camera: str | None
 ) -> tuple[EnvBase, list[Transform]]:
     """A TorchRL environment, taken apart, with the transforms that add what it lacks."""
@@ -77,7 +77,7 @@ def pixels_transform(env: EnvBase, size: int, camera: str | None) -> list[Transf
     if name == "pixels" and spec.dtype == torch.uint8 and spec.shape == (*batch, 3, size, size):
         return []
     check_picture(name, spec.shape[len(batch) :], spec.dtype)
-    white = white_of(spec.space.high) if isinstance(spec, Bounded) else None
+    white = white_of(spec.high) if isinstance(spec, Bounded) else None
     convert = PictureConverter(size, white=white, batch_dims=len(batch), source=name)
     return [ToPixels(names[name], convert)]
 
@@ -121,7 +121,7 @@ def check_env(env: EnvBase) -> None:
     if len(env.action_keys) > 1 or len(shape) != 1:
         keys = ", ".join(map(shown, env.action_keys))
         raise ValueError(f"actions must be one vector [A]; the environment takes {keys}: {given}")
-    if not (spec.space.low.isfinite() & spec.space.high.isfinite()).all():
+    if not (spec.low.isfinite() & spec.high.isfinite()).all():
         raise ValueError(f"the environment's actions have no bounds ({given}): they must be finite")
     shape = list(env.full_reward_spec["reward"].shape[len(batch) :])
     if shape != [1]:
@@ -130,4 +130,4 @@ def check_env(env: EnvBase) -> None:
 
 def shown(key: NestedKey) -> str:
     """A key as a person writes it: ``camera/left``."""
-    return key if isinstance(key, str) else "/".join(key)
+    return key if isinstance(key, str) else "/".join(map(str, key))

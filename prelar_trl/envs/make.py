@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import gymnasium
 import torch
+from torchrl.data import Bounded
 from torchrl.envs import (
     ActionScaling,
     Compose,
@@ -21,14 +22,14 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
-from prelar_trl.envs.adopt import adopt, as_float32, check_env
+from prelar_trl.envs.adopt import as_float32, check_env, wrap_env
 from prelar_trl.envs.backend import rendering_error
 from prelar_trl.envs.toy import EPISODE_STEPS, make_toy
 from prelar_trl.envs.transforms import ActionRepeat
 
 Env = EnvBase | gymnasium.Env
 # Modules that import MuJoCo: loaded when asked for, as they take seconds and need OpenGL.
-_FAMILIES = {
+SUITES = {
     "metaworld": ("prelar_trl.envs.metaworld", "make_metaworld"),
     "gym": ("prelar_trl.envs.wrappers", "make_gym"),
     "dm_control": ("prelar_trl.envs.wrappers", "make_dm_control"),
@@ -132,15 +133,15 @@ def _make_one(
     else:
         base, transforms = _from_object(name_or_env, **view)
     repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
-    env = TransformedEnv(base, Compose(*repeat, *transforms))
-    for cast in as_float32(env):
-        env.append_transform(cast)
+    env = TransformedEnv(base, Compose(*cast(Any, [*repeat, *transforms])))
+    for conversion in as_float32(env):
+        env.append_transform(conversion)
     check_env(env)
-    space = env.action_spec.space
-    if (space.low != -1).any() or (space.high != 1).any():
+    actions = cast(Bounded, env.action_spec)
+    if (actions.low != -1).any() or (actions.high != 1).any():
         env.append_transform(ActionScaling())
     env.append_transform(InitTracker(init_key="is_first"))
-    if "truncated" not in env.done_spec.keys():  # StepCounter adds it when it has a limit
+    if "truncated" not in env.full_done_spec.keys():  # StepCounter adds it when it has a limit
         max_steps = max_steps or torch.iinfo(torch.int64).max
     env.append_transform(StepCounter(max_steps=max_steps))
     env.append_transform(RewardSum())
@@ -152,12 +153,12 @@ def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
     family, _, rest = name.partition("/")
     if family == "toy":
         return make_toy(rest, **options)
-    if family not in _FAMILIES or not rest:
+    if family not in SUITES or not rest:
         raise ValueError(
             f"unknown environment {name!r}; write metaworld/<task>, gym/<id>, "
             "dm_control/<domain>/<task> or toy, or give an environment"
         )
-    module, function = _FAMILIES[family]
+    module, function = SUITES[family]
     try:
         make = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError:
@@ -174,7 +175,7 @@ def _from_object(
     if not _is_env(env):
         env = env()
     if isinstance(env, EnvBase):
-        return adopt(env, pixels=pixels, camera=camera)
+        return wrap_env(env, pixels=pixels, camera=camera)
     if not isinstance(env, gymnasium.Env):
         raise ValueError(
             f"an environment of TorchRL or gymnasium is needed, got {type(env).__name__}"

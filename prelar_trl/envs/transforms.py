@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
-from torchrl.envs import Transform
+from torchrl.envs import Transform, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 from torchrl.envs.gym_like import BaseInfoDictReader
 from torchrl.envs.utils import step_mdp
@@ -30,8 +30,7 @@ class ActionRepeat(Transform):
         self.repeat = repeat
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        env = self.parent.base_env
-        keys = {"reward_keys": env.reward_keys, "done_keys": env.done_keys}
+        env = cast(TransformedEnv, self.parent).base_env
         for _ in range(self.repeat - 1):
             over = _any_of(next_tensordict, env.done_keys)  # [*batch]
             if "_step" in tensordict.keys():  # only some of the environments make this step
@@ -42,7 +41,8 @@ class ActionRepeat(Transform):
                 tensordict.copy().set("next", next_tensordict),
                 exclude_action=False,
                 action_keys=env.action_keys,
-                **keys,
+                reward_keys=env.reward_keys,
+                done_keys=env.done_keys,
             )
             if isinstance(env, BatchedEnvBase):  # it can leave out those that are over
                 now.set("_step", ~over)
@@ -101,7 +101,7 @@ class Pixels(Transform):
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         size = self._convert.size
-        observation_spec["pixels"] = Bounded(0, 255, (3, size, size), dtype=torch.uint8)
+        observation_spec["pixels"] = Bounded(0, 255, torch.Size([3, size, size]), dtype=torch.uint8)
         return observation_spec
 
     def close(self) -> None:
@@ -133,7 +133,7 @@ class ToPixels(Transform):
         size = self._convert.size
         shape = (*observation_spec.shape, 3, size, size)
         del observation_spec[self._key]
-        observation_spec["pixels"] = Bounded(0, 255, shape, dtype=torch.uint8)
+        observation_spec["pixels"] = Bounded(0, 255, torch.Size(shape), dtype=torch.uint8)
         return observation_spec
 
 
@@ -145,7 +145,7 @@ class State(Transform):
         drop: what is left out besides, such as text.
     """
 
-    def __init__(self, keys: list[NestedKey], drop: list[NestedKey] = ()) -> None:
+    def __init__(self, keys: list[NestedKey], drop: Sequence[NestedKey] = ()) -> None:
         super().__init__(in_keys=keys, out_keys=["state"] if keys else [])
         self._keys, self._drop = keys, list(drop)
 
@@ -166,7 +166,7 @@ class State(Transform):
         for key in (*self._keys, *self._drop):
             del observation_spec[key]
         if self._keys:
-            observation_spec["state"] = Unbounded((*batch, size))
+            observation_spec["state"] = Unbounded(torch.Size([*batch, size]))
         return observation_spec
 
 
@@ -180,7 +180,7 @@ class SuccessReader(BaseInfoDictReader):
 
     @property
     def info_spec(self) -> dict[str, TensorSpec]:
-        return {"success": Binary(1, (1,), dtype=torch.bool)}
+        return {"success": Binary(1, torch.Size([1]), dtype=torch.bool)}
 
 
 class NoSuccess(Transform):
@@ -200,5 +200,5 @@ class NoSuccess(Transform):
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         shape = (*observation_spec.shape, 1)
-        observation_spec["success"] = Binary(1, shape, dtype=torch.bool)
+        observation_spec["success"] = Binary(1, torch.Size(shape), dtype=torch.bool)
         return observation_spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -61,7 +61,7 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 }
 CHECKPOINTED = (convnets.FastResNetDecoder, convnets.FastResNetEncoder)
 # Activations that follow a layer whose output nothing else reads.
-ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Sequence[nn.Module]]] = {
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Sequence[Any]]] = {
     ActionEncoder: lambda part: [part.act],
     Actor: lambda part: [part.act],
     LatentActionEncoder: lambda part: [part.head[1]],
@@ -108,4 +108,4 @@ def accelerate(module: M, *, checkpoint: bool | None = None) -> M:
         part.__class__ = FAST.get(kind, kind)
         if isinstance(part, CHECKPOINTED):
             part.checkpoint = checkpoint
-    return module.to(memory_format=torch.channels_last)
+    return cast(Any, module).to(memory_format=torch.channels_last)

@@ -7,6 +7,9 @@ Source: ContextWM (Wu et al., NeurIPS 2023), section 3.2.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +49,7 @@ class ContextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.net = ResNetEncoder(3, depth, stages, layers, norm)
-        self.augmentation = augmentation
+        self.augmentation: Augmentation = augmentation
         augment(torch.zeros(1, 3, 8, 8), augmentation)  # rejects an unknown name
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -82,7 +85,7 @@ class ContextLayer(nn.Module):
         self.attention_norm = nn.Sequential(*make_norm(norm, in_channels, size))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x ``[B*T, C, H, W]``, context ``[B, C, H, W]`` of the same resolution."""
+        """Maps ``x`` ``[B*T, C, H, W]``, context ``[B, C, H, W]`` of the same resolution."""
         z = F.relu(x + self.attention_norm(self.attend(x, context)))
         return F.relu(self.skip(x) + self.block(z))
 
@@ -93,7 +96,7 @@ class ContextLayer(nn.Module):
         # Sequence b's context goes with sequence b's frames; each frame sees its own positions.
         keys = keys.repeat_interleave(steps, 0)  # [B*T, HW, C]
         if self.keep < keys.shape[1]:
-            index = draw_positions(*keys.shape[:2], keys.device)[:, : self.keep, None]
+            index = draw_positions(keys.shape[0], keys.shape[1], keys.device)[:, : self.keep, None]
             keys = keys.gather(1, index.expand(-1, -1, keys.shape[2]))  # [B*T, keep, C]
         queries = x.flatten(2).transpose(1, 2) + self.query_position
         attended, _ = self.attention(queries, keys, keys, need_weights=False)
@@ -134,7 +137,8 @@ class ContextDecoder(DecoderLayers):
     def forward(self, feat: Tensor, context: list[Tensor]) -> Tensor:
         """Features ``[B*T, F]``, batch major, and maps ``[B, ...]`` -> ``[B*T, 3, H, W]``."""
         x = self.linear_in(feat).unflatten(-1, self.first_map)  # [B*T, C, 4, 4]
-        for stage, context_map in zip(self.stages, reversed(context), strict=True):
+        stages = cast(Iterable[nn.Sequential], self.stages)
+        for stage, context_map in zip(stages, reversed(context), strict=True):
             x = F.interpolate(x, scale_factor=2.0)
             for layer in stage:
                 x = layer(x, context_map) if isinstance(layer, ContextLayer) else layer(x)

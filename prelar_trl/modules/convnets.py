@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.types import Norm
+from prelar_trl.utils import check_choice
 
 __all__ = ["IMAGE_SIZE", "CNNDecoder", "CNNEncoder", "ResNetDecoder", "ResNetEncoder"]
 
@@ -21,6 +23,7 @@ IMAGE_SIZE = 64
 
 def make_norm(norm: Norm, channels: int, size: int) -> list[nn.Module]:
     """Normalization of ``[N, channels, size, size]`` maps: a list of no or one module."""
+    check_choice("norm", norm, get_args(Norm))
     match norm:
         case "batch":
             return [nn.BatchNorm2d(channels)]
@@ -30,7 +33,6 @@ def make_norm(norm: Norm, channels: int, size: int) -> list[nn.Module]:
             return [nn.GroupNorm(math.gcd(8, channels), channels)]
         case "none":
             return []
-    raise ValueError(f"norm={norm!r} is unknown; choose batch, layer, group or none")
 
 
 def make_skip(in_channels: int, out_channels: int, norm: Norm, size: int) -> nn.Sequential:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class Categorical:
     Source: DreamerV2 (Hafner et al., 2021), section 2, algorithm 1.
     """
 
-    kind = "categorical"
+    kind: ClassVar[Literal["categorical"]] = "categorical"
 
     def __init__(self, size: int, classes: int) -> None:
         self.size, self.classes = size, classes
@@ -115,7 +116,7 @@ class Categorical:
 class Gaussian:
     """``size`` independent Gaussians, std = ``2 * sigmoid(raw / 2) + min_std``, reparameterized."""
 
-    kind = "gaussian"
+    kind: ClassVar[Literal["gaussian"]] = "gaussian"
 
     def __init__(self, size: int, min_std: float = 0.1) -> None:
         self.size, self.min_std = size, min_std
@@ -174,6 +175,7 @@ class TruncatedNormal:
 
     @property
     def mode(self) -> Tensor:
+        """The mean, clamped as a sample is."""
         return self._clamp(self.mean)
 
     def rsample(self, sample: bool = True) -> Tensor:

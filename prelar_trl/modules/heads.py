@@ -25,6 +25,7 @@ class MLP(nn.Module):
         self.out = nn.Linear(sizes[-1], out_features)
 
     def trunk(self, x: Tensor) -> Tensor:
+        """The hidden layers: ``[..., in_features]`` -> ``[..., units]``."""
         for layer in self.layers:
             x = self.act(layer(x))
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from prelar_trl.modules.heads import Actor
 from prelar_trl.modules.rssm import State
 from prelar_trl.modules.world_model import RSSMWorldModel
+from prelar_trl.utils import check_choice
 
 __all__ = ["WorldModelPolicy"]
 
@@ -39,18 +40,18 @@ class WorldModelPolicy(TensorDictModuleBase):
         self, world_model: RSSMWorldModel, actor: Actor, mode: Literal["sample", "mode"] = "sample"
     ) -> None:
         super().__init__()
-        if mode not in ("sample", "mode"):
-            raise ValueError(f"mode={mode!r} is unknown; choose sample or mode")
+        check_choice("mode", mode, ("sample", "mode"))
         self.world_model, self.actor, self.mode = world_model, actor, mode
         self.action_dim = actor.std_out.out_features
         encoder = world_model.action_encoder
         self.window = encoder.window if encoder is not None else 1
         self.in_keys = ["pixels", "is_first", "belief"]
-        self.out_keys = ["action", ("next", "belief")]
+        out_keys: list[Any] = ["action", ("next", "belief")]
+        self.out_keys = out_keys
 
     def belief_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each recurrent entry of one environment."""
-        shapes = {"actions": (self.window, self.action_dim)}
+        shapes: dict[str, tuple[int, ...]] = {"actions": (self.window, self.action_dim)}
         rssms = {"": self.world_model.rssm, "lower_": self.world_model.lower_rssm}
         for prefix, rssm in rssms.items():
             if rssm is not None:
@@ -61,7 +62,10 @@ class WorldModelPolicy(TensorDictModuleBase):
     def make_primer(self) -> TensorDictPrimer:
         """The transform that puts a zero belief into the environment's reset."""
         return TensorDictPrimer(
-            {("belief", name): Unbounded(shape) for name, shape in self.belief_shapes().items()},
+            {
+                ("belief", name): Unbounded(torch.Size(shape))
+                for name, shape in self.belief_shapes().items()
+            },
             default_value=0.0,
             expand_specs=True,  # to the environment's batch size
         )
@@ -69,7 +73,9 @@ class WorldModelPolicy(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         batch = tensordict.batch_size
-        flat = tensordict.unsqueeze(0) if not batch else tensordict.flatten(0, len(batch) - 1)
+        flat = cast(
+            Any, tensordict.flatten(0, len(batch) - 1) if batch else tensordict.unsqueeze(0)
+        )
         belief = flat["belief"]
         is_first = flat["is_first"].unsqueeze(1)  # [N, 1, 1]
 
@@ -80,7 +86,8 @@ class WorldModelPolicy(TensorDictModuleBase):
         if model.lower_rssm is not None:
             lower = State(belief["lower_stoch"], belief["lower_deter"])
         state = State(belief["stoch"], belief["deter"])
-        out = model.observe(embed, self._code(history), is_first, state, lower)[:, 0]
+        out = model.observe(embed, self._code(history), is_first, state, lower)
+        out = cast(TensorDictBase, out[:, 0])
 
         policy = self.actor(out["feat"])
         greedy = self.mode == "mode" or exploration_type() in _GREEDY

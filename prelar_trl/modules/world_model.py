@@ -7,6 +7,7 @@ D deter, F feature = S*K + D, A action, U latent action, N imagined trajectories
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -89,15 +90,16 @@ class RSSMWorldModel(TensorDictModuleBase):
             self.in_keys.append("action")
         elif latent_action_encoder is not None and latent_action_encoder.frames == "flow":
             self.in_keys.append("flow")
-        self.out_keys = ["embed", "stoch", "deter", "feat", "posterior", "prior"]
-        self.out_keys += [("prediction", name) for name in ("pixels", *self.heads)]
+        out_keys: list[Any] = ["embed", "stoch", "deter", "feat", "posterior", "prior"]
+        out_keys += [("prediction", name) for name in ("pixels", *self.heads)]
         if latent_action_encoder is not None:
-            self.out_keys.append("latent_action")
+            out_keys.append("latent_action")
             if latent_action_encoder.latent_actions.outputs().has_params:
-                self.out_keys.append("latent_action_statistics")
+                out_keys.append("latent_action_statistics")
         if lower_rssm is not None:
             lower_keys = ("stoch", "deter", "feat", "posterior", "prior")
-            self.out_keys += [("lower", key) for key in lower_keys]
+            out_keys += [("lower", key) for key in lower_keys]
+        self.out_keys = out_keys
 
     # ------------------------------------------------------------------ training
 
@@ -234,7 +236,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         With an action window, ``action`` ``[B, T, A]`` becomes ``action_history``
         ``[B*T, window-1, A]``.
         """
-        starts = states.flatten()
+        starts = cast(TensorDictBase, states.flatten())
         if self._window > 1:
             starts["action_history"] = _action_history(states["action"], self._window)
         return starts

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
+from prelar_trl.objectives.common import dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
+from prelar_trl.utils import check_choice
 
 __all__ = ["ActorLoss", "CriticLoss", "LambdaTarget"]
 
@@ -94,7 +95,6 @@ class ActorLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    out_keys = ["loss_actor", "entropy", "imagined_return"]
 
     def __init__(
         self,
@@ -104,10 +104,8 @@ class ActorLoss(LossModule):
         mix: float = 0.1,
     ) -> None:
         super().__init__()
-        if gradient not in ("dynamics", "reinforce", "both"):
-            raise ValueError(
-                f"gradient={gradient!r} is unknown; choose dynamics, reinforce or both"
-            )
+        self.out_keys = ["loss_actor", "entropy", "imagined_return"]
+        check_choice("gradient", gradient, ("dynamics", "reinforce", "both"))
         self.gradient, self.entropy_scale, self.mix = gradient, entropy_scale, mix
         self._set_in_keys()
 
@@ -117,9 +115,10 @@ class ActorLoss(LossModule):
 
     def _set_in_keys(self) -> None:
         keys = self.tensor_keys
-        self.in_keys = [keys.value_target, keys.entropy, keys.weight]
+        in_keys: list[Any] = [keys.value_target, keys.entropy, keys.weight]
         if self.gradient != "dynamics":
-            self.in_keys += [keys.value, keys.log_prob]
+            in_keys += [keys.value, keys.log_prob]
+        self.in_keys = in_keys
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         self._set_in_keys()
@@ -171,7 +170,6 @@ class CriticLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    out_keys = ["loss_critic", "value"]
 
     critic_params: TensorDictParams
     target_critic_params: TensorDictParams
@@ -183,6 +181,7 @@ class CriticLoss(LossModule):
             self.convert_to_functional(critic, "critic", create_target_params=True)
         else:
             self.critic = critic
+        self.out_keys = ["loss_critic", "value"]
         self._set_in_keys()
 
     @property
@@ -191,7 +190,8 @@ class CriticLoss(LossModule):
 
     def _set_in_keys(self) -> None:
         keys = self.tensor_keys
-        self.in_keys = [keys.feat, keys.value_target, keys.weight]
+        in_keys: list[Any] = [keys.feat, keys.value_target, keys.weight]
+        self.in_keys = in_keys
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         self._set_in_keys()

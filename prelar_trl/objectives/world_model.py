@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
 from prelar_trl.modules.world_model import normalize_pixels
-from prelar_trl.objectives.common import check_entry, check_weights, loss_keys, weighted
+from prelar_trl.objectives.common import check_entry, check_weights, dispatch, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
 from prelar_trl.objectives.video_bonus import VideoBonus
@@ -104,17 +105,16 @@ class RSSMWorldModelLoss(LossModule):
         self.bonus_scale = bonus_scale
         self._set_in_keys()
         terms = [*self.weights, *(["bonus"] if video_bonus is not None else [])]
-        self.out_keys = [*loss_keys(self.weights), *terms]
-        if latent_action is not None:
-            self.out_keys += latent_action.out_keys
-        self.out_keys.append("state")
+        own_keys = [] if latent_action is None else latent_action.out_keys
+        out_keys: list[Any] = [*loss_keys(self.weights), *terms, *own_keys, "state"]
+        self.out_keys = out_keys
 
     @property
     def functional(self) -> bool:
         return False  # the modules keep their own parameters
 
     def _set_in_keys(self) -> None:
-        keys = list(self.world_model.in_keys)
+        keys: list[Any] = list(self.world_model.in_keys)
         if "image" in self.weights:
             keys.append(self.tensor_keys.pixels)
         if "reward" in self.weights or "aux_reward" in self.weights:

@@ -36,7 +36,7 @@ from prelar_trl.record.statistics import (
 from prelar_trl.record.video import (
     contact_sheet,
     film_rows,
-    film_strip,
+    frame_strip,
     read_video,
     to_uint8,
     video_grid,
@@ -58,7 +58,7 @@ __all__ = [
     "check_space",
     "contact_sheet",
     "film_rows",
-    "film_strip",
+    "frame_strip",
     "html_report",
     "interquartile_mean",
     "plot_bars",

@@ -19,6 +19,7 @@ from torch import Tensor
 from prelar_trl.record.run import RunFolder
 from prelar_trl.record.video import write_video
 from prelar_trl.types import Backend
+from prelar_trl.utils import atomic_write
 
 Scalar = float | int | bool | Tensor
 
@@ -174,12 +175,13 @@ class CsvTable:
         self._file.close()
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        part = self.path.with_name(self.path.name + ".part")
-        with open(part, "w", newline="", encoding="utf-8") as file:
+        with (
+            atomic_write(self.path) as part,
+            open(part, "w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(part, self.path)
 
 
 def check_backends(backends: Sequence[str]) -> None:
@@ -248,7 +250,7 @@ def _open_wandb(run: RunFolder, project: str) -> Any:
 
 def _add_gif(writer: Any, name: str, frames: Tensor, step: int, fps: float) -> None:
     """An animated picture for TensorBoard; ``SummaryWriter.add_video`` would need moviepy."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
     images = [
         Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in frames.cpu()

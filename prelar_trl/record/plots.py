@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-# Okabe and Ito's colours, told apart by colour-blind readers; yellow left out.
+# Okabe and Ito's colors, told apart by color-blind readers; yellow left out.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
 STYLE = ("-", "--", ":", "-.")
 FEW_POINTS = 12  # up to here points are shown as they are, unsmoothed

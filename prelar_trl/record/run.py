@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from prelar_trl.utils import atomic_write
+
 PACKAGES = (
     "prelar_trl",
     "torch",
@@ -221,9 +223,8 @@ def _check_free(path: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _one_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prelar_trl.data.sources.base import Clip, ClipError, Item, Source
 from prelar_trl.data.sources.decoding import video_clip
 from prelar_trl.data.sources.episodes import EpisodeFolder, export_episodes, npz_files
-from prelar_trl.data.sources.flow import FlowPictures, flow_colours, opencv
+from prelar_trl.data.sources.flow import FlowPictures, flow_colors, opencv
 from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.numbering import in_time_order
 from prelar_trl.data.sources.pictures import animation_clip, array_clip, picture_clip, to_rgb
@@ -35,7 +35,7 @@ __all__ = [
     "array_clip",
     "export_episodes",
     "export_frames",
-    "flow_colours",
+    "flow_colors",
     "in_time_order",
     "list_file",
     "npz_files",

@@ -77,7 +77,9 @@ class Source(Protocol):
     decoder: str
     root: Path
     options: FrameOptions
-    left_out: Mapping[str, list[str]]
+
+    @property
+    def left_out(self) -> Mapping[str, list[str]]: ...
 
     def items(self) -> Sequence[Item]:
         """All clips, in an order that depends on the names alone."""
@@ -89,7 +91,7 @@ class Source(Protocol):
 
 
 def text(path: str | Path) -> str:
-    """A path as text that UTF-8 can hold: undecodable bytes become ``\\xff``."""
+    r"""A path as text that UTF-8 can hold: undecodable bytes become ``\xff``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 

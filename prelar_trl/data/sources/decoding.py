@@ -6,9 +6,12 @@ import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
@@ -43,7 +46,7 @@ def _video(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[S
     try:
         # absolute: "12:30.mp4" is no protocol; a playlist in disguise must not reach the network
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
-    except (av.FFmpegError, UnicodeError):
+    except (FFmpegError, UnicodeError):
         raise ClipError("not readable as a video") from None
     with container:
         stream = picture_stream(container)
@@ -56,7 +59,7 @@ def _video(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[S
         yield from sizes
 
 
-def picture_stream(container: av.container.InputContainer) -> VideoStream:
+def picture_stream(container: InputContainer) -> VideoStream:
     """The stream to show: of those marked as default, else of all, the largest; no cover picture.
 
     Raises:
@@ -78,9 +81,7 @@ class _Decoding:
     in the order of decoding. A packet that is damaged or cannot be decoded gives (number, None).
     """
 
-    def __init__(
-        self, container: av.container.InputContainer, stream: VideoStream, notes: Counter[str]
-    ) -> None:
+    def __init__(self, container: InputContainer, stream: VideoStream, notes: Counter[str]) -> None:
         self.container, self.stream, self.notes = container, stream, notes
         self.end = 0.0  # seconds, of the last frame
 
@@ -91,8 +92,10 @@ class _Decoding:
             if frames is None:
                 yield number, None
             for frame in frames or ():
-                self.end = (frame.time or 0.0) + float((frame.duration or 0) * frame.time_base)
-                yield (number if frame.opaque is None else frame.opaque), frame
+                self.end = (frame.time or 0.0) + float(
+                    (frame.duration or 0) * (frame.time_base or 0)
+                )
+                yield (number if frame.opaque is None else cast(int, frame.opaque)), frame
         if self._promised() > 1.05 * self.end + 0.5:
             self.notes[BREAKS_OFF] = 1
 
@@ -100,7 +103,7 @@ class _Decoding:
         """The stream's packets, then what makes the decoder hand out its last frames."""
         try:
             yield from self.container.demux(self.stream)
-        except (av.FFmpegError, UnicodeError):
+        except (FFmpegError, UnicodeError):
             self.notes[BREAKS_OFF] = 1
             yield None
 
@@ -111,20 +114,21 @@ class _Decoding:
                 return self.stream.codec_context.decode(None)
             packet.opaque = number
             return None if packet.is_corrupt else packet.decode()
-        except (av.FFmpegError, UnicodeError):
+        except (FFmpegError, UnicodeError):
             return None
 
     def _promised(self) -> float:
         """Where the file says that the stream ends, in seconds; 0 where it does not."""
         stream, container = self.stream, self.container
         if stream.duration is not None:
-            return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+            return float((stream.duration + (stream.start_time or 0)) * (stream.time_base or 0))
         tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
         if tag:  # Matroska's
             hours, minutes, seconds = map(float, tag.groups())
             return 3600 * hours + 60 * minutes + seconds
-        alone = len(container.streams) == 1 and container.duration is not None
-        return container.duration / av.time_base if alone else 0.0
+        if len(container.streams) == 1 and container.duration is not None:
+            return container.duration / av.time_base
+        return 0.0
 
 
 def trusted(
@@ -173,10 +177,10 @@ class _Scaler:
     def __call__(self, frame: av.VideoFrame) -> Sizes:
         if frame.key_frame or self.matrix == ():
             self.matrix = display_matrix(frame)
-        colour = upright(self._scale(frame, self.options.size, "rgb24"), self.matrix)
+        color = upright(self._scale(frame, self.options.size, "rgb24"), self.matrix)
         if not self.options.flow:
-            return colour, None
-        return colour, upright(self._scale(frame, FLOW_SIZE, "gray"), self.matrix)
+            return color, None
+        return color, upright(self._scale(frame, FLOW_SIZE, "gray"), self.matrix)
 
     def _scale(self, frame: av.VideoFrame, size: int, pixel_format: str) -> np.ndarray:
         width, height = size, size
