@@ -18,6 +18,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from tests.test_data_lerobot import make_dataset
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
     "depth": 4,
@@ -93,6 +95,15 @@ def test_own_latent_action(tmp_path: Path) -> None:
     rows = metrics(tmp_path / "run")
     assert all(float(row["loss_push"]) > 0 for row in rows if row["loss_push"])
     assert any(1 <= float(row["codes_used"]) <= 16 for row in rows if row["codes_used"])
+
+
+def test_lerobot_video(tmp_path: Path) -> None:
+    source = make_dataset(tmp_path / "set", cameras=("observation.images.top", "wrist"))
+    small = {"updates": 2, "batch_size": 2, "clip_len": 4, "context": 2, "log_every": 1}
+    small |= {"labels": 0.5, "heldout": 0.3, "threads": 1, "model": SMALL}
+    load("lerobot_video").main(source, "top", tmp_path, **small)
+    rows = metrics(tmp_path / "run")
+    assert any(float(row["loss_action_label"]) > 0 for row in rows if row["loss_action_label"])
 
 
 def test_latent_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
