@@ -377,7 +377,7 @@ class BehaviorUpdate(Update):
         self.slow_every, self.imag_batch = slow_every, imag_batch
         self.target = LambdaTarget(agent.slow_critic, lmbda)
         self.actor_loss = ActorLoss(gradient=gradient, entropy_scale=entropy_scale)
-        self.critic_loss = CriticLoss(agent.critic)
+        self.critic_loss = CriticLoss(agent.critic, delay_value=False)
         self.optimizers = {
             "actor": make_adam(agent.actor.parameters(), actor_lr),
             "critic": make_adam(agent.critic.parameters(), critic_lr),

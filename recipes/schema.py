@@ -54,7 +54,8 @@ Device = Annotated[
 ]
 Export = Annotated[Choice, one_of(("npz", "jpeg"))]
 Gradient = Annotated[Choice, one_of(("dynamics", "reinforce", "both"))]
-Kind = Annotated[Choice, one_of(("auto", "videos", "something", "frames", "episodes"))]
+SOURCES = ("videos", "something", "frames", "episodes", "lerobot", "torchrl")
+Kind = Annotated[Choice, one_of(("auto", *SOURCES))]
 Loggers = Annotated[
     Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
 ]
@@ -260,7 +261,8 @@ class PrepareVideosConfig(Config):
     flow: bool = False  # also store optical flow (needs opencv-python-headless)
     labels: list[Any] | None = None  # something, frames: only these, by number or template
     lists: Any = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
-    actions: bool = False  # episodes: also keep the true actions, for probes
+    actions: bool = False  # episodes, lerobot, torchrl: also keep the true actions, for probes
+    camera: str | None = None  # lerobot, torchrl: which picture; null: the only one
     export: str | None = None  # afterwards write the store into this folder as well
     export_as: Export = "npz"  # npz (DreamerV2 episodes) or jpeg (official folders and lists)
     workers: NonNegativeInt | None = None  # decoding processes; null or 0: one a core
