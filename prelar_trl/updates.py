@@ -68,7 +68,8 @@ def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
 def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
     """Step unless ``skip``, bool []; without a host sync if the optimizer is fused."""
     if optimizer.defaults["fused"]:
-        vars(optimizer)["found_inf"] = skip.to(torch.float32)  # where a GradScaler says so to the kernel
+        # Where a GradScaler says so to the kernel, which reads a float32.
+        vars(optimizer)["found_inf"] = skip.to(torch.float32)
         optimizer.step()
     elif not skip:
         optimizer.step()
