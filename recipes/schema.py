@@ -236,7 +236,8 @@ class CollectVideosConfig(Config):
     random_tasks: bool = False  # draw the task of each episode, instead of one after the other
     noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the expert's actions
     random_fraction: Fraction = 0.0  # share of episodes with uniformly random actions instead
-    max_steps: PositiveInt = 150  # per episode
+    action_repeat: PositiveInt = 1  # of fine-tuning: else its frames lie further apart
+    max_steps: PositiveInt = 150  # per episode, counted after action_repeat
     after_success: NonNegativeInt | None = 20  # steps after the first success; null: all
     camera: str | None = None  # null: corner in Meta-world, else the env's first camera
     render_quality: Quality = "fast"  # fast or full
