@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,17 +20,21 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
-from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
 from prelar_trl.recipes.schema import RunConfig
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
+from prelar_trl.types import Backend
+from prelar_trl.utils import atomic_write
 
 CHECKPOINT = "last.pt"
+BEST = "best.pt"  # evaluated, while fine-tuning
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
 # What a run may continue with another value of: it changes no number that was not to come.
 CHANGEABLE = {
     *("run", "updates", "env_steps", "device", "threads", "compile", "num_workers", "prefetch"),
     *("worker_timeout", "worker_failures", "logger", "log_every", "video_every", "usage_every"),
-    *("checkpoint_every", "eval_every", "eval_episodes"),
+    *("checkpoint_every", "eval_every", "eval_from", "eval_episodes"),
+    *("keep", "keep_every", "max_skipped", "trust_code"),
 }
 MOVABLE = {"data", "pretrained"}  # the clip stores' contents are compared with the checkpoint
 HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -49,16 +54,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
-def chosen_loggers(logger: str | Sequence[str]) -> tuple[str, ...]:
+def chosen_loggers(logger: str | Sequence[str]) -> tuple[Backend, ...]:
     """The names of the loggers, each of which can be used."""
     loggers = (logger,) if isinstance(logger, str) else tuple(logger)
     check_backends(loggers)
-    return loggers
+    return cast(tuple[Backend, ...], loggers)
 
 
 Run = TypeVar("Run", bound=RunConfig)
@@ -77,9 +83,9 @@ def open_run(
 ) -> tuple[RunFolder, dict[str, Any] | None]:
     """The run folder, and the checkpoint to continue from (``resume=true``), or None.
 
-    There must be space for two checkpoints of ``module`` with Adam's two moments, and for
-    ``data_bytes`` of a replay. With ``restart`` a run that was stopped before its first checkpoint
-    starts anew.
+    The folder is locked. There must be space for the checkpoints of ``module`` with Adam's two
+    moments, the best and one that is being written among them, and for ``data_bytes`` of a replay.
+    With ``restart`` a run that was stopped before its first checkpoint starts anew.
     """
     exists = (Path(cfg.run).expanduser() / "config.yaml").exists()
     if not cfg.resume:
@@ -89,21 +95,24 @@ def open_run(
                 "choose another folder"
             )
         state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-        need = 2 * 3 * state + data_bytes + MARGIN_BYTES
+        need = (cfg.keep + 2) * 3 * state + data_bytes + MARGIN_BYTES
         if exists:
-            before = RunFolder.load(cfg.run)
-            if before.config:  # empty: killed while it was written
-                changed_settings(before, cfg)
-            before.clear()
+            run = RunFolder.load(cfg.run)
+            run.lock()
+            if run.config:  # empty: killed while it was written
+                changed_settings(run, cfg)
+            run.restart(plain(asdict(cfg)))
+            return run, None
         return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
     run = RunFolder.load(cfg.run)
+    run.lock()
     changed = changed_settings(run, cfg)
     if not (run.checkpoints / CHECKPOINT).is_file():
         raise FileNotFoundError(
             f"the run in {cfg.run} was stopped before its first checkpoint: start it anew with "
             "resume=auto"
         )
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
     run.note_continuation(checkpoint["step"], changed)
     return run, checkpoint
 
@@ -127,7 +136,58 @@ def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
     return changed
 
 
-def open_logger(run: RunFolder, loggers: tuple[str, ...], checkpoint: Mapping | None) -> Logger:
+def read_run(
+    path: str, *, trust_code: bool, checkpoint: str = CHECKPOINT, typed: str | None = None
+) -> tuple[RunFolder, dict[str, Any]]:
+    """A run folder that may come from anybody, and a checkpoint of it.
+
+    Args:
+        path: the folder.
+        trust_code: its model may be made by a module that the folder names.
+        checkpoint: which.
+        typed: the latent action of this command, which needs no trust.
+
+    Raises:
+        FileNotFoundError, ValueError: none, damage, or code that is not trusted.
+    """
+    run = RunFolder.load(path)
+    state = load_checkpoint(run.checkpoints / checkpoint)
+    kind = state.get("overrides", {}).get("latent_action")
+    check_trust(path, "model.latent_action", kind, trust_code or kind == typed)
+    return run, state
+
+
+def check_trust(run: str, name: str, value: Any, trust_code: bool) -> None:
+    """Refuse a setting of a run folder that names a module, whose import would run its code."""
+    if ":" in str(value) and not trust_code:
+        raise ValueError(
+            f"run folder {run} has {name}={value}, which runs the code of that module: if you "
+            "trust it, add trust_code=true"
+        )
+
+
+def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> None:
+    """Write the newest checkpoint, and one that stays if ``keep_every`` was passed.
+
+    Args:
+        cfg: the recipe's configuration.
+        run: the run's folder.
+        state: what to write; ``step`` among it.
+        before: the step of the checkpoint before it.
+    """
+    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=cfg.keep)
+    if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
+        with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
+            shutil.copyfile(path, part)
+
+
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, now]."""
+    return now // every > before // every
+
+
+def open_logger(run: RunFolder, loggers: tuple[Backend, ...], checkpoint: Mapping | None) -> Logger:
+    """The run's logger; after a checkpoint it continues from its step."""
     return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
 
 
@@ -195,7 +255,7 @@ def hold_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
+def drop_unweighted(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses to log: ``loss_<term>`` once, without its unweighted copy ``<term>``.
 
     ``latent_kl`` stays: its weight may change, and free nats hide its value.
@@ -204,19 +264,9 @@ def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
     return {name: x for name, x in losses.items() if name not in twins}
 
 
-def shown(losses: TensorDictBase) -> dict[str, Tensor]:
+def progress_metrics(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses for the progress bar, of those that the run has."""
     return {name: losses[name] for name in ("image", "kl") if name in losses.keys()}
-
-
-def check_finite(losses: TensorDictBase, step: int) -> None:
-    """Raise when a loss is NaN or infinite, before a checkpoint could be overwritten with it."""
-    bad = [name for name, x in losses.items() if name.startswith("loss_") and not x.isfinite()]
-    if bad:
-        raise RuntimeError(
-            f"{bad[0]} is {losses[bad[0]].item()} at step {step}: training has diverged; the "
-            "checkpoint saved before is kept. Start a new run with a lower lr, or precision=32"
-        )
 
 
 class EpisodeTracker:
@@ -276,10 +326,10 @@ def play(
     quota = [episodes // workers + (i < episodes % workers) for i in range(workers)]
     tracker = EpisodeTracker(workers)
     frames = [[x] for x in images(td)]
-    records, films = [], []
+    records, clips = [], []
     while any(quota) and not stopped():
         td, following = env.step_and_maybe_reset(policy(td))
-        if len(films) < videos:
+        if len(clips) < videos:
             for film, image in zip(frames, images(td["next"]), strict=True):
                 if len(film) < FILM_FRAMES:
                     film.append(image)
@@ -289,20 +339,21 @@ def play(
             if quota[worker]:
                 quota[worker] -= 1
                 records.append(record)
-                if len(films) < videos:
-                    films.append(torch.stack(frames[worker]))
+                if len(clips) < videos:
+                    clips.append(torch.stack(frames[worker]))
         for worker in td["next", "done"].flatten().nonzero().flatten().tolist():
             frames[worker] = [first[worker]]
         td = following
-    return records, films
+    return records, clips
 
 
 def images(td: TensorDictBase) -> Tensor:
-    """The frames of all environments of a step, ``[N, 3, H, W]``, on the CPU."""
-    return td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()
+    """The frames of all environments of a step, ``[N, 3, H, V W]``, on the CPU: views in a row."""
+    frames = td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()  # [N, 3 V, H, W]
+    return torch.cat(frames.split(3, 1), -1)
 
 
-def summarise(records: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(records: list[dict[str, Any]]) -> dict[str, float]:
     """Success rate with its 95% Wilson interval, and mean return."""
     successes = sum(record["success"] for record in records)
     low, high = wilson_interval(successes, len(records))

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,26 +27,28 @@ from prelar_trl.envs import make_env
 from prelar_trl.envs.workers import WorkerError
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
-    CHECKPOINT,
+    BEST,
     Interruption,
-    check_finite,
     choose_device,
     chosen_loggers,
+    crossed,
+    drop_unweighted,
     open_logger,
     open_run,
+    progress_metrics,
+    save_run,
     seed_everything,
     settle_resume,
-    shown,
-    without_twins,
 )
+from prelar_trl.recipes.environments import interface
+from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
 from prelar_trl.recipes.learner import Learner, make_learner
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
 
-FRAME_BYTES = 3 * 64 * 64
-COUNTERS = ("step", "before", "updates_due", "training_due", "evaluation_due")
+COUNTERS = ("step", "before", "updates_due", "training_due", "evaluation_due", "best")
 
 
 def finetune(
@@ -67,13 +70,15 @@ def finetune(
         torch.set_num_threads(cfg.threads)
 
     env = make_training_env(cfg, env_factory, cfg.seed, cfg.num_workers)
-    action_dim = env.action_spec.shape[-1]
-    learner = make_learner(cfg, action_dim, device, watch)
+    known = interface(env)
+    learner = make_learner(cfg, known, device, watch)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
     env = env.append_transform(policy.make_primer())
     # Beyond the capacity stays what the last checkpoints need.
-    frames = min(cfg.capacity + 3 * cfg.checkpoint_every, cfg.env_steps) // cfg.action_repeat
-    run, checkpoint = open_run(cfg, learner.agent, frames * FRAME_BYTES, restart)
+    capacity = cfg.capacity + (cfg.keep + 1) * cfg.checkpoint_every
+    frames = min(capacity, cfg.env_steps // cfg.action_repeat)
+    data_bytes = frames * env.observation_spec["pixels"].shape[-3:].numel()
+    run, checkpoint = open_run(cfg, learner.agent, data_bytes, restart)
     replay = EpisodeReplay(
         run.path / "replay",
         window=cfg.batch_length,
@@ -85,7 +90,7 @@ def finetune(
         pack=True,  # the official replay never trains on shorter episodes
     )
     collection = Collection(env, policy, replay, device, watch, cfg.seed)
-    state = FinetuneState(cfg, action_dim, learner, collection)
+    state = FinetuneState(cfg, known, learner, collection)
     if checkpoint is not None and "collection" not in checkpoint:
         raise ValueError(
             f"the run in {cfg.run} is of an older version, which kept no running episodes: "
@@ -96,11 +101,14 @@ def finetune(
         print(f"finished: {run.path} has {done}")
         return
 
+    guard = UpdateGuard(run, learner.updates, cfg.max_skipped)
+    first = first_evaluation(cfg)
     per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
     done = checkpoint["step"] if checkpoint else 0
     bar = Progress(cfg.env_steps, initial=done, name="finetune", unit="steps")
     with (
         ExitStack() as opened,
+        run,
         open_logger(run, loggers, checkpoint) as logger,
         Interruption() as interruption,
         bar,
@@ -109,16 +117,23 @@ def finetune(
         evaluation = Evaluation(cfg, env_factory, learner.agent, device, interruption)
         opened.enter_context(closing(evaluation))
 
+        saved = done
+
         def evaluate() -> None:
             with watch("evaluation"):
-                evaluation(logger, state.step)
-            state.evaluation_due = evaluation.cut_off
+                score = evaluation(logger, state.step)
+                state.evaluation_due = evaluation.cut_off
+                if score is not None and (state.best is None or score > state.best):
+                    state.best = score
+                    save_checkpoint(run.checkpoints / BEST, state.state_dict())
 
         def save() -> None:
+            nonlocal saved
             with watch("logging"):
-                if state.losses is not None:
-                    check_finite(state.losses, state.step)
-                save_checkpoint(run.checkpoints / CHECKPOINT, state.state_dict())
+                now = state.state_dict()
+                save_run(cfg, run, now, saved)
+                replay.hold(now["replay"], cfg.keep)
+            saved = state.step
 
         if checkpoint is None:
             collection.reset()
@@ -154,22 +169,25 @@ def finetune(
                     if not learner.unaligned:
                         logger.log(aligned, step)
                 while state.updates_due >= 1 and not interruption.requested:
-                    state.losses = learner.update(collection.sample())
+                    state.losses = learner.update(collection.sample(), guard.watch)
                     state.updates_due -= 1
+                    guard.check(state.losses, step)
                 if learner.unaligned or state.updates_due >= 1:
                     break  # interrupted: the run goes on with the rest of the updates
             state.training_due = False
             losses = state.losses
             count = learner.model_update.count
-            metrics = {} if losses is None else {"updates": count, **shown(losses)}
+            metrics = {}
+            if losses is not None:
+                metrics = {"updates": count, **progress_metrics(losses), **guard.shown()}
             trained = (count - updates) * cfg.batch_size * cfg.batch_length
             with watch("logging"):
                 bar.update(step - bar.count, frames=trained, metrics=metrics)
                 if losses is not None and crossed(before, step, cfg.log_every):
-                    check_finite(losses, step)
-                    logger.log(without_twins(losses), step)
+                    logger.log({**drop_unweighted(losses), **guard.metrics()}, step)
             last = step >= cfg.env_steps and replay.num_episodes > 0
-            if last or (before >= cfg.prefill and crossed(before, step, cfg.eval_every)):
+            due = step >= first and crossed(before - first, step - first, cfg.eval_every)
+            if last or due:
                 state.evaluation_due = True
                 if not interruption.requested:
                     evaluate()
@@ -181,6 +199,8 @@ def finetune(
             if crossed(before, step, cfg.log_every):
                 logger.log_times(watch.summary(step), step)
         save()
+        if state.losses is not None and not interruption.requested:
+            guard.check(state.losses, state.step, last=True)
         if not interruption.requested and not replay.num_episodes:
             raise ValueError(
                 f"no episode was finished in {state.step} steps, so nothing was learned: raise "
@@ -202,6 +222,11 @@ def check(cfg: FinetuneConfig) -> None:
         raise ValueError(
             f"min_length={cfg.min_length} must not exceed batch_length={cfg.batch_length}"
         )
+    if cfg.eval_from is not None and cfg.eval_from < cfg.prefill:
+        raise ValueError(
+            f"eval_from={cfg.eval_from} lies in the prefill of {cfg.prefill} steps, in which "
+            f"nothing is learned: use eval_from={cfg.prefill} or more"
+        )
     if cfg.capacity < cfg.batch_length:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
 
@@ -216,24 +241,31 @@ def saved_first(save: Callable[[], None]) -> Iterator[None]:
         raise WorkerError(f"{error}; the run is saved, resume=auto continues it") from error
 
 
-def crossed(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, now]."""
-    return now // every > before // every
+def first_evaluation(cfg: FinetuneConfig) -> int:
+    """The step of the first evaluation: after the random actions."""
+    if cfg.eval_from is not None:
+        return cfg.eval_from
+    return (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
 
 
 class FinetuneState:
     """What a checkpoint holds of a fine-tuning run."""
 
     def __init__(
-        self, cfg: FinetuneConfig, action_dim: int, learner: Learner, collection: Collection
+        self,
+        cfg: FinetuneConfig,
+        known: dict[str, Any],
+        learner: Learner,
+        collection: Collection,
     ) -> None:
-        self.cfg, self.action_dim = cfg, action_dim
+        self.cfg, self.known = cfg, known  # of the environment, see `interface`
         self.learner, self.collection = learner, collection
         self.step = 0  # of the environment
         self.before = 0  # the step before that one
         self.updates_due = float(cfg.pretrain_updates)
         self.training_due = False  # not all that follows a step is done: updates, what is logged
         self.evaluation_due = False  # an interruption has cut the last one off
+        self.best: list[float] | None = None  # success and return of the best evaluation
         self.losses: TensorDictBase | None = None  # of the last update
 
     @property
@@ -259,7 +291,8 @@ class FinetuneState:
             "method": self.cfg.method,
             "size": self.cfg.size,
             "overrides": overrides(self.cfg.model),
-            "action_dim": self.action_dim,
+            **self.known,
+            "inputs": asdict(self.known["inputs"]),
             **{name: getattr(self, name) for name in COUNTERS},
             "losses": None if self.losses is None else self.losses.detach().to_dict(),
             **self.learner.state_dict(),

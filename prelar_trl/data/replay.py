@@ -19,7 +19,8 @@ class EpisodeReplay:
     """A replay of whole episodes in a folder, a ring of frames that forgets the oldest episodes.
 
     An episode can be sampled from the moment it is finished. Opening the folder again finds every
-    finished episode. After `close` the folder is a clip store that `VideoClips` reads.
+    finished episode; one whose data do not agree with its checksums is named in a warning and not
+    sampled. After `close` the folder is a clip store that `VideoClips` reads.
 
     Args:
         path: the folder; made if it is missing.
@@ -104,9 +105,10 @@ class EpisodeReplay:
 
         Args:
             data: ``pixels`` uint8, ``action`` float32, ``next`` with ``pixels``, ``reward``,
-                ``done`` and (else False) ``terminated``; ``is_first`` at the root (optional)
-                breaks an unfinished episode off, which is then kept as truncated. An episode whose
-                last step is ``dropped`` (under ``next``, optional) is forgotten.
+                ``done`` and (else False) ``terminated``; ``vector`` in both places, or in none;
+                ``is_first`` at the root (optional) breaks an unfinished episode off, which is then
+                kept as truncated. An episode whose last step is ``dropped`` (under ``next``,
+                optional) is forgotten.
 
         Returns:
             Indices int64 ``[M]`` of the frames of the episodes that were finished by this call.
@@ -129,9 +131,10 @@ class EpisodeReplay:
         """Draws a batch.
 
         Returns:
-            TensorDict ``[B, T]``: ``pixels`` uint8 ``[B, T, 3, H, W]``, ``action`` ``[B, T, A]``
-            (that led to the frame), ``reward`` ``[B, T, 1]`` (that came with it), ``is_first``
-            (True at t = 0, and wherever a row goes on with another window), ``terminated``.
+            TensorDict ``[B, T]``: ``pixels`` uint8 ``[B, T, 3 V, H, W]`` of V pictures, ``vector``
+            where it was given, ``action`` ``[B, T, A]`` (that led to the frame), ``reward``
+            ``[B, T, 1]`` (that came with it), ``is_first`` (True at t = 0, and wherever a row goes
+            on with another window), ``terminated``.
 
         Raises:
             RuntimeError: no finished episode is long enough.
@@ -165,15 +168,27 @@ class EpisodeReplay:
             **self._writer.state_dict(),
         }
 
+    def hold(self, state_dict: dict[str, Any], count: int = 1) -> None:
+        """Keeps what a state of `state_dict` knows on the disk, so that one can go back to it.
+
+        Call it when the state is saved. It takes space beyond the capacity: for the frames that
+        were written since the oldest state that is held.
+
+        Args:
+            state_dict: the state.
+            count: how many states are held, this one and those before it. Default: 1.
+        """
+        self.storage.hold(state_dict, count)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was taken, over the same folder.
 
-        Episodes that were finished later are dropped. Of those that the ring has overwritten since,
-        the ones that the last three states knew are still there; older states may miss some, which
-        is logged.
+        Episodes that were finished later are dropped. Of those that have been overwritten since,
+        which happens only when the ring was full, the ones of states that are held (`hold`) are
+        still there. What else is gone, by damage too, a warning says.
 
         Raises:
-            ValueError: the folder holds less than the state tells of.
+            ValueError: the folder holds no episode, and the state tells of some.
         """
         self.storage.load_state_dict(state_dict)
         self._writer.load_state_dict(state_dict)

@@ -119,7 +119,8 @@ class WorkerEnv(EnvBase):
         seeds: Sequence[int] | None = None,
         **_: Any,
     ) -> TensorDictBase:
-        """
+        """Begin episodes.
+
         Args:
             tensordict: ``_reset``, bool [N, 1], says which begin an episode. Default: all.
             seeds: of each worker's episode, see `begin_episode`. Default: what comes next.

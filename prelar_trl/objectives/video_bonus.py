@@ -27,6 +27,10 @@ class VideoBonus(nn.Module):
         embed_key: where a world model writes the embedding that it is meant for. Default: "embed".
     """
 
+    memory: Tensor  # [M, P]
+    filled: Tensor  # [] int64
+    magnitude: Tensor  # [] float64
+
     def __init__(
         self,
         embed_dim: int,
