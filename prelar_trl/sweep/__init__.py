@@ -9,8 +9,10 @@ from prelar_trl.sweep.engine import Engine, Results, module_command, read_json, 
 from prelar_trl.sweep.jobs import Job, Suite, Variant
 from prelar_trl.sweep.launchers import Launcher, LocalLauncher, Program, SlurmLauncher
 from prelar_trl.sweep.source import Source, lock_root, locked, prepare_source
+from prelar_trl.utils import STOPPED
 
 __all__ = [
+    "STOPPED",
     "Engine",
     "Job",
     "Launcher",
