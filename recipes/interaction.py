@@ -208,6 +208,7 @@ class Collection:
     def _drop(self, worker: int, steps: int, why: str) -> None:
         """The running episode is lost."""
         self.replay.drop(worker)
+        self._tracker.success[worker] = False
         self.dropped += 1
         print(
             f"warning: the running episode of environment {worker} ({steps} steps) is dropped: "
