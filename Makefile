@@ -9,12 +9,13 @@ STAMP := $(VENV)/.installed
 RENDERING := scripts/with_rendering.sh $(PY)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test lint learn install clean clean-demo
+.PHONY: help demo test lint learn soak install clean clean-demo
 
 help:
 	@echo "make demo    videos -> pre-training -> fine-tuning -> evaluation -> report, in $(DEMO)"
 	@echo "make test    run the tests"
 	@echo "make learn   learning check on the toy env, results in results/ (15 minutes)"
+	@echo "make soak    two hours in which workers are killed and hang, results in results/soak"
 	@echo "make lint    ruff (rules, format) and pyright (types)"
 	@echo "make clean   remove $(VENV), $(DEMO) and caches"
 	@echo "Each sets up $(VENV) first if needed. Another interpreter: make PYTHON=python3.12 ..."
@@ -44,6 +45,9 @@ lint: $(STAMP)
 
 demo: install
 	@$(RENDERING) scripts/demo.sh $(PY) $(DEMO)
+
+soak: install
+	@$(RENDERING) $(PY) benchmarks/soak.py
 
 learn: install
 	@$(RENDERING) $(PY) benchmarks/learn_toy.py
