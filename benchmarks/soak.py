@@ -1,4 +1,4 @@
-"""Hours of fine-tuning in which workers are killed and hang: does it grow, slow down, lose anything?
+"""Hours of fine-tuning in which workers die and hang: does it grow, slow down, lose anything?
 
 ``make soak``, or ``python benchmarks/soak.py --minutes 2`` as a rehearsal. For the toy and for
 Meta-world in turn, a run of size tiny with two workers; every few minutes one of them is killed, or
