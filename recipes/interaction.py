@@ -142,7 +142,7 @@ class Collection:
         return {
             "replay": replay | {"pending": pending},
             "collection": {
-                "now": self._now.to_dict(),
+                "now": self._now.exclude("action", "next").to_dict(),
                 "begun": list(self._begun),
                 "success": list(self._tracker.success),
                 "dropped": self.dropped,

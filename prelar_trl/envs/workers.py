@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -74,10 +76,13 @@ class WorkerEnv(EnvBase):
         self.failures = 0
         self._in_a_row = [0] * num_workers
         self._workers = [_Worker(self._make, seed + i) for i in range(num_workers)]
+        # They ignore what multiprocessing sends at the program's end, and that would be waited for.
+        self._at_exit = partial(_end, self._workers)
+        atexit.register(self._at_exit)
         try:
             specs = [worker.answer(START_SECONDS) for worker in self._workers][0]
         except WorkerError as error:
-            self._end()
+            _end(self._workers)
             raise WorkerError(
                 f"an environment could not be made in its process: it {error}"
             ) from None
@@ -192,13 +197,9 @@ class WorkerEnv(EnvBase):
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Ends the workers."""
-        self._end()
+        atexit.unregister(self._at_exit)
+        _end(self._workers)
         super().close(raise_if_closed=raise_if_closed)
-
-    def _end(self) -> None:
-        for worker in self._workers:
-            worker.kill(patience=5.0)
-        self._workers = []
 
 
 def worker_env(env: EnvBase) -> WorkerEnv | None:
@@ -206,6 +207,12 @@ def worker_env(env: EnvBase) -> WorkerEnv | None:
     while isinstance(env, TransformedEnv):
         env = env.base_env
     return env if isinstance(env, WorkerEnv) else None
+
+
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.kill(patience=5.0)
+    workers.clear()
 
 
 class _Worker:
