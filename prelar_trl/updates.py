@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast, get_args
 
@@ -68,7 +68,8 @@ def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
 def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
     """Step unless ``skip``, bool []; without a host sync if the optimizer is fused."""
     if optimizer.defaults["fused"]:
-        vars(optimizer)["found_inf"] = skip.float()  # where a GradScaler says so to the kernel
+        # Where a GradScaler says so to the kernel, which reads a float32.
+        vars(optimizer)["found_inf"] = skip.to(torch.float32)
         optimizer.step()
     elif not skip:
         optimizer.step()
@@ -300,13 +301,19 @@ class Alignment(Update):
         action_encoder: it alone is trained.
         inverse_model: of the pre-training run; stands still.
         lr: learning rate of Adam. Default: 1e-3.
+        preprocess: pixels -> what the inverse model sees. Default: in [-0.5, 0.5].
     """
 
     def __init__(
-        self, action_encoder: ActionEncoder, inverse_model: LatentActionEncoder, lr: float = 1e-3
+        self,
+        action_encoder: ActionEncoder,
+        inverse_model: LatentActionEncoder,
+        lr: float = 1e-3,
+        preprocess: Callable[[Tensor], Tensor] = normalize_pixels,
     ) -> None:
         super().__init__(action_encoder, "32", clip=100.0)
         self.action_encoder, self.inverse_model = action_encoder, inverse_model.eval()
+        self.preprocess = preprocess
         self.optimizers = {"align": make_adam(action_encoder.parameters(), lr)}
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -318,7 +325,7 @@ class Alignment(Update):
         """
         known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
         with torch.no_grad():
-            target, _ = self.inverse_model(normalize_pixels(batch["pixels"]), sample=False)
+            target, _ = self.inverse_model(self.preprocess(batch["pixels"]), sample=False)
             target = target[:, 1:]
             count = known.sum().clamp_min(1)
             mean = (target * known).sum((0, 1)) / count
@@ -371,7 +378,7 @@ class BehaviorUpdate(Update):
         self.slow_every, self.imag_batch = slow_every, imag_batch
         self.target = LambdaTarget(agent.slow_critic, lmbda)
         self.actor_loss = ActorLoss(gradient=gradient, entropy_scale=entropy_scale)
-        self.critic_loss = CriticLoss(agent.critic)
+        self.critic_loss = CriticLoss(agent.critic, delay_value=False)
         self.optimizers = {
             "actor": make_adam(agent.actor.parameters(), actor_lr),
             "critic": make_adam(agent.critic.parameters(), critic_lr),

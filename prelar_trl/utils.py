@@ -5,11 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_write", "check_choice", "listed", "lock_folder"]
+__all__ = ["atomic_write", "check_choice", "git_state", "listed", "lock_folder"]
 
 
 @contextmanager
@@ -73,3 +75,31 @@ def listed(words: Iterable[str]) -> str:
     """``a, b or c``."""
     *first, last = words
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def git_state(source: str | os.PathLike[str] = __file__) -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout that tracks ``source``.
+
+    None when ``source`` is not tracked: an installed wheel may lie inside a checkout of
+    something else, whose commit says nothing about this code.
+    """
+    source = Path(source).resolve()
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(source.parent), *args],
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+            )
+        except OSError:  # git is not installed
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", source.name) is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": git("status", "--porcelain") != ""}

@@ -279,8 +279,9 @@ def play(
 
 
 def images(td: TensorDictBase) -> Tensor:
-    """The frames of all environments of a step, ``[N, 3, H, W]``, on the CPU."""
-    return td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()
+    """The frames of all environments of a step, ``[N, 3, H, V W]``, on the CPU: views in a row."""
+    frames = td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()  # [N, 3 V, H, W]
+    return torch.cat(frames.split(3, 1), -1)
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, float]:

@@ -30,7 +30,12 @@ from prelar_trl.recipes.common import (
     seed_everything,
     summarize,
 )
-from prelar_trl.recipes.environments import build_env
+from prelar_trl.recipes.environments import (
+    build_env,
+    check_interface,
+    interface,
+    saved_interface,
+)
 from prelar_trl.recipes.interaction import act
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import bootstrap_interval, write_video
@@ -51,8 +56,8 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; evaluate a finetune run")
     agent = make_agent(
         checkpoint["method"],
-        action_dim=checkpoint["action_dim"],
         size=checkpoint["size"],
+        **saved_interface(checkpoint),
         **checkpoint["overrides"],
     )
     agent.load_state_dict(checkpoint["agent"])
@@ -66,17 +71,16 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
         env_factory,
         cfg.env or trained["env"],
         seed=cfg.seed,
+        pixels=trained.get("pixels", 64),
         camera=trained["camera"],
+        cameras=trained.get("cameras"),
+        vectors=trained.get("vectors"),
         render_quality=cfg.render_quality or trained["render_quality"],
         action_repeat=trained["action_repeat"],
         max_steps=trained["max_steps"],
         num_workers=min(cfg.num_workers, cfg.episodes),
     )
-    if env.action_spec.shape[-1] != policy.action_dim:
-        raise ValueError(
-            f"env={cfg.env or trained['env']} has {env.action_spec.shape[-1]} action dimensions, "
-            f"the agent in {cfg.run} has {policy.action_dim}"
-        )
+    check_interface(cfg.env or trained["env"], interface(env), cfg.run, saved_interface(checkpoint))
     env = env.append_transform(policy.make_primer())
     records, clips = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
     env.close(raise_if_closed=False)

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("finetune"))
 
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -36,14 +37,13 @@ from prelar_trl.recipes.common import (
     save_run,
     seed_everything,
 )
+from prelar_trl.recipes.environments import interface
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
 from prelar_trl.recipes.learner import Learner, make_learner
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
-
-FRAME_BYTES = 3 * 64 * 64
 
 
 def finetune(
@@ -64,12 +64,14 @@ def finetune(
         torch.set_num_threads(cfg.threads)
 
     env = make_training_env(cfg, env_factory, cfg.seed, cfg.num_workers)
-    action_dim = env.action_spec.shape[-1]
-    learner = make_learner(cfg, action_dim, device, watch)
+    known = interface(env)
+    learner = make_learner(cfg, known, device, watch)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
     env = env.append_transform(policy.make_primer())
     frames = min(cfg.capacity, cfg.env_steps // cfg.action_repeat)
-    run, checkpoint = open_run(cfg, learner.agent, data_bytes=frames * FRAME_BYTES)
+    run, checkpoint = open_run(
+        cfg, learner.agent, data_bytes=frames * env.observation_spec["pixels"].shape[-3:].numel()
+    )
     replay = EpisodeReplay(
         run.path / "replay",
         window=cfg.batch_length,
@@ -81,7 +83,7 @@ def finetune(
         pack=True,  # the official replay never trains on shorter episodes
     )
     collection = Collection(env, policy, replay, device, watch)
-    state = FinetuneState(cfg, action_dim, learner, collection)
+    state = FinetuneState(cfg, known, learner, collection)
     if checkpoint is not None:
         state.load_state_dict(checkpoint)
         if state.step >= cfg.env_steps and not state.evaluation_due:
@@ -105,6 +107,7 @@ def finetune(
 
     guard = UpdateGuard(run, learner.updates, cfg.max_skipped)
     model_update = learner.model_update
+    first = first_evaluation(cfg)
     per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
     bar = Progress(cfg.env_steps, initial=state.step, name="finetune", unit="steps")
     with (
@@ -156,7 +159,7 @@ def finetune(
                 bar.update(per_step, frames=trained, metrics=metrics)
                 if losses is not None and crossed(before, step, cfg.log_every):
                     logger.log({**drop_unweighted(losses), **guard.metrics()}, step)
-            if not random_phase and crossed(before, step, cfg.eval_every):
+            if step >= first and crossed(before - first, step - first, cfg.eval_every):
                 evaluate()
             if step >= cfg.env_steps:
                 break
@@ -193,17 +196,33 @@ def check(cfg: FinetuneConfig) -> None:
         raise ValueError(
             f"min_length={cfg.min_length} must not exceed batch_length={cfg.batch_length}"
         )
+    if cfg.eval_from is not None and cfg.eval_from < cfg.prefill:
+        raise ValueError(
+            f"eval_from={cfg.eval_from} lies in the prefill of {cfg.prefill} steps, in which "
+            f"nothing is learned: use eval_from={cfg.prefill} or more"
+        )
     if cfg.capacity < cfg.batch_length:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
+
+
+def first_evaluation(cfg: FinetuneConfig) -> int:
+    """The step of the first evaluation: after the random actions."""
+    if cfg.eval_from is not None:
+        return cfg.eval_from
+    return (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
 
 
 class FinetuneState:
     """What a checkpoint holds of a fine-tuning run."""
 
     def __init__(
-        self, cfg: FinetuneConfig, action_dim: int, learner: Learner, collection: Collection
+        self,
+        cfg: FinetuneConfig,
+        known: dict[str, Any],
+        learner: Learner,
+        collection: Collection,
     ) -> None:
-        self.cfg, self.action_dim = cfg, action_dim
+        self.cfg, self.known = cfg, known  # of the environment, see `interface`
         self.learner, self.collection = learner, collection
         self.step = 0  # of the environment
         self.updates_due = float(cfg.pretrain_updates)
@@ -216,7 +235,8 @@ class FinetuneState:
             "method": self.cfg.method,
             "size": self.cfg.size,
             "overrides": overrides(self.cfg.model),
-            "action_dim": self.action_dim,
+            **self.known,
+            "inputs": asdict(self.known["inputs"]),
             "step": self.step,
             "updates_due": self.updates_due,
             "evaluation_due": self.evaluation_due,

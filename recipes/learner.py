@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate, compile_update
 from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.pretrained import added_inputs
 from prelar_trl.recipes.pretrained import (
     make_alignment,
     make_rehearsal,
@@ -106,14 +107,17 @@ class Learner:
 
 
 def make_learner(
-    cfg: FinetuneConfig, action_dim: int, device: torch.device, watch: Stopwatch
+    cfg: FinetuneConfig, known: Mapping[str, Any], device: torch.device, watch: Stopwatch
 ) -> Learner:
     """Networks, losses and optimizers, with the pre-trained weights if there are any.
+
+    Args:
+        known: of the environment, see :func:`prelar_trl.recipes.environments.interface`.
 
     Raises:
         ValueError: settings, or a pre-training run, that do not go together.
     """
-    agent = make_agent(cfg.method, action_dim=action_dim, size=cfg.size, **overrides(cfg.model))
+    agent = make_agent(cfg.method, size=cfg.size, **known, **overrides(cfg.model))
     if agent.video_bonus is not None and cfg.batch_length < agent.video_bonus.window:
         raise ValueError(
             f"batch_length={cfg.batch_length} is shorter than the video bonus's window of "
@@ -124,6 +128,8 @@ def make_learner(
     pretrained = read_pretrained_run(cfg)
     if pretrained is not None and not cfg.resume:
         load_pretrained(agent.world_model, pretrained["model"])
+        if anew := added_inputs(agent.world_model):
+            print(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
     accelerate(agent.to(device).eval())
     alignment = make_alignment(cfg, agent.world_model, pretrained, device)
     loss = make_world_model_loss(

@@ -49,6 +49,7 @@ from prelar_trl.record import (
     video_grid,
     write_picture,
 )
+from prelar_trl.types import Inputs
 from prelar_trl.updates import WorldModelUpdate
 
 
@@ -61,7 +62,12 @@ def pretrain(cfg: PretrainConfig) -> None:
         torch.set_num_threads(cfg.threads)
 
     world_model = make_world_model(
-        cfg.method, "pretrain", action_dim=0, size=cfg.size, **overrides(cfg.model)
+        cfg.method,
+        "pretrain",
+        action_dim=0,
+        inputs=Inputs(cfg.pixels),
+        size=cfg.size,
+        **overrides(cfg.model),
     )
     clips, heldout = open_clips(cfg, world_model, device)
     loss = accelerate(make_loss(cfg, world_model, clips).to(device))
@@ -86,6 +92,7 @@ def pretrain(cfg: PretrainConfig) -> None:
             "method": cfg.method,
             "size": cfg.size,
             "overrides": overrides(cfg.model),
+            "inputs": {"size": cfg.pixels},
             "step": update.count,
             "model": world_model.state_dict(),
             "update": update.state_dict(),
@@ -209,8 +216,11 @@ def open_clips(
     )
     heldout = VideoClips(cfg.data, batch_size=8, seed=0, split=splits[1], **share, **common)
     height, width = clips.stores[0].size
-    if (height, width) != (64, 64):
-        raise ValueError(f"data={cfg.data} has frames of {height}x{width}; make it with pixels=64")
+    if (height, width) != (cfg.pixels, cfg.pixels):
+        raise ValueError(
+            f"data={cfg.data} has frames of {height}x{width}; make it with pixels={cfg.pixels}, or "
+            "train with its pixels="
+        )
     return clips, heldout
 
 

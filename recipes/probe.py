@@ -34,6 +34,7 @@ from prelar_trl.envs import play_toy
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model
 from prelar_trl.modules import RSSMWorldModel
+from prelar_trl.modules.world_model import normalize_pixels
 from prelar_trl.probes import (
     action_effects,
     frame_difference,
@@ -56,6 +57,7 @@ from prelar_trl.record import (
     plot_scatter,
     write_picture,
 )
+from prelar_trl.types import Inputs
 from prelar_trl.utils import atomic_write
 
 EXCHANGES = 4  # other actions that each transition's own is compared with
@@ -154,6 +156,7 @@ def make_model(checkpoint: dict[str, Any]) -> RSSMWorldModel:
         checkpoint["method"],
         "pretrain",
         action_dim=0,
+        inputs=Inputs(**checkpoint.get("inputs", {})),
         size=checkpoint["size"],
         **checkpoint["overrides"],
     )
@@ -209,7 +212,7 @@ def features(
     if not has_actions:
         return {}
     images = world_model.preprocess(batch["pixels"])
-    flow = world_model.preprocess(batch["flow"]) if "flow" in batch.keys() else None
+    flow = normalize_pixels(batch["flow"], images.dtype) if "flow" in batch.keys() else None
     found = {
         "target": cast(Tensor, batch["action"])[:, 1:],
         "frame_difference": frame_difference(images),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import shutil
 import signal
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from tests.toy_runs import (
     finetune_config,
     make_clips,
     pretrain_config,
+    rows,
 )
 
 CNN = {"images": "cnn"}
@@ -203,11 +203,6 @@ def made(tmp_path_factory):
         cfg = pretrain_config(clips, folder / method, method=method, **copy.deepcopy(quick))
         pretrain(cfg)
     return SimpleNamespace(clips=clips, prelar=folder / "prelar", apv=folder / "apv")
-
-
-def rows(run):
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def aligned_config(run, made, **changes):

@@ -39,6 +39,7 @@ _STREAMS = {
     "action": "actions",
     "reward": "rewards",
     "terminated": "terminated",
+    "vector": "vectors",  # only where the environment gives it
 }
 _SHARDS = 8  # at least so many, so that deleting the oldest keeps the disk near the capacity
 _SHARD_BYTES = 2**28
@@ -62,7 +63,6 @@ class EpisodeStorage(FrameStorage):
     def __init__(self, path: Path, capacity: int, *, pin_memory: bool = False) -> None:
         super().__init__(capacity, pin_memory=pin_memory)
         self.path = path
-        self.streams = _STREAMS
         self._store: ClipWriter | None = None
         self._open()
 
@@ -105,6 +105,7 @@ class EpisodeStorage(FrameStorage):
         if store is not None and clips:
             start += store.num_evicted_frames
             shards = self._shards or [MappedShards(self.path, store.streams)]
+            self.streams = {k: x for k, x in _STREAMS.items() if x in store.streams}
         self.set_clips(shards, start, frames, where, first=self.num_written - len(clips))
 
     def episodes(self) -> dict[str, Any]:
@@ -119,7 +120,8 @@ class EpisodeStorage(FrameStorage):
         """Writes one episode.
 
         Args:
-            frames: ``[L + 1]``: ``pixels``, ``action``, ``reward``, ``terminated``.
+            frames: ``[L + 1]``: ``pixels``, ``action``, ``reward``, ``terminated``, and by option
+                ``vector``.
 
         Returns:
             Its indices int64 ``[L + 1]``.
@@ -131,7 +133,9 @@ class EpisodeStorage(FrameStorage):
         if len(frames) > self.max_size:
             raise ValueError(f"an episode of {len(frames)} frames exceeds capacity={self.max_size}")
         arrays = {
-            name: cast(Tensor, frames[key]).contiguous().numpy() for key, name in _STREAMS.items()
+            name: cast(Tensor, frames[key]).contiguous().numpy()
+            for key, name in _STREAMS.items()
+            if key in frames.keys()
         }
         store = self._store
         if store is None:
@@ -157,7 +161,8 @@ class EpisodeStorage(FrameStorage):
     def frame_shape(self, key: str) -> list[int] | None:
         """Shape of one frame of ``key``; None before the first episode."""
         streams = self._store.streams if self._store else {}
-        return list(streams[_STREAMS[key]].shape) if streams else None
+        stream = streams.get(_STREAMS[key])
+        return None if stream is None else list(stream.shape)
 
     def close(self) -> None:
         """Finishes the clip store, so that others can read it; opening it again continues."""
@@ -266,19 +271,21 @@ class EpisodeWriter(Writer):
             raise ValueError(f"the data lack {', '.join(map(str, missing))}")
         for key in ("pixels", ("next", "pixels")):
             pixels = data[key]
-            if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] != 3:
+            if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] % 3:
                 raise ValueError(
-                    f"{key} must be uint8 [3, H, W] per step, got {pixels.dtype} "
-                    f"{list(pixels.shape[2:])}"
+                    f"{key} must be uint8 [3, H, W] per step (or 3 channels a picture), got "
+                    f"{pixels.dtype} {list(pixels.shape[2:])}"
                 )
-        for key in ("action", ("next", "reward")):
-            value = data[key]
+        for key in ("action", ("next", "reward"), "vector", ("next", "vector")):
+            if (value := data.get(key, None)) is None:
+                continue
             if not value.is_floating_point():
                 raise ValueError(f"{key} must be floating point, got {value.dtype}")
             if not bool(value.isfinite().all()):
                 worker, step = (~value.isfinite()).nonzero()[0, :2].tolist()
                 raise ValueError(f"{key} is NaN or infinite at step {step} of environment {worker}")
-        for key in ("pixels", "action"):
+        vector = ["vector"] if "vector" in data.keys() else []
+        for key in ("pixels", "action", *vector):
             have, got = self._storage.frame_shape(key), list(data[key].shape[2:])
             if have not in (None, got):
                 raise ValueError(
@@ -340,9 +347,14 @@ def _rows(steps: TensorDictBase, new: bool) -> TensorDict:
         },
         batch_size=[count],
     ).cpu()
+    has_vector = "vector" in steps.keys() and "vector" in following.keys()
+    if has_vector:
+        rows["vector"] = following["vector"].float().cpu()
     if not new:
         return rows.clone()
     first = cast(TensorDict, torch.zeros_like(rows[:1]))
     first["pixels"] = steps["pixels"][:1].cpu()
+    if has_vector:
+        first["vector"] = steps["vector"][:1].float().cpu()
     first["is_first"] = torch.ones(1, 1, dtype=torch.bool)
     return cast(TensorDict, TensorDict.cat([first, rows]))

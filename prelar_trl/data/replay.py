@@ -105,8 +105,9 @@ class EpisodeReplay:
 
         Args:
             data: ``pixels`` uint8, ``action`` float32, ``next`` with ``pixels``, ``reward``,
-                ``done`` and (else False) ``terminated``; ``is_first`` at the root (optional)
-                breaks an unfinished episode off, which is then kept as truncated.
+                ``done`` and (else False) ``terminated``; ``vector`` in both places, or in none;
+                ``is_first`` at the root (optional) breaks an unfinished episode off, which is then
+                kept as truncated.
 
         Returns:
             Indices int64 ``[M]`` of the frames of the episodes that were finished by this call.
@@ -125,9 +126,10 @@ class EpisodeReplay:
         """Draws a batch.
 
         Returns:
-            TensorDict ``[B, T]``: ``pixels`` uint8 ``[B, T, 3, H, W]``, ``action`` ``[B, T, A]``
-            (that led to the frame), ``reward`` ``[B, T, 1]`` (that came with it), ``is_first``
-            (True at t = 0, and wherever a row goes on with another window), ``terminated``.
+            TensorDict ``[B, T]``: ``pixels`` uint8 ``[B, T, 3 V, H, W]`` of V pictures, ``vector``
+            where it was given, ``action`` ``[B, T, A]`` (that led to the frame), ``reward``
+            ``[B, T, 1]`` (that came with it), ``is_first`` (True at t = 0, and wherever a row goes
+            on with another window), ``terminated``.
 
         Raises:
             RuntimeError: no finished episode is long enough.

@@ -96,6 +96,13 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def store_folder(path: Path) -> Path:
+    """The folder of a store: ``path``, or the replay in it if that is a fine-tuning run's."""
+    replay = path / "replay"
+    is_run = not (path / "store.json").exists() and (replay / "store.json").is_file()
+    return replay if is_run else path
+
+
 def streams_of(meta: dict[str, Any]) -> dict[str, Stream]:
     """The streams that ``store.json`` declares."""
     return {
@@ -210,7 +217,7 @@ class ClipStore:
     the store is at most 64 MiB, else by `verify`.
 
     Args:
-        path: the folder.
+        path: the folder, or that of a fine-tuning run, whose replay is meant.
 
     Attributes:
         meta: contents of ``store.json``.
@@ -225,12 +232,14 @@ class ClipStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = store_folder(Path(path))
         self.meta = read_meta(self.path)
         if not self.meta["complete"]:
+            source = self.meta["source"]
+            how = "finetune, with resume=true" if source == "replay" else source
             raise StoreError(
-                f"clip store {str(path)!r} is unfinished: run the command that makes it "
-                f"({self.meta['source']}) once more, it continues where it stopped"
+                f"clip store {str(path)!r} is unfinished: run the command that makes it ({how}) "
+                "once more, it continues where it stopped"
             )
         self.streams = streams_of(self.meta)
         self.shards = MappedShards(self.path, self.streams)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -116,30 +116,27 @@ def _any_of(tensordict: TensorDictBase, keys: list[NestedKey]) -> torch.Tensor:
 
 
 class Pixels(Transform):
-    """Add the present picture under ``pixels``, uint8 [3, size, size].
+    """Add the present pictures under ``pixels``, uint8 [3 V, size, size].
 
     Args:
-        picture: gives the picture, of any kind that :mod:`prelar_trl.envs.pictures` reads.
+        pictures: V functions, each of which gives a picture of any kind that
+            :mod:`prelar_trl.envs.pictures` reads. One that has a ``close`` is closed with the
+            environment.
         size: height and width.
-        source: what gives it, for messages.
-        close: called when the environment closes.
+        source: what gives them, for messages.
     """
 
     def __init__(
-        self,
-        picture: Callable[[], Any],
-        size: int,
-        *,
-        source: str = "the camera",
-        close: Callable[[], None] = lambda: None,
+        self, pictures: Sequence[Callable[[], Any]], size: int, *, source: str = "the camera"
     ) -> None:
         super().__init__(out_keys=["pixels"])
-        self._picture, self._close = picture, close
-        self._convert = PictureConverter(size, source=source)
+        self._pictures, self._size = pictures, size
+        self._converters = [PictureConverter(size, source=source) for _ in pictures]
 
     def draw(self) -> torch.Tensor:
-        """The present picture."""
-        return self._convert(self._picture())
+        """The present pictures."""
+        pairs = zip(self._converters, self._pictures, strict=True)
+        return torch.cat([convert(picture()) for convert, picture in pairs])
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         return next_tensordict.set("pixels", self.draw())
@@ -150,29 +147,30 @@ class Pixels(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        size = self._convert.size
-        observation_spec["pixels"] = Bounded(0, 255, torch.Size([3, size, size]), dtype=torch.uint8)
+        shape = torch.Size([3 * len(self._pictures), self._size, self._size])
+        observation_spec["pixels"] = Bounded(0, 255, shape, dtype=torch.uint8)
         return observation_spec
 
     def close(self) -> None:
-        self._close()
+        for picture in self._pictures:
+            if hasattr(picture, "close"):
+                picture.close()
 
 
 class ToPixels(Transform):
-    """Move a picture among the observations to ``pixels``, uint8 [*batch, 3, size, size].
+    """Move V pictures among the observations to ``pixels``, uint8 [*batch, 3 V, size, size].
 
     Args:
-        key: where the picture is.
-        convert: how it becomes one.
+        converters: where a picture is -> how it becomes one.
     """
 
-    def __init__(self, key: NestedKey, convert: PictureConverter) -> None:
-        super().__init__(in_keys=[key], out_keys=["pixels"])
-        self._key, self._convert = key, convert
+    def __init__(self, converters: Mapping[NestedKey, PictureConverter]) -> None:
+        super().__init__(in_keys=[*converters], out_keys=["pixels"])
+        self._converters = converters
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        pixels = self._convert(next_tensordict[self._key])
-        return next_tensordict.exclude(self._key).set("pixels", pixels)
+        views = [convert(next_tensordict[key]) for key, convert in self._converters.items()]
+        return next_tensordict.exclude(*self._converters).set("pixels", torch.cat(views, -3))
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
@@ -180,10 +178,38 @@ class ToPixels(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        size = self._convert.size
-        shape = (*observation_spec.shape, 3, size, size)
-        del observation_spec[self._key]
-        observation_spec["pixels"] = Bounded(0, 255, torch.Size(shape), dtype=torch.uint8)
+        size = next(iter(self._converters.values())).size
+        shape = torch.Size([*observation_spec.shape, 3 * len(self._converters), size, size])
+        for key in self._converters:
+            del observation_spec[key]
+        observation_spec["pixels"] = Bounded(0, 255, shape, dtype=torch.uint8)
+        return observation_spec
+
+
+class Vector(Transform):
+    """Put observations, one behind the other, under ``vector``, float32 [*batch, size].
+
+    Args:
+        keys: what an agent is to see, of any shape and number type; they stay where they are.
+    """
+
+    def __init__(self, keys: Sequence[NestedKey]) -> None:
+        super().__init__(in_keys=list(keys), out_keys=["vector"])
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        batch = next_tensordict.batch_size
+        parts = [next_tensordict[key].reshape(*batch, -1).float() for key in self.in_keys]
+        return next_tensordict.set("vector", torch.cat(parts, -1))
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        batch = observation_spec.shape
+        size = sum(observation_spec[key].shape[len(batch) :].numel() for key in self.in_keys)
+        observation_spec["vector"] = Unbounded((*batch, size))
         return observation_spec
 
 

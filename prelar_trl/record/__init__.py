@@ -11,6 +11,7 @@ from prelar_trl.record.comparison import (
 )
 from prelar_trl.record.logger import Logger, check_backends
 from prelar_trl.record.plots import (
+    COLORS,
     Series,
     plot_bars,
     plot_curves,
@@ -45,6 +46,7 @@ from prelar_trl.record.video import (
 )
 
 __all__ = [
+    "COLORS",
     "Comparison",
     "Logger",
     "MethodStyle",

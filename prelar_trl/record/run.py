@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import weakref
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from prelar_trl.utils import atomic_write, lock_folder
+from prelar_trl.utils import atomic_write, git_state, lock_folder
 
 PACKAGES = (
     "prelar_trl",
@@ -214,34 +213,6 @@ def describe_session(seed: int | None = None) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "packages": packages,
     }
-
-
-def git_state(source: str | os.PathLike[str] = __file__) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout that tracks ``source``.
-
-    None when ``source`` is not tracked: an installed wheel may lie inside a checkout of
-    something else, whose commit says nothing about this code.
-    """
-    source = Path(source).resolve()
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(source.parent), *args],
-                capture_output=True,
-                text=True,
-                stdin=subprocess.DEVNULL,
-            )
-        except OSError:  # git is not installed
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", source.name) is None:
-        return None
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "dirty": git("status", "--porcelain") != ""}
 
 
 def check_space(path: str | os.PathLike[str], need_bytes: int) -> None:
