@@ -119,7 +119,7 @@ def check_trust(run: str, name: str, value: Any, trust_code: bool) -> None:
 
 
 def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> None:
-    """Write the newest checkpoint, and one that stays if ``keep_every`` was passed.
+    """Write the newest checkpoint, and one that stays if a multiple of ``keep_every`` was passed.
 
     Args:
         cfg: the recipe's configuration.
@@ -127,7 +127,8 @@ def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> No
         state: what to write; ``step`` among it.
         before: the step of the checkpoint before it.
     """
-    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=cfg.keep)
+    keep = cfg.keep if state["step"] > before else 1  # the same step again takes its own place
+    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)
     if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
         with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
             shutil.copyfile(path, part)
