@@ -290,11 +290,17 @@ class SweepConfig(Config):
 
 @dataclass
 class PlotConfig(Config):
-    """``plot.py``: a report from run folders."""
+    """``plot.py``: a report from run folders, or a comparison of groups of them."""
 
-    runs: Any = MISSING  # run folders, one or a list
+    runs: Any = MISSING  # run folders, or folders in which such lie; one or a list
     out: str = "report.html"
-    title: str = "Training report"
+    title: str | None = None  # null: Training report, or Learning curves
+    # A config key, e.g. method or model.latent_action: its values are compared, with statistics.
+    compare: str | None = None  # null: a report of each run
+    reference: str | None = None  # compare: CSV of others with method, task, seed, env_step, scores
+    reference_name: str = "reference"  # goes after their methods
+    at: list[int] | None = None  # compare: steps of the table; null: 105k, 205k, 245k or the last
+    baseline: str | None = None  # compare: the group to be better than; null: dreamerv2, or first
 
 
 @dataclass
