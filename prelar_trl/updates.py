@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast, get_args
 
@@ -65,22 +65,29 @@ def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
     return Adam(trained, lr=lr, eps=1e-5, weight_decay=1e-6, fused=fused)
 
 
-def clip_and_step(optimizer: Optimizer, clip: float) -> Tensor:
-    """Clip the gradients' global norm, step, clear; returns the norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = clip_grad_norm_(parameters, clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+    """Step unless ``skip``, bool []; without a host sync if the optimizer is fused."""
+    if optimizer.defaults["fused"]:
+        # Where a GradScaler says so to the kernel, which reads a float32.
+        vars(optimizer)["found_inf"] = skip.to(torch.float32)
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
 
 
 class Update:
-    """Base of the two updates: loss and gradient, optimizers by name, saving and loading.
+    """Base of the updates: loss and gradient, optimizers by name, saving and loading.
+
+    One whose loss or gradient is not finite is skipped: no optimizer steps.
 
     Args:
         module: has all parameters and buffers that :meth:`losses` uses.
         precision: ``32``, or ``bf16`` for autocast.
         clip: largest global gradient norm of an optimizer's parameters.
+
+    Attributes:
+        count: updates so far, skipped ones among them.
+        skipped, skipped_in_a_row: how many, on the loss's device: only who reads them waits.
     """
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
@@ -88,6 +95,7 @@ class Update:
         self.module, self.mixed, self.clip = module, precision == "bf16", clip
         self.optimizers: dict[str, Optimizer] = {}
         self.count = 0
+        self.skipped = self.skipped_in_a_row = torch.zeros((), dtype=torch.int64)
 
     def losses(self, *inputs: Any) -> TensorDict:
         """The losses of these inputs, ``loss_*`` entries among them."""
@@ -102,18 +110,30 @@ class Update:
     def autocast(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed else nullcontext()
 
-    def step_optimizers(self) -> dict[str, Tensor]:
-        return {
-            f"grad_norm_{name}": clip_and_step(optimizer, self.clip)
-            for name, optimizer in self.optimizers.items()
-        }
+    def step_optimizers(self, loss: Tensor) -> dict[str, Tensor]:
+        """Clip the global norm of each optimizer's gradients, step, clear; the norms before.
+
+        If the loss or a norm is NaN or infinite, all parameters and moments stay as they are.
+        """
+        norms = {}
+        for name, optimizer in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norms[f"grad_norm_{name}"] = clip_grad_norm_(parameters, self.clip)
+        skip = ~torch.stack([loss, *norms.values()]).isfinite().all()
+        for optimizer in self.optimizers.values():
+            step_unless(optimizer, skip)
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped = self.skipped.to(skip.device) + skip
+        self.skipped_in_a_row = (self.skipped_in_a_row.to(skip.device) + 1) * skip
+        return norms
 
     def state_dict(self) -> dict:
         optimizers = {name: o.state_dict() for name, o in self.optimizers.items()}
-        return {"count": self.count, "optimizers": optimizers}
+        return {"count": self.count, "skipped": int(self.skipped), "optimizers": optimizers}
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
+        self.skipped = torch.tensor(state.get("skipped", 0))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
 
@@ -169,8 +189,11 @@ class WorldModelUpdate(Update):
         self.loss.train()
         if self.rehearsal is not None:
             self.rehearsal.train()
+        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         losses = self.forward_backward(batch, video)
-        losses.update(self.step_optimizers())
+        losses.update(self.step_optimizers(total_loss(losses)))
+        for buffer, old in before:  # statistics know no skipped batch
+            buffer.copy_(torch.where(self.skipped_in_a_row > 0, old, buffer))
         if self.scheduler is not None:
             self.scheduler.step()
         self.count += 1
@@ -278,13 +301,19 @@ class Alignment(Update):
         action_encoder: it alone is trained.
         inverse_model: of the pre-training run; stands still.
         lr: learning rate of Adam. Default: 1e-3.
+        preprocess: pixels -> what the inverse model sees. Default: in [-0.5, 0.5].
     """
 
     def __init__(
-        self, action_encoder: ActionEncoder, inverse_model: LatentActionEncoder, lr: float = 1e-3
+        self,
+        action_encoder: ActionEncoder,
+        inverse_model: LatentActionEncoder,
+        lr: float = 1e-3,
+        preprocess: Callable[[Tensor], Tensor] = normalize_pixels,
     ) -> None:
         super().__init__(action_encoder, "32", clip=100.0)
         self.action_encoder, self.inverse_model = action_encoder, inverse_model.eval()
+        self.preprocess = preprocess
         self.optimizers = {"align": make_adam(action_encoder.parameters(), lr)}
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -296,7 +325,7 @@ class Alignment(Update):
         """
         known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
         with torch.no_grad():
-            target, _ = self.inverse_model(normalize_pixels(batch["pixels"]), sample=False)
+            target, _ = self.inverse_model(self.preprocess(batch["pixels"]), sample=False)
             target = target[:, 1:]
             count = known.sum().clamp_min(1)
             mean = (target * known).sum((0, 1)) / count
@@ -304,9 +333,9 @@ class Alignment(Update):
         latent, _ = self.action_encoder(batch["action"], sample=False)
         error = ((latent[:, 1:] - target).square() * known).sum((0, 1)) / count  # [U]
         error.mean().backward()
-        self.step_optimizers()
-        self.count += 1
         error = error.detach()
+        self.step_optimizers(error.mean())
+        self.count += 1
         r2 = 1 - error.sum() / variance.sum().clamp_min(1e-8)
         return {"align_error": error.mean(), "align_r2": r2}
 
@@ -349,7 +378,7 @@ class BehaviorUpdate(Update):
         self.slow_every, self.imag_batch = slow_every, imag_batch
         self.target = LambdaTarget(agent.slow_critic, lmbda)
         self.actor_loss = ActorLoss(gradient=gradient, entropy_scale=entropy_scale)
-        self.critic_loss = CriticLoss(agent.critic)
+        self.critic_loss = CriticLoss(agent.critic, delay_value=False)
         self.optimizers = {
             "actor": make_adam(agent.actor.parameters(), actor_lr),
             "critic": make_adam(agent.critic.parameters(), critic_lr),
@@ -364,7 +393,7 @@ class BehaviorUpdate(Update):
             start = start[: self.imag_batch]
         with frozen(self.agent.world_model):
             losses = self.forward_backward(start, sample)
-        losses.update(self.step_optimizers())
+        losses.update(self.step_optimizers(total_loss(losses)))
         if self.count % self.slow_every == 0:
             self.agent.slow_critic.load_state_dict(self.agent.critic.state_dict())
         self.count += 1

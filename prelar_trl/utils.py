@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_write", "check_choice", "git_state", "listed"]
+__all__ = ["atomic_write", "check_choice", "git_state", "listed", "lock_folder"]
 
 
 @contextmanager
@@ -28,14 +29,39 @@ def atomic_write(path: str | os.PathLike[str], *, sync: bool = False) -> Iterato
     try:
         yield part
         if sync:
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_to_disk(part)
         os.replace(part, path)
+        if sync:
+            sync_to_disk(path.parent)
     finally:
         if part.is_dir():
             shutil.rmtree(part)
         else:
             part.unlink(missing_ok=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock_folder(path: str | os.PathLike[str]) -> int:
+    """Locks a folder against other writers, until the handle is closed or the process ends.
+
+    Raises:
+        BlockingIOError: someone else holds the lock.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

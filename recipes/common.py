@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,13 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
-from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 from prelar_trl.types import Backend
+from prelar_trl.utils import atomic_write
 
 CHECKPOINT = "last.pt"
+BEST = "best.pt"  # evaluated, while fine-tuning
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
@@ -58,8 +61,8 @@ def open_run(
 ) -> tuple[RunFolder, dict[str, Any] | None]:
     """The run folder, and the checkpoint to continue from (``resume=true``), or None.
 
-    There must be space for two checkpoints of ``module`` with Adam's two moments, and for
-    ``data_bytes`` of a replay.
+    The folder is locked. There must be space for the checkpoints of ``module`` with Adam's two
+    moments, the best and one that is being written among them, and for ``data_bytes`` of a replay.
     """
     if not cfg.resume:
         if (Path(cfg.run).expanduser() / "config.yaml").exists():
@@ -68,20 +71,71 @@ def open_run(
                 "choose another folder"
             )
         state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-        need = 2 * 3 * state + data_bytes + MARGIN_BYTES
+        need = (cfg.keep + 2) * 3 * state + data_bytes + MARGIN_BYTES
         return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
     run = RunFolder.load(cfg.run)
+    run.lock()
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
-    changeable += ("compile",)
+    changeable += ("compile", "keep", "keep_every", "max_skipped", "trust_code")
     for name, value in plain(asdict(cfg)).items():
         if name not in changeable and run.config.get(name) != value:
             raise ValueError(
                 f"resume: {name}={value} but the run in {cfg.run} was started with "
                 f"{name}={run.config.get(name)}; repeat its command with resume=true"
             )
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
     run.note_continuation(checkpoint["step"])
     return run, checkpoint
+
+
+def read_run(
+    path: str, *, trust_code: bool, checkpoint: str = CHECKPOINT, typed: str | None = None
+) -> tuple[RunFolder, dict[str, Any]]:
+    """A run folder that may come from anybody, and a checkpoint of it.
+
+    Args:
+        path: the folder.
+        trust_code: its model may be made by a module that the folder names.
+        checkpoint: which.
+        typed: the latent action of this command, which needs no trust.
+
+    Raises:
+        FileNotFoundError, ValueError: none, damage, or code that is not trusted.
+    """
+    run = RunFolder.load(path)
+    state = load_checkpoint(run.checkpoints / checkpoint)
+    kind = state.get("overrides", {}).get("latent_action")
+    check_trust(path, "model.latent_action", kind, trust_code or kind == typed)
+    return run, state
+
+
+def check_trust(run: str, name: str, value: Any, trust_code: bool) -> None:
+    """Refuse a setting of a run folder that names a module, whose import would run its code."""
+    if ":" in str(value) and not trust_code:
+        raise ValueError(
+            f"run folder {run} has {name}={value}, which runs the code of that module: if you "
+            "trust it, add trust_code=true"
+        )
+
+
+def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> None:
+    """Write the newest checkpoint, and one that stays if ``keep_every`` was passed.
+
+    Args:
+        cfg: the recipe's configuration.
+        run: the run's folder.
+        state: what to write; ``step`` among it.
+        before: the step of the checkpoint before it.
+    """
+    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=cfg.keep)
+    if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
+        with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
+            shutil.copyfile(path, part)
+
+
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, now]."""
+    return now // every > before // every
 
 
 def open_logger(run: RunFolder, loggers: tuple[Backend, ...], checkpoint: Mapping | None) -> Logger:
@@ -151,16 +205,6 @@ def drop_unweighted(losses: TensorDictBase) -> dict[str, Tensor]:
 def progress_metrics(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses for the progress bar, of those that the run has."""
     return {name: losses[name] for name in ("image", "kl") if name in losses.keys()}
-
-
-def check_finite(losses: TensorDictBase, step: int) -> None:
-    """Raise when a loss is NaN or infinite, before a checkpoint could be overwritten with it."""
-    bad = [name for name, x in losses.items() if name.startswith("loss_") and not x.isfinite()]
-    if bad:
-        raise RuntimeError(
-            f"{bad[0]} is {losses[bad[0]].item()} at step {step}: training has diverged; the "
-            "checkpoint saved before is kept. Start a new run with a lower lr, or precision=32"
-        )
 
 
 class EpisodeTracker:
@@ -234,8 +278,9 @@ def play(
 
 
 def images(td: TensorDictBase) -> Tensor:
-    """The frames of all environments of a step, ``[N, 3, H, W]``, on the CPU."""
-    return td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()
+    """The frames of all environments of a step, ``[N, 3, H, V W]``, on the CPU: views in a row."""
+    frames = td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()  # [N, 3 V, H, W]
+    return torch.cat(frames.split(3, 1), -1)
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, float]:

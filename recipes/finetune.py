@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("finetune"))
 
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,25 +24,26 @@ from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
-    CHECKPOINT,
+    BEST,
     Interruption,
-    check_finite,
     choose_device,
     chosen_loggers,
+    crossed,
     drop_unweighted,
     ignore_sigint,
     open_logger,
     open_run,
     progress_metrics,
+    save_run,
     seed_everything,
 )
+from prelar_trl.recipes.environments import interface
+from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
 from prelar_trl.recipes.learner import Learner, make_learner
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
-
-FRAME_BYTES = 3 * 64 * 64
 
 
 def finetune(
@@ -62,12 +64,14 @@ def finetune(
         torch.set_num_threads(cfg.threads)
 
     env = make_training_env(cfg, env_factory, cfg.seed, cfg.num_workers)
-    action_dim = env.action_spec.shape[-1]
-    learner = make_learner(cfg, action_dim, device, watch)
+    known = interface(env)
+    learner = make_learner(cfg, known, device, watch)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
     env = env.append_transform(policy.make_primer())
     frames = min(cfg.capacity, cfg.env_steps // cfg.action_repeat)
-    run, checkpoint = open_run(cfg, learner.agent, data_bytes=frames * FRAME_BYTES)
+    run, checkpoint = open_run(
+        cfg, learner.agent, data_bytes=frames * env.observation_spec["pixels"].shape[-3:].numel()
+    )
     replay = EpisodeReplay(
         run.path / "replay",
         window=cfg.batch_length,
@@ -79,23 +83,36 @@ def finetune(
         pack=True,  # the official replay never trains on shorter episodes
     )
     collection = Collection(env, policy, replay, device, watch)
-    state = FinetuneState(cfg, action_dim, learner, collection)
+    state = FinetuneState(cfg, known, learner, collection)
     if checkpoint is not None:
         state.load_state_dict(checkpoint)
         if state.step >= cfg.env_steps and not state.evaluation_due:
             print(f"{run.path} has its {state.step} steps already; raise env_steps to continue")
             return
 
-    def save() -> None:
-        state.evaluation_due = evaluation.cut_off
-        save_checkpoint(run.checkpoints / CHECKPOINT, state.state_dict())
+    saved = state.step
 
+    def save() -> None:
+        nonlocal saved
+        state.evaluation_due = evaluation.cut_off
+        save_run(cfg, run, state.state_dict(), saved)
+        saved = state.step
+
+    def evaluate() -> None:
+        with watch("evaluation"):
+            score = evaluation(logger, state.step)
+            if score is not None and (state.best is None or score > state.best):
+                state.best = score
+                save_checkpoint(run.checkpoints / BEST, state.state_dict())
+
+    guard = UpdateGuard(run, learner.updates, cfg.max_skipped)
     model_update = learner.model_update
     first = first_evaluation(cfg)
     per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
     bar = Progress(cfg.env_steps, initial=state.step, name="finetune", unit="steps")
     with (
         ExitStack() as opened,
+        run,
         open_logger(run, loggers, checkpoint) as logger,
         Interruption() as interruption,
         bar,
@@ -107,7 +124,7 @@ def finetune(
         losses = None
         logger.log_times({"startup_s": watch.summary(state.step)["seconds"]}, state.step)
         if state.evaluation_due:
-            evaluation(logger, state.step)
+            evaluate()
         while state.step < cfg.env_steps and not interruption.requested:
             random_phase = state.step < cfg.prefill
             ended = collection.step(random=random_phase)
@@ -129,38 +146,35 @@ def finetune(
                         logger.log(aligned, step)
                 state.updates_due += per_step / cfg.train_every
                 while state.updates_due >= 1 and not interruption.requested:
-                    losses = learner.update(collection.sample())
+                    losses = learner.update(collection.sample(), guard.watch)
                     state.updates_due -= 1
+                    guard.check(losses, step)
             metrics = (
                 {}
                 if losses is None
-                else {"updates": model_update.count, **progress_metrics(losses)}
+                else {"updates": model_update.count, **progress_metrics(losses), **guard.shown()}
             )
             trained = (model_update.count - updates) * cfg.batch_size * cfg.batch_length
             with watch("logging"):
                 bar.update(per_step, frames=trained, metrics=metrics)
                 if losses is not None and crossed(before, step, cfg.log_every):
-                    check_finite(losses, step)
-                    logger.log(drop_unweighted(losses), step)
+                    logger.log({**drop_unweighted(losses), **guard.metrics()}, step)
             if step >= first and crossed(before - first, step - first, cfg.eval_every):
-                with watch("evaluation"):
-                    evaluation(logger, step)
+                evaluate()
             if step >= cfg.env_steps:
                 break
             # After the evaluation: a run that is killed within it comes back to it.
             if losses is not None and crossed(before, step, cfg.checkpoint_every):
                 with watch("logging"):
-                    check_finite(losses, step)
                     save()
             if crossed(before, step, cfg.log_every):
                 logger.log_times(watch.summary(step), step)
-        if losses is not None:
-            check_finite(losses, state.step)
         if not interruption.requested and replay.num_episodes and evaluation.last != state.step:
-            with watch("evaluation"):
-                evaluation(logger, state.step)
+            evaluate()
         with watch("logging"):
             save()
+        if losses is not None and not interruption.requested:
+            guard.check(losses, state.step, last=True)
         if not interruption.requested and not replay.num_episodes:
             raise ValueError(
                 f"no episode was finished in {state.step} steps, so nothing was learned: raise "
@@ -198,22 +212,22 @@ def first_evaluation(cfg: FinetuneConfig) -> int:
     return (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
 
 
-def crossed(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, now]."""
-    return now // every > before // every
-
-
 class FinetuneState:
     """What a checkpoint holds of a fine-tuning run."""
 
     def __init__(
-        self, cfg: FinetuneConfig, action_dim: int, learner: Learner, collection: Collection
+        self,
+        cfg: FinetuneConfig,
+        known: dict[str, Any],
+        learner: Learner,
+        collection: Collection,
     ) -> None:
-        self.cfg, self.action_dim = cfg, action_dim
+        self.cfg, self.known = cfg, known  # of the environment, see `interface`
         self.learner, self.collection = learner, collection
         self.step = 0  # of the environment
         self.updates_due = float(cfg.pretrain_updates)
         self.evaluation_due = False  # an interruption has cut the last one off
+        self.best: list[float] | None = None  # success and return of the best evaluation
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -221,10 +235,12 @@ class FinetuneState:
             "method": self.cfg.method,
             "size": self.cfg.size,
             "overrides": overrides(self.cfg.model),
-            "action_dim": self.action_dim,
+            **self.known,
+            "inputs": asdict(self.known["inputs"]),
             "step": self.step,
             "updates_due": self.updates_due,
             "evaluation_due": self.evaluation_due,
+            "best": self.best,
             **self.learner.state_dict(),
             **self.collection.state_dict(),
             "rng": rng_state(),
@@ -232,7 +248,7 @@ class FinetuneState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.updates_due = state["step"], state["updates_due"]
-        self.evaluation_due = state["evaluation_due"]
+        self.evaluation_due, self.best = state["evaluation_due"], state.get("best")
         with ignore_sigint():
             self.collection.env.set_seed(self.cfg.seed + self.step)  # not the first episodes again
         self.learner.load_state_dict(state)

@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 
 from prelar_trl.allocator import with_tcmalloc
-from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
+from prelar_trl.checkpoint import rng_state, set_rng_state
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate, compile_update
 from prelar_trl.models import make_world_model, make_world_model_loss
@@ -28,17 +28,17 @@ from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss, total_loss
 from prelar_trl.probes import action_usage
 from prelar_trl.recipes.common import (
-    CHECKPOINT,
     Interruption,
-    check_finite,
     choose_device,
     chosen_loggers,
     drop_unweighted,
     open_logger,
     open_run,
     progress_metrics,
+    save_run,
     seed_everything,
 )
+from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.schema import PretrainConfig, overrides
 from prelar_trl.record import (
     Logger,
@@ -49,6 +49,7 @@ from prelar_trl.record import (
     video_grid,
     write_picture,
 )
+from prelar_trl.types import Inputs
 from prelar_trl.updates import WorldModelUpdate
 
 
@@ -61,7 +62,12 @@ def pretrain(cfg: PretrainConfig) -> None:
         torch.set_num_threads(cfg.threads)
 
     world_model = make_world_model(
-        cfg.method, "pretrain", action_dim=0, size=cfg.size, **overrides(cfg.model)
+        cfg.method,
+        "pretrain",
+        action_dim=0,
+        inputs=Inputs(cfg.pixels),
+        size=cfg.size,
+        **overrides(cfg.model),
     )
     clips, heldout = open_clips(cfg, world_model, device)
     loss = accelerate(make_loss(cfg, world_model, clips).to(device))
@@ -75,45 +81,53 @@ def pretrain(cfg: PretrainConfig) -> None:
             print(f"{run.path} has its {update.count} updates already; raise updates to continue")
             return
     fixed = heldout.sample()  # the same held-out clips throughout
-    guard = UsageGuard(cfg, world_model, fixed)
-    losses = None
+    usage = UsageGuard(cfg, world_model, fixed)
+    guard = UpdateGuard(run, [update], cfg.max_skipped)
+    losses, saved = None, update.count
 
     def save() -> None:
+        nonlocal saved
         state = {
             "phase": "pretrain",
             "method": cfg.method,
             "size": cfg.size,
             "overrides": overrides(cfg.model),
+            "inputs": {"size": cfg.pixels},
             "step": update.count,
             "model": world_model.state_dict(),
             "update": update.state_dict(),
             "clips": clips.state_dict(),
             "rng": rng_state(),
         }
-        save_checkpoint(run.checkpoints / CHECKPOINT, state)
+        save_run(cfg, run, state, saved)
+        saved = update.count
 
     frames = cfg.batch_size * cfg.clip_len
     bar = Progress(cfg.updates, initial=update.count, name="pretrain", unit="updates")
-    with open_logger(run, loggers, checkpoint) as logger, Interruption() as interruption, bar:
+    with run, open_logger(run, loggers, checkpoint) as logger, Interruption() as interruption, bar:
         while update.count < cfg.updates and not interruption.requested:
-            losses = update(clips.sample())
+            batch = clips.sample()
+            guard.watch(batch)
+            losses = update(batch)
+            losses.pop("state")
             step = update.count
+            guard.check(losses, step)
             last = step == cfg.updates
             if step % cfg.log_every == 0 or step == 1 or last:
-                losses.pop("state")
-                check_finite(losses, step)
-                logger.log({**drop_unweighted(losses), "loss": total_loss(losses)}, step)
-            if guard.watches and (step % cfg.usage_every == 0 or last):
-                logger.log(guard(step), step)
+                logged = {**drop_unweighted(losses), "loss": total_loss(losses), **guard.metrics()}
+                logger.log(logged, step)
+            if usage.watches and (step % cfg.usage_every == 0 or last):
+                logger.log(usage(step), step)
             if step % cfg.video_every == 0 or step == 1 or last:
                 predict(world_model, fixed, logger, step, cfg.context)
             if step % cfg.checkpoint_every == 0:
-                check_finite(losses, step)
                 save()
-            bar.update(frames=frames, metrics={**progress_metrics(losses), **guard.latest})
+            metrics = {**progress_metrics(losses), **guard.shown(), **usage.latest}
+            bar.update(frames=frames, metrics=metrics)
         if losses is not None:
-            check_finite(losses, update.count)
             save()
+            if not interruption.requested:
+                guard.check(losses, update.count, last=True)
     if interruption.requested:
         sys.exit(
             f"stopped after {update.count} updates; to continue: the same command with resume=true"
@@ -202,8 +216,11 @@ def open_clips(
     )
     heldout = VideoClips(cfg.data, batch_size=8, seed=0, split=splits[1], **share, **common)
     height, width = clips.stores[0].size
-    if (height, width) != (64, 64):
-        raise ValueError(f"data={cfg.data} has frames of {height}x{width}; make it with pixels=64")
+    if (height, width) != (cfg.pixels, cfg.pixels):
+        raise ValueError(
+            f"data={cfg.data} has frames of {height}x{width}; make it with pixels={cfg.pixels}, or "
+            "train with its pixels="
+        )
     return clips, heldout
 
 

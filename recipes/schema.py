@@ -19,6 +19,7 @@ from prelar_trl.bounds import (
     Fraction,
     NonNegative,
     NonNegativeInt,
+    PictureSize,
     Positive,
     PositiveInt,
     Rule,
@@ -53,9 +54,17 @@ Device = Annotated[
 ]
 Export = Annotated[Choice, one_of(("npz", "jpeg"))]
 Gradient = Annotated[Choice, one_of(("dynamics", "reinforce", "both"))]
-Kind = Annotated[Choice, one_of(("auto", "videos", "something", "frames", "episodes"))]
+SOURCES = ("videos", "something", "frames", "episodes", "lerobot", "torchrl")
+Kind = Annotated[Choice, one_of(("auto", *SOURCES))]
 Loggers = Annotated[
     Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
+]
+Names = Annotated[
+    Any,
+    Rule(
+        lambda x: x is None or (isinstance(x, list | tuple) and all(isinstance(y, str) for y in x)),
+        "must be a list of names",
+    ),
 ]
 Method = Annotated[Choice, one_of(METHODS)]
 Pixels = Annotated[int, at_least(8)]
@@ -106,8 +115,12 @@ class RunConfig(Config):
     logger: Loggers = "csv"  # csv, tensorboard, wandb, or a list
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
+    pixels: PictureSize = 64  # height and width of the pictures
     lr: NonNegative = 3e-4
     clip: Positive = 100.0  # largest gradient norm
+    max_skipped: PositiveInt = 10  # updates in a row that are not finite before the run stops
+    keep: PositiveInt = 2  # newest checkpoints that are kept
+    keep_every: PositiveInt | None = None  # updates or steps; the first checkpoint after each stays
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,8 +153,9 @@ class FinetuneConfig(RunConfig):
 
     phase = "finetune"
 
-    env: str = MISSING  # metaworld/<task>, gym/<id>, dm_control/<domain>/<task>, toy
+    env: str = MISSING  # metaworld/<task>, gym/<id>, toy, ..., or <module>:<callable>
     pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
+    trust_code: bool = False  # may run modules that this folder names
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
     pretrain_updates: NonNegativeInt = 100  # before the first policy step
@@ -157,7 +171,9 @@ class FinetuneConfig(RunConfig):
     capacity: PositiveInt = 1_000_000  # frames of the replay
     action_repeat: PositiveInt = 1
     max_steps: PositiveInt | None = None  # an episode's; null: the environment's own
-    camera: str | None = None
+    camera: str | None = None  # null: corner in Meta-world, else the env's first camera
+    cameras: Names = None  # instead: several pictures, [corner,gripperPOV]
+    vectors: Names = None  # numbers that are seen too, by name or pattern: [proprio,joint*]
     render_quality: Quality = "fast"
     num_workers: PositiveInt = 1
     horizon: Annotated[int, at_least(2)] = 15
@@ -187,6 +203,8 @@ class EvaluateConfig(Config):
     num_workers: PositiveInt = 1
     render_quality: Quality | None = None
     video_episodes: NonNegativeInt = 3
+    checkpoint: str = "last"  # or best, or step_<number>
+    trust_code: bool = False  # may run modules that the run folder names
 
 
 @dataclass
@@ -204,6 +222,7 @@ class ProbeConfig(Config):
     seed: NonNegativeInt = 0
     device: Device = "auto"
     threads: PositiveInt | None = None
+    trust_code: bool = False  # may run modules that the run folder names
 
 
 @dataclass
@@ -212,12 +231,13 @@ class CollectVideosConfig(Config):
 
     data: str = MISSING  # clip store folder; if it exists, collecting continues
     episodes: PositiveInt = 100  # how many the store holds in the end
-    env: str = "metaworld"  # the tasks below, or one env: metaworld/<task>, toy/shifted, ...
+    env: str = "metaworld"  # the tasks below, or one env: toy/shifted, <module>:<callable>, ...
     tasks: Any = "evaluation"  # the six of the papers, all, or a list of Meta-world tasks
     random_tasks: bool = False  # draw the task of each episode, instead of one after the other
     noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the expert's actions
     random_fraction: Fraction = 0.0  # share of episodes with uniformly random actions instead
-    max_steps: PositiveInt = 150  # per episode
+    action_repeat: PositiveInt = 1  # of fine-tuning: else its frames lie further apart
+    max_steps: PositiveInt = 150  # per episode, counted after action_repeat
     after_success: NonNegativeInt | None = 20  # steps after the first success; null: all
     camera: str | None = None  # null: corner in Meta-world, else the env's first camera
     render_quality: Quality = "fast"  # fast or full
@@ -242,7 +262,8 @@ class PrepareVideosConfig(Config):
     flow: bool = False  # also store optical flow (needs opencv-python-headless)
     labels: list[Any] | None = None  # something, frames: only these, by number or template
     lists: Any = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
-    actions: bool = False  # episodes: also keep the true actions, for probes
+    actions: bool = False  # episodes, lerobot, torchrl: also keep the true actions, for probes
+    camera: str | None = None  # lerobot, torchrl: which picture; null: the only one
     export: str | None = None  # afterwards write the store into this folder as well
     export_as: Export = "npz"  # npz (DreamerV2 episodes) or jpeg (official folders and lists)
     workers: NonNegativeInt | None = None  # decoding processes; null or 0: one a core
@@ -316,6 +337,7 @@ class ImportOfficialConfig(Config):
     size: Size = "full"
     model: dict[str, Any] = field(default_factory=dict)
     env: str = "metaworld/drawer-open"  # finetune: where the agent was trained
+    trust_code: bool = False  # export: may run modules that the run folder names
 
 
 def register() -> None:
