@@ -154,7 +154,8 @@ class FinetuneConfig(RunConfig):
     phase = "finetune"
 
     env: str = MISSING  # metaworld/<task>, gym/<id>, toy, ..., or <module>:<callable>
-    pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
+    # Run folder of pretrain.py, folder of export.py, or hf://owner/name; null: from scratch.
+    pretrained: str | None = None
     trust_code: bool = False  # may run modules that this folder names
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
@@ -325,6 +326,19 @@ class PlotConfig(Config):
 
 
 @dataclass
+class ExportConfig(Config):
+    """``export.py``: a run's model as a folder to hand on."""
+
+    run: str = MISSING
+    out: str = MISSING  # the new folder
+    push: str | None = None  # hub id, owner/name: put it there as well
+    private: bool = False  # there
+    license: str = "mit"  # of the weights, as the hub names it
+    videos: str | None = None  # what it was trained on, for the card; null: the stores' names
+    trust_code: bool = False  # the run's latent actions may be a module's
+
+
+@dataclass
 class ImportOfficialConfig(Config):
     """``import_official.py``: the authors' checkpoint into a run folder, or the reverse."""
 
@@ -352,6 +366,7 @@ def register() -> None:
         "prepare_videos": PrepareVideosConfig,
         "sweep": SweepConfig,
         "plot": PlotConfig,
+        "export": ExportConfig,
         "import_official": ImportOfficialConfig,
     }.items():
         store.store(name=f"{recipe}_schema", node=schema())
