@@ -12,7 +12,7 @@ from tensordict import TensorDictBase
 from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate, compile_update
-from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.models import Agent, copy_pretrained, make_agent, make_world_model_loss
 from prelar_trl.pretrained import added_inputs
 from prelar_trl.recipes.pretrained import (
     make_alignment,
@@ -127,7 +127,7 @@ def make_learner(
         cfg.align_updates = METHODS[cfg.method].align_updates if cfg.pretrained else 0
     pretrained = read_pretrained_run(cfg)
     if pretrained is not None and not cfg.resume:
-        load_pretrained(agent.world_model, pretrained["model"])
+        copy_pretrained(agent.world_model, pretrained["model"])
         if anew := added_inputs(agent.world_model):
             print(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
     accelerate(agent.to(device).eval())

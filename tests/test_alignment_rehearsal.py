@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from prelar_trl.models import load_pretrained, make_world_model_loss
+from prelar_trl.models import copy_pretrained, make_world_model_loss
 from prelar_trl.modules import ActionEncoder, make_latent_actions
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
@@ -124,7 +124,7 @@ def fine_and_pretrained(weights: dict[str, float], **model) -> SimpleNamespace:
     torch.manual_seed(0)
     pre = tiny_world_model(**model)
     agent, loss = tiny("prelar", "finetune", weights, **model)
-    load_pretrained(agent.world_model, pre.state_dict())
+    copy_pretrained(agent.world_model, pre.state_dict())
     inverse = copy.deepcopy(pre.latent_action_encoder).requires_grad_(False)
     return SimpleNamespace(pre=pre, agent=agent, loss=loss, inverse=inverse)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from prelar_trl.models import load_pretrained, make_world_model_loss
+from prelar_trl.models import copy_pretrained, make_world_model_loss
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.modules.latent_actions import DeterministicActions, GaussianActions
 from prelar_trl.objectives import LatentActionLoss, RSSMWorldModelLoss
@@ -220,7 +220,7 @@ def test_the_action_encoder_gets_the_codebook_of_the_inverse_model() -> None:
     pretrained = tiny_world_model(**VQ)
     fine = tiny_world_model("prelar", "finetune", **VQ, action_code="vq")
     before = fine.action_encoder.latent_actions.codebook.clone()
-    load_pretrained(fine, pretrained.state_dict())
+    copy_pretrained(fine, pretrained.state_dict())
     codebook = pretrained.latent_action_encoder.latent_actions.codebook
     assert torch.equal(fine.action_encoder.latent_actions.codebook, codebook)
     assert not torch.equal(codebook, before)
@@ -234,4 +234,4 @@ def test_a_codebook_of_another_size_is_refused() -> None:
     other = {"latent_action": "vq", "latent_action_options": {"codes": 6}}
     fine = tiny_world_model("prelar", "finetune", **other, action_code="vq")
     with pytest.raises(ValueError, match=r"codebook is \(5, 4\) there and \(6, 4\) here"):
-        load_pretrained(fine, tiny_world_model(**VQ).state_dict())
+        copy_pretrained(fine, tiny_world_model(**VQ).state_dict())
