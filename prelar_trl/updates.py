@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.world_model import RSSMWorldModel, normalize_pixels
@@ -81,6 +82,8 @@ class Update:
         precision: ``32``, or ``bf16`` for autocast.
         clip: largest global gradient norm of an optimizer's parameters.
     """
+
+    process_group: ProcessGroup | None = None  # whose processes share the batch
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
         if precision not in ("32", "bf16"):
@@ -294,21 +297,28 @@ class Alignment(Update):
             ``align_error``, the mean squared error, and ``align_r2``, the share of the latent
             actions' variance that the true actions explain.
         """
-        known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
-        with torch.no_grad():
-            target, _ = self.inverse_model(normalize_pixels(batch["pixels"]), sample=False)
-            target = target[:, 1:]
-            count = known.sum().clamp_min(1)
-            mean = (target * known).sum((0, 1)) / count
-            variance = ((target - mean).square() * known).sum((0, 1)) / count
-        latent, _ = self.action_encoder(batch["action"], sample=False)
-        error = ((latent[:, 1:] - target).square() * known).sum((0, 1)) / count  # [U]
-        error.mean().backward()
+        losses = self.forward_backward(batch)
         self.step_optimizers()
         self.count += 1
-        error = error.detach()
-        r2 = 1 - error.sum() / variance.sum().clamp_min(1e-8)
-        return {"align_error": error.mean(), "align_r2": r2}
+        return {name: losses[name] for name in ("align_error", "align_r2")}
+
+    def losses(self, batch: TensorDictBase) -> TensorDict:
+        def joint_sum(x: Tensor) -> Tensor:  # over the processes their mean, as of losses
+            return joint_mean((x * known).sum((0, 1)), self.process_group)
+
+        known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
+        images = normalize_pixels(batch["pixels"], batch["action"].dtype)
+        with torch.no_grad():
+            target, _ = self.inverse_model(images, sample=False)
+            target = target[:, 1:]
+            count = joint_sum(torch.ones_like(target[..., :1])).clamp_min(1e-6)
+            mean = joint_sum(target) / count
+            variance = joint_sum((target - mean).square()) / count
+        latent, _ = self.action_encoder(batch["action"], sample=False)
+        error = joint_sum((latent[:, 1:] - target).square()) / count  # [U]
+        r2 = 1 - error.detach().sum() / variance.sum().clamp_min(1e-8)
+        loss = error.mean()
+        return TensorDict({"loss_align": loss, "align_error": loss.detach(), "align_r2": r2})
 
 
 class BehaviorUpdate(Update):
