@@ -31,7 +31,7 @@ from prelar_trl.recipes.common import (
     summarise,
 )
 from prelar_trl.recipes.environments import build_env
-from prelar_trl.recipes.finetune import act
+from prelar_trl.recipes.interaction import act
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import RunFolder, bootstrap_interval, write_video
 from prelar_trl.utils import atomic_write

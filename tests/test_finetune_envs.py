@@ -12,10 +12,11 @@ from torchrl.envs import StepCounter, TransformedEnv
 
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import ToyEnv, make_env
-from prelar_trl.recipes import finetune as finetune_recipe
+from prelar_trl.recipes import interaction
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.evaluate import evaluate
-from prelar_trl.recipes.finetune import Evaluation, finetune
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.interaction import Evaluation
 from prelar_trl.recipes.schema import EvaluateConfig
 from tests.test_envs_own import Gym, Walker
 from tests.test_recipes import OwnEnv, rows
@@ -144,7 +145,7 @@ def test_ctrl_c_ends_an_evaluation_without_end_which_is_made_up_for(tmp_path, mo
 def test_the_film_of_a_long_episode_is_bounded(monkeypatch):
     monkeypatch.setattr("prelar_trl.recipes.common.FILM_FRAMES", 5)
     env = make_env("toy", max_steps=9)
-    _, films = finetune_recipe.play(env, env.rand_action, 2)
+    _, films = interaction.play(env, env.rand_action, 2)
     assert [len(film) for film in films] == [5]
 
 

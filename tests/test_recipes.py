@@ -26,10 +26,11 @@ from prelar_trl.config import METHODS
 from prelar_trl.data import ClipStore, EpisodeReplay
 from prelar_trl.envs import make_env
 from prelar_trl.envs.toy import ToyEnv
-from prelar_trl.recipes import finetune as finetune_recipe
+from prelar_trl.recipes import interaction
 from prelar_trl.recipes.entry import start
 from prelar_trl.recipes.evaluate import evaluate
-from prelar_trl.recipes.finetune import EVAL_SEED, Evaluation, finetune
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.interaction import EVAL_SEED, Evaluation
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import read_video
@@ -252,7 +253,7 @@ def test_evaluations_share_one_environment_which_is_closed(end, tmp_path, monkey
 
 def test_each_evaluation_starts_from_the_same_states(tmp_path, monkeypatch):
     starts = []
-    real = finetune_recipe.play
+    real = interaction.play
 
     def play(env, policy, episodes, **options):
         def note(td):
@@ -261,7 +262,7 @@ def test_each_evaluation_starts_from_the_same_states(tmp_path, monkeypatch):
 
         return real(env, note, episodes, **options)
 
-    monkeypatch.setattr(finetune_recipe, "play", play)
+    monkeypatch.setattr(interaction, "play", play)
     cfg = finetune_config(tmp_path / "a", eval_every=30, eval_episodes=3)
     finetune(cfg, env_factory=two_at_once)
     assert len(starts) == 8 and starts[:4] == starts[4:]
@@ -409,7 +410,7 @@ def test_updates_that_an_interruption_cut_off_are_made_up_for(tmp_path, monkeypa
         interrupt_after(patch, 2)
         with pytest.raises(SystemExit):
             finetune(cfg)
-    assert checkpoint(tmp_path / "fine")["debt"] == pytest.approx(2.1)
+    assert checkpoint(tmp_path / "fine")["updates_due"] == pytest.approx(2.1)
     cfg.resume = True
     finetune(cfg)
     # four, and one for each ten of the 41 steps from the end of the prefill on

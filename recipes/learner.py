@@ -1,0 +1,155 @@
+"""What fine-tuning trains: the agent and its updates, as one object that is saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+
+from prelar_trl.config import METHODS
+from prelar_trl.data import VideoClips
+from prelar_trl.fast import accelerate, compile_update
+from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.recipes.pretrained import (
+    make_alignment,
+    make_rehearsal,
+    read_pretrained_run,
+    rehearsed_clips,
+)
+from prelar_trl.recipes.schema import FinetuneConfig, overrides
+from prelar_trl.stopwatch import Stopwatch
+from prelar_trl.updates import Alignment, BehaviorUpdate, WorldModelUpdate
+
+
+@dataclass
+class Learner:
+    """The agent with its updates; ``alignment`` and rehearsed ``clips`` where a run has them."""
+
+    agent: Agent
+    model_update: WorldModelUpdate
+    behavior_update: BehaviorUpdate
+    behavior_after: int  # updates of the model alone
+    alignment: Alignment | None
+    align_updates: int
+    clips: VideoClips | None
+    watch: Stopwatch
+
+    @property
+    def video_clips(self) -> int:
+        """Clips of a model batch that are rehearsed video, not the replay's."""
+        return 0 if self.clips is None else self.clips.batch_size
+
+    def update(self, batch: TensorDictBase) -> TensorDictBase:
+        """One update of the world model, and of the behavior from the states that it infers.
+
+        Returns:
+            The losses, scalars.
+        """
+        batches = [batch]
+        if self.clips is not None:
+            with self.watch("replay"):
+                batches.append(self.clips.sample())
+        with self.watch("world_model"):
+            losses = self.model_update(*batches)
+        state = losses.pop("state")
+        if self.model_update.count <= self.behavior_after:
+            return losses
+        with self.watch("behavior"):
+            start = state.update(batch.select("terminated", "action"))
+            return losses.update(self.behavior_update(start))
+
+    @property
+    def unaligned(self) -> bool:
+        """Whether updates of the action encoder alone come first."""
+        return self.alignment is not None and self.alignment.count < self.align_updates
+
+    def align(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
+        """One update of the action encoder towards the pre-trained latent actions."""
+        assert self.alignment is not None
+        with self.watch("alignment"):
+            return self.alignment(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "agent": self.agent.state_dict(),
+            "model_update": self.model_update.state_dict(),
+            "behavior_update": self.behavior_update.state_dict(),
+            "alignment": None if self.alignment is None else self.alignment.state_dict(),
+            "clips": None if self.clips is None else self.clips.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.agent.load_state_dict(state["agent"])
+        self.model_update.load_state_dict(state["model_update"])
+        self.behavior_update.load_state_dict(state["behavior_update"])
+        if self.alignment is not None:
+            self.alignment.load_state_dict(state["alignment"])
+        if self.clips is not None:
+            self.clips.load_state_dict(state["clips"])
+
+
+def make_learner(
+    cfg: FinetuneConfig, action_dim: int, device: torch.device, watch: Stopwatch
+) -> Learner:
+    """Networks, losses and optimizers, with the pre-trained weights if there are any.
+
+    Raises:
+        ValueError: settings, or a pre-training run, that do not go together.
+    """
+    agent = make_agent(cfg.method, action_dim=action_dim, size=cfg.size, **overrides(cfg.model))
+    if agent.video_bonus is not None and cfg.batch_length < agent.video_bonus.window:
+        raise ValueError(
+            f"batch_length={cfg.batch_length} is shorter than the video bonus's window of "
+            f"{agent.video_bonus.window} frames: raise it"
+        )
+    if cfg.align_updates is None:
+        cfg.align_updates = METHODS[cfg.method].align_updates if cfg.pretrained else 0
+    pretrained = read_pretrained_run(cfg)
+    if pretrained is not None and not cfg.resume:
+        load_pretrained(agent.world_model, pretrained["model"])
+    accelerate(agent.to(device).eval())
+    alignment = make_alignment(cfg, agent.world_model, pretrained, device)
+    loss = make_world_model_loss(
+        cfg.method,
+        "finetune",
+        agent.world_model,
+        video_bonus=agent.video_bonus,
+        **overrides(cfg.loss),
+    ).to(device)
+    rehearsal = make_rehearsal(cfg, loss, pretrained, device)
+    clips = None if rehearsal is None else rehearsed_clips(cfg, rehearsal, pretrained, device)
+    model_update = WorldModelUpdate(
+        loss,
+        lr=cfg.lr,
+        frozen_updates=cfg.frozen_updates if cfg.pretrained else None,
+        clip=cfg.clip,
+        precision=cfg.precision,
+        rehearsal=rehearsal,
+    )
+    behavior_update = BehaviorUpdate(
+        agent,
+        horizon=cfg.horizon,
+        lmbda=cfg.lmbda,
+        actor_lr=cfg.actor_lr,
+        critic_lr=cfg.critic_lr,
+        entropy_scale=cfg.entropy_scale,
+        gradient=cfg.actor_gradient,
+        slow_every=cfg.slow_every,
+        imag_batch=cfg.imag_batch,
+        clip=cfg.clip,
+        precision=cfg.precision,
+    )
+    for update in (model_update, behavior_update):
+        compile_update(update, cfg.compile)
+    return Learner(
+        agent,
+        model_update,
+        behavior_update,
+        cfg.behavior_after,
+        alignment,
+        cfg.align_updates,
+        clips,
+        watch,
+    )
