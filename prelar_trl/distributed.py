@@ -27,17 +27,20 @@ __all__ = ["SyncBatchNorm2d", "distribute"]
 U = TypeVar("U", bound=Update)
 
 
-def distribute(update: U, group: ProcessGroup | None) -> U:
+def distribute(update: U, group: ProcessGroup | None, *, overlap: bool = True) -> U:
     """Let an update train on the joint batch of a group's processes, in place.
 
     Weights and buffers become those of the group's first process; batch norms become
-    :class:`SyncBatchNorm2d`; gradients are averaged by DistributedDataParallel while the backward
-    pass still runs; the losses that the update returns are those of the joint batch. All processes
-    then have the same weights and buffers after each update, and must call it equally often.
+    :class:`SyncBatchNorm2d`; gradients are averaged; the losses that the update returns are those
+    of the joint batch. All processes then have the same weights and buffers after each update, and
+    must call it equally often.
 
     Args:
         update: its module must be on its device, and accelerated before.
         group: None changes nothing.
+        overlap: average gradients while the backward pass still runs, by DistributedDataParallel;
+            otherwise after it. False for an update of parameters that another one trains too: they
+            can have one DistributedDataParallel only. Default: True.
 
     Returns:
         The same update.
@@ -55,6 +58,18 @@ def distribute(update: U, group: ProcessGroup | None) -> U:
     for module in modules:
         for x in module.state_dict(keep_vars=True).values():
             dist.broadcast(x.detach(), group=group, group_src=0)
+    if not overlap:
+        forward_backward_here = update.forward_backward
+
+        def forward_backward_then_average(*inputs: Any) -> TensorDict:
+            losses = forward_backward_here(*inputs)
+            for parameter in trained_parameters(update):
+                parameter.grad = joint_mean(parameter.grad, group)
+            return joint_losses(losses, group)
+
+        update.forward_backward = forward_backward_then_average
+        return update
+
     # The graph is the same in every update: what gets no gradient in one never does.
     parallel = DistributedDataParallel(
         _Losses(update),
@@ -81,13 +96,18 @@ class _Losses(nn.Module):
 
     def __init__(self, update: Update) -> None:
         super().__init__()
-        groups = [group for o in update.optimizers.values() for group in o.param_groups]
-        self.trained = nn.ParameterList(p for group in groups for p in group["params"])
+        self.trained = nn.ParameterList(trained_parameters(update))
         self.losses = update.losses
 
     def forward(self, *inputs: Any) -> tuple[Tensor, TensorDict]:
         losses = self.losses(*inputs)
         return total_loss(losses), losses.detach()
+
+
+def trained_parameters(update: Update) -> list[nn.Parameter]:
+    """The parameters of an update's optimizers."""
+    groups = [group for o in update.optimizers.values() for group in o.param_groups]
+    return [parameter for group in groups for parameter in group["params"]]
 
 
 def joint_losses(losses: TensorDict, group: ProcessGroup) -> TensorDict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.recipes.processes import ALONE, Processes
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 
 CHECKPOINT = "last.pt"
@@ -27,14 +29,21 @@ MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU."""
+    """``auto`` is CUDA where there is a GPU; without a number, torchrun's processes take one each.
+
+    That GPU becomes the current one, where what names no device goes.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: torch sees no GPU here; use device=cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"device={name!r}: torch sees only {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -52,22 +61,37 @@ def chosen_loggers(logger: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def open_run(
-    cfg: Any, module: nn.Module, data_bytes: int = 0
+    cfg: Any, module: nn.Module, data_bytes: int = 0, processes: Processes = ALONE
 ) -> tuple[RunFolder, dict[str, Any] | None]:
     """The run folder, and the checkpoint to continue from (``resume=true``), or None.
 
     There must be space for two checkpoints of ``module`` with Adam's two moments, and for
-    ``data_bytes`` of a replay.
+    ``data_bytes`` of a replay. The first of several processes makes or checks it, then the others
+    follow.
     """
-    if not cfg.resume:
-        if (Path(cfg.run).expanduser() / "config.yaml").exists():
-            raise FileExistsError(
-                f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
-                "choose another folder"
-            )
-        state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-        need = 2 * 3 * state + data_bytes + MARGIN_BYTES
-        return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
+    if not processes.first:
+        processes.wait()
+        run = RunFolder.load(cfg.run)
+        return run, load_checkpoint(run.checkpoints / CHECKPOINT) if cfg.resume else None
+    opened = make_run(cfg, module, data_bytes) if not cfg.resume else continue_run(cfg)
+    processes.wait()
+    return opened
+
+
+def make_run(cfg: Any, module: nn.Module, data_bytes: int) -> tuple[RunFolder, None]:
+    """A new run folder, with space for what it will hold."""
+    if (Path(cfg.run).expanduser() / "config.yaml").exists():
+        raise FileExistsError(
+            f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
+            "choose another folder"
+        )
+    state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
+    need = 2 * 3 * state + data_bytes + MARGIN_BYTES
+    return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
+
+
+def continue_run(cfg: Any) -> tuple[RunFolder, dict[str, Any]]:
+    """The run in the folder, and its checkpoint."""
     run = RunFolder.load(cfg.run)
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
     changeable += ("compile",)
@@ -82,8 +106,28 @@ def open_run(
     return run, checkpoint
 
 
-def open_logger(run: RunFolder, loggers: tuple[str, ...], checkpoint: Mapping | None) -> Logger:
+def open_logger(
+    run: RunFolder,
+    loggers: tuple[str, ...],
+    checkpoint: Mapping | None,
+    processes: Processes = ALONE,
+) -> Logger | NoLogger:
+    if not processes.first:
+        return NoLogger()
     return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
+
+
+class NoLogger:
+    """Of the processes after the first, whose metrics and videos nobody keeps."""
+
+    def log(self, *_: object) -> None: ...
+
+    log_times = log_video = log
+
+    def __enter__(self) -> NoLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 def plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 
 from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
+from prelar_trl.distributed import distribute
 from prelar_trl.fast import accelerate, compile_update
 from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
 from prelar_trl.recipes.pretrained import (
@@ -18,6 +19,7 @@ from prelar_trl.recipes.pretrained import (
     read_pretrained_run,
     rehearsed_clips,
 )
+from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import Alignment, BehaviorUpdate, WorldModelUpdate
@@ -55,6 +57,7 @@ class Learner:
             losses = self.model_update(*batches)
         state = losses.pop("state")
         if self.model_update.count <= self.behavior_after:
+            self.agent.eval()  # it acts now
             return losses
         with self.watch("behavior"):
             start = state.update(batch.select("terminated", "action"))
@@ -91,9 +94,15 @@ class Learner:
 
 
 def make_learner(
-    cfg: FinetuneConfig, action_dim: int, device: torch.device, watch: Stopwatch
+    cfg: FinetuneConfig,
+    action_dim: int,
+    device: torch.device,
+    watch: Stopwatch,
+    processes: Processes,
 ) -> Learner:
     """Networks, losses and optimizers, with the pre-trained weights if there are any.
+
+    Several processes share each batch.
 
     Raises:
         ValueError: settings, or a pre-training run, that do not go together.
@@ -119,7 +128,9 @@ def make_learner(
         **overrides(cfg.loss),
     ).to(device)
     rehearsal = make_rehearsal(cfg, loss, pretrained, device)
-    clips = None if rehearsal is None else rehearsed_clips(cfg, rehearsal, pretrained, device)
+    clips = None
+    if rehearsal is not None:
+        clips = rehearsed_clips(cfg, rehearsal, pretrained, device, processes)
     model_update = WorldModelUpdate(
         loss,
         lr=cfg.lr,
@@ -137,12 +148,17 @@ def make_learner(
         entropy_scale=cfg.entropy_scale,
         gradient=cfg.actor_gradient,
         slow_every=cfg.slow_every,
-        imag_batch=cfg.imag_batch,
+        imag_batch=cfg.imag_batch and processes.share("imag_batch", cfg.imag_batch),
         clip=cfg.clip,
         precision=cfg.precision,
     )
     for update in (model_update, behavior_update):
-        compile_update(update, cfg.compile)
+        if processes.group is None:
+            compile_update(update, cfg.compile)
+        distribute(update, processes.group)
+    if alignment is not None:
+        # The model's update trains the action encoder, too.
+        distribute(alignment, processes.group, overlap=False)
     return Learner(
         agent,
         model_update,

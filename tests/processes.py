@@ -22,7 +22,6 @@ def run_in_processes(function: Callable[..., Any], *args: Any, world_size: int =
 
 def _run(rank: int, world_size: int, folder: Path, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(100 + rank)  # apart, as in a run
     init = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size)
     try:
