@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.distributed import distribute
+from prelar_trl.fast import compile_update
 from prelar_trl.recipes.processes import ALONE, Processes
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
+from prelar_trl.updates import Update
 
 CHECKPOINT = "last.pt"
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
@@ -104,6 +107,19 @@ def continue_run(cfg: Any) -> tuple[RunFolder, dict[str, Any]]:
     checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
     run.note_continuation(checkpoint["step"])
     return run, checkpoint
+
+
+def prepare_update(update: Update, mode: str, processes: Processes, overlap: bool = True) -> None:
+    """Compile an update or, for several processes, let it train on their joint batches.
+
+    Raises:
+        ValueError: compiling is asked for with several processes, whose exchange is not traced.
+    """
+    if processes.group is None:
+        compile_update(update, mode)
+    elif mode == "on":
+        raise ValueError("compile=on: several processes cannot compile yet; use compile=auto")
+    distribute(update, processes.group, overlap=overlap)
 
 
 def open_logger(

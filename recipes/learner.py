@@ -10,9 +10,9 @@ from tensordict import TensorDictBase
 
 from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
-from prelar_trl.distributed import distribute
-from prelar_trl.fast import accelerate, compile_update
+from prelar_trl.fast import accelerate
 from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.recipes.common import prepare_update
 from prelar_trl.recipes.pretrained import (
     make_alignment,
     make_rehearsal,
@@ -153,12 +153,9 @@ def make_learner(
         precision=cfg.precision,
     )
     for update in (model_update, behavior_update):
-        if processes.group is None:
-            compile_update(update, cfg.compile)
-        distribute(update, processes.group)
-    if alignment is not None:
-        # The model's update trains the action encoder, too.
-        distribute(alignment, processes.group, overlap=False)
+        prepare_update(update, cfg.compile, processes)
+    if alignment is not None:  # the model's update trains the action encoder, too
+        prepare_update(alignment, "off", processes, overlap=False)
     return Learner(
         agent,
         model_update,

@@ -23,8 +23,7 @@ from tensordict import TensorDict
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
 from prelar_trl.data import VideoClips
-from prelar_trl.distributed import distribute
-from prelar_trl.fast import accelerate, compile_update
+from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model, make_world_model_loss
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss, total_loss
@@ -37,6 +36,7 @@ from prelar_trl.recipes.common import (
     chosen_loggers,
     open_logger,
     open_run,
+    prepare_update,
     seed_everything,
     shown,
     without_twins,
@@ -69,9 +69,7 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
     clips, heldout = open_clips(cfg, world_model, device, processes)
     loss = accelerate(make_loss(cfg, world_model, clips).to(device))
     update = WorldModelUpdate(loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision)
-    if processes.group is None:
-        compile_update(update, cfg.compile)
-    distribute(update, processes.group)
+    prepare_update(update, cfg.compile, processes)
 
     run, checkpoint = open_run(cfg, world_model, processes=processes)
     if checkpoint is not None:
