@@ -15,7 +15,7 @@ help:
 	@echo "make demo    videos -> pre-training -> fine-tuning -> evaluation -> report, in $(DEMO)"
 	@echo "make test    run the tests"
 	@echo "make learn   learning check on the toy env, results in results/ (15 minutes)"
-	@echo "make lint    ruff: rules and format"
+	@echo "make lint    ruff (rules, format) and pyright (types)"
 	@echo "make clean   remove $(VENV), $(DEMO) and caches"
 	@echo "Each sets up $(VENV) first if needed. Another interpreter: make PYTHON=python3.12 ..."
 
@@ -40,6 +40,7 @@ test: install
 lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
 
 demo: install
 	@$(RENDERING) scripts/demo.sh $(PY) $(DEMO)

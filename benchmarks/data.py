@@ -61,7 +61,7 @@ def make_store(path: Path, clips: int, jpeg: Path | None = None, jpegs: int = 0)
 
 
 def rate(sample: Callable[[], object], frames: int, seconds: float) -> tuple[float, float]:
-    """Frames a second: median and slowest of five stretches."""
+    """Frames a second: median and slowest of five sections."""
     sample()
     rates = []
     for _ in range(5):

@@ -59,7 +59,7 @@ def settings(args: argparse.Namespace, run: Path) -> FinetuneConfig:
 
 
 def split(rows: list[dict[str, str]]) -> dict[str, float]:
-    """Seconds of each stretch over several rows of ``times.csv``."""
+    """Seconds of each section over several rows of ``times.csv``."""
     return {
         name: sum(float(row["seconds"]) * float(row.get(f"time/{name}") or 0) for row in rows)
         for name in STRETCHES
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--precision", default="32", choices=["32", "bf16"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--wait", action="store_true", help="for the GPU after each stretch")
+    parser.add_argument("--wait", action="store_true", help="for the GPU after each section")
     parser.add_argument("--json", type=Path, help="write the report here")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import PurePath
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from prelar_trl.utils import listed
 
@@ -14,6 +24,7 @@ __all__ = [
     "Fraction",
     "NonNegative",
     "NonNegativeInt",
+    "PictureSize",
     "Positive",
     "PositiveInt",
     "Rule",
@@ -33,18 +44,22 @@ class Rule(NamedTuple):
 
 
 def at_least(low: float) -> Rule:
+    """Numbers from ``low`` on."""
     return Rule(lambda x: x >= low, f"must be at least {low}")
 
 
 def above(low: float) -> Rule:
+    """Numbers above ``low``."""
     return Rule(lambda x: x > low, f"must be above {low}")
 
 
 def between(low: float, high: float) -> Rule:
+    """Numbers in [``low``, ``high``]."""
     return Rule(lambda x: low <= x <= high, f"must lie between {low} and {high}")
 
 
 def one_of(choices: Iterable[str]) -> Rule:
+    """One of a few words."""
     return Rule(lambda x: x in choices, f"is unknown; choose {listed(choices)}")
 
 
@@ -53,6 +68,9 @@ NonNegativeInt = Annotated[int, at_least(0)]
 Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]
 Fraction = Annotated[float, between(0, 1)]
+PictureSize = Annotated[
+    int, Rule(lambda x: x in (64, 84, 96, 128), "is unknown; choose 64, 84, 96 or 128")
+]
 
 # Types of values: the classes that have such values, and words.
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -97,11 +115,13 @@ def _fault(hint: Any, value: Any) -> str | None:
         broken = (rule.text for rule in hint.__metadata__ if not rule.holds(value))
         return _fault(hint.__origin__, value) or next(broken, None)
     if origin in (Union, UnionType):  # of one type with None
-        return None if value is None else _fault(*(x for x in parts if x is not NoneType), value)
+        (kind,) = (x for x in parts if x is not NoneType)
+        return None if value is None else _fault(kind, value)
     if origin is Literal:
         return None if value in parts else f"is unknown; choose {listed(parts)}"
     classes, words = KINDS[origin]
-    if not isinstance(value, classes) or (isinstance(value, bool) and origin is not bool):
+    flag = isinstance(value, bool) and origin is not bool  # bool is a subclass of int
+    if flag or not isinstance(value, classes):
         choices = get_args(parts[0]) if parts and get_origin(parts[0]) is Literal else ()
         return f"must be {words}{f' of {listed(choices)}' if choices else ''}"
     if not parts:
@@ -109,5 +129,5 @@ def _fault(hint: Any, value: Any) -> str | None:
     if isinstance(value, Mapping):
         faults = ((f"{key}={x!r}", _fault(parts[1], x)) for key, x in value.items())
     else:
-        faults = ((repr(x), _fault(parts[0], x)) for x in value)
+        faults = ((repr(x), _fault(parts[0], x)) for x in cast(Iterable[Any], value))
     return next((f"has {name}, which {fault}" for name, fault in faults if fault), None)

@@ -61,6 +61,7 @@ class ModelSettings:
     layers: PositiveInt = 2
     norm: Norm = "batch"
     patches: bool = False  # cnn: 4x4 kernels that do not overlap
+    gray: bool = False  # networks see and predict brightness alone
     augmentation: Augmentation = "none"
     context_mask: Annotated[float, between(0, 0.98)] = 0.75  # leaves at least one of 8x8
     context_dropout: Fraction = 0.1
@@ -84,7 +85,7 @@ class ModelSettings:
     action_window: PositiveInt = 1
     # video bonus
     bonus_embed: Literal["embed", "feat", "lower"] | None = None
-    bonus_neighbours: PositiveInt = 16
+    bonus_neighbors: PositiveInt = 16
     bonus_memory: PositiveInt = 4096
     bonus_projection: PositiveInt = 128
     bonus_window: PositiveInt = 5

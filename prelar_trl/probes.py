@@ -7,6 +7,7 @@ M samples, X features. World models are expected in ``eval()`` mode.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def openloop_quality(
     The latent actions of the imagined frames are inferred from those very frames: they tell what
     happens, and the model what that looks like. So three predictions are compared: under the
     clip's ``own_actions``; under ``other_actions``, those of another clip of the batch from frame
-    ``context`` on; and ``last_frame``, the last seen frame for ever. A model without actions has
+    ``context`` on; and ``last_frame``, the last seen frame, repeated. A model without actions has
     ``no_actions`` in place of the first two.
 
     Args:
@@ -93,10 +94,11 @@ def transfer(
         world_model.dynamics_actions(x, world_model.preprocess(x["pixels"]))[0]
         for x in (source, target)
     ]
-    if actions[0] is None:
+    source_action, target_action = actions
+    if source_action is None or target_action is None:
         raise ValueError("this world model has no latent actions to transfer")
-    moved = world_model.open_loop(target, context, _switch(actions[1], actions[0], context))
-    return moved, world_model.open_loop(target, context, actions[1])
+    moved = world_model.open_loop(target, context, _switch(target_action, source_action, context))
+    return moved, world_model.open_loop(target, context, target_action)
 
 
 @torch.no_grad()
@@ -161,7 +163,7 @@ def linear_r2(
     """Share of the test targets' variance that a ridge regression on the features explains.
 
     ``min_W mean |y - W x|^2 + penalty |W|^2`` in closed form, features standardised and targets
-    centred by the training samples; ``R^2 = 1 - sum (y - W x)^2 / sum (y - mean y)^2`` on the test
+    centered by the training samples; ``R^2 = 1 - sum (y - W x)^2 / sum (y - mean y)^2`` on the test
     samples.
 
     Args:
@@ -313,7 +315,7 @@ def action_effects(
         other_params = None if params is None else params.roll(shift, 0)
         distances["latent"].append(kind.distance(action, params, other, other_params))
         if "action" in batch.keys():
-            true = batch["action"][:, 1:]
+            true = cast(Tensor, batch["action"])[:, 1:]
             distances["true"].append((true - true.roll(shift, 0)).norm(dim=-1))
     joined = {name: torch.cat(x).flatten() for name, x in distances.items() if x}
     return {**joined, "explained": explained.flatten()}
@@ -323,7 +325,7 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
     """Spearman's rank correlation of two vectors ``[N]``; NaN if one of them is constant."""
     if (x == x[0]).all() or (y == y[0]).all():
         return float("nan")
-    return float(spearmanr(x.cpu().numpy(), y.cpu().numpy()).statistic)
+    return float(cast(Any, spearmanr(x.cpu().numpy(), y.cpu().numpy())).statistic)
 
 
 def _switch(action: Tensor, other: Tensor, step: int) -> Tensor:

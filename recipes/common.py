@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,14 +20,17 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
-from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
 from prelar_trl.distributed import distribute
-from prelar_trl.fast import compile_update
+from prelar_trl.fast import CompileMode, compile_update
 from prelar_trl.recipes.processes import ALONE, Processes
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
+from prelar_trl.types import Backend
 from prelar_trl.updates import Update
+from prelar_trl.utils import atomic_write
 
 CHECKPOINT = "last.pt"
+BEST = "best.pt"  # evaluated, while fine-tuning
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
@@ -51,16 +55,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
-def chosen_loggers(logger: str | Sequence[str]) -> tuple[str, ...]:
+def chosen_loggers(logger: str | Sequence[str]) -> tuple[Backend, ...]:
     """The names of the loggers, each of which can be used."""
     loggers = (logger,) if isinstance(logger, str) else tuple(logger)
     check_backends(loggers)
-    return loggers
+    return cast(tuple[Backend, ...], loggers)
 
 
 def open_run(
@@ -68,15 +73,15 @@ def open_run(
 ) -> tuple[RunFolder, dict[str, Any] | None]:
     """The run folder, and the checkpoint to continue from (``resume=true``), or None.
 
-    There must be space for two checkpoints of ``module`` with Adam's two moments, and for
-    ``data_bytes`` of a replay. The first of several processes makes or checks it, then the others
-    follow.
+    The folder is locked. There must be space for the checkpoints of ``module`` with Adam's two
+    moments, the best and one that is being written among them, and for ``data_bytes`` of a replay.
+    The first of several processes makes or checks it, then the others follow.
     """
     if not processes.first:
         processes.wait()
         run = RunFolder.load(cfg.run)
-        return run, load_checkpoint(run.checkpoints / CHECKPOINT) if cfg.resume else None
-    opened = make_run(cfg, module, data_bytes) if not cfg.resume else continue_run(cfg)
+        return run, load_newest_checkpoint(run.checkpoints / CHECKPOINT) if cfg.resume else None
+    opened = continue_run(cfg) if cfg.resume else make_run(cfg, module, data_bytes)
     processes.wait()
     return opened
 
@@ -89,27 +94,80 @@ def make_run(cfg: Any, module: nn.Module, data_bytes: int) -> tuple[RunFolder, N
             "choose another folder"
         )
     state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-    need = 2 * 3 * state + data_bytes + MARGIN_BYTES
+    need = (cfg.keep + 2) * 3 * state + data_bytes + MARGIN_BYTES
     return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
 
 
 def continue_run(cfg: Any) -> tuple[RunFolder, dict[str, Any]]:
     """The run in the folder, and its checkpoint."""
     run = RunFolder.load(cfg.run)
+    run.lock()
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
-    changeable += ("compile",)
+    changeable += ("compile", "keep", "keep_every", "max_skipped", "trust_code")
     for name, value in plain(asdict(cfg)).items():
         if name not in changeable and run.config.get(name) != value:
             raise ValueError(
                 f"resume: {name}={value} but the run in {cfg.run} was started with "
                 f"{name}={run.config.get(name)}; repeat its command with resume=true"
             )
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
     run.note_continuation(checkpoint["step"])
     return run, checkpoint
 
 
-def prepare_update(update: Update, mode: str, processes: Processes, overlap: bool = True) -> None:
+def read_run(
+    path: str, *, trust_code: bool, checkpoint: str = CHECKPOINT, typed: str | None = None
+) -> tuple[RunFolder, dict[str, Any]]:
+    """A run folder that may come from anybody, and a checkpoint of it.
+
+    Args:
+        path: the folder.
+        trust_code: its model may be made by a module that the folder names.
+        checkpoint: which.
+        typed: the latent action of this command, which needs no trust.
+
+    Raises:
+        FileNotFoundError, ValueError: none, damage, or code that is not trusted.
+    """
+    run = RunFolder.load(path)
+    state = load_checkpoint(run.checkpoints / checkpoint)
+    kind = state.get("overrides", {}).get("latent_action")
+    check_trust(path, "model.latent_action", kind, trust_code or kind == typed)
+    return run, state
+
+
+def check_trust(run: str, name: str, value: Any, trust_code: bool) -> None:
+    """Refuse a setting of a run folder that names a module, whose import would run its code."""
+    if ":" in str(value) and not trust_code:
+        raise ValueError(
+            f"run folder {run} has {name}={value}, which runs the code of that module: if you "
+            "trust it, add trust_code=true"
+        )
+
+
+def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> None:
+    """Write the newest checkpoint, and one that stays if ``keep_every`` was passed.
+
+    Args:
+        cfg: the recipe's configuration.
+        run: the run's folder.
+        state: what to write; ``step`` among it.
+        before: the step of the checkpoint before it.
+    """
+    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=cfg.keep)
+    if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
+        with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
+            shutil.copyfile(path, part)
+
+
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, now]."""
+    return now // every > before // every
+
+
+def prepare_update(
+    update: Update, mode: CompileMode, processes: Processes, overlap: bool = True
+) -> None:
     """Compile an update or, for several processes, let it train on their joint batches.
 
     Raises:
@@ -124,26 +182,30 @@ def prepare_update(update: Update, mode: str, processes: Processes, overlap: boo
 
 def open_logger(
     run: RunFolder,
-    loggers: tuple[str, ...],
+    loggers: tuple[Backend, ...],
     checkpoint: Mapping | None,
     processes: Processes = ALONE,
-) -> Logger | NoLogger:
+) -> Logger:
+    """The run's logger; after a checkpoint it continues from its step.
+
+    Of several processes only the first one's writes.
+    """
     if not processes.first:
-        return NoLogger()
+        return NoLogger(run)
     return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
 
 
-class NoLogger:
-    """Of the processes after the first, whose metrics and videos nobody keeps."""
+class NoLogger(Logger):
+    """Writes nothing: of the processes after the first."""
 
-    def log(self, *_: object) -> None: ...
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
 
-    log_times = log_video = log
+    def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
-    def __enter__(self) -> NoLogger:
-        return self
+    def log_times(self, times: Mapping[str, Any], step: int) -> None: ...
 
-    def __exit__(self, *_: object) -> None: ...
+    def close(self) -> None: ...
 
 
 def plain(value: Any) -> Any:
@@ -184,7 +246,7 @@ def in_main_thread() -> bool:
 
 
 @contextmanager
-def deaf_to_interrupts() -> Iterator[None]:
+def ignore_sigint() -> Iterator[None]:
     """Processes that start inside ignore Ctrl-C, which reaches all: their parent ends them."""
     if not in_main_thread():
         yield
@@ -196,7 +258,7 @@ def deaf_to_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
+def drop_unweighted(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses to log: ``loss_<term>`` once, without its unweighted copy ``<term>``.
 
     ``latent_kl`` stays: its weight may change, and free nats hide its value.
@@ -205,19 +267,9 @@ def without_twins(losses: TensorDictBase) -> dict[str, Tensor]:
     return {name: x for name, x in losses.items() if name not in twins}
 
 
-def shown(losses: TensorDictBase) -> dict[str, Tensor]:
+def progress_metrics(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses for the progress bar, of those that the run has."""
     return {name: losses[name] for name in ("image", "kl") if name in losses.keys()}
-
-
-def check_finite(losses: TensorDictBase, step: int) -> None:
-    """Raise when a loss is NaN or infinite, before a checkpoint could be overwritten with it."""
-    bad = [name for name, x in losses.items() if name.startswith("loss_") and not x.isfinite()]
-    if bad:
-        raise RuntimeError(
-            f"{bad[0]} is {losses[bad[0]].item()} at step {step}: training has diverged; the "
-            "checkpoint saved before is kept. Start a new run with a lower lr, or precision=32"
-        )
 
 
 class EpisodeTracker:
@@ -264,16 +316,16 @@ def play(
         A record of each episode (return, success, length), and the frames of the first
         ``videos``, uint8 ``[T, 3, H, W]`` each, :data:`FILM_FRAMES` at most.
     """
-    with deaf_to_interrupts():
+    with ignore_sigint():
         td = env.reset()
     workers = td.numel()
     quota = [episodes // workers + (i < episodes % workers) for i in range(workers)]
     tracker = EpisodeTracker(workers)
     frames = [[x] for x in images(td)]
-    records, films = [], []
+    records, clips = [], []
     while any(quota) and not stopped():
         td, following = env.step_and_maybe_reset(policy(td))
-        if len(films) < videos:
+        if len(clips) < videos:
             for film, image in zip(frames, images(td["next"]), strict=True):
                 if len(film) < FILM_FRAMES:
                     film.append(image)
@@ -283,19 +335,20 @@ def play(
             if quota[worker]:
                 quota[worker] -= 1
                 records.append(record)
-                if len(films) < videos:
-                    films.append(torch.stack(frames[worker]))
+                if len(clips) < videos:
+                    clips.append(torch.stack(frames[worker]))
             frames[worker] = [first[worker]]
         td = following
-    return records, films
+    return records, clips
 
 
 def images(td: TensorDictBase) -> Tensor:
-    """The frames of all environments of a step, ``[N, 3, H, W]``, on the CPU."""
-    return td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()
+    """The frames of all environments of a step, ``[N, 3, H, V W]``, on the CPU: views in a row."""
+    frames = td["pixels"].reshape(-1, *td["pixels"].shape[-3:]).cpu()  # [N, 3 V, H, W]
+    return torch.cat(frames.split(3, 1), -1)
 
 
-def summarise(records: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(records: list[dict[str, Any]]) -> dict[str, float]:
     """Success rate with its 95% Wilson interval, and mean return."""
     successes = sum(record["success"] for record in records)
     low, high = wilson_interval(successes, len(records))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import hydra
@@ -24,7 +24,7 @@ from prelar_trl.recipes.schema import RunConfig, register
 from prelar_trl.utils import listed
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, under Windows
 
 register()
@@ -71,7 +71,7 @@ def typed(recipe: str) -> list[str]:
     """The arguments of the command line, text as it was typed; see `as_typed`."""
     node = ConfigStore.instance().load(f"{recipe}_schema.yaml").node
     groups = [folder.name for folder in CONFIGS.iterdir() if folder.is_dir()]
-    return as_typed(sys.argv[1:], OmegaConf.get_type(node), groups)
+    return as_typed(sys.argv[1:], cast(type, OmegaConf.get_type(node)), groups)
 
 
 @contextmanager
@@ -114,8 +114,8 @@ def settings(config: DictConfig) -> Any:
         ValueError: a key that the dataclass does not have, added with ``+``, or a bad value.
         MissingMandatoryValue: a value that must be given is not.
     """
-    cfg = OmegaConf.to_object(config)
+    cfg: Any = cast(Any, OmegaConf.to_object(config))
     unknown = config.keys() - {field.name for field in fields(cfg)}
     if unknown:
-        raise ValueError(f"unknown config key {min(unknown)}: --cfg job shows all keys")
+        raise ValueError(f"unknown config key {min(map(str, unknown))}: --cfg job shows all keys")
     return cfg

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("finetune"))
 
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,18 +24,21 @@ from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
 from prelar_trl.envs import make_env
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
-    CHECKPOINT,
+    BEST,
     Interruption,
-    check_finite,
     choose_device,
     chosen_loggers,
-    deaf_to_interrupts,
+    crossed,
+    drop_unweighted,
+    ignore_sigint,
     open_logger,
     open_run,
+    progress_metrics,
+    save_run,
     seed_everything,
-    shown,
-    without_twins,
 )
+from prelar_trl.recipes.environments import interface
+from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
 from prelar_trl.recipes.learner import Learner, make_learner
 from prelar_trl.recipes.processes import ALONE, Processes, joined
@@ -42,8 +46,6 @@ from prelar_trl.recipes.replays import open_replay, share_replays
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
-
-FRAME_BYTES = 3 * 64 * 64
 
 
 def finetune(
@@ -71,15 +73,16 @@ def finetune(
         torch.set_num_threads(cfg.threads)
 
     env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
-    action_dim = env.action_spec.shape[-1]
-    learner = make_learner(cfg, action_dim, device, watch, processes)
+    known = interface(env)
+    learner = make_learner(cfg, known, device, watch, processes)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
     env = env.append_transform(policy.make_primer())
     frames = min(processes.size * cfg.capacity, cfg.env_steps // cfg.action_repeat)
-    run, checkpoint = open_run(cfg, learner.agent, frames * FRAME_BYTES, processes)
+    frame_bytes = env.observation_spec["pixels"].shape[-3:].numel()
+    run, checkpoint = open_run(cfg, learner.agent, frames * frame_bytes, processes)
     replay = open_replay(cfg, run.path, learner.video_clips, device, processes, checkpoint)
     collection = Collection(env, policy, replay, device, watch)
-    state = FinetuneState(cfg, action_dim, learner, collection, processes)
+    state = FinetuneState(cfg, known, learner, collection, processes)
     if checkpoint is not None:
         state.load_state_dict(checkpoint)
         share_replays(replay, checkpoint, processes)
@@ -89,13 +92,32 @@ def finetune(
             )
             return
 
-    def save() -> None:
-        state.evaluation_due = evaluation.cut_off
-        saved = state.state_dict()
-        if processes.first:
-            save_checkpoint(run.checkpoints / CHECKPOINT, saved)
+    saved = state.step
 
+    def save() -> None:
+        nonlocal saved
+        state.evaluation_due = evaluation.cut_off
+        whole = state.state_dict()
+        if processes.first:
+            save_run(cfg, run, whole, saved)
+        saved = state.step
+
+    def evaluate() -> None:  # by the first; the others wait
+        with watch("evaluation"):
+            score = evaluation(logger, state.step) if processes.first else None
+            better = score is not None and (state.best is None or score > state.best)
+            if processes.any(better):
+                state.best = score
+                whole = state.state_dict()
+                if processes.first:
+                    save_checkpoint(run.checkpoints / BEST, whole)
+
+    def stopping() -> bool:
+        return processes.any(interruption.requested)
+
+    guard = UpdateGuard(run, learner.updates, cfg.max_skipped, processes.rank)
     model_update = learner.model_update
+    first = first_evaluation(cfg)
     # Environment steps a call, those of all processes.
     per_step = processes.size * cfg.action_repeat * max(1, env.batch_size.numel())
     bar = Progress(
@@ -107,21 +129,13 @@ def finetune(
     )
     with (
         ExitStack() as opened,
+        run,
         open_logger(run, loggers, checkpoint, processes) as logger,
         Interruption() as interruption,
         bar,
     ):
         opened.enter_context(closing(collection))
         evaluation = Evaluation(cfg, env_factory, learner.agent, device, interruption)
-
-        def evaluate() -> None:  # by the first; the others wait where something is exchanged
-            if processes.first:
-                with watch("evaluation"):
-                    evaluation(logger, state.step)
-
-        def stopping() -> bool:
-            return processes.any(interruption.requested)
-
         opened.enter_context(closing(evaluation))
         collection.reset()
         losses, ready = None, False
@@ -150,35 +164,38 @@ def finetune(
                         logger.log(aligned, step)
                 state.updates_due += per_step / cfg.train_every
                 while state.updates_due >= 1 and not stopping():
-                    losses = learner.update(collection.sample())
+                    losses = learner.update(collection.sample(), guard.watch)
                     state.updates_due -= 1
-            metrics = {} if losses is None else {"updates": model_update.count, **shown(losses)}
+                    guard.check(losses, step)
+            metrics = (
+                {}
+                if losses is None
+                else {"updates": model_update.count, **progress_metrics(losses), **guard.shown()}
+            )
             trained = (model_update.count - updates) * cfg.batch_size * cfg.batch_length
             with watch("logging"):
                 bar.update(per_step, frames=trained, metrics=metrics)
                 if losses is not None and crossed(before, step, cfg.log_every):
-                    check_finite(losses, step)
-                    logger.log(without_twins(losses), step)
-            if not random_phase and crossed(before, step, cfg.eval_every):
+                    logger.log({**drop_unweighted(losses), **guard.metrics()}, step)
+            if step >= first and crossed(before - first, step - first, cfg.eval_every):
                 evaluate()
             if step >= cfg.env_steps:
                 break
             # After the evaluation: a run that is killed within it comes back to it.
             if losses is not None and crossed(before, step, cfg.checkpoint_every):
                 with watch("logging"):
-                    check_finite(losses, step)
                     save()
             if crossed(before, step, cfg.log_every):
                 logger.log_times(watch.summary(step), step)
-        if losses is not None:
-            check_finite(losses, state.step)
         stopped = stopping()
         if not stopped and ready:
-            if evaluation.last != state.step:
+            if processes.any(processes.first and evaluation.last != state.step):
                 evaluate()
             stopped = stopping()
         with watch("logging"):
             save()
+        if losses is not None and not stopped:
+            guard.check(losses, state.step, last=True)
         if not stopped and not ready:
             raise ValueError(
                 f"no episode was finished in {state.step} steps, so nothing was learned: raise "
@@ -200,13 +217,20 @@ def check(cfg: FinetuneConfig) -> None:
         raise ValueError(
             f"min_length={cfg.min_length} must not exceed batch_length={cfg.batch_length}"
         )
+    if cfg.eval_from is not None and cfg.eval_from < cfg.prefill:
+        raise ValueError(
+            f"eval_from={cfg.eval_from} lies in the prefill of {cfg.prefill} steps, in which "
+            f"nothing is learned: use eval_from={cfg.prefill} or more"
+        )
     if cfg.capacity < cfg.batch_length:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
 
 
-def crossed(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, now]."""
-    return now // every > before // every
+def first_evaluation(cfg: FinetuneConfig) -> int:
+    """The step of the first evaluation: after the random actions."""
+    if cfg.eval_from is not None:
+        return cfg.eval_from
+    return (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
 
 
 class FinetuneState:
@@ -215,30 +239,33 @@ class FinetuneState:
     def __init__(
         self,
         cfg: FinetuneConfig,
-        action_dim: int,
+        known: dict[str, Any],
         learner: Learner,
         collection: Collection,
         processes: Processes,
     ) -> None:
         self.processes = processes
-        self.cfg, self.action_dim = cfg, action_dim
+        self.cfg, self.known = cfg, known  # of the environment, see `interface`
         self.learner, self.collection = learner, collection
         self.step = 0  # of the environment
         self.updates_due = float(cfg.pretrain_updates)
         self.evaluation_due = False  # an interruption has cut the last one off
+        self.best: list[float] | None = None  # success and return of the best evaluation
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole run's, in each of its processes."""
+        """The whole run's, in each of its processes: all must ask for it."""
         own, *others = self.processes.gather({**self.collection.state_dict(), "rng": rng_state()})
         return {
             "phase": "finetune",
             "method": self.cfg.method,
             "size": self.cfg.size,
             "overrides": overrides(self.cfg.model),
-            "action_dim": self.action_dim,
+            **self.known,
+            "inputs": asdict(self.known["inputs"]),
             "step": self.step,
             "updates_due": self.updates_due,
             "evaluation_due": self.evaluation_due,
+            "best": self.best,
             **self.learner.state_dict(),
             **own,
             "others": others,
@@ -246,9 +273,9 @@ class FinetuneState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.updates_due = state["step"], state["updates_due"]
-        self.evaluation_due = state["evaluation_due"]
+        self.evaluation_due, self.best = state["evaluation_due"], state.get("best")
         seed = self.processes.seed(self.cfg.seed) + self.step  # not the first episodes again
-        with deaf_to_interrupts():
+        with ignore_sigint():
             self.collection.env.set_seed(seed)
         self.learner.load_state_dict(state)
         states, rank = [state, *state.get("others", [])], self.processes.rank

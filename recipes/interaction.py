@@ -15,9 +15,9 @@ from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
     EpisodeTracker,
     Interruption,
-    deaf_to_interrupts,
+    ignore_sigint,
     play,
-    summarise,
+    summarize,
 )
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import FinetuneConfig
@@ -34,7 +34,10 @@ def make_training_env(
         env_factory,
         cfg.env,
         seed=seed,
+        pixels=cfg.pixels,
         camera=cfg.camera,
+        cameras=cfg.cameras,
+        vectors=cfg.vectors,
         render_quality=cfg.render_quality,
         action_repeat=cfg.action_repeat,
         max_steps=cfg.max_steps,
@@ -64,7 +67,7 @@ class Collection:
 
     def reset(self) -> None:
         """The first frame of new episodes."""
-        with deaf_to_interrupts():
+        with ignore_sigint():
             self._now = self.env.reset()
         self._tracker = EpisodeTracker(self._now.numel())
 
@@ -122,29 +125,34 @@ class Evaluation:
         self.last: int | None = None  # the step of the last whole evaluation
         self.cut_off = False  # an interruption has cut the last one off: nothing was logged
         self.policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
-        self.env: EnvBase | None = None
+        self._env: EnvBase | None = None
 
-    def __call__(self, logger: Logger, step: int) -> None:
+    def __call__(self, logger: Logger, step: int) -> list[float] | None:
+        """Evaluate and log; success and return, or None if there was no whole evaluation."""
         cfg, device, seed = self.cfg, self.device, self.cfg.seed + EVAL_SEED
         if not cfg.eval_episodes:
-            return
-        if self.env is None:
-            workers = min(cfg.num_workers, cfg.eval_episodes)
-            env = make_training_env(cfg, self.env_factory, seed, workers)
-            self.env = env.append_transform(self.policy.make_primer())
-        with deaf_to_interrupts():
-            self.env.set_seed(seed)
+            return None
+        env = self._env = self._make_env(seed) if self._env is None else self._env
+        with ignore_sigint():
+            env.set_seed(seed)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             policy = partial(act, self.policy, device=device)
             stopped = partial(getattr, self.interruption, "requested")
-            records, films = play(self.env, policy, cfg.eval_episodes, stopped=stopped)
+            records, films = play(env, policy, cfg.eval_episodes, stopped=stopped)
         self.cut_off = len(records) < cfg.eval_episodes
         if self.cut_off:
-            return
+            return None
         self.last = step
-        logger.log({f"eval/{name}": value for name, value in summarise(records).items()}, step)
+        total = summarize(records)
+        logger.log({f"eval/{name}": value for name, value in total.items()}, step)
         logger.log_video("eval", films[0], step, fps=30)
+        return [total["success"], total["return"]]
+
+    def _make_env(self, seed: int) -> EnvBase:
+        workers = min(self.cfg.num_workers, self.cfg.eval_episodes)
+        env = make_training_env(self.cfg, self.env_factory, seed, workers)
+        return env.append_transform(self.policy.make_primer())
 
     def close(self) -> None:
-        if self.env is not None:
-            self.env.close(raise_if_closed=False)
+        if self._env is not None:
+            self._env.close(raise_if_closed=False)

@@ -15,13 +15,13 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
 
 from prelar_trl.allocator import with_tcmalloc
-from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
+from prelar_trl.checkpoint import rng_state, set_rng_state
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model, make_world_model_loss
@@ -29,29 +29,30 @@ from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss, total_loss
 from prelar_trl.probes import action_usage
 from prelar_trl.recipes.common import (
-    CHECKPOINT,
     Interruption,
-    check_finite,
     choose_device,
     chosen_loggers,
+    drop_unweighted,
     open_logger,
     open_run,
     prepare_update,
+    progress_metrics,
+    save_run,
     seed_everything,
-    shown,
-    without_twins,
 )
+from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.processes import ALONE, Processes, joined
 from prelar_trl.recipes.schema import PretrainConfig, overrides
 from prelar_trl.record import (
     Logger,
     Progress,
-    film_strip,
+    frame_strip,
     plot_psnr_by_step,
     psnr,
     video_grid,
     write_picture,
 )
+from prelar_trl.types import Inputs
 from prelar_trl.updates import WorldModelUpdate
 
 
@@ -64,7 +65,12 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
         torch.set_num_threads(cfg.threads)
 
     world_model = make_world_model(
-        cfg.method, "pretrain", action_dim=0, size=cfg.size, **overrides(cfg.model)
+        cfg.method,
+        "pretrain",
+        action_dim=0,
+        inputs=Inputs(cfg.pixels),
+        size=cfg.size,
+        **overrides(cfg.model),
     )
     clips, heldout = open_clips(cfg, world_model, device, processes)
     loss = accelerate(make_loss(cfg, world_model, clips).to(device))
@@ -80,16 +86,19 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
             )
             return
     fixed = heldout.sample()  # the same held-out clips throughout
-    guard = UsageGuard(cfg, world_model, fixed)
-    losses, stopped = None, False
+    usage = UsageGuard(cfg, world_model, fixed)
+    guard = UpdateGuard(run, [update], cfg.max_skipped, processes.rank)
+    losses, saved, stopped = None, update.count, False
 
     def save() -> None:
+        nonlocal saved
         rng, *others = processes.gather(rng_state())
         state = {
             "phase": "pretrain",
             "method": cfg.method,
             "size": cfg.size,
             "overrides": overrides(cfg.model),
+            "inputs": {"size": cfg.pixels},
             "step": update.count,
             "model": world_model.state_dict(),
             "update": update.state_dict(),
@@ -98,7 +107,8 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
             "others": [{"rng": each} for each in others],
         }
         if processes.first:
-            save_checkpoint(run.checkpoints / CHECKPOINT, state)
+            save_run(cfg, run, state, saved)
+        saved = update.count
 
     frames = cfg.batch_size * cfg.clip_len
     bar = Progress(
@@ -109,6 +119,7 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
         hidden=not processes.first,
     )
     with (
+        run,
         open_logger(run, loggers, checkpoint, processes) as logger,
         Interruption() as interruption,
         bar,
@@ -116,24 +127,28 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
         while update.count < cfg.updates:
             if stopped := processes.any(interruption.requested):
                 break
-            losses = update(clips.sample())
+            batch = clips.sample()
+            guard.watch(batch)
+            losses = update(batch)
+            losses.pop("state")
             step = update.count
+            guard.check(losses, step)
             last = step == cfg.updates
             if step % cfg.log_every == 0 or step == 1 or last:
-                losses.pop("state")
-                check_finite(losses, step)
-                logger.log({**without_twins(losses), "loss": total_loss(losses)}, step)
-            if guard.watches and processes.first and (step % cfg.usage_every == 0 or last):
-                logger.log(guard(step), step)
+                logged = {**drop_unweighted(losses), "loss": total_loss(losses), **guard.metrics()}
+                logger.log(logged, step)
+            if usage.watches and processes.first and (step % cfg.usage_every == 0 or last):
+                logger.log(usage(step), step)
             if processes.first and (step % cfg.video_every == 0 or step == 1 or last):
                 predict(world_model, fixed, logger, step, cfg.context)
             if step % cfg.checkpoint_every == 0:
-                check_finite(losses, step)
                 save()
-            bar.update(frames=frames, metrics={**shown(losses), **guard.latest})
+            metrics = {**progress_metrics(losses), **guard.shown(), **usage.latest}
+            bar.update(frames=frames, metrics=metrics)
         if losses is not None:
-            check_finite(losses, update.count)
             save()
+            if not stopped:
+                guard.check(losses, update.count, last=True)
     if stopped:
         processes.stop(
             f"stopped after {update.count} updates; to continue: the same command with resume=true"
@@ -192,7 +207,7 @@ class UsageGuard:
 @contextmanager
 def looking(world_model: RSSMWorldModel, batch: TensorDict) -> Iterator[None]:
     """Evaluation mode, and random draws that the training does not feel."""
-    device = batch["pixels"].device
+    device = cast(torch.Tensor, batch["pixels"]).device
     world_model.eval()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
@@ -224,8 +239,11 @@ def open_clips(
     )
     heldout = VideoClips(cfg.data, batch_size=8, seed=0, split=splits[1], **share, **common)
     height, width = clips.stores[0].size
-    if (height, width) != (64, 64):
-        raise ValueError(f"data={cfg.data} has frames of {height}x{width}; make it with pixels=64")
+    if (height, width) != (cfg.pixels, cfg.pixels):
+        raise ValueError(
+            f"data={cfg.data} has frames of {height}x{width}; make it with pixels={cfg.pixels}, or "
+            "train with its pixels="
+        )
     return clips, heldout
 
 
@@ -237,6 +255,7 @@ def load_state(
     clips: VideoClips,
     processes: Processes,
 ) -> None:
+    """Continue where the checkpoint was written."""
     world_model.load_state_dict(checkpoint["model"])
     update.load_state_dict(checkpoint["update"])
     clips.load_state_dict(checkpoint["clips"])
@@ -260,7 +279,7 @@ def predict(
     grid = video_grid(batch["pixels"], model, context=context)
     logger.log_video("openloop", grid, step, fps=5)
     pictures = logger.run.pictures
-    strip = film_strip(batch["pixels"][0], model[0], context=context)
+    strip = frame_strip(batch["pixels"][0], model[0], context=context)
     write_picture(pictures / f"openloop_{step:06d}.png", strip)
     curve = {f"after {step} updates": quality.tolist()}
     plot_psnr_by_step(curve, pictures / "psnr_by_frame.png", context=context)

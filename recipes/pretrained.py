@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 
-from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_inverse_model
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss
-from prelar_trl.recipes.common import CHECKPOINT
+from prelar_trl.pretrained import added_inputs
+from prelar_trl.recipes.common import read_run
 from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.schema import FinetuneConfig
-from prelar_trl.record import RunFolder
-from prelar_trl.updates import Alignment, Rehearsal
+from prelar_trl.rehearsal import Rehearsal
+from prelar_trl.updates import Alignment
 
 Pretrained = dict[str, Any]  # a checkpoint, and under "config" the configuration of its run
 
@@ -33,8 +33,9 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
             raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
     if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
         return None
-    run = RunFolder.load(cfg.pretrained)
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    run, checkpoint = read_run(
+        cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model["latent_action"]
+    )
     accepted = METHODS[cfg.method].checkpoint
     if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:
         suits = f"runs of {', '.join(accepted)}" if accepted else "no pre-training run"
@@ -46,6 +47,12 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
         raise ValueError(
             f"pretrained={cfg.pretrained} has size={checkpoint['size']}, this run size={cfg.size}; "
             f"use size={checkpoint['size']}"
+        )
+    size = checkpoint.get("inputs", {}).get("size", 64)
+    if size != cfg.pixels:
+        raise ValueError(
+            f"pretrained={cfg.pretrained} saw pictures of {size}x{size}, this run pixels="
+            f"{cfg.pixels}; use pixels={size}"
         )
     return {**checkpoint, "config": run.config}
 
@@ -63,13 +70,19 @@ def make_alignment(
         raise ValueError(
             f"align_updates={cfg.align_updates}: method={cfg.method} has no action encoder"
         )
+    assert pretrained is not None, "the configuration requires it"
     inverse_model = accelerate(make_inverse_model(pretrained).to(device))
     if inverse_model.frames == "flow":
         raise ValueError(
             f"align_updates={cfg.align_updates}: pretrained={cfg.pretrained} infers its latent "
             "actions from optical flow, which an environment does not give; use align_updates=0"
         )
-    return Alignment(world_model.action_encoder, inverse_model, cfg.align_lr)
+    return Alignment(
+        world_model.action_encoder,
+        inverse_model,
+        cfg.align_lr,
+        preprocess=lambda pixels: world_model.first_view(world_model.preprocess(pixels)),
+    )
 
 
 def make_rehearsal(
@@ -81,6 +94,12 @@ def make_rehearsal(
     """The video's share of the loss, if pre-training video is to be rehearsed."""
     if not cfg.rehearse:
         return None
+    assert pretrained is not None, "the configuration requires it"
+    if added_inputs(loss.world_model):
+        raise ValueError(
+            f"rehearse={cfg.rehearse}: videos show neither further cameras nor vectors; use "
+            "rehearse=0, or one picture"
+        )
     inverse_model = None
     if loss.world_model.action_encoder is not None:
         inverse_model = accelerate(make_inverse_model(pretrained).to(device))
@@ -90,7 +109,7 @@ def make_rehearsal(
 def rehearsed_clips(
     cfg: FinetuneConfig,
     rehearsal: Rehearsal,
-    pretrained: Pretrained,
+    pretrained: Pretrained | None,
     device: torch.device,
     processes: Processes,
 ) -> VideoClips:
@@ -105,6 +124,7 @@ def rehearsed_clips(
             f"rehearse={cfg.rehearse} needs batch_size of at least {2 * processes.size}, not "
             f"{cfg.batch_size}"
         )
+    assert pretrained is not None, "the configuration requires it"
     config = pretrained["config"]
     if config.get("data") is None:
         raise ValueError(

@@ -107,7 +107,7 @@ class Fixture:
                 options["bonus_embed"] = None
             else:
                 options |= {
-                    "bonus_neighbours": config["k"],
+                    "bonus_neighbors": config["k"],
                     "bonus_memory": config["queue_size"],
                     "bonus_projection": config["queue_dim"],
                     "bonus_window": config["intr_seq_length"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import shutil
 import signal
 from types import SimpleNamespace
@@ -18,7 +17,8 @@ from prelar_trl.modules import ActionEncoder, make_latent_actions
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.record import RunFolder
-from prelar_trl.updates import Alignment, Rehearsal, WorldModelUpdate
+from prelar_trl.rehearsal import Rehearsal
+from prelar_trl.updates import Alignment, WorldModelUpdate
 from tests.test_recipes_errors import fails  # noqa: F401
 from tests.tiny import batch, tiny, tiny_world_model
 from tests.toy_runs import (
@@ -27,6 +27,7 @@ from tests.toy_runs import (
     finetune_config,
     make_clips,
     pretrain_config,
+    rows,
 )
 
 CNN = {"images": "cnn"}
@@ -203,11 +204,6 @@ def made(tmp_path_factory):
         cfg = pretrain_config(clips, folder / method, method=method, **copy.deepcopy(quick))
         pretrain(cfg)
     return SimpleNamespace(clips=clips, prelar=folder / "prelar", apv=folder / "apv")
-
-
-def rows(run):
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def aligned_config(run, made, **changes):

@@ -17,7 +17,7 @@ SMALL += ["--method", "dreamerv2", "--episode", "10", "--steps", "20", "--eval-e
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "calls", "stretch"),
+    ("owner", "name", "calls", "section"),
     [
         (ToyEnv, "_step", 20, "env"),
         (WorldModelUpdate, "__call__", 4, "world_model"),
@@ -28,7 +28,7 @@ def test_what_takes_longer_shows_where_it_belongs(
     owner: type,
     name: str,
     calls: int,
-    stretch: str,
+    section: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
@@ -44,7 +44,7 @@ def test_what_takes_longer_shows_where_it_belongs(
     report = end_to_end.main([*SMALL, "--json", str(file)])
     assert json.loads(file.read_text())["share"] == report["share"]
     seconds = report["seconds"]
-    assert seconds[stretch] >= 0.2 * calls
+    assert seconds[section] >= 0.2 * calls
     assert sum(report["share"].values()) == pytest.approx(1)
     assert report["steps_per_s"] == pytest.approx(20 / sum(seconds.values()))
     without = sum(seconds.values()) - seconds["evaluation"]
@@ -52,10 +52,10 @@ def test_what_takes_longer_shows_where_it_belongs(
     # Start-up and prefill stand apart: ten steps of random actions and the first update.
     assert report["startup_s"] > 0 and report["updates"] == 4
     prefill = report["prefill"]["seconds"]
-    assert prefill[stretch] >= 0.2 * {"env": 10}.get(stretch, 1)
+    assert prefill[section] >= 0.2 * {"env": 10}.get(section, 1)
     assert prefill["evaluation"] == 0 < seconds["evaluation"]
     out = capsys.readouterr().out
-    assert stretch in out and "steps/s" in out
+    assert section in out and "steps/s" in out
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from prelar_trl.data.sources import (
     SomethingSomething,
     VideoFolder,
     export_episodes,
-    flow_colours,
+    flow_colors,
     picture_clip,
     prepare,
     read_list,
@@ -324,11 +324,11 @@ def test_flow_tells_direction_and_stands_still_first(tmp_path, kind: str) -> Non
     assert np.allclose(middle, [255, 191, 191], atol=12)
 
 
-def test_flow_colours_are_a_hue_wheel() -> None:
+def test_flow_colors_are_a_hue_wheel() -> None:
     full = 100 / 8
     flow = np.zeros((1, 100, 2), np.float32)
     flow[0, 1:5] = [[full, 0], [-full, 0], [0, full], [0, -full]]
-    white, right, left, down, up = flow_colours(flow)[0, :5].tolist()
+    white, right, left, down, up = flow_colors(flow)[0, :5].tolist()
     assert white == [255, 255, 255]
     assert right == [255, 0, 0] and left == [0, 255, 255]
     assert down == [128, 255, 0] and up == [128, 0, 255]

@@ -12,50 +12,39 @@ from tensordict import TensorDict
 
 from prelar_trl import config
 from prelar_trl.config import METHODS, Method
-from prelar_trl.models import (
-    Agent,
-    load_pretrained,
-    make_agent,
-    make_world_model,
-    make_world_model_loss,
-    pretrained_modules,
-)
+from prelar_trl.models import Agent, load_pretrained, pretrained_modules
 from prelar_trl.modules import RSSMWorldModel, context
 from prelar_trl.official import load_official_checkpoint, official_name, save_official_checkpoint
 from prelar_trl.recipes.entry import settings
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
-from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, TINY, make_clips
+from tests.tiny import batch, tiny, tiny_world_model
+from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, make_clips
 
-ACTIONS, SEQUENCES, STEPS = 2, 3, 7
+VIDEO = ("prelar", "apv", "contextwm")
+MIXED = {"latent_action": "mixed", "latent_action_deter": 5}
+CATEGORICAL = {"latent_action": "categorical", "latent_action_classes": 3}
+CASES: list[
+    tuple[str, dict[str, Any], dict[str, Any]]
+] = [  # method, options of both, of the second
+    ("naive", {"images": "context"}, {}),
+    ("prelar", {}, {"action_window": 3}),
+    ("prelar", CATEGORICAL, {"action_code": "categorical"}),
+    *(("prelar", {**MIXED, "latent_action_classes": n}, {"action_code": "mixed"}) for n in (0, 3)),
+    *((method, {"images": "cnn"}, {}) for method in ("prelar", "apv")),
+    *((method, {}, {"concat_embed": True}) for method in ("apv", "contextwm")),
+    *((method, {"hidden": 12, "deter": 20}, {}) for method in (*VIDEO, "dreamerv2")),
+    *((method, {"norm": norm}, {}) for method in VIDEO for norm in ("layer", "group", "none")),
+]
 
 
-def batch() -> TensorDict:
-    is_first = torch.zeros(SEQUENCES, STEPS, 1, dtype=torch.bool)
-    is_first[:, 0] = True
-    shape = (SEQUENCES, STEPS)
-    return TensorDict(
-        {
-            "pixels": torch.randint(0, 256, (*shape, 3, 64, 64), dtype=torch.uint8),
-            "action": torch.rand(*shape, ACTIONS) * 2 - 1,
-            "reward": torch.randn(*shape, 1),
-            "is_first": is_first,
-            "terminated": torch.rand(*shape, 1) < 0.1,
-        },
-        batch_size=shape,
-    )
-
-
-def pretrain_once(
-    method: str, loss: dict[str, Any] | None = None, **options: Any
-) -> RSSMWorldModel:
+def pretrain_once(method: str, **options: Any) -> RSSMWorldModel:
     """One update of pre-training."""
     torch.manual_seed(0)
-    model = make_world_model(method, "pretrain", action_dim=0, size="tiny", **{**TINY, **options})
-    objective = make_world_model_loss(method, "pretrain", model, **(loss or {}))
+    model, loss = tiny(method, "pretrain", **options)
     before = copy.deepcopy(model)
-    losses = WorldModelUpdate(objective)(batch().exclude("action", "reward", "terminated"))
+    losses = WorldModelUpdate(loss)(batch(3, 7).exclude("action", "reward", "terminated"))
     check(model, before, losses)
     return model
 
@@ -63,27 +52,24 @@ def pretrain_once(
 def finetune_once(
     method: str,
     pretrained: RSSMWorldModel | None = None,
-    loss: dict[str, Any] | None = None,
-    behavior: dict[str, Any] | None = None,
+    weights: dict[str, float] | None = None,
+    imag_batch: int | None = None,
     **options: Any,
-) -> tuple[Agent, TensorDict]:
+) -> TensorDict:
     """One whole training step; the pre-trained weights are the agent's before it."""
     torch.manual_seed(1)
-    agent = make_agent(method, action_dim=ACTIONS, size="tiny", **{**TINY, **options})
+    agent, loss = tiny(method, "finetune", weights, **options)
+    assert isinstance(agent, Agent)
     if pretrained is not None:
         load_pretrained(agent.world_model, pretrained.state_dict())
         weight = pretrained_modules(agent.world_model)["rssm"].cell.linear.weight
         assert torch.equal(weight, pretrained.rssm.cell.linear.weight)
-    objective = make_world_model_loss(
-        method, "finetune", agent.world_model, video_bonus=agent.video_bonus, **(loss or {})
-    )
-    td, before = batch(), copy.deepcopy(agent)
-    losses = WorldModelUpdate(objective, frozen_updates=0 if pretrained else None)(td)
+    td, before = batch(3, 7, terminated=torch.rand(3, 7, 1) < 0.1), copy.deepcopy(agent)
+    losses = WorldModelUpdate(loss, frozen_updates=0 if pretrained else None)(td)
     start = losses.pop("state").update(td.select("terminated", "action"))
-    update = BehaviorUpdate(agent, horizon=3, **(behavior or {}))
-    losses.update(update(start))
+    losses.update(BehaviorUpdate(agent, horizon=3, imag_batch=imag_batch)(start))
     check(agent, before, losses)
-    return agent, losses
+    return losses
 
 
 def check(module: torch.nn.Module, before: torch.nn.Module, losses: TensorDict) -> None:
@@ -102,42 +88,18 @@ def check(module: torch.nn.Module, before: torch.nn.Module, losses: TensorDict) 
             assert not torch.equal(parameter, old[name]), name
 
 
-# ---------------------------------------------------------------- components
-
-
-def test_naive_with_context_networks() -> None:
-    pretrained = pretrain_once("contextwm")
-    agent, _ = finetune_once("naive", pretrained, images="context")
-    assert agent.world_model.context_encoder is not None
-    assert "contextwm" in METHODS["naive"].checkpoint
+@pytest.mark.parametrize(("method", "options", "fine"), CASES)
+def test_an_option_trains_in_both_phases(method: str, options: dict, fine: dict) -> None:
+    source = {"naive": "contextwm", "dreamerv2": None}.get(method, method)
+    pretrained = pretrain_once(source, **options) if source else None
+    finetune_once(method, pretrained, **options, **fine)
 
 
 @pytest.mark.parametrize("method", ["prelar", "apv", "naive", "dreamerv2"])
 def test_a_discount_head_learns_when_episodes_end(method) -> None:
     aux = ("aux_reward",) if method in ("prelar", "apv") else ()
-    _, losses = finetune_once(
-        method, heads=("reward", "discount", *aux), loss={"weights": {"discount": 1.0}}
-    )
+    losses = finetune_once(method, weights={"discount": 1.0}, heads=("reward", "discount", *aux))
     assert losses["loss_discount"] > 0
-    assert losses["loss_actor"].isfinite()
-
-
-@pytest.mark.parametrize("norm", ["layer", "group", "none"])
-@pytest.mark.parametrize("method", ["prelar", "apv", "contextwm"])
-def test_other_norms_than_batch_norm(method, norm) -> None:
-    pretrained = pretrain_once(method, norm=norm)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in pretrained.modules())
-    finetune_once(method, pretrained, norm=norm)
-
-
-@pytest.mark.parametrize("method", ["prelar", "apv", "contextwm"])
-def test_hidden_may_differ_from_deter(method) -> None:
-    pretrained = pretrain_once(method, hidden=12, deter=20)
-    finetune_once(method, pretrained, hidden=12, deter=20)
-
-
-def test_hidden_may_differ_from_deter_without_pretraining() -> None:
-    finetune_once("dreamerv2", hidden=12, deter=20)
 
 
 @pytest.mark.parametrize("method", ["prelar", "apv", "dreamerv2"])
@@ -150,41 +112,8 @@ def test_imagination_from_some_of_the_states(method, monkeypatch) -> None:
         return real(self, actor, start, *args)
 
     monkeypatch.setattr(RSSMWorldModel, "imagine", imagine)
-    finetune_once(method, behavior={"imag_batch": 5})
+    finetune_once(method, imag_batch=5)
     assert seen == [(5,)]
-
-
-@pytest.mark.parametrize("classes", [0, 3])
-def test_mixed_latent_actions_fit_mixed_action_codes(classes) -> None:
-    code = {"latent_action_classes": classes, "latent_action_deter": 5}
-    pretrained = pretrain_once("prelar", latent_action="mixed", **code)
-    agent, _ = finetune_once("prelar", pretrained, action_code="mixed", **code)
-    width = 5 + TINY["latent_action_size"] * max(classes, 1)
-    assert agent.world_model.rssm.action_dim == pretrained.rssm.action_dim == width
-
-
-def test_categorical_latent_actions_fit_categorical_action_codes() -> None:
-    pretrained = pretrain_once("prelar", latent_action="categorical", latent_action_classes=3)
-    finetune_once("prelar", pretrained, action_code="categorical", latent_action_classes=3)
-
-
-@pytest.mark.parametrize("method", ["apv", "contextwm"])
-def test_the_upper_rssm_of_a_stack_may_also_read_the_image(method) -> None:
-    agent, _ = finetune_once(method, pretrain_once(method), concat_embed=True)
-    model = agent.world_model
-    assert model.rssm.embed_dim == model.lower_rssm.feat_dim + model.encoder.embed_dim
-
-
-@pytest.mark.parametrize("method", ["prelar", "apv"])
-def test_plain_cnn(method) -> None:
-    pretrained = pretrain_once(method, images="cnn")
-    agent, _ = finetune_once(method, pretrained, images="cnn")
-    assert type(agent.world_model.encoder).__name__ == "CNNEncoder"
-
-
-def test_an_action_window() -> None:
-    agent, _ = finetune_once("prelar", pretrain_once("prelar"), action_window=3)
-    assert agent.world_model.action_encoder.window == 3
 
 
 # ---------------------------------------------------------------- context
@@ -213,7 +142,7 @@ def test_a_context_checkpoint_without_position_embeddings_loads(tmp_path) -> Non
     for file in tmp_path.iterdir():
         state = torch.load(file)
         torch.save({k: x for k, x in state.items() if "pos_emb" not in k}, file)
-    fresh = make_world_model("contextwm", "pretrain", action_dim=0, size="tiny", **TINY)
+    fresh = tiny_world_model("contextwm")
     load_official_checkpoint(tmp_path, fresh)
     positions = 0
     for name, tensor in fresh.state_dict().items():

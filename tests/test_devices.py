@@ -32,8 +32,8 @@ def update(method: str, phase: str, device: str, precision: str, **options: Any)
     losses = model_update(data)
     start = losses.pop("state").update(data.select("terminated", "action"))
     if isinstance(model, Agent):
-        behaviour = BehaviorUpdate(model.to(device), horizon=3, imag_batch=5, precision=precision)
-        losses.update(behaviour(start))
+        behavior = BehaviorUpdate(model.to(device), horizon=3, imag_batch=5, precision=precision)
+        losses.update(behavior(start))
     return losses
 
 

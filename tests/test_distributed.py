@@ -19,7 +19,8 @@ from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model_loss
 from prelar_trl.modules import actions, context
 from prelar_trl.objectives import LatentActionLoss
-from prelar_trl.updates import Alignment, BehaviorUpdate, Rehearsal, Update, WorldModelUpdate
+from prelar_trl.rehearsal import Rehearsal
+from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate
 from tests.processes import run_in_processes
 from tests.tiny import ACTION_DIM, PHASES, batch, tiny_agent, tiny_world_model
 
@@ -145,10 +146,10 @@ def keep_gradients(update: Update, module: nn.Module, kept: list[dict[str, Tenso
     """Before each step note the gradients of what the update trains."""
     step = update.step_optimizers
 
-    def keep_and_step() -> dict[str, Tensor]:
+    def keep_and_step(loss: Tensor) -> dict[str, Tensor]:
         named = module.named_parameters()
         kept.append({name: p.grad.clone() for name, p in named if p.grad is not None})
-        return step()
+        return step(loss)
 
     update.step_optimizers = keep_and_step
 

@@ -19,8 +19,8 @@ from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Evaluation
 from prelar_trl.recipes.schema import EvaluateConfig
 from tests.test_envs_own import Gym, Walker
-from tests.test_recipes import OwnEnv, rows
-from tests.toy_runs import checkpoint, finetune_config
+from tests.test_recipes import OwnEnv
+from tests.toy_runs import checkpoint, finetune_config, rows
 
 OPTIONS = {
     "seed": 3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import sys
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from tests.toy_runs import (
     interrupt_after,
     make_clips,
     pretrain_config,
+    rows,
 )
 
 OUTSIDE = '''
@@ -52,11 +52,6 @@ class Bounded(LatentActions):
         return {"magnitude": action.square().mean()}
 '''
 INVERSE, CODE = "latent_action_encoder.latent_actions.", "action_encoder.latent_actions."
-
-
-def rows(run):
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def last(run, name):

@@ -201,13 +201,13 @@ def test_batch_norm_statistics_agree(fixture: Fixture, model: torch.nn.Module) -
             assert relative_error(buffer, theirs[official_name(name)]) < OUTPUT, name
 
 
-def test_imagination_and_behaviour_agree(fixture: Fixture, model: torch.nn.Module) -> None:
+def test_imagination_and_behavior_agree(fixture: Fixture, model: torch.nn.Module) -> None:
     theirs = fixture.group("behaviour")
     if not theirs:
         assert fixture.phase == "pretrain"
         return
     start = start_states(fixture, model)
-    update = behaviour_update(fixture, model)
+    update = behavior_update(fixture, model)
     model.eval()
     with frozen(model.world_model):
         imagined = model.world_model.imagine(model.actor, start, update.horizon, sample=False)
@@ -255,10 +255,10 @@ def test_one_whole_training_step_agrees(
     norm = torch.tensor(metrics["wm/model_grad_norm"])
     assert relative_error(losses["grad_norm_model"], norm) < tolerance
     if isinstance(model, Agent):
-        behaviour = behaviour_update(fixture, model)
-        leak_into_critic(behaviour, fixture.config["actor_ent"])
+        behavior = behavior_update(fixture, model)
+        leak_into_critic(behavior, fixture.config["actor_ent"])
         start = losses["state"].update(batch.select("terminated", "action"))
-        behaved = behaviour(start, sample=False)
+        behaved = behavior(start, sample=False)
         for name in ("actor", "critic"):
             expected = torch.tensor(metrics[f"behavior/{name}_loss"])
             assert relative_error(behaved[f"loss_{name}"], expected) < 10 * BEHAVIOUR, name
@@ -307,7 +307,7 @@ def start_states(fixture: Fixture, model: Agent) -> TensorDict:
     return state.update(fixture.batch().select("terminated", "action"))
 
 
-def behaviour_update(fixture: Fixture, model: Agent) -> BehaviorUpdate:
+def behavior_update(fixture: Fixture, model: Agent) -> BehaviorUpdate:
     config = fixture.config
     return BehaviorUpdate(
         model,
@@ -326,6 +326,6 @@ def leak_entropy(imagined: TensorDict, scale: float) -> TensorDict:
     return imagined.copy().update({"value_target": target})
 
 
-def leak_into_critic(behaviour: BehaviorUpdate, scale: float) -> None:
-    critic_loss = behaviour.critic_loss
-    behaviour.critic_loss = lambda imagined: critic_loss(leak_entropy(imagined, scale))
+def leak_into_critic(behavior: BehaviorUpdate, scale: float) -> None:
+    critic_loss = behavior.critic_loss
+    behavior.critic_loss = lambda imagined: critic_loss(leak_entropy(imagined, scale))

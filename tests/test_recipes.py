@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -45,6 +44,7 @@ from tests.toy_runs import (
     interrupt_after,
     make_clips,
     pretrain_config,
+    rows,
 )
 
 PRETRAINED = [name for name, method in METHODS.items() if method.pretrain is not None]
@@ -68,11 +68,6 @@ def path(clips, tmp_path_factory):
         patch.setattr(sys, "argv", ["plot", f"runs=[{pre},{fine}]", f"out={report}"])
         start("plot")
     return SimpleNamespace(pre=pre, fine=fine, result=result, report=report)
-
-
-def rows(run, name="metrics.csv"):
-    with open(run / name, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_run_folders_hold_the_whole_configuration(path):

@@ -1,4 +1,4 @@
-"""The stopwatch: shares of a lap, and what a GPU would make of them."""
+"""The stopwatch: shares of a section, and what a GPU would make of them."""
 
 from __future__ import annotations
 

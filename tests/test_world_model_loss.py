@@ -69,52 +69,35 @@ def test_flags_must_be_bool_and_the_reward_a_float(key: str, dtype: torch.dtype)
         loss(data)
 
 
-@pytest.mark.parametrize("shape", [(2, 4), (2, 4, 2)])
-def test_rewards_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+def test_rewards_of_another_shape_and_empty_batches_are_refused() -> None:
     _, loss = tiny("dreamerv2", "finetune", weights={"image": 1.0, "reward": 1.0})
     data = batch()
-    data["reward"] = torch.zeros(shape)
-    with pytest.raises(ValueError, match=r"reward is float32 \[2, 4.*must be \[2, 4, 1\]"):
-        loss(data)
-
-
-def test_an_empty_batch_is_refused() -> None:
-    _, loss = tiny("dreamerv2", "finetune", weights={"image": 1.0, "reward": 1.0})
+    for shape in ((2, 4), (2, 4, 2)):
+        data["reward"] = torch.zeros(shape)
+        with pytest.raises(ValueError, match=r"reward is float32 \[2, 4.*must be \[2, 4, 1\]"):
+            loss(data)
     with pytest.raises(ValueError, match="is_first is .* not empty"):
         loss(batch()[:0])
 
 
 def test_world_model_loss_is_its_formula() -> None:
-    agent, loss = tiny(
-        "dreamerv2",
-        "finetune",
-        weights={"discount": 3.0, "kl": 0.5},
-        heads=("reward", "discount"),
-        sample=False,
-    )
+    weights = {"discount": 3.0, "kl": 0.5}
+    options = {"heads": ("reward", "discount"), "sample": False}
+    agent, loss = tiny("dreamerv2", "finetune", weights, **options)
     data = batch()
     data["terminated"][0, 3] = True
     out, predicted = loss(data), agent.world_model(data.copy())
-    image = (
-        (predicted["prediction", "pixels"] - (data["pixels"] / 255 - 0.5)).square().sum((2, 3, 4))
-    )
-    reward = (predicted["prediction", "reward"] - data["reward"]).square()
-    bernoulli = torch.distributions.Bernoulli(logits=predicted["prediction", "discount"])
-    alive = 1 - data["terminated"].float()
-    discount = -(
-        0.99 * alive * bernoulli.probs.log() + (1 - 0.99 * alive) * (1 - bernoulli.probs).log()
-    )
-    kl = functional.categorical_kl(predicted["posterior"], predicted["prior"])
+    prediction, images = predicted["prediction"], data["pixels"] / 255 - 0.5
+    alive = 0.99 * (1 - data["terminated"].float())
     expected = {
-        "image": image.mean() / 2,
-        "reward": reward.mean() / 2,
-        "discount": discount.mean(),
-        "kl": kl.mean(),
+        "image": (prediction["pixels"] - images).square().sum((2, 3, 4)).mean() / 2,
+        "reward": (prediction["reward"] - data["reward"]).square().mean() / 2,
+        "discount": nn.functional.binary_cross_entropy_with_logits(prediction["discount"], alive),
+        "kl": functional.categorical_kl(predicted["posterior"], predicted["prior"]).mean(),
     }
     for name, value in expected.items():
         torch.testing.assert_close(out[name], value.detach(), rtol=1e-4, atol=1e-6)
-    weights = {"image": 1.0, "reward": 1.0, "discount": 3.0, "kl": 0.5}
-    total = sum(weights[name] * value for name, value in expected.items())
+    total = sum(weights.get(name, 1.0) * value for name, value in expected.items())
     torch.testing.assert_close(total_loss(out), total, rtol=1e-4, atol=1e-5)
 
 
@@ -144,50 +127,42 @@ def test_the_bonus_is_added_to_the_reward_and_never_to_aux_reward() -> None:
         torch.testing.assert_close(out["bonus"], bonus.mean())
 
 
-def test_the_bonus_reads_the_embedding_of_its_method() -> None:
-    for method, options, key in (
+@pytest.mark.parametrize(
+    ("method", "options", "key"),
+    [
         ("prelar", {}, "embed"),
         ("apv", {}, ("lower", "feat")),
         ("naive", {"bonus_embed": "feat"}, "feat"),
         ("apv", {"bonus_embed": "embed"}, "embed"),
-    ):
-        _, loss = tiny(method, "finetune", **options)
-        assert loss.tensor_keys.bonus_embed == key
-        assert loss(batch())["bonus"].isfinite()
+    ],
+)
+def test_the_bonus_reads_the_embedding_of_its_method(method: str, options: dict, key) -> None:
+    _, loss = tiny(method, "finetune", **options)
+    assert loss.tensor_keys.bonus_embed == key
+    assert loss(batch())["bonus"].isfinite()
 
 
 def test_world_model_loss_works_on_any_module_with_matching_keys() -> None:
     class Linear(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.randn(4))
+            self.weight = nn.Parameter(torch.randn(3))
 
         def forward(self, frames: Tensor) -> tuple[Tensor, ...]:
             statistics = torch.randn(*frames.shape[:2], S, K)
-            mean = self.weight[0] * (frames.float() / 255 - 0.5)
-            return (
-                mean,
-                self.weight[1] * statistics,
-                self.weight[2] * statistics,
-                statistics,
-                frames,
-            )
+            image, q, p = self.weight
+            return image * (frames / 255), q * statistics, p * statistics, statistics, frames
 
-    keys = [("out", "image", "pixels"), ("out", "q"), ("out", "p"), ("out", "z"), ("out", "h")]
-    module = TensorDictModule(Linear(), [("in", "frames")], keys)
+    names = ("prediction", "posterior", "prior", "stoch", "deter")
+    keys = {name: ("out", "my", name) for name in names}
+    written = [(*keys["prediction"], "pixels"), *list(keys.values())[1:]]
+    module = TensorDictModule(Linear(), [("in", "frames")], written)
     loss = RSSMWorldModelLoss(module)
-    loss.set_keys(
-        pixels=("in", "frames"),
-        prediction=("out", "image"),
-        posterior=("out", "q"),
-        prior=("out", "p"),
-        stoch=("out", "z"),
-        deter=("out", "h"),
-    )
+    loss.set_keys(pixels=("in", "frames"), **keys)
     assert loss.in_keys == [("in", "frames")]
     frames = torch.randint(0, 256, (2, 3, 3, 8, 8), dtype=torch.uint8)
     total_loss(loss(TensorDict({"in": {"frames": frames}}, [2, 3]))).backward()
-    assert module.module.weight.grad[:3].abs().min() > 0
+    assert module.module.weight.grad.abs().min() > 0
 
 
 def test_world_model_loss_saves_every_tensor_once_loaded_as_saved() -> None:
@@ -213,17 +188,6 @@ def test_world_model_loss_works_in_float64(method: str, phase: str) -> None:
     assert total.dtype == torch.float64 and total.isfinite()
 
 
-@pytest.mark.parametrize("method", ["prelar", "dreamerv2"])
-def test_compiled_world_model_loss_equals_eager(method: str) -> None:
-    phase = "finetune"
-    _, loss = tiny(method, phase, sample=False)
-    loss.eval()  # the bonus memory stays as it is
-    data = batch(2, 3)
-    expected = loss(data)
-    compiled = torch.compile(loss, backend="aot_eager")
-    same(compiled(data), expected)
-
-
 # ---------------------------------------------------------------------- bonus
 
 
@@ -245,7 +209,7 @@ def test_bonus_memory_keeps_the_newest_points_first() -> None:
     torch.testing.assert_close(bonus.memory[3:], project(first)[:3])
 
 
-def test_bonus_is_the_neighbour_distance_over_the_running_magnitude() -> None:
+def test_bonus_is_the_neighbor_distance_over_the_running_magnitude() -> None:
     bonus, embed = make_bonus(momentum=0.9).train(), torch.randn(1, 4, 4)
     out = bonus(embed)
     points = (functional.sliding_mean(embed, 2) @ bonus.projection)[0]
@@ -256,17 +220,13 @@ def test_bonus_is_the_neighbour_distance_over_the_running_magnitude() -> None:
 
 
 def test_bonus_in_evaluation_mode_moves_nothing() -> None:
-    bonus = make_bonus().train()
-    bonus(torch.randn(1, 4, 4))
+    bonus, embed = make_bonus().eval(), torch.randn(1, 4, 4)
+    assert bonus(embed).tolist() == [[0.0] * 3]  # the memory is empty
+    bonus.train()(embed)
     before = {key: x.clone() for key, x in bonus.state_dict().items()}
-    out = bonus.eval()(torch.randn(1, 4, 4))
-    assert out.isfinite().all()
+    assert bonus.eval()(torch.randn(1, 4, 4)).isfinite().all()
     for key, value in bonus.state_dict().items():
         assert torch.equal(value, before[key]), key
-
-
-def test_bonus_of_an_empty_memory_is_zero() -> None:
-    assert make_bonus().eval()(torch.randn(1, 4, 4)).tolist() == [[0.0] * 3]
 
 
 def test_bonus_of_something_new_is_larger() -> None:

@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
 BONUS: dict[str, Any] = {
     "bonus_memory": 64,
     "bonus_projection": 8,
-    "bonus_neighbours": 4,
+    "bonus_neighbors": 4,
     "bonus_window": 3,
 }
 PHASES = [
@@ -67,7 +67,7 @@ def tiny(
 
 
 def train_in_float64(updates: Sequence[Update], data: TensorDict) -> TensorDict:
-    """One update of the world model, then of the behaviour if there is one; all their losses."""
+    """One update of the world model, then of the behavior if there is one; all their losses."""
     for name in ("action", "reward"):
         data[name] = data[name].double()
     losses = updates[0](data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import signal
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,12 @@ def interrupt_after(
 def checkpoint(run: Path) -> dict[str, Any]:
     """The last checkpoint of a run."""
     return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+
+
+def rows(run: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+    """The table of metrics of a run, or another one."""
+    with open(run / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def different(a: Any, b: Any, name: str = "") -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -78,9 +79,11 @@ class VideoClips:
         self.streams = tuple(streams)
         self._check_streams()
         self.storage = self._select(split, heldout, weights)
-        options = dict(strategy=strategy, rank=rank, world_size=world_size)
-        self.sampler = WindowSampler(clip_len, seed=seed, **options)
-        self._probe_sampler = WindowSampler(clip_len, seed=seed + 1, **options)
+        make_sampler = partial(
+            WindowSampler, clip_len, strategy=strategy, rank=rank, world_size=world_size
+        )
+        self.sampler = make_sampler(seed=seed)
+        self._probe_sampler = make_sampler(seed=seed + 1)
         self.sampler.sync(self.storage)
         if not self.sampler.num_eligible:
             raise ValueError(
@@ -95,7 +98,7 @@ class VideoClips:
             self.storage.streams["action"] = ACTIONS
             share = float(self._labeled.sum()) / self.num_clips
             rows = max(1, round(share * batch_size))
-            labeled = WindowSampler(clip_len, seed=seed + 2, **options)
+            labeled = make_sampler(seed=seed + 2)
             episodes = self.storage.episodes()
             lengths = torch.where(self._labeled, self._lengths, 0)
             labeled.set_episodes(lengths, starts=episodes["starts"])

@@ -52,7 +52,7 @@ class Spool:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._files = {k: self._file(k).open("wb", buffering=0) for k in streams}
             for key, array in frame.items():
-                view = memoryview(np.ascontiguousarray(array)).cast("B")
+                view = np.ascontiguousarray(array).data.cast("B")
                 while view:
                     view = view[self._files[key].write(view) :]
         except OSError as error:

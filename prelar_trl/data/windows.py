@@ -165,7 +165,7 @@ class WindowSampler(StatefulSampler):
         if self._order is not None and len(self._order) != len(self._eligible):
             self._order = self._order_rng = None  # other episodes: the epoch begins anew
 
-    def sync(self, storage: Storage) -> None:
+    def sync(self, storage: Storage | None) -> None:
         """Declares the episodes of a `FrameStorage`, if they have changed."""
         if isinstance(storage, FrameStorage) and storage.revision != self._revision:
             self._revision = storage.revision
@@ -196,7 +196,7 @@ class WindowSampler(StatefulSampler):
         drawn = self._draw_all(rows * self.world_size)
         return drawn if self.world_size == 1 else self._own_rows(drawn, rows)
 
-    def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
+    def sample(self, storage: Storage | None, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
         """TorchRL's sampler interface.
 
         Args:
@@ -210,6 +210,7 @@ class WindowSampler(StatefulSampler):
             raise ValueError(f"batch_size={batch_size} is no multiple of the window {self.length}")
         self.sync(storage)
         windows = self.draw(batch_size // self.length)
+        assert self._starts is not None, "draw has found episodes"
         first = self._starts[windows.episode] + windows.start - windows.offset
         index = first.repeat_interleave(windows.frames) + torch.arange(batch_size)
         if self._capacity is not None:

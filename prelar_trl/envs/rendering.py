@@ -1,6 +1,6 @@
 """``python -m prelar_trl.envs.rendering``: can this machine draw MuJoCo pictures off-screen?
 
-Exits with 0 if it can; otherwise prints one line with the command that mends it and exits with 1.
+Exits with 0 if it can; otherwise prints one line with the command that fixes it and exits with 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A tiny pixel task that a small agent learns in minutes: steer a disc onto a square.
 
 Both lie in the square [-1, 1]^2. An action is a velocity in [-1, 1]^2; one step moves the disc by
-``SPEED`` times it. With ``gap`` = the distance beyond ``RADIUS`` between the two centres,
+``SPEED`` times it. With ``gap`` = the distance beyond ``RADIUS`` between the two centers,
 
     reward = 1 / (1 + (gap / SCALE)^2)        1 on the target, 0.5 at gap = SCALE, never 0
 
@@ -14,6 +14,7 @@ of the four places (+-0.6, +-0.6). The best policy goes straight to the target a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -123,27 +124,28 @@ class ToyEnv(EnvBase):
         disc: Color = (255, 64, 64),
         square: Color = (64, 224, 96),
     ) -> None:
-        super().__init__(device="cpu", batch_size=[])
+        super().__init__(device="cpu", batch_size=torch.Size([]))
         self._generator = torch.Generator().manual_seed(0)
         self._size = size
         observation = {
-            "state": Bounded(-1, 1, (4,), dtype=torch.float32),
-            "success": Binary(1, (1,), dtype=torch.bool),
+            "state": Bounded(-1, 1, torch.Size([4]), dtype=torch.float32),
+            "success": Binary(1, torch.Size([1]), dtype=torch.bool),
         }
         if size is not None:
-            observation["pixels"] = Bounded(0, 255, (3, size, size), dtype=torch.uint8)
+            observation["pixels"] = Bounded(0, 255, torch.Size([3, size, size]), dtype=torch.uint8)
             margin = 1 + _SQUARE  # both shapes stay inside the picture
-            centres = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32) * margin
-            self._y, self._x = -centres[:, None], centres[None, :]  # y points up
+            centers = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32) * margin
+            self._y, self._x = -centers[:, None], centers[None, :]  # y points up
             self._pixel = 2 * margin / size
             self._background = _texture(background, size)
             self._disc, self._square = _as_image(disc), _as_image(square)
         self.observation_spec = Composite(observation)
-        self.action_spec = Bounded(-1, 1, (2,), dtype=torch.float32)
-        self.reward_spec = Unbounded((1,), dtype=torch.float32)
+        self.action_spec = Bounded(-1, 1, torch.Size([2]), dtype=torch.float32)
+        self.reward_spec = Unbounded(torch.Size([1]), dtype=torch.float32)
 
     def _set_seed(self, seed: int | None) -> None:
-        self._generator.manual_seed(seed)
+        if seed is not None:
+            self._generator.manual_seed(seed)
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs) -> TensorDictBase:
         self._position, self._target = _draw_start((2,), self._generator)
@@ -216,7 +218,7 @@ def play_toy(
 
 
 def make_toy(
-    look: str, *, pixels: int | None, camera: str | None, render_quality: str
+    look: str, *, pixels: int | None, cameras: Sequence[str], render_quality: str
 ) -> tuple[EnvBase, list[Transform]]:
     """The toy task; it has one view, in one quality. See :func:`prelar_trl.envs.make_env`.
 
@@ -226,6 +228,6 @@ def make_toy(
     name = f"toy/{look}" if look else "toy"
     if name not in LOOKS:
         raise ValueError(f"unknown environment {name!r}; choose {', '.join(LOOKS)}")
-    if camera is not None:
-        raise ValueError(f"toy has no cameras to choose from, got camera={camera!r}")
+    if cameras:
+        raise ValueError(f"toy has no cameras to choose from, got {', '.join(cameras)}")
     return ToyEnv(pixels, **LOOKS[name]), []

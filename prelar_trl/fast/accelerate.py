@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -22,7 +22,7 @@ from prelar_trl.modules.convnets import (
     ResNetDecoder,
     ResNetEncoder,
 )
-from prelar_trl.modules.heads import MLP, Actor
+from prelar_trl.modules.heads import MLP, Actor, OneHotActor
 from prelar_trl.modules.patchnets import PatchEncoder
 from prelar_trl.modules.rssm import RSSM, GRUCell
 from prelar_trl.modules.world_model import RSSMWorldModel
@@ -36,7 +36,11 @@ class FastWorldModel(RSSMWorldModel):
     """Casts the frozen weights once for all steps of imagination."""
 
     def imagine(
-        self, actor: Actor, start: TensorDictBase, horizon: int = 15, sample: bool = True
+        self,
+        actor: Actor | OneHotActor,
+        start: TensorDictBase,
+        horizon: int = 15,
+        sample: bool = True,
     ) -> TensorDict:
         if torch.compiler.is_compiling():  # a compiler casts once anyway
             return super().imagine(actor, start, horizon, sample)
@@ -61,11 +65,12 @@ FAST: dict[type[nn.Module], type[nn.Module]] = {
 }
 CHECKPOINTED = (convnets.FastResNetDecoder, convnets.FastResNetEncoder)
 # Activations that follow a layer whose output nothing else reads.
-ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Sequence[nn.Module]]] = {
+ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Sequence[Any]]] = {
     ActionEncoder: lambda part: [part.act],
     Actor: lambda part: [part.act],
     LatentActionEncoder: lambda part: [part.head[1]],
     MLP: lambda part: [part.act],
+    OneHotActor: lambda part: [part.act],
     RSSM: lambda part: [part.act, *(head[1] for head in part.prior_heads)],
 }
 
@@ -108,4 +113,4 @@ def accelerate(module: M, *, checkpoint: bool | None = None) -> M:
         part.__class__ = FAST.get(kind, kind)
         if isinstance(part, CHECKPOINTED):
             part.checkpoint = checkpoint
-    return module.to(memory_format=torch.channels_last)
+    return cast(Any, module).to(memory_format=torch.channels_last)

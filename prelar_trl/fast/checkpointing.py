@@ -92,7 +92,7 @@ class RecomputeContext:
         self.token = _recomputing.set(True)
         self.context.__enter__()
 
-    def __exit__(self, *error: object) -> bool | None:
+    def __exit__(self, *error: Any) -> bool | None:
         _recomputing.reset(self.token)
         return self.context.__exit__(*error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -11,6 +12,7 @@ from tensordict import TensorDict
 
 from prelar_trl.objectives import total_loss
 from prelar_trl.updates import Update
+from prelar_trl.utils import check_choice
 
 __all__ = ["CompileMode", "compile_update"]
 
@@ -37,14 +39,16 @@ def compile_update(update: U, mode: CompileMode = "auto") -> U:
     Raises (by the update):
         RuntimeError: ``on``, and compiling failed.
     """
-    if mode not in get_args(CompileMode):
-        raise ValueError(f"compile={mode!r} is unknown; choose auto, on or off")
+    check_choice("compile", mode, get_args(CompileMode))
     cuda = next(update.module.parameters()).is_cuda
     if mode == "off" or (mode == "auto" and not cuda):
         return update
     log.info("compiling %s: its first calls take minutes", type(update).__name__)
     # The second option is what mode="reduce-overhead" means; torch takes no mode beside options.
-    options = {"fallback_random": True, "triton.cudagraphs": cuda}
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
+        "fallback_random": True,
+        "triton.cudagraphs": cuda,
+    }
     compiled = torch.compile(update.losses, fullgraph=True, dynamic=False, options=options)
     eager = update.forward_backward
 

@@ -7,9 +7,9 @@ at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from prelar_trl.modules.convnets import (
     ResidualLayer,
     ResNetDecoder,
     ResNetEncoder,
+    crop_images,
+    pad_images,
 )
 from prelar_trl.modules.patchnets import PatchEncoder
 
@@ -83,7 +85,7 @@ def _convolve(block: nn.Sequential, x: Tensor, upsample: bool) -> Tensor:
     """A residual block through its last convolution, without the norm after it."""
     conv, *others = block
     has_norm = _has_norm(block)
-    x = upsampled_conv2d(x, conv.weight) if upsample else conv(x)
+    x = upsampled_conv2d(x, cast(nn.Conv2d, conv).weight) if upsample else conv(x)
     for layer in others[:-1] if has_norm else others:
         # Without norm the input is a convolution's output, which stays as it is.
         x = x.relu_() if has_norm and isinstance(layer, nn.ReLU) else layer(x)
@@ -110,7 +112,7 @@ class FastResidualLayer(ResidualLayer):
         y = _convolve(self.block, x, upsample)
         return _join(self.block, y, skip, upsample and not self.skip)
 
-    def by_branches(self, x: Tensor, upsample: bool, run: Run = checkpoint_convs) -> Tensor:
+    def checkpointed(self, x: Tensor, upsample: bool, run: Run = checkpoint_convs) -> Tensor:
         """The same; the backward pass computes one branch again at a time, their sum not at all."""
         # The skip first: its gradient, as large as x, comes last and is not kept meanwhile.
         skip = run(partial(_shortcut, self.skip, upsample=upsample), x)
@@ -134,7 +136,7 @@ class FastResNetEncoder(ResNetEncoder):
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         run = checkpoint_convs if self.checkpoint else call
-        x = x.contiguous(memory_format=channels_last)
+        x = pad_images(x, self.padded_size).contiguous(memory_format=channels_last)
         maps = []
         for index in range(len(self.stages)):
             stage_map, x = run(partial(self.run_stage, index), x)
@@ -156,12 +158,12 @@ class FastResNetDecoder(ResNetDecoder):
         run = checkpoint_convs if self.checkpoint else call
         x = self.linear_in(feat).unflatten(-1, self.first_map)  # [N, C, 4, 4]
         x = x.contiguous(memory_format=channels_last)
-        *stages, largest = self.stages
+        *stages, largest = cast(Iterable[nn.Sequential], self.stages)
         for stage in stages:
             x = run(partial(_upsampled_stage, stage), x)
-        for index, layer in enumerate(largest):
-            x = layer.by_branches(x, index == 0, run)
-        return self.conv_out(x)
+        for index, layer in enumerate(cast(Iterable[Any], largest)):
+            x = layer.checkpointed(x, index == 0, run)
+        return self.to_images(x)
 
 
 def _upsampled_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
@@ -176,14 +178,16 @@ class FastContextDecoder(ContextDecoder):
     def forward(self, feat: Tensor, context: list[Tensor]) -> Tensor:
         x = self.linear_in(feat).unflatten(-1, self.first_map)  # [B*T, C, 4, 4]
         x = x.contiguous(memory_format=channels_last)
-        for stage, context_map in zip(self.stages, reversed(context), strict=True):
+        for stage, context_map in zip(
+            cast(Iterable[nn.Sequential], self.stages), reversed(context), strict=True
+        ):
             for index, layer in enumerate(stage):
                 if not isinstance(layer, ContextLayer):
                     x = layer(x, upsample=index == 0)
                     continue
                 x = F.interpolate(x, scale_factor=2.0) if index == 0 else x
                 x = layer(x, context_map)
-        return self.conv_out(x)
+        return self.to_images(x)
 
 
 class FastCNNEncoder(CNNEncoder):
@@ -197,7 +201,7 @@ class FastPatchEncoder(PatchEncoder):
     """Channels-last, its activations in place."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _encode(self.convs, x)
+        return _encode(self.convs, pad_images(x, self.padded_size))
 
 
 def _encode(convs: nn.ModuleList, x: Tensor) -> Tensor:
@@ -212,10 +216,15 @@ class FastCNNDecoder(CNNDecoder):
     """Some frames at a time, the first layer as a matrix product."""
 
     def forward(self, feat: Tensor) -> Tensor:
-        first = self.convs[0]
+        first = cast(nn.ConvTranspose2d, self.convs[0])
+        if self.first_map[1] > 1:
+            x = self.linear_in(feat).unflatten(-1, self.first_map)
+            x = first(x.contiguous(memory_format=channels_last))
+            return chunked(self.run_convs, x)
         # On one pixel a transposed convolution is a matrix product.
         x = linear(self.linear_in(feat), first.weight.flatten(1).t())  # [N, C*k*k]
-        x = x.unflatten(-1, first.weight[0].flatten(1).shape).mT.contiguous() + first.bias
+        x = x.unflatten(-1, first.weight[0].flatten(1).shape).mT.contiguous()
+        x = x + cast(Tensor, first.bias)
         x = x.unflatten(1, first.kernel_size).permute(0, 3, 1, 2)  # [N, C, k, k], channels-last
         return chunked(self.run_convs, x)
 
@@ -223,4 +232,4 @@ class FastCNNDecoder(CNNDecoder):
         """The convolutions after the first."""
         for index, conv in enumerate(self.convs[1:]):
             x = conv(F.elu(x, inplace=index > 0))  # a chunk of the first map is a view
-        return x
+        return crop_images(x, self.image_size)

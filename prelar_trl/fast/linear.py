@@ -7,14 +7,14 @@ few rows of a step of the recurrence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from prelar_trl.fast.private import functorch_is_active, onednn_linear, unsafe_view
 
@@ -95,7 +95,7 @@ def _onednn_serves(*tensors: Tensor | None) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # The weight must be dense, see _dense: a slice takes oneDNN's slow way, element by element.
-    product = onednn_linear()
+    product = cast(Callable[..., Tensor], onednn_linear())
     if x.dim() == 2:
         return product(x.contiguous(), weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -142,7 +142,7 @@ class _DeferredWeightGrad(torch.autograd.Function):
         return bias.view_as(bias)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
         weight = None
         if ctx.needs_input_grad[0]:
             x = torch.stack(ctx.inputs).flatten(0, 1)  # [T*B, in]

@@ -33,7 +33,7 @@ def functorch_is_active() -> bool:
 
 @cache
 def onednn_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
-    """oneDNN's ``x W^T + b`` of dense float32 CPU tensors, x ``[N, in]``; None without it."""
+    """``x W^T + b`` by oneDNN, of dense float32 CPU tensors, x ``[N, in]``; None without oneDNN."""
     try:
         op = torch.ops.mkldnn._linear_pointwise.default
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from prelar_trl.modules.rssm import RSSM, GRUCell, State
 
 __all__ = ["FastGRUCell", "TimeBatchedRSSM"]
 
+_Ops = tuple[Callable[..., Any], Callable[..., Any]]
+
 
 class _Gates(torch.autograd.Function):
     """Layer norm and gates of the GRU; of them only the inputs are kept for the gradient."""
@@ -23,7 +26,7 @@ class _Gates(torch.autograd.Function):
     def forward(
         ctx: Any, raw: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
-        layer_norm, _ = layer_norm_ops()
+        layer_norm, _ = cast(_Ops, layer_norm_ops())
         ctx.save_for_backward(raw, deter, weight, bias)
         ctx.eps = eps
         gates, _, _ = layer_norm(raw.to(deter.dtype), weight.shape, weight, bias, eps)
@@ -35,7 +38,7 @@ class _Gates(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         raw, deter, weight, bias = ctx.saved_tensors
-        layer_norm, layer_norm_backward = layer_norm_ops()
+        layer_norm, layer_norm_backward = cast(_Ops, layer_norm_ops())
         x, shape = raw.to(deter.dtype), weight.shape
         gates, mean, rstd = layer_norm(x, shape, weight, bias, ctx.eps)
         reset, candidate, update = gates.chunk(3, -1)
@@ -74,6 +77,8 @@ class TimeBatchedRSSM(RSSM):
     The embedding's and the action's share of the first layers are computed before the loop, weight
     gradients after it.
     """
+
+    cell: FastGRUCell
 
     def feat(self, state: State) -> Tensor:
         stoch = self.latent.flatten(state.stoch)

@@ -5,6 +5,8 @@ Source: PreLAR (Zhang et al., ECCV 2024), sections 3.2 and 3.4.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from prelar_trl.modules.augmentation import random_shift
 from prelar_trl.modules.latent_actions import LatentActions
 from prelar_trl.types import FrameInput
+from prelar_trl.utils import check_choice
 
 __all__ = ["FRAME_CHANNELS", "ActionEncoder", "FrameInput", "LatentActionEncoder"]
 
@@ -48,15 +51,14 @@ class LatentActionEncoder(nn.Module):
         shift: int = 0,
     ) -> None:
         super().__init__()
-        if frames not in FRAME_CHANNELS:
-            raise ValueError(f"frames={frames!r} is unknown; choose {', '.join(FRAME_CHANNELS)}")
+        check_choice("frames", frames, FRAME_CHANNELS)
         if shift < 0:
             raise ValueError(f"shift={shift} must not be negative")
         self.frames, self.shift = frames, shift
         self.latent_actions = latent_actions
         self.encoder = encoder
         self.head = nn.Sequential(
-            nn.Linear(encoder.embed_dim, hidden),
+            nn.Linear(cast(int, encoder.embed_dim), hidden),
             nn.ELU(),
             nn.Linear(hidden, latent_actions.num_outputs),
         )

@@ -78,7 +78,7 @@ def _resized_crop(images: Tensor) -> Tensor:
 
 
 def _erase(images: Tensor) -> Tensor:
-    """Grey out a rectangle of 2% to 33% of the area, aspect ratio 0.3 to 3.3, in half of them."""
+    """Gray out a rectangle of 2% to 33% of the area, aspect ratio 0.3 to 3.3, in half of them."""
     height, width = _rectangle(images, (0.02, 0.33), 1.194)  # log(3.3)
     top, left = (1 - height) * _uniform(images, 0, 1), (1 - width) * _uniform(images, 0, 1)
 
@@ -90,5 +90,5 @@ def _erase(images: Tensor) -> Tensor:
         inside(images.shape[2], top, height)[:, None, :, None]
         & (inside(images.shape[3], left, width)[:, None, None, :])
     )
-    # 0 is mid grey: images lie in [-0.5, 0.5].
+    # 0 is mid gray: images lie in [-0.5, 0.5].
     return images.masked_fill(box & _coin(images), 0.0)

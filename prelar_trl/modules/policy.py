@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -12,9 +12,10 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from prelar_trl.modules.heads import Actor
+from prelar_trl.modules.heads import Actor, OneHotActor
 from prelar_trl.modules.rssm import State
 from prelar_trl.modules.world_model import RSSMWorldModel
+from prelar_trl.utils import check_choice
 
 __all__ = ["WorldModelPolicy"]
 
@@ -24,9 +25,10 @@ _GREEDY = (ExplorationType.DETERMINISTIC, ExplorationType.MODE)
 class WorldModelPolicy(TensorDictModuleBase):
     """Filters the frames into a latent state and acts on it.
 
-    Reads ``pixels``, ``is_first`` and the recurrent entries under ``"belief"``; writes ``action``
-    and the next belief under ``("next", "belief")``, as TorchRL's recurrent modules do. Give the
-    environment :meth:`make_primer` so that the belief is there after a reset.
+    Reads ``pixels``, ``is_first``, where the model has one ``vector``, and the recurrent entries
+    under ``"belief"``; writes ``action`` and the next belief under ``("next", "belief")``, as
+    TorchRL's recurrent modules do. Give the environment :meth:`make_primer` so that the belief is
+    there after a reset.
 
     Args:
         world_model, actor: the networks.
@@ -36,21 +38,25 @@ class WorldModelPolicy(TensorDictModuleBase):
     """
 
     def __init__(
-        self, world_model: RSSMWorldModel, actor: Actor, mode: Literal["sample", "mode"] = "sample"
+        self,
+        world_model: RSSMWorldModel,
+        actor: Actor | OneHotActor,
+        mode: Literal["sample", "mode"] = "sample",
     ) -> None:
         super().__init__()
-        if mode not in ("sample", "mode"):
-            raise ValueError(f"mode={mode!r} is unknown; choose sample or mode")
+        check_choice("mode", mode, ("sample", "mode"))
         self.world_model, self.actor, self.mode = world_model, actor, mode
-        self.action_dim = actor.std_out.out_features
+        self.action_dim = actor.action_dim
         encoder = world_model.action_encoder
         self.window = encoder.window if encoder is not None else 1
-        self.in_keys = ["pixels", "is_first", "belief"]
-        self.out_keys = ["action", ("next", "belief")]
+        vector = [] if world_model.vector_encoder is None else ["vector"]
+        self.in_keys = ["pixels", "is_first", *vector, "belief"]
+        out_keys: list[Any] = ["action", ("next", "belief")]
+        self.out_keys = out_keys
 
     def belief_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each recurrent entry of one environment."""
-        shapes = {"actions": (self.window, self.action_dim)}
+        shapes: dict[str, tuple[int, ...]] = {"actions": (self.window, self.action_dim)}
         rssms = {"": self.world_model.rssm, "lower_": self.world_model.lower_rssm}
         for prefix, rssm in rssms.items():
             if rssm is not None:
@@ -61,7 +67,10 @@ class WorldModelPolicy(TensorDictModuleBase):
     def make_primer(self) -> TensorDictPrimer:
         """The transform that puts a zero belief into the environment's reset."""
         return TensorDictPrimer(
-            {("belief", name): Unbounded(shape) for name, shape in self.belief_shapes().items()},
+            {
+                ("belief", name): Unbounded(torch.Size(shape))
+                for name, shape in self.belief_shapes().items()
+            },
             default_value=0.0,
             expand_specs=True,  # to the environment's batch size
         )
@@ -69,18 +78,22 @@ class WorldModelPolicy(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         batch = tensordict.batch_size
-        flat = tensordict.unsqueeze(0) if not batch else tensordict.flatten(0, len(batch) - 1)
+        flat = cast(
+            Any, tensordict.flatten(0, len(batch) - 1) if batch else tensordict.unsqueeze(0)
+        )
         belief = flat["belief"]
         is_first = flat["is_first"].unsqueeze(1)  # [N, 1, 1]
 
         model = self.world_model
-        embed = model.encode(model.preprocess(flat["pixels"]).unsqueeze(1))
+        vector = None if model.vector_encoder is None else flat["vector"].unsqueeze(1)
+        embed = model.encode(model.preprocess(flat["pixels"]).unsqueeze(1), vector)
         history = belief["actions"] * (~is_first).to(embed.dtype)
         lower = None
         if model.lower_rssm is not None:
             lower = State(belief["lower_stoch"], belief["lower_deter"])
         state = State(belief["stoch"], belief["deter"])
-        out = model.observe(embed, self._code(history), is_first, state, lower)[:, 0]
+        out = model.observe(embed, self._code(history), is_first, state, lower)
+        out = cast(TensorDictBase, out[:, 0])
 
         policy = self.actor(out["feat"])
         greedy = self.mode == "mode" or exploration_type() in _GREEDY

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
-__all__ = ["check_entry", "check_weights", "loss_keys", "total_loss", "weighted"]
+__all__ = ["check_entry", "check_weights", "dispatch", "loss_keys", "total_loss", "weighted"]
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+if TYPE_CHECKING:
+
+    def dispatch(forward: Forward) -> Forward:
+        """TensorDict's decorator, whose own type does not know its use without parentheses."""
+        ...
+else:
+    from tensordict.nn import dispatch
 
 
 def check_weights(weights: Mapping[str, float], terms: Iterable[str]) -> dict[str, float]:
@@ -48,12 +57,12 @@ def weighted(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tens
 
 
 def total_loss(losses: TensorDict) -> Tensor:
-    """The sum of all ``loss_*`` entries.
+    """The sum of all ``loss_*`` entries, ``[]`` or, as some of TorchRL's, ``[1]``.
 
     Raises:
         ValueError: there is none, as when every weight is 0.
     """
-    terms = [value for name, value in losses.items() if name.startswith("loss_")]
+    terms = [value.sum() for name, value in losses.items() if name.startswith("loss_")]
     if not terms:
         raise ValueError("no loss has a weight: nothing can be trained")
     return torch.stack(terms).sum()

@@ -6,6 +6,7 @@ Shape legend: B batch, T time, S stochastic variables, K classes, N transitions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from prelar_trl.modules.distributions import (
     to_float32,
 )
 from prelar_trl.types import ConsistencyMode
+from prelar_trl.utils import check_choice
 
 __all__ = [
     "action_contrast",
@@ -133,6 +135,7 @@ def action_state_consistency(
     if p.dim() != 1 or p.shape != q.shape:
         raise ValueError(f"p {tuple(p.shape)} and q {tuple(q.shape)} must both have shape [N]")
     _check_temperature(temperature)
+    check_choice("mode", mode, get_args(ConsistencyMode))
     p, q = to_float32(p.detach()), to_float32(q)
     p_difference, q_difference = p[:, None] - p, q[:, None] - q  # [N, N]
     match mode:
@@ -158,7 +161,6 @@ def action_state_consistency(
             p_rank, q_rank = p_rank - p_rank.mean(), q_rank - q_rank.mean()
             spread = (p_rank.square().mean() * q_rank.square().mean() + 1e-6).sqrt()
             return 1 - (p_rank * q_rank).mean() / spread
-    raise ValueError(f"mode={mode!r} is unknown; choose soft, sign, soft_rank or gated")
 
 
 def _difference_scale(x: Tensor, difference: Tensor) -> Tensor:

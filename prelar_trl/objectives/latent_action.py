@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -19,7 +18,7 @@ from prelar_trl.collectives import ProcessGroup, from_first, gather, joint_mean,
 from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
 from prelar_trl.modules.latent_actions import GaussianActions, LatentActions
 from prelar_trl.objectives import functional as F
-from prelar_trl.objectives.common import check_weights, loss_keys, weighted
+from prelar_trl.objectives.common import check_weights, dispatch, loss_keys, weighted
 
 __all__ = ["LatentActionLoss"]
 
@@ -84,6 +83,7 @@ class LatentActionLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
+    calls: Tensor  # updates so far
     TERMS = ("latent_kl", "action_state_consistency", "action_contrast", "action_label")
     process_group: ProcessGroup | None = None  # whose processes share the batch
 
@@ -126,18 +126,20 @@ class LatentActionLoss(LossModule):
                 raise ValueError(f"{name}={value} must be at least {low}")
         if not 0 < warmup_start <= 1:
             raise ValueError(f"warmup_start={warmup_start} must lie in (0, 1]")
-        self.dynamics, self.latent_actions = dynamics, latent_actions
+        self.dynamics = dynamics
+        self.latent_actions: LatentActions = latent_actions
         self.latent_divergence = KL[latent]
         self.own_terms, self.own_metrics = outputs.losses, outputs.metrics
         self.has_params = outputs.has_params
-        self.consistency, self.free_nats = consistency, free_nats
+        self.consistency: F.ConsistencyMode = consistency
+        self.free_nats = free_nats
         self.warmup, self.warmup_start = warmup, warmup_start
         self.negatives, self.contrast_dynamics = negatives, contrast_dynamics
         self.register_buffer("calls", torch.zeros((), dtype=torch.float32))
         self.log_temperature = None
         if temperature is None:
             self.log_temperature = nn.Parameter(torch.zeros(()))
-        self.temperature = temperature
+        self.temperature = 1.0 if temperature is None else temperature
         self.label_head = None
         if "action_label" in self.weights:
             if action_dim is None:
@@ -161,19 +163,20 @@ class LatentActionLoss(LossModule):
             x in weights for x in ("action_state_consistency", "action_contrast")
         )
         own = bool(self.own_metrics) or any(name in weights for name in self.own_terms)
-        self.in_keys = []
+        in_keys: list[Any] = []
         if self.has_params and (consistency or own or "latent_kl" in weights):
-            self.in_keys.append(keys.latent_action_statistics)
+            in_keys.append(keys.latent_action_statistics)
         if consistency or contrast or own or self.label_head is not None:
-            self.in_keys.append(keys.latent_action)
+            in_keys.append(keys.latent_action)
         if consistency or contrast:
-            self.in_keys += [keys.stoch, keys.deter]
+            in_keys += [keys.stoch, keys.deter]
         if consistency:
-            self.in_keys.append(keys.prior)
+            in_keys.append(keys.prior)
         if contrast:
-            self.in_keys.append(keys.posterior)
+            in_keys.append(keys.posterior)
         if self.label_head is not None:
-            self.in_keys += [keys.action, keys.labeled]
+            in_keys += [keys.action, keys.labeled]
+        self.in_keys = in_keys
 
     def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
         self._set_in_keys()
@@ -200,7 +203,7 @@ class LatentActionLoss(LossModule):
             values["action_contrast"], metrics["contrast_accuracy"] = contrast, accuracy
             metrics["contrast_chance"] = torch.full_like(accuracy, math.log(1 + self.negatives))
         if self.label_head is not None:
-            values["action_label"] = self._label(tensordict, action)
+            values["action_label"] = self._label(tensordict, self.label_head(action))
         if any(name in weights for name in self.own_terms):
             own = self.latent_actions.extra_losses(action, params)
             values |= {name: x for name, x in own.items() if name in weights}
@@ -263,14 +266,14 @@ class LatentActionLoss(LossModule):
         """InfoNCE over own and other actions, and how often the own explains best."""
         keys = self.tensor_keys
         stoch, deter = self._states(tensordict)
-        posterior = tensordict[keys.posterior][:, 1:].flatten(0, 1).detach()
+        posterior = cast(Tensor, tensordict[keys.posterior])[:, 1:].flatten(0, 1).detach()
         # The own action is stepped anew too: all candidates start from the same state.
         everyone = gather(action, self.process_group)  # of the joint batch, [B', T-1, U]
         others = self.draw_others(len(everyone), action.device).T  # [B', K]
         others = everyone[own_rows(others, self.process_group).T]  # [K, B, T-1, U]
         candidates = torch.cat([action[None], others]).flatten(0, 2)
         count = 1 + self.negatives
-        parameters = dict(self.dynamics.named_parameters())
+        parameters: dict[str, Tensor] = dict(self.dynamics.named_parameters())
         if not self.contrast_dynamics:  # neither by its weights nor by the states it led to
             parameters = {name: x.detach() for name, x in parameters.items()}
             stoch, deter = stoch.detach(), deter.detach()
@@ -278,17 +281,17 @@ class LatentActionLoss(LossModule):
         predicted = functional_call(self.dynamics, parameters, (*repeated, candidates))
         kl = [self.latent_divergence(posterior, x) for x in predicted.chunk(count)]
         kl = torch.stack(kl, 1)  # [N, 1+K]
-        temperature = self.temperature
+        temperature: Tensor | float = self.temperature
         if self.log_temperature is not None:
             temperature = self.log_temperature.exp()
         accuracy = (kl[:, :1] < kl[:, 1:]).all(1).float().mean()
         return F.action_contrast(kl, temperature), accuracy
 
-    def _label(self, tensordict: TensorDictBase, action: Tensor) -> Tensor:
+    def _label(self, tensordict: TensorDictBase, predicted: Tensor) -> Tensor:
         """Mean squared error of the true actions, read linearly, where they are known."""
         keys = self.tensor_keys
         true, known = tensordict[keys.action][:, 1:], tensordict[keys.labeled][:, 1:]
-        error = (self.label_head(action) - true).square().mean(-1, keepdim=True)  # [B, T-1, 1]
+        error = (predicted - true).square().mean(-1, keepdim=True)  # [B, T-1, 1]
         count = joint_mean(known.sum().to(error.dtype), self.process_group)
         return (error * known).sum() / count.clamp_min(1e-6)
 

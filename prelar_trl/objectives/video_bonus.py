@@ -30,6 +30,9 @@ class VideoBonus(nn.Module):
     """
 
     process_group: ProcessGroup | None = None  # whose processes share the batch
+    memory: Tensor  # [M, P]
+    filled: Tensor  # [] int64
+    magnitude: Tensor  # [] float64
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from prelar_trl.record.comparison import (
 )
 from prelar_trl.record.logger import Logger, check_backends
 from prelar_trl.record.plots import (
+    COLORS,
     Series,
     plot_bars,
     plot_curves,
@@ -36,7 +37,7 @@ from prelar_trl.record.statistics import (
 from prelar_trl.record.video import (
     contact_sheet,
     film_rows,
-    film_strip,
+    frame_strip,
     read_video,
     to_uint8,
     video_grid,
@@ -45,6 +46,7 @@ from prelar_trl.record.video import (
 )
 
 __all__ = [
+    "COLORS",
     "Comparison",
     "Logger",
     "MethodStyle",
@@ -58,7 +60,7 @@ __all__ = [
     "check_space",
     "contact_sheet",
     "film_rows",
-    "film_strip",
+    "frame_strip",
     "html_report",
     "interquartile_mean",
     "plot_bars",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-# Okabe and Ito's colours, told apart by colour-blind readers; yellow left out.
+from prelar_trl.record.table import read_rows
+
+# Okabe and Ito's colors, told apart by color-blind readers; yellow left out.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
 STYLE = ("-", "--", ":", "-.")
 FEW_POINTS = 12  # up to here points are shown as they are, unsmoothed
@@ -58,12 +59,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has logged nothing yet")
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        names = list(reader.fieldnames or [])
-        rows = list(reader)
-    if "step" not in names:
-        raise ValueError(f"{path} is not a file of metrics: it has no column step")
+    names, rows = read_rows(path)
     metrics = {}
     for name in names:
         pairs = [(float(row["step"]), float(row[name])) for row in rows if row[name]]

@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from prelar_trl.record.plots import Series, plot_curves, read_metrics
 from prelar_trl.record.run import RunFolder
+from prelar_trl.utils import atomic_write
 
 MAX_EMBED_MEBIBYTES = 24
 # Metrics shown large at the top of a section, by the first name that a run has.
@@ -71,9 +72,8 @@ def html_report(
         max_mebibytes=MAX_EMBED_MEBIBYTES,
         sections=[_section(phase, members, curves) for phase, members in phases.items()],
     )
-    part = path.with_name(path.name + ".part")
-    part.write_text(html, encoding="utf-8")
-    os.replace(part, path)
+    with atomic_write(path) as part:
+        part.write_text(html, encoding="utf-8")
     return path
 
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from prelar_trl.record.quality import psnr
+from prelar_trl.utils import atomic_write
 
 BACKGROUND = (255, 255, 255)
 INK = (40, 44, 52)
@@ -53,7 +54,7 @@ def video_grid(
         model: the same shape; uint8, or float in [0, 1].
         context: number of frames that the model has seen; None: no such mark.
         max_sequences: at most this many columns. Default: 6.
-        scale: nearest-neighbour enlargement of each tile. Default: 2.
+        scale: nearest-neighbor enlargement of each tile. Default: 2.
 
     Returns:
         uint8 [T, 3, h, w].
@@ -79,7 +80,7 @@ def video_grid(
     return torch.stack(frames)
 
 
-def film_strip(
+def frame_strip(
     truth: Tensor,
     model: Tensor,
     *,
@@ -94,13 +95,13 @@ def film_strip(
         model: the same shape; uint8, or float in [0, 1].
         context: as in :func:`video_grid`.
         columns: number of evenly spaced frames shown; the first and last always are.
-        scale: nearest-neighbour enlargement of each tile. Default: 2.
+        scale: nearest-neighbor enlargement of each tile. Default: 2.
 
     Returns:
         uint8 [3, h, w].
     """
     if truth.ndim != 4:
-        raise ValueError(f"film_strip: one sequence [T, 3, H, W] is needed, got {truth.ndim} dims")
+        raise ValueError(f"frame_strip: one sequence [T, 3, H, W] is needed, got {truth.ndim} dims")
     truth, model = (video[0] for video in _pair(truth, model))
     length = truth.shape[0]
     times = np.unique(np.linspace(0, length - 1, min(columns, length)).round().astype(int))
@@ -118,11 +119,11 @@ def film_strip(
 
 
 def film_rows(rows: Mapping[str, Tensor], *, columns: int = 12, scale: int = 2) -> Tensor:
-    """Several sequences as a picture: one labelled row each, time from left to right.
+    """Several sequences as a picture: one labeled row each, time from left to right.
 
     Args:
         rows: label -> uint8, or float in [0, 1], [T, 3, H, W]; all of one shape.
-        columns, scale: as in :func:`film_strip`.
+        columns, scale: as in :func:`frame_strip`.
 
     Returns:
         uint8 [3, h, w].
@@ -153,7 +154,7 @@ def contact_sheet(
         labels: one a picture, written under it.
         columns: default: a sheet slightly wider than high.
         caption: a line above.
-        scale: nearest-neighbour enlargement. Default: 1.
+        scale: nearest-neighbor enlargement. Default: 1.
 
     Returns:
         uint8 [3, h, w].
@@ -191,7 +192,7 @@ def write_video(
         path: must end in ``.mp4``; its folder is made.
         frames: uint8 [T, 3, H, W], T >= 1.
         fps: frames a second. Default: 10.
-        scale: nearest-neighbour enlargement. Default: the least one, up to 4, that makes the
+        scale: nearest-neighbor enlargement. Default: the least one, up to 4, that makes the
             smaller side at least 256.
     """
     path = Path(path)
@@ -208,9 +209,9 @@ def write_video(
     pad_height, pad_width = array.shape[1] % 2, array.shape[2] % 2  # yuv420p needs even sides
     array = np.pad(array, ((0, 0), (0, pad_height), (0, pad_width), (0, 0)), mode="edge")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.stem + ".part.mp4")
     rate = Fraction(fps).limit_denominator(1000)
-    with av.open(str(part), "w", options={"movflags": "faststart"}) as container:
+    options = {"movflags": "faststart"}
+    with atomic_write(path) as part, av.open(str(part), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
         stream.height, stream.width = array.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -218,7 +219,6 @@ def write_video(
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    os.replace(part, path)
     return path
 
 

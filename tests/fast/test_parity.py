@@ -15,7 +15,7 @@ from tests.test_parity import (  # noqa: F401
     load_model,
     test_batch_norm_statistics_agree,
     test_gradients_agree,
-    test_imagination_and_behaviour_agree,
+    test_imagination_and_behavior_agree,
     test_one_whole_training_step_agrees,
     test_outputs_and_losses_agree,
 )

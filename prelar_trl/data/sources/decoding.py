@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
@@ -27,28 +31,52 @@ REORDERED = 16  # B-frames in a row, at most; streams of nothing but B-frames ex
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
-def video_clip(path: Path, options: FrameOptions) -> Clip:
-    """A clip of what can be played of a video file; the rest is noted.
+@dataclass(frozen=True)
+class Section:
+    """A part of a video file, in seconds from its beginning: ``begin <= time < end``."""
+
+    begin: float
+    end: float
+    fps: float
+
+    def number(self, frame: av.VideoFrame) -> int:
+        """Which frame of the section it is; below 0 before it."""
+        return round(((frame.time or 0.0) - self.begin) * self.fps)
+
+    @property
+    def frames(self) -> int:
+        """How many it has."""
+        return round((self.end - self.begin) * self.fps)
+
+
+def video_clip(path: Path, options: FrameOptions, section: Section | None = None) -> Clip:
+    """A clip of what can be played of a video file, or of a section; the rest is noted.
 
     Frames that the decoder reports as damaged are left out, with all that were decoded from them:
     those up to the next key frame. The clip raises `ClipError` if nothing can be played.
     """
     notes: Counter[str] = Counter()
-    return sized_clip(_video(path, options, notes), options, notes)
+    return sized_clip(_video(path, options, notes, section), options, notes)
 
 
-def _video(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[Sizes]:
+def _video(
+    path: Path, options: FrameOptions, notes: Counter[str], section: Section | None
+) -> Iterator[Sizes]:
     if not path.stat().st_size:
         raise ClipError("the file is empty")
     try:
         # absolute: "12:30.mp4" is no protocol; a playlist in disguise must not reach the network
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
-    except (av.FFmpegError, UnicodeError):
+    except (FFmpegError, UnicodeError):
         raise ClipError("not readable as a video") from None
     with container:
         stream = picture_stream(container)
         stream.thread_type = "NONE"  # one process a core is faster than threads within a clip
-        sizes = trusted(_Decoding(container, stream, notes), _Scaler(options), options.stride)
+        if section is None:
+            sizes = trusted(_Decoding(container, stream, notes), _Scaler(options), options.stride)
+        else:
+            scale = _SectionScaler(options, section)
+            sizes = trusted(_SectionDecoding(container, stream, notes, section), scale, 1)
         first = next(sizes, None)
         if first is None:
             raise ClipError("damaged: no frame can be decoded" if notes else "no frame in it")
@@ -56,7 +84,7 @@ def _video(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[S
         yield from sizes
 
 
-def picture_stream(container: av.container.InputContainer) -> VideoStream:
+def picture_stream(container: InputContainer) -> VideoStream:
     """The stream to show: of those marked as default, else of all, the largest; no cover picture.
 
     Raises:
@@ -78,9 +106,7 @@ class _Decoding:
     in the order of decoding. A packet that is damaged or cannot be decoded gives (number, None).
     """
 
-    def __init__(
-        self, container: av.container.InputContainer, stream: VideoStream, notes: Counter[str]
-    ) -> None:
+    def __init__(self, container: InputContainer, stream: VideoStream, notes: Counter[str]) -> None:
         self.container, self.stream, self.notes = container, stream, notes
         self.end = 0.0  # seconds, of the last frame
 
@@ -91,8 +117,10 @@ class _Decoding:
             if frames is None:
                 yield number, None
             for frame in frames or ():
-                self.end = (frame.time or 0.0) + float((frame.duration or 0) * frame.time_base)
-                yield (number if frame.opaque is None else frame.opaque), frame
+                self.end = (frame.time or 0.0) + float(
+                    (frame.duration or 0) * (frame.time_base or 0)
+                )
+                yield (number if frame.opaque is None else cast(int, frame.opaque)), frame
         if self._promised() > 1.05 * self.end + 0.5:
             self.notes[BREAKS_OFF] = 1
 
@@ -100,7 +128,7 @@ class _Decoding:
         """The stream's packets, then what makes the decoder hand out its last frames."""
         try:
             yield from self.container.demux(self.stream)
-        except (av.FFmpegError, UnicodeError):
+        except (FFmpegError, UnicodeError):
             self.notes[BREAKS_OFF] = 1
             yield None
 
@@ -111,24 +139,46 @@ class _Decoding:
                 return self.stream.codec_context.decode(None)
             packet.opaque = number
             return None if packet.is_corrupt else packet.decode()
-        except (av.FFmpegError, UnicodeError):
+        except (FFmpegError, UnicodeError):
             return None
 
     def _promised(self) -> float:
         """Where the file says that the stream ends, in seconds; 0 where it does not."""
         stream, container = self.stream, self.container
         if stream.duration is not None:
-            return float((stream.duration + (stream.start_time or 0)) * stream.time_base)
+            return float((stream.duration + (stream.start_time or 0)) * (stream.time_base or 0))
         tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
         if tag:  # Matroska's
             hours, minutes, seconds = map(float, tag.groups())
             return 3600 * hours + 60 * minutes + seconds
-        alone = len(container.streams) == 1 and container.duration is not None
-        return container.duration / av.time_base if alone else 0.0
+        if len(container.streams) == 1 and container.duration is not None:
+            return container.duration / av.time_base
+        return 0.0
+
+
+class _SectionDecoding(_Decoding):
+    """Decodes from the last key frame before a section to its end."""
+
+    def __init__(
+        self,
+        container: av.container.InputContainer,
+        stream: VideoStream,
+        notes: Counter[str],
+        section: Section,
+    ) -> None:
+        super().__init__(container, stream, notes)
+        self.section = section
+        container.seek(int(section.begin / stream.time_base), stream=stream)
+
+    def __iter__(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
+        for number, frame in super().__iter__():
+            if frame is not None and self.section.number(frame) >= self.section.frames:
+                return
+            yield number, frame
 
 
 def trusted(
-    decoding: _Decoding, scale: Callable[[av.VideoFrame], Sizes], stride: int
+    decoding: _Decoding, scale: Callable[[av.VideoFrame], Sizes | None], stride: int
 ) -> Iterator[Sizes]:
     """Every ``stride``-th frame, without the damaged ones and those decoded from them.
 
@@ -173,10 +223,10 @@ class _Scaler:
     def __call__(self, frame: av.VideoFrame) -> Sizes:
         if frame.key_frame or self.matrix == ():
             self.matrix = display_matrix(frame)
-        colour = upright(self._scale(frame, self.options.size, "rgb24"), self.matrix)
+        color = upright(self._scale(frame, self.options.size, "rgb24"), self.matrix)
         if not self.options.flow:
-            return colour, None
-        return colour, upright(self._scale(frame, FLOW_SIZE, "gray"), self.matrix)
+            return color, None
+        return color, upright(self._scale(frame, FLOW_SIZE, "gray"), self.matrix)
 
     def _scale(self, frame: av.VideoFrame, size: int, pixel_format: str) -> np.ndarray:
         width, height = size, size
@@ -190,6 +240,17 @@ class _Scaler:
         array = scaled.to_ndarray()
         top, left = (height - size) // 2, (width - size) // 2
         return array[top : top + size, left : left + size]
+
+
+class _SectionScaler:
+    """Every ``stride``-th frame of a section, scaled; None for the others."""
+
+    def __init__(self, options: FrameOptions, section: Section) -> None:
+        self.scale, self.stride, self.section = _Scaler(options), options.stride, section
+
+    def __call__(self, frame: av.VideoFrame) -> Sizes | None:
+        number = self.section.number(frame)
+        return self.scale(frame) if number >= 0 and number % self.stride == 0 else None
 
 
 def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:

@@ -6,7 +6,6 @@ Keys of a file of L steps: ``image`` uint8 ``[L + 1, H, W, 3]``, ``action``, ``r
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from prelar_trl.data.sources.base import Clip, ClipError, Frame, Item, text, wit
 from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS, ClipStore
+from prelar_trl.utils import atomic_write
 
 _STAMP = "20000101T000000"  # exported files carry no date, so that they can be compared
 
@@ -161,8 +161,7 @@ def export_episodes(store: ClipStore, folder: str | Path) -> int:
         first, last = np.zeros(steps, bool), np.zeros(steps, bool)
         first[0] = last[-1] = True
         known = ACTIONS in store.streams
-        part = file.with_suffix(".part")
-        with part.open("wb") as handle:
+        with atomic_write(file) as part, part.open("wb") as handle:
             np.savez_compressed(
                 handle,
                 image=pixels.transpose(0, 2, 3, 1),
@@ -172,6 +171,5 @@ def export_episodes(store: ClipStore, folder: str | Path) -> int:
                 is_last=last,
                 is_terminal=np.zeros(steps, bool),
             )
-        os.replace(part, file)
         written += 1
     return written

@@ -45,25 +45,25 @@ class FlowPictures:
         self._finder = self._cv2.DISOpticalFlow_create(self._cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self._before: np.ndarray | None = None
 
-    def __call__(self, grey: np.ndarray) -> np.ndarray:
+    def __call__(self, gray: np.ndarray) -> np.ndarray:
         """The flow that led to this frame; white for the first one.
 
         Args:
-            grey: uint8 ``[FLOW_SIZE, FLOW_SIZE]``.
+            gray: uint8 ``[FLOW_SIZE, FLOW_SIZE]``.
 
         Returns:
             uint8 ``[size, size, 3]``.
         """
-        after = np.ascontiguousarray(grey)
+        after = np.ascontiguousarray(gray)
         before, self._before = self._before, after
         size = (self.size, self.size)
         if before is None:
             return np.full((*size, 3), 255, np.uint8)
-        picture = flow_colours(self._finder.calc(before, after, None))
+        picture = flow_colors(self._finder.calc(before, after, None))
         return self._cv2.resize(picture, size, interpolation=self._cv2.INTER_AREA)
 
 
-def flow_colours(flow: np.ndarray) -> np.ndarray:
+def flow_colors(flow: np.ndarray) -> np.ndarray:
     """Flow ``[H, W, 2]`` (x to the right, y downwards, in pixels) as RGB uint8 ``[H, W, 3]``.
 
     A hue wheel: to the right red, downwards yellow-green, to the left cyan, upwards violet.
@@ -72,5 +72,5 @@ def flow_colours(flow: np.ndarray) -> np.ndarray:
     angle = np.arctan2(flow[..., 1], flow[..., 0]) / (2 * np.pi)  # turns
     saturation = np.clip(speed, 0, 1)[..., None]
     hue = (angle[..., None] + np.array([0, -1 / 3, 1 / 3])) % 1  # [H, W, 3]
-    colour = np.clip(np.abs(hue * 6 - 3) - 1, 0, 1)
-    return np.round(255 * (1 - saturation * (1 - colour))).astype(np.uint8)
+    color = np.clip(np.abs(hue * 6 - 3) - 1, 0, 1)
+    return np.round(255 * (1 - saturation * (1 - color))).astype(np.uint8)

@@ -53,7 +53,7 @@ class FrameOptions:
         return asdict(self)
 
 
-Sizes = tuple[np.ndarray, np.ndarray | None]  # [size, size, 3] and grey [FLOW_SIZE, FLOW_SIZE]
+Sizes = tuple[np.ndarray, np.ndarray | None]  # [size, size, 3] and gray [FLOW_SIZE, FLOW_SIZE]
 
 
 def sized_clip(frames: Iterator[Sizes], options: FrameOptions, notes: Counter[str]) -> Clip:
@@ -64,11 +64,11 @@ def sized_clip(frames: Iterator[Sizes], options: FrameOptions, notes: Counter[st
 def _frames(frames: Iterator[Sizes], options: FrameOptions) -> Iterator[Frame]:
     flow = FlowPictures(options.size) if options.flow else None
     empty = True
-    for colour, grey in islice(frames, options.max_frames):
+    for color, gray in islice(frames, options.max_frames):
         empty = False
-        frame = {"pixels": _channels_first(colour)}
-        if flow is not None:
-            frame["flow"] = _channels_first(flow(grey))
+        frame = {"pixels": _channels_first(color)}
+        if flow is not None and gray is not None:
+            frame["flow"] = _channels_first(flow(gray))
         yield frame
     if empty:
         raise ClipError("no frame in it")

@@ -55,7 +55,7 @@ def is_animated(path: Path) -> bool:
 def to_rgb(picture: Image.Image, white: float | None = None) -> Image.Image:
     """Any picture in 8 bits a channel; an alpha channel is dropped.
 
-    Pictures of more than 8 bits a channel are grey: ``255 * value / white``, rounded, cut off below
+    Pictures of more than 8 bits a channel are gray: ``255 * value / white``, rounded, cut off below
     0 and above 255, not-a-number black. ``white`` is 65535 for integers, 1 for floating-point
     numbers unless it is given.
 
@@ -70,8 +70,8 @@ def to_rgb(picture: Image.Image, white: float | None = None) -> Image.Image:
         if values.min() < 0 or values.max() > white:
             kind = "floating-point" if picture.mode == "F" else "32-bit"
             raise ClipError(f"{kind} pictures with values outside 0..{white}: set white=<largest>")
-    grey = np.round(np.clip(255 * values / white, 0, 255)).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+    gray = np.round(np.clip(255 * values / white, 0, 255)).astype(np.uint8)
+    return Image.fromarray(gray).convert("RGB")
 
 
 def resized(picture: Image.Image, options: FrameOptions) -> Sizes:
@@ -81,10 +81,10 @@ def resized(picture: Image.Image, options: FrameOptions) -> Sizes:
     else:
         fit = partial(Image.Image.resize, resample=Image.Resampling.BOX)
     size = (options.size, options.size)
-    colour = np.asarray(picture if picture.size == size else fit(picture, size))
+    color = np.asarray(picture if picture.size == size else fit(picture, size))
     if not options.flow:
-        return colour, None
-    return colour, np.asarray(fit(picture.convert("L"), (FLOW_SIZE, FLOW_SIZE)))
+        return color, None
+    return color, np.asarray(fit(picture.convert("L"), (FLOW_SIZE, FLOW_SIZE)))
 
 
 class _Converter:
@@ -99,7 +99,7 @@ class _Converter:
         rgb = to_rgb(picture, self.white)
         if picture.mode.startswith("I"):
             self.deep += 1
-            self.brightest = max(self.brightest, rgb.getextrema()[0][1])
+            self.brightest = max(self.brightest, int(np.asarray(rgb)[..., 0].max()))
         return rgb
 
     def note(self, notes: Counter[str]) -> None:

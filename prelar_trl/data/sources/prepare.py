@@ -11,13 +11,13 @@ import signal
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from pathlib import Path
 
-import av
+import av.logging
 
 from prelar_trl.data.sources.base import ClipError, Item, Source
 from prelar_trl.data.spool import Spool, SpoolError
@@ -115,7 +115,7 @@ def _described(source: Source, items: Sequence[Item]) -> str:
 
 def load_in_order(
     source: Source, items: Sequence[Item], workers: int, folder: Path
-) -> Iterator[tuple[Item, Loaded]]:
+) -> Generator[tuple[Item, Loaded], None, None]:
     """Loads items with ``workers`` processes and yields them in their order.
 
     A clip is decoded into files in ``folder``, so that its length costs no memory. A file on which
@@ -180,6 +180,7 @@ def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 def _load_here(item: Item, folder: Path) -> Loaded:
+    assert _source is not None, "not a worker"
     return _load(_source, item, folder)
 
 

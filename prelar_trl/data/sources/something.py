@@ -16,6 +16,7 @@ from prelar_trl.data.sources.decoding import DECODER, video_clip
 from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, picture_clip
 from prelar_trl.data.store import ClipStore
+from prelar_trl.utils import atomic_write
 
 _SPLITS = {"train": "train", "validation": "heldout"}
 
@@ -128,7 +129,7 @@ class FrameLists:
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
-        paths = [item.path / f"{n:06d}.jpg" for n in range(1, item.frames + 1)]
+        paths = [item.path / f"{n:06d}.jpg" for n in range(1, (item.frames or 0) + 1)]
         missing = next((p for p in paths if not p.is_file()), None)
         if missing is not None:
             raise ClipError(f"{item.frames} frames are listed, {missing.name} is missing")
@@ -212,12 +213,11 @@ def export_frames(store: ClipStore, folder: str | Path, *, quality: int = 95) ->
         place = folder / name.strip("/")
         if place.exists():
             continue
-        part = place.with_name(place.name + ".part")
-        part.mkdir(parents=True, exist_ok=True)
-        for number, frame in enumerate(store.read(clip), 1):
-            picture = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
-            picture.save(part / f"{number:06d}.jpg", quality=quality)
-        os.replace(part, place)
+        with atomic_write(place) as part:
+            part.mkdir(parents=True, exist_ok=True)
+            for number, frame in enumerate(store.read(clip), 1):
+                picture = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
+                picture.save(part / f"{number:06d}.jpg", quality=quality)
         written += 1
     write_lists(store, folder)
     return written

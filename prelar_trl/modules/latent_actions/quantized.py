@@ -91,6 +91,9 @@ class VQActions(LatentActions):
     """
 
     default_weights: ClassVar[dict[str, float]] = {"commitment": 0.25}
+    codebook: Tensor  # [codes, U]
+    sums: Tensor  # [codes, U]
+    usage: Tensor  # [codes]
 
     def __init__(
         self, *, size: int, codes: int = 32, decay: float = 0.99, restart_below: float = 0.1
