@@ -17,7 +17,8 @@ from prelar_trl.modules import ActionEncoder, make_latent_actions
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.record import RunFolder
-from prelar_trl.updates import Alignment, Rehearsal, WorldModelUpdate
+from prelar_trl.rehearsal import Rehearsal
+from prelar_trl.updates import Alignment, WorldModelUpdate
 from tests.test_recipes_errors import fails  # noqa: F401
 from tests.tiny import batch, tiny, tiny_world_model
 from tests.toy_runs import (
