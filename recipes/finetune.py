@@ -116,10 +116,12 @@ def finetune(
                 for episode in ended:
                     names = ("return", "success", "length")
                     logger.log({f"train/{name}": episode[name] for name in names}, step)
-            if before < cfg.prefill <= step and not replay.num_episodes and not cfg.max_steps:
+            looked_at = cfg.prefill or cfg.eval_every  # an evaluation may have no end either
+            if before < looked_at <= step and not replay.num_episodes and not cfg.max_steps:
+                where = "the prefill of " if cfg.prefill else ""
                 raise ValueError(
-                    f"no episode has ended in the prefill of {cfg.prefill} steps, and nothing can "
-                    "be learned before: give max_steps, or a longer prefill"
+                    f"no episode has ended in {where}{looked_at} steps, and nothing can be learned "
+                    "before: give max_steps, or a longer prefill"
                 )
             if step >= cfg.prefill and replay.num_episodes:
                 while learner.unaligned and not interruption.requested:

@@ -41,8 +41,9 @@ def video_clip(path: Path, options: FrameOptions) -> Clip:
 
 
 def _video(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[Sizes]:
-    if not path.stat().st_size:
-        raise ClipError("the file is empty")
+    with path.open("rb") as file:  # says why if it cannot be read, which av does not
+        if not file.read(1):
+            raise ClipError("the file is empty")
     try:
         # absolute: "12:30.mp4" is no protocol; a playlist in disguise must not reach the network
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
@@ -63,9 +64,13 @@ def picture_stream(container: InputContainer) -> VideoStream:
     """The stream to show: of those marked as default, else of all, the largest; no cover picture.
 
     Raises:
-        ClipError: there is none.
+        ClipError: there is none, or none that can be decoded.
     """
     streams = [s for s in container.streams.video if not s.disposition & COVERS]
+    known = [s for s in streams if s.codec_context is not None]  # damage invents streams
+    if streams and not known:
+        raise ClipError("no decoder for its pictures")
+    streams = known
     if not streams:
         raise ClipError("no picture in it (audio only?)")
     return max(
