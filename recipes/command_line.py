@@ -71,9 +71,7 @@ def _added(argument: str, free: set[str]) -> str:
     return f"++{argument}" if equals and key.partition(".")[0] in free else argument
 
 
-def _as_typed(
-    argument: str, text: dict[str, Field], types: dict[str, Any], multirun: bool
-) -> str:
+def _as_typed(argument: str, text: dict[str, Field], types: dict[str, Any], multirun: bool) -> str:
     typed_key, equals, value = argument.partition("=")
     key = typed_key.lstrip("+")
     if argument.startswith(("-", "~")) or not equals or key not in text:

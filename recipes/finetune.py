@@ -152,7 +152,7 @@ def finetune(
                     names = ("return", "success", "length")
                     logger.log({f"train/{name}": episode[name] for name in names}, step)
             ready = ready or processes.all(bool(replay.num_episodes))
-            looked_at = cfg.prefill or cfg.eval_every  # an evaluation may have no end either
+            looked_at = cfg.prefill or first  # an evaluation may have no end either
             if before < looked_at <= step and not ready and not cfg.max_steps:
                 where = "the prefill of " if cfg.prefill else ""
                 raise ValueError(

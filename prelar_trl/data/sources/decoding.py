@@ -59,18 +59,12 @@ def video_clip(path: Path, options: FrameOptions, section: Section | None = None
     return sized_clip(_video(path, options, notes, section), options, notes)
 
 
-<<<<<<< HEAD
-def _video(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[Sizes]:
-    with path.open("rb") as file:  # says why if it cannot be read, which av does not
-        if not file.read(1):
-            raise ClipError("the file is empty")
-=======
 def _video(
     path: Path, options: FrameOptions, notes: Counter[str], section: Section | None
 ) -> Iterator[Sizes]:
-    if not path.stat().st_size:
-        raise ClipError("the file is empty")
->>>>>>> main
+    with path.open("rb") as file:  # says why if it cannot be read, which av does not
+        if not file.read(1):
+            raise ClipError("the file is empty")
     try:
         # absolute: "12:30.mp4" is no protocol; a playlist in disguise must not reach the network
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
