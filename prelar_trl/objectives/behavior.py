@@ -12,6 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
+from prelar_trl.modules.distributions import check_equal_shapes
 from prelar_trl.objectives.common import dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
 from prelar_trl.utils import check_choice
@@ -127,6 +128,7 @@ class ActorLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
+        check_equal_shapes(**{str(key): tensordict[key] for key in self.in_keys})
         objective = target = tensordict[keys.value_target][:, 1:-1]  # [N, H-1, 1]
         if self.gradient != "dynamics":
             advantage = (target - tensordict[keys.value][:, :-2]).detach()
@@ -204,6 +206,8 @@ class CriticLoss(LossModule):
         value = self.value(tensordict[keys.feat][:, :-1].detach())
         target = tensordict[keys.value_target][:, :-1].detach()
         weight = tensordict[keys.weight][:, :-1].detach()
+        given = {str(keys.value_target): target, str(keys.weight): weight}
+        check_equal_shapes(value=value, **given)
         nll = gaussian_nll(value, target, 0)  # [N, H, 1]
         return TensorDict({"loss_critic": (weight * nll).mean(), "value": value.detach().mean()})
 

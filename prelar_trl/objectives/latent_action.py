@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torchrl.objectives import LossModule
 
 from prelar_trl.collectives import ProcessGroup, from_first, gather, joint_mean, own_rows
-from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
+from prelar_trl.modules.distributions import categorical_kl, check_equal_shapes, gaussian_kl
 from prelar_trl.modules.latent_actions import GaussianActions, LatentActions
 from prelar_trl.objectives import functional as F
 from prelar_trl.objectives.common import check_weights, dispatch, loss_keys, weighted
@@ -291,7 +291,9 @@ class LatentActionLoss(LossModule):
         """Mean squared error of the true actions, read linearly, where they are known."""
         keys = self.tensor_keys
         true, known = tensordict[keys.action][:, 1:], tensordict[keys.labeled][:, 1:]
+        check_equal_shapes(predicted=predicted, **{str(keys.action): true})
         error = (predicted - true).square().mean(-1, keepdim=True)  # [B, T-1, 1]
+        check_equal_shapes(error=error, **{str(keys.labeled): known})
         count = joint_mean(known.sum().to(error.dtype), self.process_group)
         return (error * known).sum() / count.clamp_min(1e-6)
 

@@ -27,6 +27,7 @@ DECODER = (
 )
 DAMAGED = "damaged frames left out"
 BREAKS_OFF = "breaks off before its end"
+JUMPS = "jumps in time: frames are lost there, or none were recorded"
 REORDERED = 16  # B-frames in a row, at most; streams of nothing but B-frames exist
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 
@@ -114,6 +115,7 @@ class _Decoding:
     def __init__(self, container: InputContainer, stream: VideoStream, notes: Counter[str]) -> None:
         self.container, self.stream, self.notes = container, stream, notes
         self.end = 0.0  # seconds, of the last frame
+        self.longest = 0.0  # between two frames, jumps aside
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
         self.stream.codec_context.copy_opaque = True
@@ -122,12 +124,22 @@ class _Decoding:
             if frames is None:
                 yield number, None
             for frame in frames or ():
-                self.end = (frame.time or 0.0) + float(
-                    (frame.duration or 0) * (frame.time_base or 0)
-                )
+                self._note_time(frame)
                 yield (number if frame.opaque is None else cast(int, frame.opaque)), frame
         if self._promised() > 1.05 * self.end + 0.5:
             self.notes[BREAKS_OFF] = 1
+        if self.notes[DAMAGED]:  # which is why
+            del self.notes[JUMPS]
+
+    def _note_time(self, frame: av.VideoFrame) -> None:
+        """Demuxers that look for the next sound data (Matroska's) do not tell what they skip."""
+        start, duration = (frame.time or 0.0), (frame.duration or 0) * (frame.time_base or 0)
+        gap = start - self.end if self.end else 0.0
+        self.end = start + float(duration)
+        if gap > max(0.4, 5 * self.longest):
+            self.notes[JUMPS] += 1
+        else:
+            self.longest = max(self.longest, gap, float(duration))
 
     def _packets(self) -> Iterator[av.Packet | None]:
         """The stream's packets, then what makes the decoder hand out its last frames."""
