@@ -52,3 +52,8 @@ def test_labels_must_fit_the_actions() -> None:
     for name, bad in (("action", torch.rand(3, 4, 1)), ("labeled", given["labeled"][..., 0])):
         with pytest.raises(ValueError, match=f"{name} .*shapes must be equal"):
             loss(TensorDict({**given, name: bad}, [3, 4]))
+
+
+def test_a_trajectory_too_short_for_the_actor_is_told() -> None:
+    with pytest.raises(ValueError, match="3 states at least"):
+        ActorLoss()(trajectory()[:, :2])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
 from prelar_trl.modules.distributions import check_equal_shapes
-from prelar_trl.objectives.common import dispatch
+from prelar_trl.objectives.common import check_range, dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
 from prelar_trl.utils import check_choice
 
@@ -48,8 +48,7 @@ class LambdaTarget(nn.Module):
 
     def __init__(self, critic: Callable[[Tensor], Tensor], lmbda: float = 0.95) -> None:
         super().__init__()
-        if not 0 <= lmbda <= 1:
-            raise ValueError(f"lmbda={lmbda} must lie in [0, 1]")
+        check_range(0, 1, lmbda=lmbda)
         self.critic, self.lmbda = critic, lmbda
         self.tensor_keys = self._AcceptedKeys()
 
@@ -108,6 +107,8 @@ class ActorLoss(LossModule):
         super().__init__()
         self.out_keys = ["loss_actor", "entropy", "imagined_return"]
         check_choice("gradient", gradient, ("dynamics", "reinforce", "both"))
+        check_range(0, entropy_scale=entropy_scale)
+        check_range(0, 1, mix=mix)
         self.gradient, self.entropy_scale, self.mix = gradient, entropy_scale, mix
         self._set_in_keys()
 
@@ -130,6 +131,8 @@ class ActorLoss(LossModule):
         keys = self.tensor_keys
         check_equal_shapes(**{str(key): tensordict[key] for key in self.in_keys})
         objective = target = tensordict[keys.value_target][:, 1:-1]  # [N, H-1, 1]
+        if not target.numel():
+            raise ValueError(f"{keys.value_target}: trajectories need 3 states at least, H >= 2")
         if self.gradient != "dynamics":
             advantage = (target - tensordict[keys.value][:, :-2]).detach()
             objective = tensordict[keys.log_prob][:, 1:-1] * advantage

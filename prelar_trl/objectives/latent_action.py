@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -19,6 +19,7 @@ from prelar_trl.modules.distributions import categorical_kl, check_equal_shapes,
 from prelar_trl.modules.latent_actions import GaussianActions, LatentActions
 from prelar_trl.objectives import functional as F
 from prelar_trl.objectives.common import check_weights, dispatch, loss_keys, weighted
+from prelar_trl.utils import check_choice
 
 __all__ = ["LatentActionLoss"]
 
@@ -124,6 +125,10 @@ class LatentActionLoss(LossModule):
         ):
             if value < low:
                 raise ValueError(f"{name}={value} must be at least {low}")
+        check_choice("latent", latent, KL)
+        check_choice("consistency", consistency, get_args(F.ConsistencyMode))
+        if temperature is not None:
+            F.check_temperature(temperature)
         if not 0 < warmup_start <= 1:
             raise ValueError(f"warmup_start={warmup_start} must lie in (0, 1]")
         self.dynamics = dynamics
