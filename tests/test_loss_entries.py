@@ -17,6 +17,14 @@ from prelar_trl.objectives import (
 from tests.tiny import batch, tiny_world_model
 
 
+def latent_action_loss(**options) -> LatentActionLoss:
+    return LatentActionLoss(nn.Identity(), **options)
+
+
+def video_bonus(**options) -> VideoBonus:
+    return VideoBonus(8, **options)
+
+
 def test_the_action_must_be_one_vector_of_floats_a_frame() -> None:
     loss = RSSMWorldModelLoss(tiny_world_model("dreamerv2", "finetune"))
     given = batch()
@@ -51,25 +59,25 @@ def test_the_world_model_loss_knows_its_ranges(options: dict, message: str) -> N
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda **x: VideoBonus(8, **x), {"k": 0}, "k=0 must be at least 1"),
-        (lambda **x: VideoBonus(8, **x), {"window": 0}, "window=0 must be at least 1"),
-        (lambda **x: VideoBonus(8, **x), {"memory_size": 0}, "memory_size=0 must be at least 1"),
-        (lambda **x: VideoBonus(8, **x), {"momentum": 2.0}, "momentum=2.0 must lie in"),
+        (video_bonus, {"k": 0}, "k=0 must be at least 1"),
+        (video_bonus, {"window": 0}, "window=0 must be at least 1"),
+        (video_bonus, {"memory_size": 0}, "memory_size=0 must be at least 1"),
+        (video_bonus, {"momentum": 2.0}, "momentum=2.0 must lie in"),
         (ActorLoss, {"entropy_scale": -1}, "entropy_scale=-1 must be at least 0"),
         (ActorLoss, {"mix": 2}, "mix=2 must lie in"),
         (
-            lambda **x: LatentActionLoss(nn.Identity(), **x),
+            latent_action_loss,
             {"temperature": 0},
             "temperature=0 must",
         ),
         (
-            lambda **x: LatentActionLoss(nn.Identity(), **x),
+            latent_action_loss,
             {"latent": "foo"},
             "latent='foo' is unk",
         ),
-        (lambda **x: LatentActionLoss(nn.Identity(), **x), {"consistency": "foo"}, "consistency="),
+        (latent_action_loss, {"consistency": "foo"}, "consistency="),
         (
-            lambda **x: LatentActionLoss(nn.Identity(), **x),
+            latent_action_loss,
             {"weights": {"latent_kl": -1.0}},
             "latent_kl=-1.0 must be at least 0",
         ),
@@ -80,7 +88,7 @@ def test_the_other_losses_know_theirs(make, options: dict, message: str) -> None
         make(**options)
 
 
-def test_functions_of_points_refuse_nothing_and_what_does_not_match() -> None:
+def test_points_that_do_not_match_and_empty_sets_are_refused() -> None:
     points, memory, valid = torch.rand(3, 4), torch.rand(5, 4), torch.ones(5, dtype=torch.bool)
     assert functional.knn_distance(points, memory, valid, 2).shape == (3,)
     for bad in (
