@@ -167,7 +167,7 @@ class FinetuneConfig(RunConfig):
     behavior_after: NonNegativeInt = 0  # model updates before actor and critic learn too
     train_every: Positive = 5  # environment steps an update; below 1: several updates a step
     batch_size: PositiveInt = 50
-    batch_length: PositiveInt = 50
+    batch_length: Annotated[int, at_least(2)] = 50
     min_length: PositiveInt | None = None  # shortest window; null: batch_length
     capacity: PositiveInt = 1_000_000  # frames of the replay
     action_repeat: PositiveInt = 1
