@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import pickle
 import shutil
 import sys
@@ -18,6 +19,8 @@ import yaml
 import prelar_trl
 from prelar_trl.checkpoint import load_checkpoint, save_checkpoint
 from prelar_trl.data import EpisodeReplay, VideoClips
+from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources.torchrl import TensorDictFolder
 from prelar_trl.recipes.evaluate import evaluate
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.import_official import export_official
@@ -38,7 +41,8 @@ class Kind(LatentActions):
 """
 # What can run code, where it may be called, and why it is harmless there.
 IMPORTS = {
-    "envs/make.py": "the families of _FAMILIES",
+    "envs/make.py": "prelar_trl.envs.wrappers",
+    "envs/registry.py": "env= of the command line, or trust_code",
     "envs/rendering.py": "mujoco",
     "envs/wrappers.py": "gymnasium.make: env= of the command line, or trust_code",
     "modules/latent_actions/base.py": "model.latent_action= of the command line, or trust_code",
@@ -186,6 +190,22 @@ def test_every_place_that_reads_a_file_reads_data_only():
             if last == "import_module" or name == "gymnasium.make":
                 importing.add(place)
     assert importing == set(IMPORTS)
+
+
+def test_a_recorded_tensordict_holds_no_objects(tmp_path):
+    """NumPy would take the bytes of such an entry for addresses in memory."""
+    meta = {
+        "shape": [4],
+        "_type": "<class 'tensordict._td.TensorDict'>",
+        "pixels": {"dtype": "torch.uint8", "shape": [4, 3, 8, 8]},
+        "done": {"dtype": "torch.object_", "shape": [4, 1]},
+        "episode": {"dtype": "O", "shape": [4]},
+    }
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    (tmp_path / "pixels.memmap").write_bytes(bytes(4 * 3 * 8 * 8))
+    for name in ("done", "episode"):
+        (tmp_path / f"{name}.memmap").write_bytes(b"A" * 32)
+    assert set(TensorDictFolder(tmp_path, FrameOptions()).entries) == {"pixels"}
 
 
 def test_stores_and_replays_are_bytes_and_json(made):
