@@ -21,13 +21,15 @@ class UpdateGuard:
         run: the run's folder.
         updates: what is trained; they skip by themselves what is not finite.
         most: so many in a row are too many.
+        rank: of this process among those that share the batches; the file of another one than the
+            first is ``not_finite-<rank>.pt``. Default: 0.
 
     Attributes:
         skipped: how many there were when it was last checked.
     """
 
-    def __init__(self, run: RunFolder, updates: Sequence[Update], most: int) -> None:
-        self.file = run.path / "not_finite.pt"
+    def __init__(self, run: RunFolder, updates: Sequence[Update], most: int, rank: int = 0) -> None:
+        self.file = run.path / (f"not_finite-{rank}.pt" if rank else "not_finite.pt")
         self.updates, self.most = updates, most
         self.on_cpu = not next(updates[0].module.parameters()).is_cuda
         self.skipped = self._count()

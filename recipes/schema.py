@@ -154,7 +154,8 @@ class FinetuneConfig(RunConfig):
     phase = "finetune"
 
     env: str = MISSING  # metaworld/<task>, gym/<id>, toy, ..., or <module>:<callable>
-    pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
+    # Run folder of pretrain.py, folder of export.py, or hf://owner/name; null: from scratch.
+    pretrained: str | None = None
     trust_code: bool = False  # may run modules that this folder names
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
@@ -311,11 +312,30 @@ class SweepConfig(Config):
 
 @dataclass
 class PlotConfig(Config):
-    """``plot.py``: a report from run folders."""
+    """``plot.py``: a report from run folders, or a comparison of groups of them."""
 
-    runs: Any = MISSING  # run folders, one or a list
+    runs: Any = MISSING  # run folders, or folders in which such lie; one or a list
     out: str = "report.html"
-    title: str = "Training report"
+    title: str | None = None  # null: Training report, or Learning curves
+    # A config key, e.g. method or model.latent_action: its values are compared, with statistics.
+    compare: str | None = None  # null: a report of each run
+    reference: str | None = None  # compare: CSV of others with method, task, seed, env_step, scores
+    reference_name: str = "reference"  # goes after their methods
+    at: list[int] | None = None  # compare: steps of the table; null: 105k, 205k, 245k or the last
+    baseline: str | None = None  # compare: the group to be better than; null: dreamerv2, or first
+
+
+@dataclass
+class ExportConfig(Config):
+    """``export.py``: a run's model as a folder to hand on."""
+
+    run: str = MISSING
+    out: str = MISSING  # the new folder
+    push: str | None = None  # hub id, owner/name: put it there as well
+    private: bool = False  # there
+    license: str = "mit"  # of the weights, as the hub names it
+    videos: str | None = None  # what it was trained on, for the card; null: the stores' names
+    trust_code: bool = False  # the run's latent actions may be a module's
 
 
 @dataclass
@@ -346,6 +366,7 @@ def register() -> None:
         "prepare_videos": PrepareVideosConfig,
         "sweep": SweepConfig,
         "plot": PlotConfig,
+        "export": ExportConfig,
         "import_official": ImportOfficialConfig,
     }.items():
         store.store(name=f"{recipe}_schema", node=schema())
