@@ -44,6 +44,7 @@ IMPORTS = {
     "envs/make.py": "prelar_trl.envs.wrappers",
     "envs/registry.py": "env= of the command line, or trust_code",
     "envs/rendering.py": "mujoco",
+    "hub.py": "optional packages, by names that are written there",
     "envs/wrappers.py": "gymnasium.make: env= of the command line, or trust_code",
     "modules/latent_actions/base.py": "model.latent_action= of the command line, or trust_code",
     "recipes/entry.py": "the recipe",
@@ -179,7 +180,7 @@ def test_every_place_that_reads_a_file_reads_data_only():
             where = f"{place}:{call.lineno}: {name}"
             options = {x.arg: ast.unparse(x.value) for x in call.keywords}
             last = name.split(".")[-1]
-            assert name not in ("eval", "exec", "compile", "__import__"), where
+            assert name not in ("eval", "exec", "compile"), where
             assert last not in ("load_memmap", "memmap_", "hub_load", "unsafe_load"), where
             if name == "torch.load":
                 assert options.get("weights_only") == "True", where
@@ -187,7 +188,7 @@ def test_every_place_that_reads_a_file_reads_data_only():
                 assert last in ("safe_load", "safe_dump"), where
             if last in ("read_array", "open_memmap") or name in ("np.load", "numpy.load"):
                 assert options.get("allow_pickle") == "False", where
-            if last == "import_module" or name == "gymnasium.make":
+            if last in ("import_module", "__import__") or name == "gymnasium.make":
                 importing.add(place)
     assert importing == set(IMPORTS)
 
