@@ -168,7 +168,8 @@ def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
 def test_every_place_that_reads_a_file_reads_data_only():
     """No pickle, no YAML with tags, no numpy objects; imports by name only where listed."""
     importing = set()
-    for file in sorted(PACKAGE.rglob("*.py")):
+    files = {*PACKAGE.rglob("*.py"), *(PACKAGE / "recipes").glob("*.py")}  # a link in a checkout
+    for file in sorted(files):
         place = file.relative_to(PACKAGE).as_posix()
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
