@@ -101,10 +101,11 @@ def test_a_latent_action_that_a_run_folder_names_is_not_imported(recipe, made, t
     assert not trace.exists()
 
 
-def test_an_environment_that_a_run_folder_names_is_not_imported(made, tmp_path, trace):
-    run = tampered(made.fine, tmp_path / "theirs", {"env": "gym/evil:Any-v0"}, {})
+@pytest.mark.parametrize("env", ["evil:make", "gym/evil:Any-v0"])
+def test_an_environment_that_a_run_folder_names_is_not_imported(env, made, tmp_path, trace):
+    run = tampered(made.fine, tmp_path / "theirs", {"env": env}, {})
     cfg = EvaluateConfig(run=run, device="cpu", episodes=1)
-    with pytest.raises(ValueError, match=r"theirs has env=gym/evil:Any-v0, .* trust_code=true"):
+    with pytest.raises(ValueError, match=rf"theirs has env={env}, .* trust_code=true"):
         evaluate(cfg)
     assert not trace.exists()
     evaluate(EvaluateConfig(run=run, env="toy", device="cpu", episodes=1, video_episodes=0))
