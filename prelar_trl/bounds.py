@@ -24,6 +24,7 @@ __all__ = [
     "Fraction",
     "NonNegative",
     "NonNegativeInt",
+    "PictureSize",
     "Positive",
     "PositiveInt",
     "Rule",
@@ -67,6 +68,9 @@ NonNegativeInt = Annotated[int, at_least(0)]
 Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]
 Fraction = Annotated[float, between(0, 1)]
+PictureSize = Annotated[
+    int, Rule(lambda x: x in (64, 84, 96, 128), "is unknown; choose 64, 84, 96 or 128")
+]
 
 # Types of values: the classes that have such values, and words.
 KINDS: dict[Any, tuple[tuple[type, ...], str]] = {

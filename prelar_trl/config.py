@@ -61,6 +61,7 @@ class ModelSettings:
     layers: PositiveInt = 2
     norm: Norm = "batch"
     patches: bool = False  # cnn: 4x4 kernels that do not overlap
+    gray: bool = False  # networks see and predict brightness alone
     augmentation: Augmentation = "none"
     context_mask: Annotated[float, between(0, 0.98)] = 0.75  # leaves at least one of 8x8
     context_dropout: Fraction = 0.1

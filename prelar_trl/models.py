@@ -7,23 +7,25 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prelar_trl.config import ModelSettings, Phase, find_preset, loss_settings, model_settings
 from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
-from prelar_trl.modules.heads import MLP, Actor
+from prelar_trl.modules.heads import MLP, Actor, OneHotActor, VectorEncoder
 from prelar_trl.modules.latent_actions import LatentActions, make_latent_actions
 from prelar_trl.modules.patchnets import PatchDecoder, PatchEncoder
 from prelar_trl.modules.rssm import RSSM
 from prelar_trl.modules.world_model import RSSMWorldModel
 from prelar_trl.objectives import LatentActionLoss, RSSMWorldModelLoss, VideoBonus
 from prelar_trl.objectives.common import check_weights
+from prelar_trl.pretrained import copy_pretrained, pretrained_modules
+from prelar_trl.types import Inputs
 
 __all__ = [
     "Agent",
-    "load_pretrained",
+    "copy_pretrained",
     "make_agent",
     "make_inverse_model",
     "make_world_model",
@@ -36,7 +38,11 @@ class Agent(nn.Module):
     """World model, actor, critics and bonus of a fine-tuning run."""
 
     def __init__(
-        self, world_model: RSSMWorldModel, actor: Actor, critic: MLP, bonus: VideoBonus | None
+        self,
+        world_model: RSSMWorldModel,
+        actor: Actor | OneHotActor,
+        critic: MLP,
+        bonus: VideoBonus | None,
     ):
         super().__init__()
         self.world_model, self.actor, self.critic = world_model, actor, critic
@@ -50,6 +56,7 @@ def make_world_model(
     phase: Phase,
     *,
     action_dim: int,
+    inputs: Inputs | None = None,
     size: str = "full",
     encoder: nn.Module | None = None,
     decoder: nn.Module | None = None,
@@ -63,11 +70,13 @@ def make_world_model(
             prelar_naive | prelar_plus``.
         phase: ``pretrain`` or ``finetune``.
         action_dim: size of the real action (fine-tuning).
+        inputs: what it sees. Default: one picture of 64x64.
         size: ``full`` (as published), ``small``, ``tiny``, or ``mini``, for a CPU. Default:
             ``full``.
         encoder: your own image encoder, ``[N, 3, 64, 64]`` -> ``[N, embed_dim]``, with the
-            attribute ``embed_dim``. Default: the method's.
-        decoder: your own image decoder, ``[N, F]`` -> ``[N, 3, 64, 64]``. Default: the method's.
+            attribute ``embed_dim``; of several pictures for the first. Default: the method's.
+        decoder: your own image decoder, ``[N, F]`` -> ``[N, 3, 64, 64]``, likewise. Default: the
+            method's.
         sample: draw latents; False takes modes. Default: True.
         overrides: fields of :class:`ModelSettings`.
 
@@ -75,9 +84,23 @@ def make_world_model(
         ValueError: an unknown name or a method without that phase.
     """
     s = model_settings(method, phase, size, overrides)
-    network = {"depth": s.depth, "stages": s.stages, "layers": s.layers, "norm": s.norm}
+    inputs = inputs or Inputs()
+    if phase == "pretrain" and (inputs.views, inputs.vector) != (1, 0):
+        raise ValueError(f"pre-training takes one picture and no vector, not {inputs}")
+    channels = 1 if s.gray else 3
+    network = {
+        "depth": s.depth,
+        "stages": s.stages,
+        "layers": s.layers,
+        "norm": s.norm,
+        "image_size": inputs.size,
+    }
     if encoder is None:
-        encoder = _make_encoder(s, 3, network)
+        encoder = _make_encoder(s, channels, network)
+    view_encoders = [_make_encoder(s, channels, network) for _ in range(inputs.views - 1)]
+    vector_encoder = None
+    if inputs.vector:
+        vector_encoder = VectorEncoder(inputs.vector, s.head_layers, s.head_units)
     dynamics = {
         "stoch": s.stoch,
         "classes": s.classes,
@@ -87,10 +110,12 @@ def make_world_model(
     }
     latent_action_encoder = action_encoder = lower_rssm = context_encoder = None
     latent_dim, embed_dim = action_dim, cast(int, encoder.embed_dim)
+    embed_dim += sum(cast(int, view.embed_dim) for view in view_encoders)
+    embed_dim += 0 if vector_encoder is None else vector_encoder.embed_dim
     if s.actions == "latent":
         latent_actions = _make_latent_actions(s)
         latent_action_encoder = LatentActionEncoder(
-            _make_encoder(s, FRAME_CHANNELS[s.frames], network),
+            _make_encoder(s, _frame_channels(s, channels), network),
             latent_actions,
             frames=s.frames,
             hidden=s.latent_action_hidden,
@@ -109,9 +134,17 @@ def make_world_model(
         embed_dim = lower_rssm.feat_dim + (embed_dim if s.concat_embed else 0)
     rssm = RSSM(width, embed_dim, **dynamics)
     if s.images == "context":
-        context_encoder = ContextEncoder(**network, augmentation=s.augmentation)
+        context_encoder = ContextEncoder(
+            **network, augmentation=s.augmentation, in_channels=channels
+        )
+    network["out_channels"] = channels
     if decoder is None:
-        decoder = _make_decoder(s, rssm.feat_dim, network)
+        decoder = _make_decoder(s, s.images, rssm.feat_dim, network)
+    plain = "resnet" if s.images == "context" else s.images  # no context of other views
+    view_decoders = [_make_decoder(s, plain, rssm.feat_dim, network) for _ in view_encoders]
+    vector_decoder = None
+    if inputs.vector:
+        vector_decoder = MLP(rssm.feat_dim, inputs.vector, s.head_layers, s.head_units)
     world_model = RSSMWorldModel(
         encoder,
         decoder,
@@ -125,6 +158,11 @@ def make_world_model(
         action_free=s.actions == "none",
         context_encoder=context_encoder,
         discount=s.discount,
+        view_encoders=view_encoders,
+        view_decoders=view_decoders,
+        vector_encoder=vector_encoder,
+        vector_decoder=vector_decoder,
+        gray=s.gray,
         sample=sample,
     )
     return _initialize(world_model)
@@ -134,18 +172,24 @@ def make_agent(
     method: str,
     *,
     action_dim: int,
+    discrete: bool = False,
+    inputs: Inputs | None = None,
     size: str = "full",
     encoder: nn.Module | None = None,
     decoder: nn.Module | None = None,
     sample: bool = True,
     **overrides: Any,
 ) -> Agent:
-    """World model, actor, critics and bonus of a method's fine-tuning; see make_world_model."""
+    """World model, actor, critics and bonus of a method's fine-tuning; see make_world_model.
+
+    With ``discrete`` an action is one of ``action_dim`` choices, a one-hot vector. Default: False.
+    """
     s = model_settings(method, "finetune", size, overrides)
     world_model = make_world_model(
         method,
         "finetune",
         action_dim=action_dim,
+        inputs=inputs,
         size=size,
         encoder=encoder,
         decoder=decoder,
@@ -153,12 +197,13 @@ def make_agent(
         **overrides,
     )
     feat_dim = world_model.rssm.feat_dim
-    actor = _initialize(Actor(feat_dim, action_dim, s.head_layers, s.head_units))
+    policy = OneHotActor if discrete else Actor
+    actor = _initialize(policy(feat_dim, action_dim, s.head_layers, s.head_units))
     critic = _initialize(MLP(feat_dim, 1, s.head_layers, s.head_units))
     bonus = None
     if s.bonus_embed is not None:
         bonus = VideoBonus(
-            cast(int, world_model.encoder.embed_dim) if s.bonus_embed == "embed" else feat_dim,
+            world_model.rssm.embed_dim if s.bonus_embed == "embed" else feat_dim,
             k=s.bonus_neighbors,
             window=s.bonus_window,
             projection_dim=s.bonus_projection,
@@ -203,6 +248,10 @@ def make_world_model_loss(
                 f"method={method}, phase={phase}: {name!r} needs both a head (model.heads) and a "
                 f"weight (loss.weights), but has {'a weight' if name in merged else 'a head'} only"
             )
+    if world_model.vector_encoder is not None:
+        merged.setdefault("vector", 1.0)
+    elif "vector" in merged:
+        raise ValueError("loss.weights has 'vector', but the world model sees none: give vectors")
     if "af_kl" in merged and world_model.lower_rssm is None:
         raise ValueError(f"method={method} has no lower RSSM in phase={phase}: remove weight af_kl")
     latent = world_model.rssm.latent.kind
@@ -244,56 +293,6 @@ def make_world_model_loss(
     return loss
 
 
-def pretrained_modules(world_model: RSSMWorldModel) -> dict[str, nn.Module]:
-    """The parts that a pre-training run supplies, by their name there."""
-    modules = {
-        "encoder": world_model.encoder,
-        "decoder": world_model.decoder,
-        "rssm": world_model.lower_rssm or world_model.rssm,
-        "context_encoder": world_model.context_encoder,
-    }
-    return {name: module for name, module in modules.items() if module is not None}
-
-
-def load_pretrained(world_model: RSSMWorldModel, state: Mapping[str, Tensor]) -> None:
-    """Copy encoder, decoder and RSSM of a pre-trained world model's ``state_dict``.
-
-    An action encoder that gives the same kind of latent action gets what that kind has learned.
-
-    Raises:
-        ValueError: naming every tensor that is missing or has another shape; nothing is copied.
-    """
-    problems, parts = [], {}
-    modules = pretrained_modules(world_model)
-    if world_model.action_encoder is not None:
-        kind, name = (
-            world_model.action_encoder.latent_actions,
-            "latent_action_encoder.latent_actions",
-        )
-        if any(f"{name}.{key}" in state for key in kind.state_dict()):
-            modules[name] = kind
-    for name, module in modules.items():
-        prefix = name + "."
-        part = {key[len(prefix) :]: x for key, x in state.items() if key.startswith(prefix)}
-        own = module.state_dict()
-        problems += [f"{prefix}{key} is missing" for key in own.keys() - part.keys()]
-        problems += [f"{prefix}{key} has no place" for key in part.keys() - own.keys()]
-        problems += [
-            f"{prefix}{key} is {tuple(part[key].shape)} there and {tuple(own[key].shape)} here"
-            for key in own.keys() & part.keys()
-            if part[key].shape != own[key].shape
-        ]
-        parts[name] = part
-    if problems:
-        shown = "; ".join(sorted(problems)[:4])
-        raise ValueError(
-            f"the pre-trained run does not fit: {len(problems)} tensors differ ({shown}); "
-            "use the size and model options it was trained with"
-        )
-    for name, module in modules.items():
-        module.load_state_dict(parts[name])
-
-
 def make_inverse_model(checkpoint: Mapping[str, Any]) -> LatentActionEncoder:
     """The latent-action encoder of a pre-training checkpoint, frozen and in evaluation mode.
 
@@ -302,7 +301,12 @@ def make_inverse_model(checkpoint: Mapping[str, Any]) -> LatentActionEncoder:
     """
     method = checkpoint["method"]
     world_model = make_world_model(
-        method, "pretrain", action_dim=0, size=checkpoint["size"], **checkpoint["overrides"]
+        method,
+        "pretrain",
+        action_dim=0,
+        inputs=Inputs(**checkpoint.get("inputs", {})),
+        size=checkpoint["size"],
+        **checkpoint["overrides"],
     )
     inverse_model = world_model.latent_action_encoder
     if inverse_model is None:
@@ -313,8 +317,15 @@ def make_inverse_model(checkpoint: Mapping[str, Any]) -> LatentActionEncoder:
 
 def _make_encoder(s: ModelSettings, channels: int, network: Mapping[str, Any]) -> nn.Module:
     if s.images == "cnn":
-        return (PatchEncoder if s.patches else CNNEncoder)(channels, s.depth)
+        net = PatchEncoder if s.patches else CNNEncoder
+        return net(channels, s.depth, image_size=network["image_size"])
     return ResNetEncoder(channels, **network)
+
+
+def _frame_channels(s: ModelSettings, channels: int) -> int:
+    """What the latent-action encoder sees of a pair of frames; optical flow has colors always."""
+    seen = FRAME_CHANNELS[s.frames]
+    return seen if s.frames == "flow" else seen * channels // 3
 
 
 def _make_latent_actions(s: ModelSettings) -> LatentActions:
@@ -334,16 +345,21 @@ def _make_action_code(s: ModelSettings) -> LatentActions:
     return make_latent_actions(s.action_code, size=latent_actions.dim, shared=shared)
 
 
-def _make_decoder(s: ModelSettings, feat_dim: int, network: Mapping[str, Any]) -> nn.Module:
-    match s.images:
+def _make_decoder(
+    s: ModelSettings, images: str, feat_dim: int, network: Mapping[str, Any]
+) -> nn.Module:
+    match images:
         case "cnn":
-            return (PatchDecoder if s.patches else CNNDecoder)(feat_dim, s.depth)
+            net = PatchDecoder if s.patches else CNNDecoder
+            view = {name: network[name] for name in ("image_size", "out_channels")}
+            return net(feat_dim, s.depth, **view)
         case "resnet":
             return ResNetDecoder(feat_dim, **network)
         case "context":
             return ContextDecoder(
                 feat_dim, **network, mask=s.context_mask, dropout=s.context_dropout
             )
+    raise ValueError(f"images={images!r} is unknown; choose resnet, cnn or context")
 
 
 @torch.no_grad()

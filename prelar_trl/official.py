@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from prelar_trl.checkpoint import DamagedFileError, read_tensors
 from prelar_trl.models import Agent
 from prelar_trl.utils import atomic_write
 
@@ -223,10 +224,10 @@ def _write(state: dict[str, Tensor], path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        state = read_tensors(path)
+    except DamagedFileError as error:
         raise ValueError(
-            f"{path} is not a readable file of weights ({type(error).__name__}); copy it again"
+            f"{path} is not a readable file of weights ({error}); copy it again"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
         raise ValueError(f"{path} holds something other than named tensors; it is not a state dict")

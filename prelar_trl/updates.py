@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast, get_args
 
@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.world_model import RSSMWorldModel, normalize_pixels
@@ -23,10 +24,10 @@ from prelar_trl.objectives import (
     RSSMWorldModelLoss,
     total_loss,
 )
-from prelar_trl.objectives.common import loss_keys
+from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.utils import check_choice
 
-__all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
+__all__ = ["Alignment", "BehaviorUpdate", "WorldModelUpdate", "frozen"]
 
 Precision = Literal["32", "bf16"]
 
@@ -44,20 +45,6 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-@contextmanager
-def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch norms in training mode leave their running mean and variance as they are."""
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
-    before = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.momentum = 0.0
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(norms, before, strict=True):
-            layer.momentum = momentum
-
-
 def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
     """Adam as published: eps 1e-5, L2 weight decay 1e-6 on everything."""
     trained = [p for p in parameters if p.requires_grad]
@@ -65,29 +52,39 @@ def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
     return Adam(trained, lr=lr, eps=1e-5, weight_decay=1e-6, fused=fused)
 
 
-def clip_and_step(optimizer: Optimizer, clip: float) -> Tensor:
-    """Clip the gradients' global norm, step, clear; returns the norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = clip_grad_norm_(parameters, clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+    """Step unless ``skip``, bool []; without a host sync if the optimizer is fused."""
+    if optimizer.defaults["fused"]:
+        # Where a GradScaler says so to the kernel, which reads a float32.
+        vars(optimizer)["found_inf"] = skip.to(torch.float32)
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
 
 
 class Update:
-    """Base of the two updates: loss and gradient, optimizers by name, saving and loading.
+    """Base of the updates: loss and gradient, optimizers by name, saving and loading.
+
+    One whose loss or gradient is not finite is skipped: no optimizer steps.
 
     Args:
         module: has all parameters and buffers that :meth:`losses` uses.
         precision: ``32``, or ``bf16`` for autocast.
         clip: largest global gradient norm of an optimizer's parameters.
+
+    Attributes:
+        count: updates so far, skipped ones among them.
+        skipped, skipped_in_a_row: how many, on the loss's device: only who reads them waits.
     """
+
+    process_group: ProcessGroup | None = None  # whose processes share the batch
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
         check_choice("precision", precision, get_args(Precision))
         self.module, self.mixed, self.clip = module, precision == "bf16", clip
         self.optimizers: dict[str, Optimizer] = {}
         self.count = 0
+        self.skipped = self.skipped_in_a_row = torch.zeros((), dtype=torch.int64)
 
     def losses(self, *inputs: Any) -> TensorDict:
         """The losses of these inputs, ``loss_*`` entries among them."""
@@ -102,18 +99,30 @@ class Update:
     def autocast(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed else nullcontext()
 
-    def step_optimizers(self) -> dict[str, Tensor]:
-        return {
-            f"grad_norm_{name}": clip_and_step(optimizer, self.clip)
-            for name, optimizer in self.optimizers.items()
-        }
+    def step_optimizers(self, loss: Tensor) -> dict[str, Tensor]:
+        """Clip the global norm of each optimizer's gradients, step, clear; the norms before.
+
+        If the loss or a norm is NaN or infinite, all parameters and moments stay as they are.
+        """
+        norms = {}
+        for name, optimizer in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norms[f"grad_norm_{name}"] = clip_grad_norm_(parameters, self.clip)
+        skip = ~torch.stack([loss, *norms.values()]).isfinite().all()
+        for optimizer in self.optimizers.values():
+            step_unless(optimizer, skip)
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped = self.skipped.to(skip.device) + skip
+        self.skipped_in_a_row = (self.skipped_in_a_row.to(skip.device) + 1) * skip
+        return norms
 
     def state_dict(self) -> dict:
         optimizers = {name: o.state_dict() for name, o in self.optimizers.items()}
-        return {"count": self.count, "optimizers": optimizers}
+        return {"count": self.count, "skipped": int(self.skipped), "optimizers": optimizers}
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
+        self.skipped = torch.tensor(state.get("skipped", 0))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
 
@@ -169,8 +178,11 @@ class WorldModelUpdate(Update):
         self.loss.train()
         if self.rehearsal is not None:
             self.rehearsal.train()
+        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         losses = self.forward_backward(batch, video)
-        losses.update(self.step_optimizers())
+        losses.update(self.step_optimizers(total_loss(losses)))
+        for buffer, old in before:  # statistics know no skipped batch
+            buffer.copy_(torch.where(self.skipped_in_a_row > 0, old, buffer))
         if self.scheduler is not None:
             self.scheduler.step()
         self.count += 1
@@ -203,71 +215,6 @@ class WorldModelUpdate(Update):
             self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
 
 
-class Rehearsal(nn.Module):
-    """Pre-training video beside an environment's batch, so that what it taught is not forgotten.
-
-    The terms that video can give, ``image`` and ``kl``, become those of the joint batch: their mean
-    over the environment's rows and over the video's, by ``share``. Batch norms normalize each part
-    by itself; their running statistics, with which the agent acts, are the environment's alone.
-
-    Args:
-        loss: of the world model that is fine-tuned. Encoder, decoder and RSSM are shared, and so
-            are weights and settings of the two terms.
-        inverse_model: infers the video's latent actions, and stands still; None for a world model
-            that was pre-trained without actions.
-        share: the video's share of the joint batch, in (0, 1).
-
-    Raises:
-        ValueError: a share outside (0, 1), or a stacked world model, whose imagined RSSM no video
-            trains.
-    """
-
-    def __init__(
-        self, loss: RSSMWorldModelLoss, inverse_model: LatentActionEncoder | None, share: float
-    ) -> None:
-        super().__init__()
-        world_model = cast(RSSMWorldModel, loss.world_model)
-        if not 0 < share < 1:
-            raise ValueError(f"rehearse={share} must lie between 0 and 1")
-        if world_model.lower_rssm is not None:
-            raise ValueError(f"rehearse={share}: a stacked world model cannot rehearse video")
-        self.share, self.inverse_model = share, inverse_model
-        video_model = RSSMWorldModel(
-            world_model.encoder,
-            world_model.decoder,
-            world_model.rssm,
-            latent_action_encoder=inverse_model,
-            action_free=inverse_model is None,
-            context_encoder=world_model.context_encoder,
-            sample=world_model.sample,
-        )
-        self.loss = RSSMWorldModelLoss(
-            video_model,
-            weights={name: loss.weights[name] for name in ("image", "kl") if name in loss.weights},
-            latent=world_model.rssm.latent.kind,
-            kl_balance=loss.kl_balance,
-            free_nats=loss.free_nats,
-            free_avg=loss.free_avg,
-        )
-
-    def train(self, mode: bool = True) -> Rehearsal:
-        super().train(mode)
-        if self.inverse_model is not None:
-            self.inverse_model.eval()
-        return self
-
-    def forward(self, losses: TensorDict, video: TensorDictBase) -> TensorDict:
-        """The environment's losses with the video's mixed in."""
-        with running_statistics_kept(self.loss):
-            seen = self.loss(video)
-        mixed = losses.copy()
-        for name in loss_keys(self.loss.weights):
-            mixed[name] = torch.lerp(losses[name], seen[name], self.share)
-        for name in self.loss.weights:
-            mixed[f"rehearsal_{name}"] = seen[name]
-        return mixed
-
-
 class Alignment(Update):
     """Regresses the action encoder on the latent actions that the inverse model infers.
 
@@ -278,13 +225,19 @@ class Alignment(Update):
         action_encoder: it alone is trained.
         inverse_model: of the pre-training run; stands still.
         lr: learning rate of Adam. Default: 1e-3.
+        preprocess: pixels -> what the inverse model sees. Default: in [-0.5, 0.5].
     """
 
     def __init__(
-        self, action_encoder: ActionEncoder, inverse_model: LatentActionEncoder, lr: float = 1e-3
+        self,
+        action_encoder: ActionEncoder,
+        inverse_model: LatentActionEncoder,
+        lr: float = 1e-3,
+        preprocess: Callable[[Tensor], Tensor] = normalize_pixels,
     ) -> None:
         super().__init__(action_encoder, "32", clip=100.0)
         self.action_encoder, self.inverse_model = action_encoder, inverse_model.eval()
+        self.preprocess = preprocess
         self.optimizers = {"align": make_adam(action_encoder.parameters(), lr)}
 
     def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
@@ -294,21 +247,27 @@ class Alignment(Update):
             ``align_error``, the mean squared error, and ``align_r2``, the share of the latent
             actions' variance that the true actions explain.
         """
+        losses = self.forward_backward(batch)
+        self.step_optimizers(total_loss(losses))
+        self.count += 1
+        return {name: losses[name] for name in ("align_error", "align_r2")}
+
+    def losses(self, batch: TensorDictBase) -> TensorDict:
+        def joint_sum(x: Tensor) -> Tensor:  # over the processes their mean, as of losses
+            return joint_mean((x * known).sum((0, 1)), self.process_group)
+
         known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
         with torch.no_grad():
-            target, _ = self.inverse_model(normalize_pixels(batch["pixels"]), sample=False)
+            target, _ = self.inverse_model(self.preprocess(batch["pixels"]), sample=False)
             target = target[:, 1:]
-            count = known.sum().clamp_min(1)
-            mean = (target * known).sum((0, 1)) / count
-            variance = ((target - mean).square() * known).sum((0, 1)) / count
+            count = joint_sum(torch.ones_like(target[..., :1])).clamp_min(1e-6)
+            mean = joint_sum(target) / count
+            variance = joint_sum((target - mean).square()) / count
         latent, _ = self.action_encoder(batch["action"], sample=False)
-        error = ((latent[:, 1:] - target).square() * known).sum((0, 1)) / count  # [U]
-        error.mean().backward()
-        self.step_optimizers()
-        self.count += 1
-        error = error.detach()
-        r2 = 1 - error.sum() / variance.sum().clamp_min(1e-8)
-        return {"align_error": error.mean(), "align_r2": r2}
+        error = joint_sum((latent[:, 1:] - target).square()) / count  # [U]
+        r2 = 1 - error.detach().sum() / variance.sum().clamp_min(1e-8)
+        loss = error.mean()
+        return TensorDict({"loss_align": loss, "align_error": loss.detach(), "align_r2": r2})
 
 
 class BehaviorUpdate(Update):
@@ -364,7 +323,7 @@ class BehaviorUpdate(Update):
             start = start[: self.imag_batch]
         with frozen(self.agent.world_model):
             losses = self.forward_backward(start, sample)
-        losses.update(self.step_optimizers())
+        losses.update(self.step_optimizers(total_loss(losses)))
         if self.count % self.slow_every == 0:
             self.agent.slow_critic.load_state_dict(self.agent.critic.state_dict())
         self.count += 1

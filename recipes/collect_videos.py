@@ -29,10 +29,12 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from tensordict import TensorDictBase
+from torchrl.data import OneHot
 from torchrl.envs import EnvBase
 
 from prelar_trl.data import ClipStore, ClipWriter
 from prelar_trl.envs import make_env, metaworld_tasks, toy_expert
+from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import CollectVideosConfig
 from prelar_trl.record import (
     Progress,
@@ -103,7 +105,7 @@ def expert_for(name: str) -> Expert | None:
 @cache
 def cached_env(name: str, **options: Any) -> EnvBase:
     """One environment of a kind a process: making one takes half a second."""
-    return make_env(name, **options)
+    return build_env(make_env, name, seed=0, num_workers=1, **options)
 
 
 def collect_episode(number: int, *, names: list[str], cfg: CollectVideosConfig) -> Episode:
@@ -116,19 +118,20 @@ def collect_episode(number: int, *, names: list[str], cfg: CollectVideosConfig) 
         camera=cfg.camera,
         render_quality=cfg.render_quality,
         pixels=cfg.pixels,
+        action_repeat=cfg.action_repeat,
         max_steps=cfg.max_steps,
     )
     env.set_seed(int(rng.integers(2**31)))
     expert = expert_for(name)
     if rng.random() < cfg.random_fraction:
         expert = None
-    size = env.action_spec.shape[-1]
+    size, choice = env.action_spec.shape[-1], isinstance(env.action_spec, OneHot)
     step = env.reset()
     frames, actions = [step["pixels"].numpy().copy()], [np.zeros(size, np.float32)]
     success, left = False, None
     for _ in range(cfg.max_steps):
         if expert is None:
-            action = rng.uniform(-1, 1, size)
+            action = np.eye(size)[rng.integers(size)] if choice else rng.uniform(-1, 1, size)
         else:
             action = expert(step) + cfg.noise * rng.standard_normal(size)
         action = np.clip(action, -1, 1).astype(np.float32)

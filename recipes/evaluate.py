@@ -18,22 +18,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_agent
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
-    CHECKPOINT,
+    check_trust,
     choose_device,
     play,
+    read_run,
     seed_everything,
     summarize,
 )
-from prelar_trl.recipes.environments import build_env
+from prelar_trl.recipes.environments import (
+    build_env,
+    check_interface,
+    interface,
+    saved_interface,
+)
 from prelar_trl.recipes.interaction import act
 from prelar_trl.recipes.schema import EvaluateConfig
-from prelar_trl.record import RunFolder, bootstrap_interval, write_video
+from prelar_trl.record import bootstrap_interval, write_video
 from prelar_trl.utils import atomic_write
 
 
@@ -44,14 +49,15 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     """
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
-    run = RunFolder.load(cfg.run)
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    run, checkpoint = read_run(
+        cfg.run, trust_code=cfg.trust_code, checkpoint=f"{cfg.checkpoint}.pt"
+    )
     if checkpoint["phase"] != "finetune":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; evaluate a finetune run")
     agent = make_agent(
         checkpoint["method"],
-        action_dim=checkpoint["action_dim"],
         size=checkpoint["size"],
+        **saved_interface(checkpoint),
         **checkpoint["overrides"],
     )
     agent.load_state_dict(checkpoint["agent"])
@@ -59,21 +65,22 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
 
     trained = run.config
+    if cfg.env is None:
+        check_trust(cfg.run, "env", trained["env"], cfg.trust_code)
     env = build_env(
         env_factory,
         cfg.env or trained["env"],
         seed=cfg.seed,
+        pixels=trained.get("pixels", 64),
         camera=trained["camera"],
+        cameras=trained.get("cameras"),
+        vectors=trained.get("vectors"),
         render_quality=cfg.render_quality or trained["render_quality"],
         action_repeat=trained["action_repeat"],
         max_steps=trained["max_steps"],
         num_workers=min(cfg.num_workers, cfg.episodes),
     )
-    if env.action_spec.shape[-1] != policy.action_dim:
-        raise ValueError(
-            f"env={cfg.env or trained['env']} has {env.action_spec.shape[-1]} action dimensions, "
-            f"the agent in {cfg.run} has {policy.action_dim}"
-        )
+    check_interface(cfg.env or trained["env"], interface(env), cfg.run, saved_interface(checkpoint))
     env = env.append_transform(policy.make_primer())
     records, clips = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
     env.close(raise_if_closed=False)

@@ -29,12 +29,12 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.data import VideoClips
 from prelar_trl.envs import play_toy
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model
 from prelar_trl.modules import RSSMWorldModel
+from prelar_trl.modules.world_model import normalize_pixels
 from prelar_trl.probes import (
     action_effects,
     frame_difference,
@@ -47,7 +47,7 @@ from prelar_trl.probes import (
     transfer,
     transfer_quality,
 )
-from prelar_trl.recipes.common import CHECKPOINT, choose_device, seed_everything
+from prelar_trl.recipes.common import choose_device, read_run, seed_everything
 from prelar_trl.recipes.schema import ProbeConfig
 from prelar_trl.record import (
     RunFolder,
@@ -57,6 +57,7 @@ from prelar_trl.record import (
     plot_scatter,
     write_picture,
 )
+from prelar_trl.types import Inputs
 from prelar_trl.utils import atomic_write
 
 EXCHANGES = 4  # other actions that each transition's own is compared with
@@ -80,8 +81,7 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
     seed_everything(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    run = RunFolder.load(cfg.run)
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    run, checkpoint = read_run(cfg.run, trust_code=cfg.trust_code)
     if checkpoint["phase"] != "pretrain":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; probe a pretrain run")
     world_model, untrained = (accelerate(make_model(checkpoint).to(device)) for _ in range(2))
@@ -156,6 +156,7 @@ def make_model(checkpoint: dict[str, Any]) -> RSSMWorldModel:
         checkpoint["method"],
         "pretrain",
         action_dim=0,
+        inputs=Inputs(**checkpoint.get("inputs", {})),
         size=checkpoint["size"],
         **checkpoint["overrides"],
     )
@@ -211,7 +212,7 @@ def features(
     if not has_actions:
         return {}
     images = world_model.preprocess(batch["pixels"])
-    flow = world_model.preprocess(batch["flow"]) if "flow" in batch.keys() else None
+    flow = normalize_pixels(batch["flow"], images.dtype) if "flow" in batch.keys() else None
     found = {
         "target": cast(Tensor, batch["action"])[:, 1:],
         "frame_difference": frame_difference(images),

@@ -16,7 +16,12 @@ from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig
 RECORDED = json.loads(Path(__file__).with_name("fixtures").joinpath("presets.json").read_text())
 # The options that are younger than the table: the value that changes nothing.
 OFF = {
-    "model": {"patches": False, "latent_action_options": {}, "latent_action_shift": 0},
+    "model": {
+        "gray": False,
+        "patches": False,
+        "latent_action_options": {},
+        "latent_action_shift": 0,
+    },
     "loss": {"latent_free_nats": 0.0, "latent_warmup": 0, "latent_warmup_start": 0.01},
     "recipe": {"labels": 0.0, "align_updates": None, "rehearse": 0.0},
 }

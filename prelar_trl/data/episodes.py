@@ -15,6 +15,7 @@ The shift between the two layouts lives here and nowhere else (`_rows`)::
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from prelar_trl.data.storage import FrameStorage
 from prelar_trl.data.store import MappedShards, read_meta
 from prelar_trl.data.writer import ClipWriter
 
+logger = logging.getLogger(__name__)
 _KEYS = ("pixels", "action", ("next", "pixels"), ("next", "reward"), ("next", "done"))
 _TRAJECTORY = ("collector", "traj_ids")
 _MASK = ("collector", "mask")
@@ -38,6 +40,7 @@ _STREAMS = {
     "action": "actions",
     "reward": "rewards",
     "terminated": "terminated",
+    "vector": "vectors",  # only where the environment gives it
 }
 _SHARDS = 8  # at least so many, so that deleting the oldest keeps the disk near the capacity
 _SHARD_BYTES = 2**28
@@ -61,7 +64,6 @@ class EpisodeStorage(FrameStorage):
     def __init__(self, path: Path, capacity: int, *, pin_memory: bool = False) -> None:
         super().__init__(capacity, pin_memory=pin_memory)
         self.path = path
-        self.streams = _STREAMS
         self._store: ClipWriter | None = None
         self._open()
 
@@ -88,7 +90,10 @@ class EpisodeStorage(FrameStorage):
             width=width,
             shard_bytes=shard_bytes,
             info={"capacity": self.max_size},
+            keep_damaged=True,
         )
+        for name in sorted(self._store.damaged):
+            logger.warning("episode %s of %s is damaged and left out", name, self.path)
         return self._store
 
     def _sync_clips(self) -> None:
@@ -101,13 +106,23 @@ class EpisodeStorage(FrameStorage):
         if store is not None and clips:
             start += store.num_evicted_frames
             shards = self._shards or [MappedShards(self.path, store.streams)]
+            self.streams = {k: x for k, x in _STREAMS.items() if x in store.streams}
         self.set_clips(shards, start, frames, where, first=self.num_written - len(clips))
+
+    def episodes(self) -> dict[str, Any]:
+        """The whole clips; those that were found damaged have no frames."""
+        episodes = super().episodes()
+        if self._store is not None and self._store.damaged:
+            kept = [clip.name not in self._store.damaged for clip in self._store.clips[self.whole]]
+            episodes["lengths"] = episodes["lengths"] * torch.tensor(kept)
+        return episodes
 
     def append(self, frames: TensorDict) -> Tensor:
         """Writes one episode.
 
         Args:
-            frames: ``[L + 1]``: ``pixels``, ``action``, ``reward``, ``terminated``.
+            frames: ``[L + 1]``: ``pixels``, ``action``, ``reward``, ``terminated``, and by option
+                ``vector``.
 
         Returns:
             Its indices int64 ``[L + 1]``.
@@ -119,7 +134,9 @@ class EpisodeStorage(FrameStorage):
         if len(frames) > self.max_size:
             raise ValueError(f"an episode of {len(frames)} frames exceeds capacity={self.max_size}")
         arrays = {
-            name: cast(Tensor, frames[key]).contiguous().numpy() for key, name in _STREAMS.items()
+            name: cast(Tensor, frames[key]).contiguous().numpy()
+            for key, name in _STREAMS.items()
+            if key in frames.keys()
         }
         store = self._store
         if store is None:
@@ -145,7 +162,8 @@ class EpisodeStorage(FrameStorage):
     def frame_shape(self, key: str) -> list[int] | None:
         """Shape of one frame of ``key``; None before the first episode."""
         streams = self._store.streams if self._store else {}
-        return list(streams[_STREAMS[key]].shape) if streams else None
+        stream = streams.get(_STREAMS[key])
+        return None if stream is None else list(stream.shape)
 
     def close(self) -> None:
         """Finishes the clip store, so that others can read it; opening it again continues."""
@@ -153,17 +171,25 @@ class EpisodeStorage(FrameStorage):
             self._store.close() if self._store.num_clips else self._store.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many episodes were written."""
+        """How many episodes were written; these are on the disk then."""
+        if self._store is not None:
+            self._store.sync()
         return {"end": self.num_written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`."""
+        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`.
+
+        Where fewer are left, which is damage, a warning says so.
+        """
         end = state_dict["end"]
         if end > self.num_written:
-            raise ValueError(
+            ends = (
                 f"the replay in {str(self.path)!r} ends at episode {self.num_written}, the "
-                f"checkpoint at {end}: it is another folder, or files of it are missing"
+                f"checkpoint at {end}"
             )
+            if not self.num_written:
+                raise ValueError(f"{ends}: it is another folder, or files of it are missing")
+            logger.warning("%s: the last ones are lost", ends)
         if self._store is not None and end < self.num_written:
             clips = self._store.clips
             self._store.truncate(sum(int(clip.name) < end for clip in clips))
@@ -249,19 +275,21 @@ class EpisodeWriter(Writer):
             raise ValueError(f"the data lack {', '.join(map(str, missing))}")
         for key in ("pixels", ("next", "pixels")):
             pixels = data[key]
-            if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] != 3:
+            if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] % 3:
                 raise ValueError(
-                    f"{key} must be uint8 [3, H, W] per step, got {pixels.dtype} "
-                    f"{list(pixels.shape[2:])}"
+                    f"{key} must be uint8 [3, H, W] per step (or 3 channels a picture), got "
+                    f"{pixels.dtype} {list(pixels.shape[2:])}"
                 )
-        for key in ("action", ("next", "reward")):
-            value = data[key]
+        for key in ("action", ("next", "reward"), "vector", ("next", "vector")):
+            if (value := data.get(key, None)) is None:
+                continue
             if not value.is_floating_point():
                 raise ValueError(f"{key} must be floating point, got {value.dtype}")
             if not bool(value.isfinite().all()):
                 worker, step = (~value.isfinite()).nonzero()[0, :2].tolist()
                 raise ValueError(f"{key} is NaN or infinite at step {step} of environment {worker}")
-        for key in ("pixels", "action"):
+        vector = ["vector"] if "vector" in data.keys() else []
+        for key in ("pixels", "action", *vector):
             have, got = self._storage.frame_shape(key), list(data[key].shape[2:])
             if have not in (None, got):
                 raise ValueError(
@@ -325,9 +353,14 @@ def _rows(steps: TensorDictBase, new: bool) -> TensorDict:
         },
         batch_size=[count],
     ).cpu()
+    has_vector = "vector" in steps.keys() and "vector" in following.keys()
+    if has_vector:
+        rows["vector"] = following["vector"].float().cpu()
     if not new:
         return rows.clone()
     first = cast(TensorDict, torch.zeros_like(rows[:1]))
     first["pixels"] = steps["pixels"][:1].cpu()
+    if has_vector:
+        first["vector"] = steps["vector"][:1].float().cpu()
     first["is_first"] = torch.ones(1, 1, dtype=torch.bool)
     return cast(TensorDict, TensorDict.cat([first, rows]))

@@ -26,10 +26,11 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
     Args:
         steps: ``[..., L]``, time last: one episode each, or a part of one, as ``env.rollout``
             gives it. ``pixels``, ``action``, ``next`` with ``pixels``, ``reward`` and (else False)
-            ``terminated``, ``done``.
+            ``terminated``, ``done``; by option ``vector``, in both places.
 
     Returns:
-        ``[..., L+1]``: ``pixels``, ``action``, ``reward``, ``is_first``, ``terminated``: what
+        ``[..., L+1]``: ``pixels``, ``action``, ``reward``, ``is_first``, ``terminated`` and, where
+        it is there, ``vector``: what
         :class:`prelar_trl.objectives.RSSMWorldModelLoss` reads as ``[B, T]``. The input is not
         changed.
 
@@ -52,8 +53,12 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
         },
         batch_size=steps.shape,
     )
+    if "vector" in steps.keys():
+        after["vector"] = following["vector"]
     before = cast(TensorDict, torch.zeros_like(after.narrow(time, 0, 1)))
-    before["pixels"] = steps["pixels"].narrow(time, 0, 1)
+    for key in ("pixels", "vector"):
+        if key in steps.keys():
+            before[key] = steps[key].narrow(time, 0, 1)
     before["is_first"] = ~before["is_first"]
     return cast(TensorDict, TensorDict.cat([before, after], time))
 

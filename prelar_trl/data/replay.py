@@ -19,7 +19,8 @@ class EpisodeReplay:
     """A replay of whole episodes in a folder, a ring of frames that forgets the oldest episodes.
 
     An episode can be sampled from the moment it is finished. Opening the folder again finds every
-    finished episode. After `close` the folder is a clip store that `VideoClips` reads.
+    finished episode; one whose data do not agree with its checksums is named in a warning and not
+    sampled. After `close` the folder is a clip store that `VideoClips` reads.
 
     Args:
         path: the folder; made if it is missing.
@@ -106,8 +107,9 @@ class EpisodeReplay:
 
         Args:
             data: ``pixels`` uint8, ``action`` float32, ``next`` with ``pixels``, ``reward``,
-                ``done`` and (else False) ``terminated``; ``is_first`` at the root (optional)
-                breaks an unfinished episode off, which is then kept as truncated.
+                ``done`` and (else False) ``terminated``; ``vector`` in both places, or in none;
+                ``is_first`` at the root (optional) breaks an unfinished episode off, which is then
+                kept as truncated.
 
         Returns:
             Indices int64 ``[M]`` of the frames of the episodes that were finished by this call.
@@ -127,9 +129,10 @@ class EpisodeReplay:
         """Draws a batch.
 
         Returns:
-            TensorDict ``[B, T]``: ``pixels`` uint8 ``[B, T, 3, H, W]``, ``action`` ``[B, T, A]``
-            (that led to the frame), ``reward`` ``[B, T, 1]`` (that came with it), ``is_first``
-            (True at t = 0, and wherever a row goes on with another window), ``terminated``.
+            TensorDict ``[B, T]``: ``pixels`` uint8 ``[B, T, 3 V, H, W]`` of V pictures, ``vector``
+            where it was given, ``action`` ``[B, T, A]`` (that led to the frame), ``reward``
+            ``[B, T, 1]`` (that came with it), ``is_first`` (True at t = 0, and wherever a row goes
+            on with another window), ``terminated``.
 
         Raises:
             RuntimeError: no finished episode is long enough.
@@ -167,10 +170,11 @@ class EpisodeReplay:
         """Goes back to where `state_dict` was taken, over the same folder.
 
         Episodes that were finished later are dropped. Those that have been overwritten since are
-        gone, which happens only when the ring was full.
+        gone, which happens only when the ring was full. So are, with a warning, those that the
+        folder has lost by damage.
 
         Raises:
-            ValueError: the folder holds less than the state tells of.
+            ValueError: the folder holds no episode, and the state tells of some.
         """
         self.storage.load_state_dict(state_dict)
         self._writer.load_state_dict(state_dict)

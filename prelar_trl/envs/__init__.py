@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from prelar_trl.envs.backend import select_backend
 from prelar_trl.envs.make import make_env
+from prelar_trl.envs.registry import import_factory, is_import_path, register_suite, suites
 from prelar_trl.envs.toy import ToyEnv, play_toy, toy_expert, toy_return
 
 select_backend()
 
-__all__ = ["ToyEnv", "make_env", "metaworld_tasks", "play_toy", "toy_expert", "toy_return"]
+__all__ = [
+    "ToyEnv",
+    "import_factory",
+    "is_import_path",
+    "make_env",
+    "metaworld_tasks",
+    "play_toy",
+    "register_suite",
+    "suites",
+    "toy_expert",
+    "toy_return",
+]
 
 
 def metaworld_tasks() -> tuple[str, ...]:

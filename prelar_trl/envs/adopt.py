@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
 import torch
 from tensordict import NestedKey
 from torchrl.data import Bounded
@@ -18,21 +21,22 @@ from torchrl.envs.gym_like import GymLikeEnv
 from prelar_trl.envs.pictures import (
     PictureConverter,
     check_picture,
-    dtype_name,
     looks_like_picture,
     white_of,
 )
 from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels
 
+NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
+
 
 def wrap_env(
-    env: EnvBase, *, pixels: int | None, camera: str | None
+    env: EnvBase, *, pixels: int | None, cameras: Sequence[str] = ()
 ) -> tuple[EnvBase, list[Transform]]:
     """A TorchRL environment, taken apart, with the transforms that add what it lacks."""
     transforms: list[Transform] = []
     given = {*env.observation_spec.keys(True, True)}
     if pixels is not None:
-        transforms += pixels_transform(env, pixels, camera)
+        transforms += pixels_transform(env, pixels, cameras)
     base = env
     if isinstance(env, TransformedEnv):  # taken apart, so that the action repeat comes first
         own = env.transform if isinstance(env.transform, Compose) else [env.transform]
@@ -56,8 +60,10 @@ def find_pictures(env: EnvBase) -> list[NestedKey]:
     ]
 
 
-def pixels_transform(env: EnvBase, size: int, camera: str | None) -> list[Transform]:
-    """What turns the picture among the observations into ``pixels``; nothing where it is that.
+def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> list[Transform]:
+    """What turns pictures among the observations into ``pixels``; nothing where they are that.
+
+    Without ``cameras`` the only one.
 
     Raises:
         ValueError: there is no picture, more than one and none is chosen, or it cannot be used.
@@ -66,20 +72,60 @@ def pixels_transform(env: EnvBase, size: int, camera: str | None) -> list[Transf
     if not names:
         given = ", ".join(map(shown, env.observation_spec.keys(True, True))) or "nothing"
         raise ValueError(f"the environment gives no 'pixels', only {given}")
-    if camera is not None and camera not in names:
-        raise ValueError(f"unknown camera {camera!r}; this environment has {', '.join(names)}")
-    if camera is None and len(names) > 1:
+    batch = env.batch_size
+    if "pixels" in names:
+        spec = env.observation_spec["pixels"]
+        *others, channels, height, width = spec.shape
+        views = len(cameras) or max(1, channels // 3)
+        ready = (*others, channels, height, width) == (*batch, 3 * views, size, size)
+        if ready and spec.dtype == torch.uint8:
+            return []
+    for camera in cameras:
+        if camera not in names:
+            raise ValueError(f"unknown camera {camera!r}; this environment has {', '.join(names)}")
+    if not cameras and len(names) > 1:
         raise ValueError(
-            f"the environment gives {len(names)} pictures, choose by camera=: {', '.join(names)}"
+            f"the environment gives {len(names)} pictures, choose by camera=: {', '.join(names)}; "
+            "or several by cameras="
         )
-    name = camera or next(iter(names))
-    spec, batch = env.observation_spec[names[name]], env.batch_size
-    if name == "pixels" and spec.dtype == torch.uint8 and spec.shape == (*batch, 3, size, size):
-        return []
-    check_picture(name, spec.shape[len(batch) :], spec.dtype)
-    white = white_of(spec.high) if isinstance(spec, Bounded) else None
-    convert = PictureConverter(size, white=white, batch_dims=len(batch), source=name)
-    return [ToPixels(names[name], convert)]
+    converters = {}
+    for name in cameras or names:
+        spec = env.observation_spec[names[name]]
+        check_picture(name, spec.shape[len(batch) :], spec.dtype)
+        white = white_of(spec.space.high) if isinstance(spec, Bounded) else None
+        converters[names[name]] = PictureConverter(
+            size, white=white, batch_dims=len(batch), source=name
+        )
+    return [ToPixels(converters)]
+
+
+def vector_keys(env: EnvBase, vectors: Sequence[str]) -> list[NestedKey]:
+    """The observations that are numbers, no pictures, and whose name fits a name or pattern.
+
+    Patterns are those of file names: ``joint*``. ``state`` is all of them where none has that name.
+
+    Raises:
+        ValueError: one that fits nothing.
+    """
+    first = len(env.batch_size)
+    names = {
+        shown(key): key
+        for key, spec in env.observation_spec.items(True, True)
+        if spec.dtype not in (None, torch.bool)
+        and shown(key) not in NOT_SEEN
+        and not looks_like_picture(spec.shape[first:], spec.dtype)
+    }
+    chosen: dict[str, NestedKey] = {}
+    for pattern in vectors:
+        whole = pattern == "state" and pattern not in names
+        fitting = [name for name in names if whole or fnmatchcase(name, pattern)]
+        if not fitting:
+            raise ValueError(
+                f"vectors: {pattern!r} fits none of {', '.join(names) or 'no'} observations of "
+                "numbers"
+            )
+        chosen |= {name: names[name] for name in fitting}
+    return [*chosen.values()]
 
 
 def as_float32(env: EnvBase) -> list[Transform]:
@@ -97,7 +143,7 @@ def as_float32(env: EnvBase) -> list[Transform]:
 
 
 def check_env(env: EnvBase) -> None:
-    """Raise ValueError for an environment whose actions, reward or end cannot be used."""
+    """Raise ValueError for an environment without action, reward or end, or a reward of many."""
     batch = env.batch_size
     for found, key in (
         (env.action_keys, "action"),
@@ -109,20 +155,6 @@ def check_env(env: EnvBase) -> None:
                 f"the environment has no {key!r}, only {', '.join(map(shown, found))}: rename it "
                 "with a RenameTransform"
             )
-    spec = env.full_action_spec["action"]
-    shape = list(spec.shape[len(batch) :])
-    given = f"{type(spec).__name__} {dtype_name(spec.dtype)} {shape}"
-    if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
-        kind = "unbounded" if spec.dtype.is_floating_point else "discrete"
-        raise ValueError(
-            f"the environment's actions are {kind} ({given}): only continuous ones work, floats "
-            "[A] with a lower and an upper bound"
-        )
-    if len(env.action_keys) > 1 or len(shape) != 1:
-        keys = ", ".join(map(shown, env.action_keys))
-        raise ValueError(f"actions must be one vector [A]; the environment takes {keys}: {given}")
-    if not (spec.low.isfinite() & spec.high.isfinite()).all():
-        raise ValueError(f"the environment's actions have no bounds ({given}): they must be finite")
     shape = list(env.full_reward_spec["reward"].shape[len(batch) :])
     if shape != [1]:
         raise ValueError(f"the reward must be one number [1]; the environment gives {shape}")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import gymnasium
 import torch
-from torchrl.data import Bounded
 from torchrl.envs import (
-    ActionScaling,
     Compose,
     EnvBase,
     InitTracker,
@@ -22,18 +20,13 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
-from prelar_trl.envs.adopt import as_float32, check_env, wrap_env
+from prelar_trl.envs.actions import action_transforms
+from prelar_trl.envs.adopt import as_float32, check_env, vector_keys, wrap_env
 from prelar_trl.envs.backend import rendering_error
-from prelar_trl.envs.toy import EPISODE_STEPS, make_toy
-from prelar_trl.envs.transforms import ActionRepeat
+from prelar_trl.envs.registry import find_suite, import_factory, is_import_path
+from prelar_trl.envs.transforms import ActionRepeat, State, StepCheck, Vector
 
 Env = EnvBase | gymnasium.Env
-# Modules that import MuJoCo: loaded when asked for, as they take seconds and need OpenGL.
-SUITES = {
-    "metaworld": ("prelar_trl.envs.metaworld", "make_metaworld"),
-    "gym": ("prelar_trl.envs.wrappers", "make_gym"),
-    "dm_control": ("prelar_trl.envs.wrappers", "make_dm_control"),
-}
 
 
 def make_env(
@@ -42,6 +35,8 @@ def make_env(
     seed: int = 0,
     pixels: int | None = 64,
     camera: str | None = None,
+    cameras: Sequence[str] | None = None,
+    vectors: Sequence[str] | None = None,
     render_quality: str = "fast",
     action_repeat: int = 1,
     max_steps: int | None = None,
@@ -53,28 +48,38 @@ def make_env(
 
     Whatever the environment, a reset gives at the root, and a step under ``next``:
 
-    - ``pixels``: uint8 [3, pixels, pixels]
+    - ``pixels``: uint8 [3 V, pixels, pixels], of V cameras one behind the other; V = 1 by default
+    - ``vector``: float32 [size], where ``vectors`` are chosen
     - ``is_first``: bool [1], the first frame of an episode
     - ``success``: bool [1], of gymnasium environments ``info["success"]`` or ``["is_success"]``;
       False where the environment does not know success
-    - ``state``: float32 [S], the simulator's state, never read by an agent (where there is one)
+    - ``state``: float32 [S], the simulator's state (where there is one), which no agent reads
     - ``step_count`` int64 [1] and ``episode_reward`` float32 [1], since the reset
     - after a step also ``reward`` float32 [1] and ``done``, ``terminated``, ``truncated`` bool [1]
 
-    It takes ``action``, float32 [A] in [-1, 1], stretched to the environment's own bounds. What
-    the environment calls float64 becomes float32. An environment with a batch size keeps it, as
+    It takes ``action``, float32 [A]: in [-1, 1], stretched to the environment's own bounds, or
+    one-hot (a ``OneHot`` spec) where the environment takes one of A choices. A step raises a
+    ``ValueError`` for an action that is NaN or infinite, which no environment then sees, and for a
+    reward that is, or is beyond 1e8; it names the step and the environment. What the environment
+    calls float64 becomes float32. An environment with a batch size keeps it, as
     leading dimensions of all of these.
 
     Args:
         name_or_env: ``metaworld/<task>``, ``gym/<id>``, ``dm_control/<domain>/<task>``, ``toy``,
-            ``toy/shifted`` (other colors, a textured background), an environment of TorchRL or
-            gymnasium, or a function that makes one. Its picture is the observation ``pixels``, or
-            the only one that looks like a picture, or (gymnasium) comes from MuJoCo or
-            ``render()``; :mod:`prelar_trl.envs.pictures` says what is read.
+            ``toy/shifted`` (other colors, a textured background), or ``<suite>/<task>`` of another
+            suite (:mod:`prelar_trl.envs.registry`); an environment of TorchRL or gymnasium, or a
+            function that makes one, also as ``<module>:<callable>``. Its picture is the
+            observation ``pixels``, or the only one that looks like a picture, or (gymnasium) comes
+            from MuJoCo or ``render()``; :mod:`prelar_trl.envs.pictures` says what is read.
         seed: of the initial states; worker ``i`` gets ``seed + i``.
         pixels: height and width of the picture; ``None`` leaves the picture out (much faster).
         camera: a camera of the simulation, or the name of one of several pictures among the
-            observations. Default: ``corner`` in Meta-world, else the first camera.
+            observations. Default: ``corner`` in Meta-world, else the first camera. Meta-world's
+            ``corner2_near`` is ``corner2`` at (0.75, 0.075, 0.7), where most papers have it.
+        cameras: instead: several of them.
+        vectors: names of observations that an agent is to see as numbers, or patterns of names
+            (``joint*``); ``state`` is all of them. Meta-world has ``proprio`` [4] besides. Default:
+            none.
         render_quality: ``fast`` or ``full`` (docs/rendering.md shows both).
         action_repeat: apply each action this many times; rewards are summed, success is any.
         max_steps: truncate episodes after this many steps, counted after ``action_repeat``.
@@ -85,7 +90,7 @@ def make_env(
 
     Raises:
         ValueError: unknown name, camera, quality, or an environment without what is needed:
-            a picture, one vector of bounded continuous actions, one reward.
+            a picture, one vector of bounded continuous actions or one choice, one reward.
         ImportError: an optional package is missing.
         RuntimeError: this machine cannot draw MuJoCo's pictures.
     """
@@ -95,14 +100,17 @@ def make_env(
         _make_one,
         name_or_env,
         pixels=pixels,
-        camera=camera,
+        cameras=_chosen(camera, cameras),
+        vectors=tuple(vectors or ()),
         render_quality=render_quality,
         action_repeat=action_repeat,
         max_steps=max_steps,
         **kwargs,
     )
+    name = getattr(name_or_env, "__name__", type(name_or_env).__name__)
+    check = StepCheck(f"environment {name_or_env if isinstance(name_or_env, str) else name}")
     if num_workers == 1:
-        return build(seed=seed).to(device)
+        return build(seed=seed).append_transform(check).to(device)
     if not isinstance(name_or_env, str) and _is_env(name_or_env):
         raise ValueError("num_workers > 1 needs a function that makes the environment, not one env")
     seeds = [{"seed": seed + worker} for worker in range(num_workers)]
@@ -111,7 +119,7 @@ def make_env(
     threads = torch.get_num_threads()
     return ParallelEnv(
         num_workers, build, create_env_kwargs=seeds, device=device, num_threads=threads
-    )
+    ).append_transform(check)
 
 
 def _make_one(
@@ -119,27 +127,35 @@ def _make_one(
     *,
     seed: int,
     pixels: int | None,
-    camera: str | None,
+    cameras: tuple[str, ...],
+    vectors: tuple[str, ...],
     render_quality: str,
     action_repeat: int,
     max_steps: int | None,
     **kwargs: Any,
 ) -> EnvBase:
-    view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
+    view = {"pixels": pixels, "cameras": cameras, "render_quality": render_quality}
+    if isinstance(name_or_env, str) and is_import_path(name_or_env):
+        name_or_env = import_factory(name_or_env)
     if isinstance(name_or_env, str):
-        base, transforms = _from_name(name_or_env, **view, **kwargs)
-        if name_or_env.partition("/")[0] == "toy":
-            max_steps = max_steps or EPISODE_STEPS
+        base, transforms, limit = _from_name(name_or_env, **view, **kwargs)
+        max_steps = max_steps or limit
     else:
         base, transforms = _from_object(name_or_env, **view)
     repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
+    if vectors:  # before `state` takes the place of what it gathers
+        gathers = (i for i, transform in enumerate(transforms) if isinstance(transform, State))
+        place = next(gathers, len(transforms))
+        seen = TransformedEnv(base, Compose(*cast(Any, transforms[:place])))
+        transforms.insert(place, Vector(vector_keys(seen, vectors)))
+        for transform in transforms:  # each has one parent at a time
+            transform.reset_parent()
     env = TransformedEnv(base, Compose(*cast(Any, [*repeat, *transforms])))
     for conversion in as_float32(env):
         env.append_transform(conversion)
     check_env(env)
-    actions = cast(Bounded, env.action_spec)
-    if (actions.low != -1).any() or (actions.high != 1).any():
-        env.append_transform(ActionScaling())
+    for transform in action_transforms(env):
+        env.append_transform(transform)
     env.append_transform(InitTracker(init_key="is_first"))
     if "truncated" not in env.full_done_spec.keys():  # StepCounter adds it when it has a limit
         max_steps = max_steps or torch.iinfo(torch.int64).max
@@ -149,39 +165,45 @@ def _make_one(
     return env
 
 
-def _from_name(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
-    family, _, rest = name.partition("/")
-    if family == "toy":
-        return make_toy(rest, **options)
-    if family not in SUITES or not rest:
-        raise ValueError(
-            f"unknown environment {name!r}; write metaworld/<task>, gym/<id>, "
-            "dm_control/<domain>/<task> or toy, or give an environment"
-        )
-    module, function = SUITES[family]
+def _chosen(camera: str | None, cameras: Sequence[str] | None) -> tuple[str, ...]:
+    """The cameras; none: the environment's default."""
+    if camera is not None and cameras is not None:
+        raise ValueError(f"camera={camera} and cameras={list(cameras)}: give one of them")
+    if isinstance(cameras, str) or (cameras is not None and len(set(cameras)) < len(cameras)):
+        raise ValueError(f"cameras={cameras!r} must be a list of different names")
+    return tuple(cameras or (() if camera is None else (camera,)))
+
+
+def _from_name(
+    name: str, *, pixels: int | None, cameras: tuple[str, ...], render_quality: str, **kwargs: Any
+) -> tuple[EnvBase, list[Transform], int | None]:
+    """A suite's environment, its transforms, and the suite's own limit of an episode's steps."""
+    view = {"pixels": pixels, "cameras": cameras, "render_quality": render_quality}
     try:
-        make = getattr(importlib.import_module(module), function)
+        suite = find_suite(name)
     except ModuleNotFoundError:
         raise
     except (ImportError, AttributeError) as error:  # OpenGL's library is missing or broken
         raise rendering_error(error) from error
-    return make(rest, **options)
+    made = suite.make(name.partition("/")[2], **view, **kwargs)
+    base, transforms = made if isinstance(made, tuple) else _from_object(made, **view)
+    return base, transforms, suite.max_steps
 
 
 def _from_object(
-    env: Any, *, pixels: int | None, camera: str | None, render_quality: str
+    env: Any, *, pixels: int | None, cameras: tuple[str, ...], render_quality: str
 ) -> tuple[EnvBase, list[Transform]]:
     """A user's own environment, or the one that a user's function makes."""
     if not _is_env(env):
         env = env()
     if isinstance(env, EnvBase):
-        return wrap_env(env, pixels=pixels, camera=camera)
+        return wrap_env(env, pixels=pixels, cameras=cameras)
     if not isinstance(env, gymnasium.Env):
         raise ValueError(
             f"an environment of TorchRL or gymnasium is needed, got {type(env).__name__}"
         )
     wrap = importlib.import_module("prelar_trl.envs.wrappers").wrap_gym
-    return wrap(env, pixels=pixels, camera=camera, render_quality=render_quality)
+    return wrap(env, pixels=pixels, cameras=cameras, render_quality=render_quality)
 
 
 def _is_env(candidate: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -10,7 +11,8 @@ import mujoco
 import numpy as np
 import torch
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-from torchrl.data import Binary
+from tensordict import TensorDictBase
+from torchrl.data import Binary, Composite, Unbounded
 from torchrl.envs import EnvBase, GymWrapper, RenameTransform, Transform
 from torchrl.envs.gym_like import default_info_dict_reader
 
@@ -20,6 +22,8 @@ from prelar_trl.envs.transforms import Pixels
 METAWORLD_TASKS: tuple[str, ...] = tuple(
     sorted(name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS)
 )
+# Where the authors of PreLAR, APV and most papers that name corner2 have put it.
+MOVED = {"corner2_near": ("corner2", (0.75, 0.075, 0.7))}
 # Mounted the wrong way up. The published agents saw the vertical flip, as here.
 _UPSIDE_DOWN = ("corner", "corner2", "corner3", "corner4")
 
@@ -79,8 +83,30 @@ class MetaworldTask(gymnasium.Env):
         self.sim.close()
 
 
+class Proprioception(Transform):
+    """Add what the robot feels of itself under ``proprio``, float32 [4]: of ``state`` the first.
+
+    The hand's position, and how far the gripper is open.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(in_keys=["state"], out_keys=["proprio"])
+
+    def _apply_transform(self, obs: torch.Tensor) -> torch.Tensor:
+        return obs[..., :4].clone()
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        observation_spec["proprio"] = Unbounded((4,))
+        return observation_spec
+
+
 def make_metaworld(
-    name: str, *, pixels: int | None, camera: str | None, render_quality: RenderQuality
+    name: str, *, pixels: int | None, cameras: Sequence[str], render_quality: RenderQuality
 ) -> tuple[EnvBase, list[Transform]]:
     """A task and the transforms that give it the project's keys; see :func:`make_env`."""
     task = MetaworldTask(task_name(name))
@@ -88,16 +114,20 @@ def make_metaworld(
     env.set_info_dict_reader(
         default_info_dict_reader(["success"], {"success": Binary(1, dtype=torch.bool)})
     )
-    transforms: list[Transform] = [RenameTransform(["observation"], ["state"])]
+    transforms: list[Transform] = [RenameTransform(["observation"], ["state"]), Proprioception()]
     if pixels is not None:
-        view = camera or "corner"
-        draw = Camera(
-            task.sim.model,
-            task.sim.data,
-            camera=view,
-            size=pixels,
-            quality=render_quality,
-            flip=view in _UPSIDE_DOWN,
-        )
-        transforms.append(Pixels(draw, pixels, close=draw.close))
+        clash = [name for name in cameras if name in MOVED and MOVED[name][0] in cameras]
+        if clash:
+            raise ValueError(f"{clash[0]} is {MOVED[clash[0]][0]} elsewhere: choose one of them")
+        views = [_camera(task, name, pixels, render_quality) for name in cameras or ("corner",)]
+        transforms.append(Pixels(views, pixels))
     return env, transforms
+
+
+def _camera(task: MetaworldTask, name: str, size: int, quality: RenderQuality) -> Camera:
+    model, data = task.sim.model, task.sim.data
+    camera, place = MOVED.get(name, (name, None))
+    if place is not None:
+        model.camera(camera).pos = place
+    flip = camera in _UPSIDE_DOWN
+    return Camera(model, data, camera=camera, size=size, quality=quality, flip=flip)

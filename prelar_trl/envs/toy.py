@@ -14,6 +14,7 @@ of the four places (+-0.6, +-0.6). The best policy goes straight to the target a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -217,7 +218,7 @@ def play_toy(
 
 
 def make_toy(
-    look: str, *, pixels: int | None, camera: str | None, render_quality: str
+    look: str, *, pixels: int | None, cameras: Sequence[str], render_quality: str
 ) -> tuple[EnvBase, list[Transform]]:
     """The toy task; it has one view, in one quality. See :func:`prelar_trl.envs.make_env`.
 
@@ -227,6 +228,6 @@ def make_toy(
     name = f"toy/{look}" if look else "toy"
     if name not in LOOKS:
         raise ValueError(f"unknown environment {name!r}; choose {', '.join(LOOKS)}")
-    if camera is not None:
-        raise ValueError(f"toy has no cameras to choose from, got camera={camera!r}")
+    if cameras:
+        raise ValueError(f"toy has no cameras to choose from, got {', '.join(cameras)}")
     return ToyEnv(pixels, **LOOKS[name]), []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -58,6 +59,55 @@ class ActionRepeat(Transform):
         return next_tensordict
 
 
+class StepCheck(Transform):
+    """Refuse actions that are not finite, and rewards that are not or are absurdly large.
+
+    Must come last: an action is looked at before anything else sees it.
+
+    Args:
+        name: of the environment, for messages.
+
+    Raises (by a step):
+        ValueError: names the action or reward, the step of the episode and the environment.
+    """
+
+    LARGEST = 1e8  # of a reward's magnitude: what is above wrecks the model that learns it
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        action = tensordict["action"]
+        if not action.isfinite().all():
+            raise ValueError(
+                f"action is NaN or infinite at step {_place(tensordict, ~action.isfinite(), 1)} of "
+                f"{self.name}, which did not make it: the policy's weights or its input are broken"
+            )
+        return tensordict
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        reward = next_tensordict["reward"]
+        bad = ~(reward.abs() <= self.LARGEST)
+        if bad.any():
+            value = reward[bad][0].item()
+            wrong = f"{value:g} is beyond {self.LARGEST:g}: scale the environment's rewards"
+            if not math.isfinite(value):
+                wrong = "is NaN or infinite: mend the environment"
+            raise ValueError(
+                f"the reward at step {_place(next_tensordict, bad)} of {self.name} {wrong}"
+            )
+        return next_tensordict
+
+
+def _place(tensordict: TensorDictBase, bad: torch.Tensor, ahead: int = 0) -> str:
+    """The first bad step: its number in the episode and, of several environments, which."""
+    first = int(bad.reshape(*tensordict.batch_size, -1).any(-1).reshape(-1).nonzero()[0])
+    number = int(tensordict["step_count"].reshape(-1)[first]) + ahead
+    worker = f", worker {first}," if tensordict.batch_size else ""
+    return f"{number} of an episode{worker}"
+
+
 def _any_of(tensordict: TensorDictBase, keys: list[NestedKey]) -> torch.Tensor:
     """Whether any of the flags is set, bool [*batch]."""
     batch = tensordict.batch_size
@@ -66,30 +116,27 @@ def _any_of(tensordict: TensorDictBase, keys: list[NestedKey]) -> torch.Tensor:
 
 
 class Pixels(Transform):
-    """Add the present picture under ``pixels``, uint8 [3, size, size].
+    """Add the present pictures under ``pixels``, uint8 [3 V, size, size].
 
     Args:
-        picture: gives the picture, of any kind that :mod:`prelar_trl.envs.pictures` reads.
+        pictures: V functions, each of which gives a picture of any kind that
+            :mod:`prelar_trl.envs.pictures` reads. One that has a ``close`` is closed with the
+            environment.
         size: height and width.
-        source: what gives it, for messages.
-        close: called when the environment closes.
+        source: what gives them, for messages.
     """
 
     def __init__(
-        self,
-        picture: Callable[[], Any],
-        size: int,
-        *,
-        source: str = "the camera",
-        close: Callable[[], None] = lambda: None,
+        self, pictures: Sequence[Callable[[], Any]], size: int, *, source: str = "the camera"
     ) -> None:
         super().__init__(out_keys=["pixels"])
-        self._picture, self._close = picture, close
-        self._convert = PictureConverter(size, source=source)
+        self._pictures, self._size = pictures, size
+        self._converters = [PictureConverter(size, source=source) for _ in pictures]
 
     def draw(self) -> torch.Tensor:
-        """The present picture."""
-        return self._convert(self._picture())
+        """The present pictures."""
+        pairs = zip(self._converters, self._pictures, strict=True)
+        return torch.cat([convert(picture()) for convert, picture in pairs])
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         return next_tensordict.set("pixels", self.draw())
@@ -100,29 +147,30 @@ class Pixels(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        size = self._convert.size
-        observation_spec["pixels"] = Bounded(0, 255, torch.Size([3, size, size]), dtype=torch.uint8)
+        shape = torch.Size([3 * len(self._pictures), self._size, self._size])
+        observation_spec["pixels"] = Bounded(0, 255, shape, dtype=torch.uint8)
         return observation_spec
 
     def close(self) -> None:
-        self._close()
+        for picture in self._pictures:
+            if hasattr(picture, "close"):
+                picture.close()
 
 
 class ToPixels(Transform):
-    """Move a picture among the observations to ``pixels``, uint8 [*batch, 3, size, size].
+    """Move V pictures among the observations to ``pixels``, uint8 [*batch, 3 V, size, size].
 
     Args:
-        key: where the picture is.
-        convert: how it becomes one.
+        converters: where a picture is -> how it becomes one.
     """
 
-    def __init__(self, key: NestedKey, convert: PictureConverter) -> None:
-        super().__init__(in_keys=[key], out_keys=["pixels"])
-        self._key, self._convert = key, convert
+    def __init__(self, converters: Mapping[NestedKey, PictureConverter]) -> None:
+        super().__init__(in_keys=[*converters], out_keys=["pixels"])
+        self._converters = converters
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        pixels = self._convert(next_tensordict[self._key])
-        return next_tensordict.exclude(self._key).set("pixels", pixels)
+        views = [convert(next_tensordict[key]) for key, convert in self._converters.items()]
+        return next_tensordict.exclude(*self._converters).set("pixels", torch.cat(views, -3))
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
@@ -130,10 +178,38 @@ class ToPixels(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        size = self._convert.size
-        shape = (*observation_spec.shape, 3, size, size)
-        del observation_spec[self._key]
-        observation_spec["pixels"] = Bounded(0, 255, torch.Size(shape), dtype=torch.uint8)
+        size = next(iter(self._converters.values())).size
+        shape = torch.Size([*observation_spec.shape, 3 * len(self._converters), size, size])
+        for key in self._converters:
+            del observation_spec[key]
+        observation_spec["pixels"] = Bounded(0, 255, shape, dtype=torch.uint8)
+        return observation_spec
+
+
+class Vector(Transform):
+    """Put observations, one behind the other, under ``vector``, float32 [*batch, size].
+
+    Args:
+        keys: what an agent is to see, of any shape and number type; they stay where they are.
+    """
+
+    def __init__(self, keys: Sequence[NestedKey]) -> None:
+        super().__init__(in_keys=list(keys), out_keys=["vector"])
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        batch = next_tensordict.batch_size
+        parts = [next_tensordict[key].reshape(*batch, -1).float() for key in self.in_keys]
+        return next_tensordict.set("vector", torch.cat(parts, -1))
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        batch = observation_spec.shape
+        size = sum(observation_spec[key].shape[len(batch) :].numel() for key in self.in_keys)
+        observation_spec["vector"] = Unbounded((*batch, size))
         return observation_spec
 
 

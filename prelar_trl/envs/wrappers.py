@@ -8,10 +8,10 @@ from typing import Any
 
 import gymnasium
 import mujoco
-from gymnasium.envs.mujoco import MujocoEnv
 from tensordict import NestedKey
 from torchrl.envs import DMControlEnv, EnvBase, GymWrapper, Transform
 
+from prelar_trl.envs.actions import NO_FACTORS
 from prelar_trl.envs.adopt import find_pictures, pixels_transform
 from prelar_trl.envs.camera import Camera, RenderQuality
 from prelar_trl.envs.transforms import NoSuccess, Pixels, State, SuccessReader
@@ -21,7 +21,7 @@ def make_gym(
     name: str,
     *,
     pixels: int | None,
-    camera: str | None,
+    cameras: Sequence[str] = (),
     render_quality: RenderQuality,
     **kwargs: Any,
 ) -> tuple[EnvBase, list[Transform]]:
@@ -38,7 +38,7 @@ def make_gym(
         raise ImportError(f"gym/{name} needs another package: {error}") from error
     except gymnasium.error.Error as error:
         raise ValueError(f"gymnasium cannot make {name!r}: {error}") from error
-    view = {"pixels": pixels, "camera": camera, "render_quality": render_quality}
+    view = {"pixels": pixels, "cameras": cameras, "render_quality": render_quality}
     return wrap_gym(env, f"gym/{name}", **view)
 
 
@@ -47,35 +47,41 @@ def wrap_gym(
     name: str | None = None,
     *,
     pixels: int | None,
-    camera: str | None,
+    cameras: Sequence[str] = (),
     render_quality: RenderQuality,
 ) -> tuple[EnvBase, list[Transform]]:
     """A gymnasium environment and the transforms that give it the project's keys.
 
-    Pictures come from observations, else from the simulation (MuJoCo environments), else from
-    ``render()``. The other observations become ``state``. ``success`` is read from ``info``.
+    Pictures come from observations, else from the simulation (environments that have a MuJoCo
+    ``model`` and ``data``), else from ``render()``. The other observations become ``state``.
+    ``success`` is read from ``info``.
     """
     name = name or type(env.unwrapped).__name__
-    if not isinstance(env.action_space, gymnasium.spaces.Box):
-        raise ValueError(f"{name} has actions {env.action_space}; only continuous ones work")
+    space = env.action_space
+    if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
+        raise ValueError(f"{name} has actions {space}: {NO_FACTORS}")
+    if isinstance(space, gymnasium.spaces.Discrete) and space.start:  # TorchRL counts from 0
+        first, choices = space.start, gymnasium.spaces.Discrete(space.n)
+        env = gymnasium.wrappers.TransformAction(env, lambda choice: choice + first, choices)
     simulation, base = env.unwrapped, GymWrapper(env)
     pictures = find_pictures(base)
-    if camera is not None and not pictures and not isinstance(simulation, MujocoEnv):
-        raise ValueError(f"{name} has no cameras to choose from, got camera={camera!r}")
+    simulated = isinstance(getattr(simulation, "model", None), mujoco.MjModel)
+    if cameras and not pictures and not simulated:
+        raise ValueError(f"{name} has no cameras to choose from, got {', '.join(cameras)}")
     transforms: list[Transform] = []
     if pixels is not None and pictures:
-        transforms += pixels_transform(base, pixels, camera)
-        used = transforms[0].in_keys[0] if transforms else "pixels"
-        transforms.append(_state(base, [key for key in pictures if key != used], [used]))
+        transforms += pixels_transform(base, pixels, cameras)
+        used = transforms[0].in_keys if transforms else ["pixels"]
+        transforms.append(_state(base, [key for key in pictures if key not in used], used))
     else:
         transforms.append(_state(base, pictures))
     base.set_info_dict_reader(SuccessReader())
     if pixels is None or pictures:
         return base, transforms
-    if isinstance(simulation, MujocoEnv):
-        view = (simulation.model, simulation.data, camera, pixels, render_quality)
-        return base, [*transforms, _camera(*view)]
-    picture = Pixels(env.render, pixels, source=f"render() of {name}")
+    if simulated:
+        view = (simulation.model, simulation.data, cameras, pixels, render_quality)
+        return base, [*transforms, _cameras(*view)]
+    picture = Pixels([env.render], pixels, source=f"render() of {name}")
     try:
         env.reset()
         picture.draw()
@@ -88,7 +94,7 @@ def make_dm_control(
     name: str,
     *,
     pixels: int | None,
-    camera: str | None,
+    cameras: Sequence[str] = (),
     render_quality: RenderQuality,
     **kwargs: Any,
 ) -> tuple[EnvBase, list[Transform]]:
@@ -107,7 +113,7 @@ def make_dm_control(
     if pixels is not None:
         physics = env.physics
         transforms.append(
-            _camera(physics.model.ptr, physics.data.ptr, camera, pixels, render_quality)
+            _cameras(physics.model.ptr, physics.data.ptr, cameras, pixels, render_quality)
         )
     return env, transforms
 
@@ -119,12 +125,16 @@ def _state(env: EnvBase, drop: Sequence[NestedKey] = (), keep: Sequence[NestedKe
     return State([key for key in specs if key not in drop and key not in keep], drop)
 
 
-def _camera(
+def _cameras(
     model: mujoco.MjModel,
     data: mujoco.MjData,
-    camera: str | None,
+    cameras: Sequence[str],
     size: int,
     quality: RenderQuality,
 ) -> Pixels:
-    draw = Camera(model, data, camera=camera, size=size, quality=quality)
-    return Pixels(draw, size, close=draw.close)
+    """The pictures of these cameras; without any, of the first that there is."""
+    views = [
+        Camera(model, data, camera=camera, size=size, quality=quality)
+        for camera in cameras or (None,)
+    ]
+    return Pixels(views, size)

@@ -22,7 +22,7 @@ from prelar_trl.modules.convnets import (
     ResNetDecoder,
     ResNetEncoder,
 )
-from prelar_trl.modules.heads import MLP, Actor
+from prelar_trl.modules.heads import MLP, Actor, OneHotActor
 from prelar_trl.modules.patchnets import PatchEncoder
 from prelar_trl.modules.rssm import RSSM, GRUCell
 from prelar_trl.modules.world_model import RSSMWorldModel
@@ -36,7 +36,11 @@ class FastWorldModel(RSSMWorldModel):
     """Casts the frozen weights once for all steps of imagination."""
 
     def imagine(
-        self, actor: Actor, start: TensorDictBase, horizon: int = 15, sample: bool = True
+        self,
+        actor: Actor | OneHotActor,
+        start: TensorDictBase,
+        horizon: int = 15,
+        sample: bool = True,
     ) -> TensorDict:
         if torch.compiler.is_compiling():  # a compiler casts once anyway
             return super().imagine(actor, start, horizon, sample)
@@ -66,6 +70,7 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Sequence[Any]]] = {
     Actor: lambda part: [part.act],
     LatentActionEncoder: lambda part: [part.head[1]],
     MLP: lambda part: [part.act],
+    OneHotActor: lambda part: [part.act],
     RSSM: lambda part: [part.act, *(head[1] for head in part.prior_heads)],
 }
 

@@ -24,6 +24,8 @@ from prelar_trl.modules.convnets import (
     ResidualLayer,
     ResNetDecoder,
     ResNetEncoder,
+    crop_images,
+    pad_images,
 )
 from prelar_trl.modules.patchnets import PatchEncoder
 
@@ -134,7 +136,7 @@ class FastResNetEncoder(ResNetEncoder):
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         run = checkpoint_convs if self.checkpoint else call
-        x = x.contiguous(memory_format=channels_last)
+        x = pad_images(x, self.padded_size).contiguous(memory_format=channels_last)
         maps = []
         for index in range(len(self.stages)):
             stage_map, x = run(partial(self.run_stage, index), x)
@@ -161,7 +163,7 @@ class FastResNetDecoder(ResNetDecoder):
             x = run(partial(_upsampled_stage, stage), x)
         for index, layer in enumerate(cast(Iterable[Any], largest)):
             x = layer.checkpointed(x, index == 0, run)
-        return self.conv_out(x)
+        return self.to_images(x)
 
 
 def _upsampled_stage(stage: nn.Sequential, x: Tensor) -> Tensor:
@@ -185,7 +187,7 @@ class FastContextDecoder(ContextDecoder):
                     continue
                 x = F.interpolate(x, scale_factor=2.0) if index == 0 else x
                 x = layer(x, context_map)
-        return self.conv_out(x)
+        return self.to_images(x)
 
 
 class FastCNNEncoder(CNNEncoder):
@@ -199,7 +201,7 @@ class FastPatchEncoder(PatchEncoder):
     """Channels-last, its activations in place."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _encode(self.convs, x)
+        return _encode(self.convs, pad_images(x, self.padded_size))
 
 
 def _encode(convs: nn.ModuleList, x: Tensor) -> Tensor:
@@ -215,6 +217,10 @@ class FastCNNDecoder(CNNDecoder):
 
     def forward(self, feat: Tensor) -> Tensor:
         first = cast(nn.ConvTranspose2d, self.convs[0])
+        if self.first_map[1] > 1:
+            x = self.linear_in(feat).unflatten(-1, self.first_map)
+            x = first(x.contiguous(memory_format=channels_last))
+            return chunked(self.run_convs, x)
         # On one pixel a transposed convolution is a matrix product.
         x = linear(self.linear_in(feat), first.weight.flatten(1).t())  # [N, C*k*k]
         x = x.unflatten(-1, first.weight[0].flatten(1).shape).mT.contiguous()
@@ -226,4 +232,4 @@ class FastCNNDecoder(CNNDecoder):
         """The convolutions after the first."""
         for index, conv in enumerate(self.convs[1:]):
             x = conv(F.elu(x, inplace=index > 0))  # a chunk of the first map is a view
-        return x
+        return crop_images(x, self.image_size)

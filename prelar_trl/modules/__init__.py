@@ -3,9 +3,9 @@
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
-from prelar_trl.modules.distributions import Categorical, Gaussian, TruncatedNormal
+from prelar_trl.modules.distributions import Categorical, Gaussian, OneHot, TruncatedNormal
 from prelar_trl.modules.dreamer_v3 import V3_KEYS, InferredActions, PriorV3Logits
-from prelar_trl.modules.heads import MLP, Actor
+from prelar_trl.modules.heads import MLP, Actor, OneHotActor, VectorEncoder
 from prelar_trl.modules.latent_actions import (
     LatentActions,
     make_latent_actions,
@@ -30,11 +30,14 @@ __all__ = [
     "InferredActions",
     "LatentActionEncoder",
     "LatentActions",
+    "OneHot",
+    "OneHotActor",
     "PriorV3Logits",
     "ResNetDecoder",
     "ResNetEncoder",
     "State",
     "TruncatedNormal",
+    "VectorEncoder",
     "RSSMWorldModel",
     "WorldModelPolicy",
     "make_latent_actions",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.augmentation import Augmentation, augment
 from prelar_trl.modules.convnets import (
+    IMAGE_SIZE,
     DecoderLayers,
     Norm,
     ResNetEncoder,
@@ -34,6 +35,7 @@ class ContextEncoder(nn.Module):
 
     Args:
         depth, stages, layers, norm: of the ResNet, see :class:`ResNetEncoder`.
+        in_channels, image_size: of the frames, see :class:`ResNetEncoder`.
         augmentation: of the context frame: ``none``, ``shift`` (by up to 8 pixels), ``shift4``,
             ``flip`` (half of them, horizontally), ``scale`` (random resized crop), ``erasing`` (a
             random rectangle in half of them). Default: ``none``.
@@ -46,14 +48,16 @@ class ContextEncoder(nn.Module):
         layers: int = 2,
         norm: Norm = "batch",
         augmentation: Augmentation = "none",
+        in_channels: int = 3,
+        image_size: int = IMAGE_SIZE,
     ) -> None:
         super().__init__()
-        self.net = ResNetEncoder(3, depth, stages, layers, norm)
+        self.net = ResNetEncoder(in_channels, depth, stages, layers, norm, image_size)
         self.augmentation: Augmentation = augmentation
         augment(torch.zeros(1, 3, 8, 8), augmentation)  # rejects an unknown name
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """``[B, T, 3, H, W]`` -> maps ``[B, C, 32, 32], [B, 2C, 16, 16], [B, 4C, 8, 8]``."""
+        """``[B, T, 3, 64, 64]`` -> maps ``[B, C, 32, 32], [B, 2C, 16, 16], [B, 4C, 8, 8]``."""
         index = draw_frames(images.shape[0], images.shape[1], images.device)
         frame = images[torch.arange(images.shape[0], device=images.device), index]
         return self.net.feature_maps(augment(frame, self.augmentation))[:-1]
@@ -109,7 +113,8 @@ class ContextDecoder(DecoderLayers):
     Args:
         mask: share of the context positions hidden from each frame. Default: 0.75.
         dropout: inside and after the attention. Default: 0.1.
-        in_features, depth, stages, layers, norm: see :class:`DecoderLayers`.
+        in_features, depth, stages, layers, norm, image_size, out_channels: see
+            :class:`DecoderLayers`.
     """
 
     def __init__(
@@ -121,9 +126,11 @@ class ContextDecoder(DecoderLayers):
         norm: Norm = "batch",
         mask: float = 0.75,
         dropout: float = 0.1,
+        image_size: int = IMAGE_SIZE,
+        out_channels: int = 3,
     ) -> None:
         self.mask, self.attention_dropout = mask, dropout
-        super().__init__(in_features, depth, stages, layers, norm)
+        super().__init__(in_features, depth, stages, layers, norm, image_size, out_channels)
 
     def make_layer(
         self, index: int, in_channels: int, out_channels: int, norm: Norm, size: int
@@ -142,7 +149,7 @@ class ContextDecoder(DecoderLayers):
             x = F.interpolate(x, scale_factor=2.0)
             for layer in stage:
                 x = layer(x, context_map) if isinstance(layer, ContextLayer) else layer(x)
-        return self.conv_out(x)
+        return self.to_images(x)
 
 
 def draw_frames(batch: int, steps: int, device: torch.device) -> Tensor:

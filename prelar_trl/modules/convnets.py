@@ -1,7 +1,18 @@
 """Image encoders and decoders: ResNets (APV, PreLAR) and DreamerV2's plain CNN.
 
-Encoders map images ``[N, C, 64, 64]`` in [-0.5, 0.5] to embeddings ``[N, E]``; decoders map
-features ``[N, F]`` to image means ``[N, 3, 64, 64]``.
+Encoders map images ``[N, C, S, S]`` in [-0.5, 0.5] to embeddings ``[N, E]``; decoders map features
+``[N, F]`` to image means ``[N, C, S, S]``. The published size S is 64; every layer but the smallest
+map is the same for another size. Where halving does not go evenly, images are padded to the next
+size at which it does (with 0, gray), and the decoder's are cropped: at three stages 84 to 96.
+
+======================  ======  ======  ======  ======
+image size S            64      84      96      128
+======================  ======  ======  ======  ======
+ResNet, smallest map    4x4     6x6     6x6     8x8
+CNN, encoder's last     2x2     3x3     4x4     6x6
+CNN, decoder's first    1x1     3x3     3x3     5x5
+patches, smallest map   4x4     6x6     6x6     8x8
+======================  ======  ======  ======  ======
 """
 
 from __future__ import annotations
@@ -19,6 +30,24 @@ from prelar_trl.utils import check_choice
 __all__ = ["IMAGE_SIZE", "CNNDecoder", "CNNEncoder", "ResNetDecoder", "ResNetEncoder"]
 
 IMAGE_SIZE = 64
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``size``."""
+    return -(-size // multiple) * multiple
+
+
+def pad_images(x: Tensor, size: int) -> Tensor:
+    """``[N, C, S, S]`` -> ``[N, C, size, size]``, with zeros around."""
+    missing = size - x.shape[-1]
+    before, after = missing // 2, missing - missing // 2
+    return F.pad(x, (before, after, before, after)) if missing else x
+
+
+def crop_images(x: Tensor, size: int) -> Tensor:
+    """The middle ``size`` pixels of ``[N, C, S, S]``, where `pad_images` has put them."""
+    start = (x.shape[-1] - size) // 2
+    return x[..., start : start + size, start : start + size] if x.shape[-1] != size else x
 
 
 def make_norm(norm: Norm, channels: int, size: int) -> list[nn.Module]:
@@ -79,6 +108,7 @@ class ResNetEncoder(nn.Module):
         stages: number of stages. Default: 3.
         layers: residual layers a stage. Default: 2.
         norm: ``batch | layer | group | none``. Default: ``batch``.
+        image_size: S. Default: 64.
     """
 
     def __init__(
@@ -88,11 +118,13 @@ class ResNetEncoder(nn.Module):
         stages: int = 3,
         layers: int = 2,
         norm: Norm = "batch",
+        image_size: int = IMAGE_SIZE,
     ) -> None:
         super().__init__()
+        self.padded_size = round_up(image_size, 2 ** (stages + 1))
         self.conv_in = nn.Conv2d(in_channels, depth, 3, stride=2, padding=1)
         self.stages = nn.ModuleList()
-        channels, size = depth, IMAGE_SIZE // 2
+        channels, size = depth, self.padded_size // 2
         for stage in range(stages):
             widths = [channels] + [depth * 2**stage] * layers  # the first layer changes them
             self.stages.append(
@@ -105,7 +137,7 @@ class ResNetEncoder(nn.Module):
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The map of every stage before its pooling, largest first, and the pooled last one."""
-        x = F.elu(self.conv_in(x))
+        x = F.elu(self.conv_in(pad_images(x, self.padded_size)))
         maps = []
         for stage in self.stages:
             x = stage(x)
@@ -123,7 +155,8 @@ class DecoderLayers(nn.Module):
     Args:
         in_features: size of the feature vector.
         depth: channels of the last encoder-side stage; the first map has ``depth * 2**(stages-1)``.
-        stages, layers, norm: as in :class:`ResNetEncoder`.
+        stages, layers, norm, image_size: as in :class:`ResNetEncoder`.
+        out_channels: of the image. Default: 3.
     """
 
     def __init__(
@@ -133,9 +166,13 @@ class DecoderLayers(nn.Module):
         stages: int = 3,
         layers: int = 2,
         norm: Norm = "batch",
+        image_size: int = IMAGE_SIZE,
+        out_channels: int = 3,
     ) -> None:
         super().__init__()
-        channels, size = depth * 2 ** (stages - 1), IMAGE_SIZE // 2 ** (stages + 1)
+        self.image_size = image_size
+        halvings = 2 ** (stages + 1)
+        channels, size = depth * 2 ** (stages - 1), round_up(image_size, halvings) // halvings
         self.first_map = (channels, size, size)
         self.linear_in = nn.Linear(in_features, channels * size**2)
         self.stages = nn.ModuleList()
@@ -151,7 +188,13 @@ class DecoderLayers(nn.Module):
                 )
             )
             channels //= 2
-        self.conv_out = nn.ConvTranspose2d(channels, 3, 3, stride=2, padding=1, output_padding=1)
+        self.conv_out = nn.ConvTranspose2d(
+            channels, out_channels, 3, stride=2, padding=1, output_padding=1
+        )
+
+    def to_images(self, x: Tensor) -> Tensor:
+        """The largest map -> images ``[N, C, S, S]``."""
+        return crop_images(self.conv_out(x), self.image_size)
 
     def make_layer(
         self, index: int, in_channels: int, out_channels: int, norm: Norm, size: int
@@ -167,20 +210,29 @@ class ResNetDecoder(DecoderLayers):
         x = self.linear_in(feat).unflatten(-1, self.first_map)  # [N, C, 4, 4]
         for stage in self.stages:
             x = stage(F.interpolate(x, scale_factor=2.0))
-        return self.conv_out(x)
+        return self.to_images(x)
 
 
 class CNNEncoder(nn.Module):
-    """DreamerV2's encoder: four 4x4 convolutions of stride 2, ELU; ``embed_dim = 32 * depth``."""
+    """DreamerV2's encoder: four 4x4 convolutions of stride 2, ELU.
 
-    def __init__(self, in_channels: int = 3, depth: int = 48, kernels: Sequence[int] = (4,) * 4):
+    For 64x64 ``embed_dim = 32 * depth``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        depth: int = 48,
+        kernels: Sequence[int] = (4,) * 4,
+        image_size: int = IMAGE_SIZE,
+    ) -> None:
         super().__init__()
         channels = [in_channels, *(depth * 2**i for i in range(len(kernels)))]
         self.convs = nn.ModuleList(
             nn.Conv2d(c_in, c_out, kernel, stride=2)
             for c_in, c_out, kernel in zip(channels, channels[1:], kernels, strict=False)
         )
-        size = IMAGE_SIZE
+        size = image_size
         for kernel in kernels:
             size = (size - kernel) // 2 + 1
         self.embed_dim = channels[-1] * size**2
@@ -192,22 +244,45 @@ class CNNEncoder(nn.Module):
 
 
 class CNNDecoder(nn.Module):
-    """DreamerV2's decoder: linear to ``32 * depth`` channels, transposed convolutions, stride 2."""
+    """DreamerV2's decoder: linear to ``32 * depth`` channels, transposed convolutions, stride 2.
 
-    def __init__(self, in_features: int, depth: int = 48, kernels: Sequence[int] = (5, 5, 6, 6)):
+    From one pixel they make 64x64. Larger images begin with the smallest map that suffices, which
+    has ``8 * depth`` channels, those of the encoder's last map.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        depth: int = 48,
+        kernels: Sequence[int] = (5, 5, 6, 6),
+        image_size: int = IMAGE_SIZE,
+        out_channels: int = 3,
+    ) -> None:
         super().__init__()
+        self.image_size, size = image_size, 1
+        while decoded_size(size, kernels) < image_size:
+            size += 1
         last = len(kernels) - 1
-        channels = [32 * depth, *(depth * 2 ** (last - 1 - i) for i in range(last)), 3]
-        self.linear_in = nn.Linear(in_features, channels[0])
+        first = 32 * depth if size == 1 else 8 * depth
+        channels = [first, *(depth * 2 ** (last - 1 - i) for i in range(last)), out_channels]
+        self.first_map = (first, size, size)
+        self.linear_in = nn.Linear(in_features, first * size**2)
         self.convs = nn.ModuleList(
             nn.ConvTranspose2d(c_in, c_out, kernel, stride=2)
             for c_in, c_out, kernel in zip(channels, channels[1:], kernels, strict=False)
         )
 
     def forward(self, feat: Tensor) -> Tensor:
-        x = self.linear_in(feat)[..., None, None]  # [N, C, 1, 1]
+        x = self.linear_in(feat).unflatten(-1, self.first_map)  # [N, C, 1, 1] for 64x64
         first, *others = self.convs
         x = first(x)
         for conv in others:
             x = conv(F.elu(x))
-        return x
+        return crop_images(x, self.image_size)
+
+
+def decoded_size(size: int, kernels: Sequence[int]) -> int:
+    """Side of what transposed convolutions of stride 2 make of a map."""
+    for kernel in kernels:
+        size = 2 * (size - 1) + kernel
+    return size

@@ -20,6 +20,7 @@ from torch import Tensor
 __all__ = [
     "Categorical",
     "Gaussian",
+    "OneHot",
     "TruncatedNormal",
     "to_float32",
     "categorical_kl",
@@ -205,3 +206,36 @@ class TruncatedNormal:
     def _clamp(self, value: Tensor) -> Tensor:
         """Clamp inside the open interval, passing the gradient straight through."""
         return value + (F.hardtanh(value, -self.EDGE, self.EDGE) - value).detach()
+
+
+class OneHot:
+    """One of A choices as a one-hot vector with straight-through gradients: discrete actions.
+
+    Args:
+        logits: ``[..., A]``.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = to_float32(logits)
+        self._choice = Categorical(1, logits.shape[-1])
+
+    @classmethod
+    def stack(cls, parts: Sequence[OneHot], dim: int) -> OneHot:
+        """Distributions of one shape as one, with a new dimension ``dim`` of the logits."""
+        return cls(torch.stack([p.logits for p in parts], dim))
+
+    @property
+    def mode(self) -> Tensor:
+        return self.rsample(sample=False)
+
+    def rsample(self, sample: bool = True) -> Tensor:
+        """Sample, or the mode, ``[..., A]``; the gradient is that of the probabilities."""
+        return self._choice.rsample(self.logits.unsqueeze(-2), sample).squeeze(-2)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of a one-hot ``value`` ``[..., A]``, in nats, ``[...]``."""
+        return (value * self.logits.log_softmax(-1)).sum(-1)
+
+    def entropy(self) -> Tensor:
+        """In nats, ``[...]``."""
+        return self._choice.entropy(self.logits.unsqueeze(-2))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prelar_trl.modules.distributions import TruncatedNormal, to_float32
+from prelar_trl.modules.distributions import OneHot, TruncatedNormal, to_float32
 
-__all__ = ["MLP", "Actor"]
+__all__ = ["MLP", "Actor", "OneHotActor", "VectorEncoder"]
 
 
 class MLP(nn.Module):
@@ -34,13 +35,45 @@ class MLP(nn.Module):
         return to_float32(self.out(self.trunk(x)))
 
 
+class VectorEncoder(nn.Module):
+    """``layers`` ELU layers of ``units``: ``[..., V]`` -> ``[..., E]`` (DreamerV2's ``mlp_keys``).
+
+    The output is float32 under autocast too. ``embed_dim = units``.
+    """
+
+    def __init__(self, in_features: int, layers: int = 4, units: int = 400) -> None:
+        super().__init__()
+        sizes = [in_features] + [units] * layers
+        self.layers = nn.ModuleList(
+            nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+        )
+        self.embed_dim = sizes[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.elu(layer(x))
+        return to_float32(x)
+
+
 class Actor(MLP):
     """Policy on features: a truncated normal on [-1, 1] (DreamerV2, section 2)."""
 
     def __init__(self, in_features: int, action_dim: int, layers: int = 4, units: int = 400):
         super().__init__(in_features, action_dim, layers, units)
+        self.action_dim = action_dim
         self.std_out = nn.Linear(self.out.in_features, action_dim)
 
     def forward(self, feat: Tensor) -> TruncatedNormal:
         x = self.trunk(feat)
         return TruncatedNormal.from_raw(self.out(x), self.std_out(x))
+
+
+class OneHotActor(MLP):
+    """Policy on features for one of A choices: a one-hot vector (DreamerV2, section 2)."""
+
+    def __init__(self, in_features: int, action_dim: int, layers: int = 4, units: int = 400):
+        super().__init__(in_features, action_dim, layers, units)
+        self.action_dim = action_dim
+
+    def forward(self, feat: Tensor) -> OneHot:
+        return OneHot(self.out(self.trunk(feat)))

@@ -12,7 +12,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType, exploration_type
 
-from prelar_trl.modules.heads import Actor
+from prelar_trl.modules.heads import Actor, OneHotActor
 from prelar_trl.modules.rssm import State
 from prelar_trl.modules.world_model import RSSMWorldModel
 from prelar_trl.utils import check_choice
@@ -25,9 +25,10 @@ _GREEDY = (ExplorationType.DETERMINISTIC, ExplorationType.MODE)
 class WorldModelPolicy(TensorDictModuleBase):
     """Filters the frames into a latent state and acts on it.
 
-    Reads ``pixels``, ``is_first`` and the recurrent entries under ``"belief"``; writes ``action``
-    and the next belief under ``("next", "belief")``, as TorchRL's recurrent modules do. Give the
-    environment :meth:`make_primer` so that the belief is there after a reset.
+    Reads ``pixels``, ``is_first``, where the model has one ``vector``, and the recurrent entries
+    under ``"belief"``; writes ``action`` and the next belief under ``("next", "belief")``, as
+    TorchRL's recurrent modules do. Give the environment :meth:`make_primer` so that the belief is
+    there after a reset.
 
     Args:
         world_model, actor: the networks.
@@ -37,15 +38,19 @@ class WorldModelPolicy(TensorDictModuleBase):
     """
 
     def __init__(
-        self, world_model: RSSMWorldModel, actor: Actor, mode: Literal["sample", "mode"] = "sample"
+        self,
+        world_model: RSSMWorldModel,
+        actor: Actor | OneHotActor,
+        mode: Literal["sample", "mode"] = "sample",
     ) -> None:
         super().__init__()
         check_choice("mode", mode, ("sample", "mode"))
         self.world_model, self.actor, self.mode = world_model, actor, mode
-        self.action_dim = actor.std_out.out_features
+        self.action_dim = actor.action_dim
         encoder = world_model.action_encoder
         self.window = encoder.window if encoder is not None else 1
-        self.in_keys = ["pixels", "is_first", "belief"]
+        vector = [] if world_model.vector_encoder is None else ["vector"]
+        self.in_keys = ["pixels", "is_first", *vector, "belief"]
         out_keys: list[Any] = ["action", ("next", "belief")]
         self.out_keys = out_keys
 
@@ -80,7 +85,8 @@ class WorldModelPolicy(TensorDictModuleBase):
         is_first = flat["is_first"].unsqueeze(1)  # [N, 1, 1]
 
         model = self.world_model
-        embed = model.encode(model.preprocess(flat["pixels"]).unsqueeze(1))
+        vector = None if model.vector_encoder is None else flat["vector"].unsqueeze(1)
+        embed = model.encode(model.preprocess(flat["pixels"]).unsqueeze(1), vector)
         history = belief["actions"] * (~is_first).to(embed.dtype)
         lower = None
         if model.lower_rssm is not None:

@@ -1,6 +1,6 @@
 """The world model: encoder, dynamics and heads as one TensorDictModule.
 
-Shape legend: B batch, T time, C H W image, E embedding, S stochastic variables, K classes,
+Shape legend: B batch, T time, V views, C H W image, E embedding, S stochastic variables, K classes,
 D deter, F feature = S*K + D, A action, U latent action, N imagined trajectories, H horizon.
 """
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextEncoder
-from prelar_trl.modules.distributions import TruncatedNormal
-from prelar_trl.modules.heads import Actor
+from prelar_trl.modules.heads import Actor, OneHotActor
 from prelar_trl.modules.rssm import RSSM, State
 
-__all__ = ["RSSMWorldModel", "normalize_pixels"]
+__all__ = ["RSSMWorldModel", "normalize_pixels", "to_gray"]
+
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
 
 
 def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,19 +32,27 @@ def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     return pixels.to(dtype).div_(255).sub_(0.5)
 
 
+def to_gray(images: Tensor) -> Tensor:
+    """Colored images ``[..., 3 V, H, W]`` of V views -> their brightness ``[..., V, H, W]``."""
+    colors = images.unflatten(-3, (-1, 3)).unbind(-3)
+    return sum(weight * color for weight, color in zip(LUMA, colors, strict=True))
+
+
 class RSSMWorldModel(TensorDictModuleBase):
     """A recurrent world model over sequences of frames.
 
-    Reads ``pixels`` (uint8 ``[B, T, 3, 64, 64]``), ``is_first`` (bool ``[B, T, 1]``) and, unless
-    the actions are latent or absent, ``action`` (``[B, T, A]``, the action that led to the frame).
+    Reads ``pixels`` (uint8 ``[B, T, 3 V, S, S]``, V pictures), ``is_first`` (bool ``[B, T, 1]``)
+    and, unless the actions are latent or absent, ``action`` (``[B, T, A]``, the action that led to
+    the frame); with a vector encoder ``vector`` (``[B, T, size]``).
     Writes ``embed, stoch, deter, feat, posterior, prior`` (the statistics),
-    ``("prediction", <head>)`` for every head and for ``pixels``; with a latent-action encoder
-    ``latent_action`` and ``latent_action_statistics`` (zero at t = 0); for a stack
-    ``("lower", "stoch" | "deter" | "feat" | "posterior" | "prior")``. Under autocast predicted
-    frames have its type, states and the heads' predictions are float32.
+    ``("prediction", <head>)`` for every head, for ``pixels`` and for ``vector``; with a
+    latent-action encoder ``latent_action`` and ``latent_action_statistics`` (zero at t = 0); for a
+    stack ``("lower", "stoch" | "deter" | "feat" | "posterior" | "prior")``. Under autocast
+    predicted frames have its type, states and the heads' predictions are float32.
 
     Args:
-        encoder: images ``[N, 3, 64, 64]`` -> ``[N, E]``.
+        encoder: images ``[N, C, S, S]`` -> ``[N, E]``; of several views the first, which is also
+            what latent actions and context are inferred from.
         decoder: features ``[N, F]`` -> images; with a context encoder it also takes its maps.
         rssm: the dynamics that is imagined.
         heads: scalar heads on the features: ``reward``, ``aux_reward``, ``discount``.
@@ -56,6 +65,10 @@ class RSSMWorldModel(TensorDictModuleBase):
         action_free: the dynamics gets no action at all (APV, pre-training).
         context_encoder: ContextWM's context branch.
         discount: gamma, for imagination without a ``discount`` head. Default: 0.99.
+        view_encoders, view_decoders: of the other views, in their order. Default: none.
+        vector_encoder, vector_decoder: ``[N, size]`` -> ``[N, E]`` with the attribute
+            ``embed_dim``, and features -> ``[N, size]``. Default: none.
+        gray: networks see and predict brightness, C = 1. Default: False.
         sample: draw latents while observing; False takes modes. Default: True.
     """
 
@@ -74,6 +87,11 @@ class RSSMWorldModel(TensorDictModuleBase):
         action_free: bool = False,
         context_encoder: ContextEncoder | None = None,
         discount: float = 0.99,
+        view_encoders: Iterable[nn.Module] = (),
+        view_decoders: Iterable[nn.Module] = (),
+        vector_encoder: nn.Module | None = None,
+        vector_decoder: nn.Module | None = None,
+        gray: bool = False,
         sample: bool = True,
     ) -> None:
         super().__init__()
@@ -83,15 +101,22 @@ class RSSMWorldModel(TensorDictModuleBase):
         self.lower_rssm, self.concat_embed = lower_rssm, concat_embed
         self.latent_action_encoder, self.action_encoder = latent_action_encoder, action_encoder
         self.action_free, self.context_encoder = action_free, context_encoder
-        self.discount, self.sample = discount, sample
+        self.view_encoders = nn.ModuleList(view_encoders)
+        self.view_decoders = nn.ModuleList(view_decoders)
+        self.vector_encoder, self.vector_decoder = vector_encoder, vector_decoder
+        self.gray, self.discount, self.sample = gray, discount, sample
 
         self.in_keys = ["pixels", "is_first"]
+        if vector_encoder is not None:
+            self.in_keys.append("vector")
         if latent_action_encoder is None and not action_free:
             self.in_keys.append("action")
         elif latent_action_encoder is not None and latent_action_encoder.frames == "flow":
             self.in_keys.append("flow")
         out_keys: list[Any] = ["embed", "stoch", "deter", "feat", "posterior", "prior"]
         out_keys += [("prediction", name) for name in ("pixels", *self.heads)]
+        if vector_decoder is not None:
+            out_keys.append(("prediction", "vector"))
         if latent_action_encoder is not None:
             out_keys.append("latent_action")
             if latent_action_encoder.latent_actions.outputs().has_params:
@@ -106,7 +131,7 @@ class RSSMWorldModel(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Observe a batch ``[B, T]`` and predict; writes ``out_keys`` into ``tensordict``."""
         images = self.preprocess(tensordict["pixels"])
-        embed = self.encode(images)
+        embed = self.encode(images, tensordict.get("vector", None))
         action, statistics = self.dynamics_actions(tensordict, images)
         out = self.observe(embed, action, tensordict["is_first"])
         if self.latent_action_encoder is not None:
@@ -114,25 +139,47 @@ class RSSMWorldModel(TensorDictModuleBase):
             if statistics is not None:
                 padding = (0, 0) * (statistics.dim() - 2) + (1, 0)
                 out["latent_action_statistics"] = F.pad(statistics, padding)  # [B, T, ...]
-        context = self.context_encoder(images) if self.context_encoder is not None else None
+        context = None
+        if self.context_encoder is not None:
+            context = self.context_encoder(self.first_view(images))
         feat = out["feat"]
         out["prediction", "pixels"] = self.decode(feat, context)
+        if self.vector_decoder is not None:
+            out["prediction", "vector"] = self.vector_decoder(feat)
         for name, head in self.heads.items():
             out["prediction", name] = head(feat if name in self.grad_heads else feat.detach())
         return tensordict.update(out)
 
     def preprocess(self, pixels: Tensor) -> Tensor:
-        """uint8 pixels -> images in [-0.5, 0.5], in the precision of the weights."""
-        return normalize_pixels(pixels, self.rssm.input_layer.weight.dtype)
+        """uint8 ``[..., 3 V, H, W]`` -> images ``[..., C V, H, W]`` in [-0.5, 0.5].
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images ``[B, T, 3, H, W]`` in [-0.5, 0.5] -> embeddings ``[B, T, E]``."""
-        return self.encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        They are in the precision of the weights.
+        """
+        images = normalize_pixels(pixels, self.rssm.input_layer.weight.dtype)
+        return to_gray(images) if self.gray else images
+
+    def first_view(self, images: Tensor) -> Tensor:
+        """``[..., C V, H, W]`` -> the first picture, ``[..., C, H, W]``."""
+        return images[..., : images.shape[-3] // (1 + len(self.view_encoders)), :, :]
+
+    def encode(self, images: Tensor, vector: Tensor | None = None) -> Tensor:
+        """Images ``[B, T, C V, H, W]`` and vectors ``[B, T, size]`` -> embeddings ``[B, T, E]``."""
+        batch = images.shape[:2]
+        views = images.flatten(0, 1).chunk(1 + len(self.view_encoders), 1)
+        embeds = [self.encoder(views[0])]
+        embeds += [e(view) for e, view in zip(self.view_encoders, views[1:], strict=True)]
+        if self.vector_encoder is not None:
+            embeds.append(self.vector_encoder(vector.flatten(0, 1)))
+        embed = torch.cat(embeds, -1) if len(embeds) > 1 else embeds[0]
+        return embed.unflatten(0, batch)
 
     def decode(self, feat: Tensor, context: list[Tensor] | None = None) -> Tensor:
-        """Features ``[B, T, F]`` -> image means ``[B, T, 3, H, W]`` in [-0.5, 0.5]."""
+        """Features ``[B, T, F]`` -> image means ``[B, T, C V, H, W]`` in [-0.5, 0.5]."""
         maps = () if context is None else (context,)
-        return self.decoder(feat.flatten(0, 1), *maps).unflatten(0, feat.shape[:2])
+        flat = feat.flatten(0, 1)
+        views = [self.decoder(flat, *maps), *(decoder(flat) for decoder in self.view_decoders)]
+        images = torch.cat(views, 1) if len(views) > 1 else views[0]
+        return images.unflatten(0, feat.shape[:2])
 
     def dynamics_actions(
         self, tensordict: TensorDictBase, images: Tensor
@@ -143,8 +190,8 @@ class RSSMWorldModel(TensorDictModuleBase):
         if self.latent_action_encoder is not None:
             flow = None
             if self.latent_action_encoder.frames == "flow":
-                flow = self.preprocess(tensordict["flow"])
-            return self.latent_action_encoder(images, flow, self.sample)
+                flow = normalize_pixels(tensordict["flow"], images.dtype)
+            return self.latent_action_encoder(self.first_view(images), flow, self.sample)
         action = tensordict["action"]
         if self.action_encoder is not None:
             return self.action_encoder(action, self.sample)
@@ -178,7 +225,11 @@ class RSSMWorldModel(TensorDictModuleBase):
     # ------------------------------------------------------------------ imagination
 
     def imagine(
-        self, actor: Actor, start: TensorDictBase, horizon: int = 15, sample: bool = True
+        self,
+        actor: Actor | OneHotActor,
+        start: TensorDictBase,
+        horizon: int = 15,
+        sample: bool = True,
     ) -> TensorDict:
         """Imagine trajectories under the actor, from states that are detached first.
 
@@ -190,7 +241,8 @@ class RSSMWorldModel(TensorDictModuleBase):
             entropy    e0   e1   e2  ...  0         of the policy at z_k
 
         Args:
-            actor: features ``[N, F]`` -> :class:`TruncatedNormal`; reads detached features.
+            actor: features ``[N, F]`` -> a distribution of actions, :class:`TruncatedNormal` or
+                :class:`OneHot`; reads detached features.
             start: ``stoch, deter`` and optionally ``terminated``, any batch shape (``[B, T]``
                 becomes N = B*T). An action window also needs ``action`` ``[B, T, A]``, or what
                 :meth:`flatten_start_states` made of it.
@@ -214,7 +266,7 @@ class RSSMWorldModel(TensorDictModuleBase):
             actions.append(action)
             policies.append(policy)
         feat = torch.stack(feats, 1)  # [N, H+1, F]
-        action, policy = torch.stack(actions, 1), TruncatedNormal.stack(policies, 1)  # [N, H, A]
+        action, policy = torch.stack(actions, 1), type(policy).stack(policies, 1)  # [N, H, A]
         discount = self.imagined_discount(feat, start.get("terminated", None))
         ones = torch.ones_like(discount[:, :1])
         return TensorDict(
@@ -278,15 +330,17 @@ class RSSMWorldModel(TensorDictModuleBase):
             action: what the RSSM is given as actions, ``[B, T, U]``. Default: the batch's own.
 
         Returns:
-            Predicted frames in [0, 1], ``[B, T, 3, H, W]``; the first ``context`` are
-            reconstructions.
+            Predicted frames in [0, 1], ``[B, T, 3 V, H, W]``; the first ``context`` are
+            reconstructions. Gray ones have three equal channels.
         """
         images = self.preprocess(tensordict["pixels"])
         if action is None:
             action, _ = self.dynamics_actions(tensordict, images)
         seen = None if action is None else action[:, :context]
         is_first = tensordict["is_first"]
-        out = self.observe(self.encode(images[:, :context]), seen, is_first[:, :context])
+        vector = None if self.vector_encoder is None else tensordict["vector"][:, :context]
+        embed = self.encode(images[:, :context], vector)
+        out = self.observe(embed, seen, is_first[:, :context])
         last = State(out["stoch"][:, -1], out["deter"][:, -1])
         rest = images.shape[1] - context
         ahead, _ = self.rssm.imagine(
@@ -295,8 +349,9 @@ class RSSMWorldModel(TensorDictModuleBase):
         feat = torch.cat([out["feat"], self.rssm.feat(ahead)], 1)
         maps = None
         if self.context_encoder is not None:  # never a frame that is to be predicted
-            maps = self.context_encoder(images[:, :context])
-        return (self.decode(feat, maps) + 0.5).clamp(0, 1)
+            maps = self.context_encoder(self.first_view(images[:, :context]))
+        frames = (self.decode(feat, maps) + 0.5).clamp(0, 1)
+        return frames.repeat_interleave(3, 2) if self.gray else frames
 
 
 def _action_history(action: Tensor, window: int) -> Tensor:

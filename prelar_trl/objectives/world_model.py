@@ -13,7 +13,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
-from prelar_trl.modules.world_model import normalize_pixels
+from prelar_trl.collectives import ProcessGroup, joint_mean
+from prelar_trl.modules.world_model import normalize_pixels, to_gray
 from prelar_trl.objectives.common import check_entry, check_weights, dispatch, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
@@ -25,10 +26,10 @@ __all__ = ["RSSMWorldModelLoss"]
 class RSSMWorldModelLoss(LossModule):
     """Negative evidence lower bound of a recurrent world model, plus PreLAR's terms.
 
-    ``sum_i w_i L_i`` over ``image`` and the scalar heads ``reward``, ``aux_reward``, ``discount``
-    (negative log-likelihoods, mean over B and T), ``kl`` (balanced), ``af_kl`` (of the lower RSSM
-    of a stack) and the terms of a :class:`LatentActionLoss`. Source: DreamerV2 section 2, APV
-    section 3, PreLAR section 3.
+    ``sum_i w_i L_i`` over ``image``, ``vector`` and the scalar heads ``reward``, ``aux_reward``,
+    ``discount`` (negative log-likelihoods, mean over B and T, sum over pictures and numbers),
+    ``kl`` (balanced), ``af_kl`` (of the lower RSSM of a stack) and the terms of a
+    :class:`LatentActionLoss`. Source: DreamerV2 section 2, APV section 3, PreLAR section 3.
 
     A batch is one of frames: ``action`` and ``reward`` at time t are those that led to frame t.
     TorchRL's collectors and ``env.rollout`` give steps, where they leave from it:
@@ -59,6 +60,7 @@ class RSSMWorldModelLoss(LossModule):
     @dataclass
     class _AcceptedKeys:
         pixels: NestedKey = "pixels"
+        vector: NestedKey = "vector"
         reward: NestedKey = "reward"
         terminated: NestedKey = "terminated"
         stoch: NestedKey = "stoch"
@@ -72,7 +74,8 @@ class RSSMWorldModelLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    TERMS = ("image", "kl", "af_kl", "reward", "aux_reward", "discount")
+    TERMS = ("image", "vector", "kl", "af_kl", "reward", "aux_reward", "discount")
+    process_group: ProcessGroup | None = None  # whose processes share the batch
 
     def __init__(
         self,
@@ -117,6 +120,8 @@ class RSSMWorldModelLoss(LossModule):
         keys: list[Any] = list(self.world_model.in_keys)
         if "image" in self.weights:
             keys.append(self.tensor_keys.pixels)
+        if "vector" in self.weights:
+            keys.append(self.tensor_keys.vector)
         if "reward" in self.weights or "aux_reward" in self.weights:
             keys.append(self.tensor_keys.reward)
         if "discount" in self.weights:
@@ -150,10 +155,16 @@ class RSSMWorldModelLoss(LossModule):
                     self.kl_balance,
                     self.free_nats,
                     self.free_avg,
+                    mean=self._mean,
                 )
         if "image" in self.weights:
             target = normalize_pixels(out[keys.pixels])
+            if getattr(self.world_model, "gray", False):
+                target = to_gray(target)
             values["image"] = gaussian_nll(self._prediction(out, "pixels"), target, 3).mean()
+        if "vector" in self.weights:
+            prediction = self._prediction(out, "vector")
+            values["vector"] = gaussian_nll(prediction, out[keys.vector], 1).mean()
         if "reward" in self.weights:
             target = out[keys.reward]
             if self.video_bonus is not None:
@@ -175,6 +186,9 @@ class RSSMWorldModelLoss(LossModule):
         state = {"stoch": out[keys.stoch], "deter": out[keys.deter]}
         losses["state"] = TensorDict(state, batch_size=out.batch_size).detach()
         return losses
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return joint_mean(x.mean(), self.process_group)
 
     def _prediction(self, out: TensorDictBase, head: str) -> Tensor:
         key = self.tensor_keys.prediction

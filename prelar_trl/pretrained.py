@@ -1,0 +1,92 @@
+"""What a fine-tuned world model takes from a pre-trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+
+from prelar_trl.modules.world_model import RSSMWorldModel
+
+__all__ = ["PARTS", "added_inputs", "copy_pretrained", "pretrained_modules"]
+
+PARTS = ("encoder", "decoder", "rssm", "context_encoder", "latent_actions")
+EMBED_WEIGHT = "posterior_hidden.weight"  # [hidden, D + E]: the embedding's columns come last
+
+
+def pretrained_modules(world_model: RSSMWorldModel) -> dict[str, nn.Module]:
+    """The parts that a pre-training run supplies, by their name there."""
+    modules = {
+        "encoder": world_model.encoder,
+        "decoder": world_model.decoder,
+        "rssm": world_model.lower_rssm or world_model.rssm,
+        "context_encoder": world_model.context_encoder,
+    }
+    return {name: module for name, module in modules.items() if module is not None}
+
+
+def added_inputs(world_model: RSSMWorldModel) -> list[str]:
+    """The parts for what no video shows: further views and the vector. They always start anew."""
+    there = {key.partition(".")[0] for key in world_model.state_dict()}
+    parts = ("view_encoders", "view_decoders", "vector_encoder", "vector_decoder")
+    return [name for name in parts if name in there]
+
+
+def copy_pretrained(
+    world_model: RSSMWorldModel,
+    state: Mapping[str, Tensor],
+    parts: Collection[str] = PARTS,
+) -> None:
+    """Copy encoder, decoder and RSSM of a pre-trained world model's ``state_dict``.
+
+    An action encoder that gives the same kind of latent action gets what that kind has learned.
+    What is seen beside the first picture has parts of its own, which start anew, and columns of
+    their own in the layer that reads the embedding; they keep their values too.
+
+    Args:
+        parts: those of :data:`PARTS` that are copied; what the model lacks is passed over.
+            Default: all.
+
+    Raises:
+        ValueError: naming every tensor that is missing or has another shape; nothing is copied.
+    """
+    problems, loaded = [], {}
+    modules = {name: x for name, x in pretrained_modules(world_model).items() if name in parts}
+    if world_model.action_encoder is not None and "latent_actions" in parts:
+        kind, name = (
+            world_model.action_encoder.latent_actions,
+            "latent_action_encoder.latent_actions",
+        )
+        if any(f"{name}.{key}" in state for key in kind.state_dict()):
+            modules[name] = kind
+    for name, module in modules.items():
+        prefix = name + "."
+        part = {key[len(prefix) :]: x for key, x in state.items() if key.startswith(prefix)}
+        own = module.state_dict()
+        if EMBED_WEIGHT in own.keys() & part.keys() and added_inputs(world_model):
+            part[EMBED_WEIGHT] = _widened(part[EMBED_WEIGHT], own[EMBED_WEIGHT])
+        problems += [f"{prefix}{key} is missing" for key in own.keys() - part.keys()]
+        problems += [f"{prefix}{key} has no place" for key in part.keys() - own.keys()]
+        problems += [
+            f"{prefix}{key} is {tuple(part[key].shape)} there and {tuple(own[key].shape)} here"
+            for key in own.keys() & part.keys()
+            if part[key].shape != own[key].shape
+        ]
+        loaded[name] = part
+    if problems:
+        shown = "; ".join(sorted(problems)[:4])
+        raise ValueError(
+            f"the pre-trained run does not fit: {len(problems)} tensors differ ({shown}); "
+            "use the size and model options it was trained with"
+        )
+    for name, module in modules.items():
+        module.load_state_dict(loaded[name])
+
+
+def _widened(trained: Tensor, own: Tensor) -> Tensor:
+    """The trained columns ``[hidden, n]``, and behind them those of ``own`` ``[hidden, n + m]``."""
+    if len(trained) != len(own) or trained.shape[1] >= own.shape[1]:
+        return trained
+    widened = own.clone()
+    widened[:, : trained.shape[1]] = trained
+    return widened
