@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.world_model import RSSMWorldModel, normalize_pixels
@@ -23,10 +24,10 @@ from prelar_trl.objectives import (
     RSSMWorldModelLoss,
     total_loss,
 )
-from prelar_trl.objectives.common import loss_keys
+from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.utils import check_choice
 
-__all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
+__all__ = ["Alignment", "BehaviorUpdate", "WorldModelUpdate", "frozen"]
 
 Precision = Literal["32", "bf16"]
 
@@ -42,20 +43,6 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch norms in training mode leave their running mean and variance as they are."""
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
-    before = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.momentum = 0.0
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(norms, before, strict=True):
-            layer.momentum = momentum
 
 
 def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
@@ -89,6 +76,8 @@ class Update:
         count: updates so far, skipped ones among them.
         skipped, skipped_in_a_row: how many, on the loss's device: only who reads them waits.
     """
+
+    process_group: ProcessGroup | None = None  # whose processes share the batch
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
         check_choice("precision", precision, get_args(Precision))
@@ -226,71 +215,6 @@ class WorldModelUpdate(Update):
             self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
 
 
-class Rehearsal(nn.Module):
-    """Pre-training video beside an environment's batch, so that what it taught is not forgotten.
-
-    The terms that video can give, ``image`` and ``kl``, become those of the joint batch: their mean
-    over the environment's rows and over the video's, by ``share``. Batch norms normalize each part
-    by itself; their running statistics, with which the agent acts, are the environment's alone.
-
-    Args:
-        loss: of the world model that is fine-tuned. Encoder, decoder and RSSM are shared, and so
-            are weights and settings of the two terms.
-        inverse_model: infers the video's latent actions, and stands still; None for a world model
-            that was pre-trained without actions.
-        share: the video's share of the joint batch, in (0, 1).
-
-    Raises:
-        ValueError: a share outside (0, 1), or a stacked world model, whose imagined RSSM no video
-            trains.
-    """
-
-    def __init__(
-        self, loss: RSSMWorldModelLoss, inverse_model: LatentActionEncoder | None, share: float
-    ) -> None:
-        super().__init__()
-        world_model = cast(RSSMWorldModel, loss.world_model)
-        if not 0 < share < 1:
-            raise ValueError(f"rehearse={share} must lie between 0 and 1")
-        if world_model.lower_rssm is not None:
-            raise ValueError(f"rehearse={share}: a stacked world model cannot rehearse video")
-        self.share, self.inverse_model = share, inverse_model
-        video_model = RSSMWorldModel(
-            world_model.encoder,
-            world_model.decoder,
-            world_model.rssm,
-            latent_action_encoder=inverse_model,
-            action_free=inverse_model is None,
-            context_encoder=world_model.context_encoder,
-            sample=world_model.sample,
-        )
-        self.loss = RSSMWorldModelLoss(
-            video_model,
-            weights={name: loss.weights[name] for name in ("image", "kl") if name in loss.weights},
-            latent=world_model.rssm.latent.kind,
-            kl_balance=loss.kl_balance,
-            free_nats=loss.free_nats,
-            free_avg=loss.free_avg,
-        )
-
-    def train(self, mode: bool = True) -> Rehearsal:
-        super().train(mode)
-        if self.inverse_model is not None:
-            self.inverse_model.eval()
-        return self
-
-    def forward(self, losses: TensorDict, video: TensorDictBase) -> TensorDict:
-        """The environment's losses with the video's mixed in."""
-        with running_statistics_kept(self.loss):
-            seen = self.loss(video)
-        mixed = losses.copy()
-        for name in loss_keys(self.loss.weights):
-            mixed[name] = torch.lerp(losses[name], seen[name], self.share)
-        for name in self.loss.weights:
-            mixed[f"rehearsal_{name}"] = seen[name]
-        return mixed
-
-
 class Alignment(Update):
     """Regresses the action encoder on the latent actions that the inverse model infers.
 
@@ -323,21 +247,27 @@ class Alignment(Update):
             ``align_error``, the mean squared error, and ``align_r2``, the share of the latent
             actions' variance that the true actions explain.
         """
+        losses = self.forward_backward(batch)
+        self.step_optimizers(total_loss(losses))
+        self.count += 1
+        return {name: losses[name] for name in ("align_error", "align_r2")}
+
+    def losses(self, batch: TensorDictBase) -> TensorDict:
+        def joint_sum(x: Tensor) -> Tensor:  # over the processes their mean, as of losses
+            return joint_mean((x * known).sum((0, 1)), self.process_group)
+
         known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
         with torch.no_grad():
             target, _ = self.inverse_model(self.preprocess(batch["pixels"]), sample=False)
             target = target[:, 1:]
-            count = known.sum().clamp_min(1)
-            mean = (target * known).sum((0, 1)) / count
-            variance = ((target - mean).square() * known).sum((0, 1)) / count
+            count = joint_sum(torch.ones_like(target[..., :1])).clamp_min(1e-6)
+            mean = joint_sum(target) / count
+            variance = joint_sum((target - mean).square()) / count
         latent, _ = self.action_encoder(batch["action"], sample=False)
-        error = ((latent[:, 1:] - target).square() * known).sum((0, 1)) / count  # [U]
-        error.mean().backward()
-        error = error.detach()
-        self.step_optimizers(error.mean())
-        self.count += 1
-        r2 = 1 - error.sum() / variance.sum().clamp_min(1e-8)
-        return {"align_error": error.mean(), "align_r2": r2}
+        error = joint_sum((latent[:, 1:] - target).square()) / count  # [U]
+        r2 = 1 - error.detach().sum() / variance.sum().clamp_min(1e-8)
+        loss = error.mean()
+        return TensorDict({"loss_align": loss, "align_error": loss.detach(), "align_r2": r2})
 
 
 class BehaviorUpdate(Update):

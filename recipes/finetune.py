@@ -1,6 +1,7 @@
 """Fine-tune a world model with real actions, and learn to act in it. Also from scratch.
 
 python recipes/finetune.py env=metaworld/drawer-open pretrained=runs/pretrain run=runs/finetune
+torchrun --nproc-per-node=4 recipes/finetune.py ...
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import torch
 
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
-from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
@@ -41,15 +41,23 @@ from prelar_trl.recipes.environments import interface
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
 from prelar_trl.recipes.learner import Learner, make_learner
+from prelar_trl.recipes.processes import ALONE, Processes, joined
+from prelar_trl.recipes.replays import open_replay, share_replays
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
 
 
 def finetune(
-    cfg: FinetuneConfig, env_factory: Any = make_env, watch: Stopwatch | None = None
+    cfg: FinetuneConfig,
+    env_factory: Any = make_env,
+    watch: Stopwatch | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """The whole run: environment, agent, loop.
+
+    Several processes share each batch; each has environments and a replay of its own. All count
+    the steps of all.
 
     ``env_factory`` is any function that makes an environment of TorchRL or gymnasium, such as
     ``lambda: MyEnv()``, or takes make_env's arguments (`build_env` says which it gets). ``watch``
@@ -59,35 +67,29 @@ def finetune(
     watch = watch or Stopwatch()
     loggers = chosen_loggers(cfg.logger)
     device = choose_device(cfg.device)
-    seed_everything(cfg.seed)
+    seed = processes.seed(cfg.seed)
+    seed_everything(seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
-    env = make_training_env(cfg, env_factory, cfg.seed, cfg.num_workers)
+    env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
     known = interface(env)
-    learner = make_learner(cfg, known, device, watch)
+    learner = make_learner(cfg, known, device, watch, processes)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
     env = env.append_transform(policy.make_primer())
-    frames = min(cfg.capacity, cfg.env_steps // cfg.action_repeat)
-    run, checkpoint = open_run(
-        cfg, learner.agent, data_bytes=frames * env.observation_spec["pixels"].shape[-3:].numel()
-    )
-    replay = EpisodeReplay(
-        run.path / "replay",
-        window=cfg.batch_length,
-        batch_size=cfg.batch_size - learner.video_clips,
-        capacity=cfg.capacity,
-        seed=cfg.seed,
-        device=device,
-        min_length=cfg.min_length,
-        pack=True,  # the official replay never trains on shorter episodes
-    )
+    frames = min(processes.size * cfg.capacity, cfg.env_steps // cfg.action_repeat)
+    frame_bytes = env.observation_spec["pixels"].shape[-3:].numel()
+    run, checkpoint = open_run(cfg, learner.agent, frames * frame_bytes, processes)
+    replay = open_replay(cfg, run.path, learner.video_clips, device, processes, checkpoint)
     collection = Collection(env, policy, replay, device, watch)
-    state = FinetuneState(cfg, known, learner, collection)
+    state = FinetuneState(cfg, known, learner, collection, processes)
     if checkpoint is not None:
         state.load_state_dict(checkpoint)
+        share_replays(replay, checkpoint, processes)
         if state.step >= cfg.env_steps and not state.evaluation_due:
-            print(f"{run.path} has its {state.step} steps already; raise env_steps to continue")
+            processes.say(
+                f"{run.path} has its {state.step} steps already; raise env_steps to continue"
+            )
             return
 
     saved = state.step
@@ -95,25 +97,40 @@ def finetune(
     def save() -> None:
         nonlocal saved
         state.evaluation_due = evaluation.cut_off
-        save_run(cfg, run, state.state_dict(), saved)
+        whole = state.state_dict()
+        if processes.first:
+            save_run(cfg, run, whole, saved)
         saved = state.step
 
-    def evaluate() -> None:
+    def evaluate() -> None:  # by the first; the others wait
         with watch("evaluation"):
-            score = evaluation(logger, state.step)
-            if score is not None and (state.best is None or score > state.best):
+            score = evaluation(logger, state.step) if processes.first else None
+            better = score is not None and (state.best is None or score > state.best)
+            if processes.any(better):
                 state.best = score
-                save_checkpoint(run.checkpoints / BEST, state.state_dict())
+                whole = state.state_dict()
+                if processes.first:
+                    save_checkpoint(run.checkpoints / BEST, whole)
 
-    guard = UpdateGuard(run, learner.updates, cfg.max_skipped)
+    def stopping() -> bool:
+        return processes.any(interruption.requested)
+
+    guard = UpdateGuard(run, learner.updates, cfg.max_skipped, processes.rank)
     model_update = learner.model_update
     first = first_evaluation(cfg)
-    per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
-    bar = Progress(cfg.env_steps, initial=state.step, name="finetune", unit="steps")
+    # Environment steps a call, those of all processes.
+    per_step = processes.size * cfg.action_repeat * max(1, env.batch_size.numel())
+    bar = Progress(
+        cfg.env_steps,
+        initial=state.step,
+        name="finetune",
+        unit="steps",
+        hidden=not processes.first,
+    )
     with (
         ExitStack() as opened,
         run,
-        open_logger(run, loggers, checkpoint) as logger,
+        open_logger(run, loggers, checkpoint, processes) as logger,
         Interruption() as interruption,
         bar,
     ):
@@ -121,11 +138,11 @@ def finetune(
         evaluation = Evaluation(cfg, env_factory, learner.agent, device, interruption)
         opened.enter_context(closing(evaluation))
         collection.reset()
-        losses = None
+        losses, ready = None, False
         logger.log_times({"startup_s": watch.summary(state.step)["seconds"]}, state.step)
         if state.evaluation_due:
             evaluate()
-        while state.step < cfg.env_steps and not interruption.requested:
+        while state.step < cfg.env_steps and not stopping():
             random_phase = state.step < cfg.prefill
             ended = collection.step(random=random_phase)
             before, state.step, updates = state.step, state.step + per_step, model_update.count
@@ -134,18 +151,19 @@ def finetune(
                 for episode in ended:
                     names = ("return", "success", "length")
                     logger.log({f"train/{name}": episode[name] for name in names}, step)
-            if before < cfg.prefill <= step and not replay.num_episodes and not cfg.max_steps:
+            ready = ready or processes.all(bool(replay.num_episodes))
+            if before < cfg.prefill <= step and not ready and not cfg.max_steps:
                 raise ValueError(
                     f"no episode has ended in the prefill of {cfg.prefill} steps, and nothing can "
                     "be learned before: give max_steps, or a longer prefill"
                 )
-            if step >= cfg.prefill and replay.num_episodes:
-                while learner.unaligned and not interruption.requested:
+            if step >= cfg.prefill and ready:
+                while learner.unaligned and not stopping():
                     aligned = learner.align(collection.sample())
                     if not learner.unaligned:
                         logger.log(aligned, step)
                 state.updates_due += per_step / cfg.train_every
-                while state.updates_due >= 1 and not interruption.requested:
+                while state.updates_due >= 1 and not stopping():
                     losses = learner.update(collection.sample(), guard.watch)
                     state.updates_due -= 1
                     guard.check(losses, step)
@@ -169,23 +187,26 @@ def finetune(
                     save()
             if crossed(before, step, cfg.log_every):
                 logger.log_times(watch.summary(step), step)
-        if not interruption.requested and replay.num_episodes and evaluation.last != state.step:
-            evaluate()
+        stopped = stopping()
+        if not stopped and ready:
+            if processes.any(processes.first and evaluation.last != state.step):
+                evaluate()
+            stopped = stopping()
         with watch("logging"):
             save()
-        if losses is not None and not interruption.requested:
+        if losses is not None and not stopped:
             guard.check(losses, state.step, last=True)
-        if not interruption.requested and not replay.num_episodes:
+        if not stopped and not ready:
             raise ValueError(
                 f"no episode was finished in {state.step} steps, so nothing was learned: raise "
                 "env_steps, or lower max_steps"
             )
         logger.log_times(watch.summary(state.step), state.step)
-    if interruption.requested:
-        sys.exit(
+    if stopped:
+        processes.stop(
             f"stopped after {state.step} steps; to continue: the same command with resume=true"
         )
-    print(f"fine-tuned agent: {run.path}")
+    processes.say(f"fine-tuned agent: {run.path}")
 
 
 def check(cfg: FinetuneConfig) -> None:
@@ -221,7 +242,9 @@ class FinetuneState:
         known: dict[str, Any],
         learner: Learner,
         collection: Collection,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.cfg, self.known = cfg, known  # of the environment, see `interface`
         self.learner, self.collection = learner, collection
         self.step = 0  # of the environment
@@ -230,6 +253,8 @@ class FinetuneState:
         self.best: list[float] | None = None  # success and return of the best evaluation
 
     def state_dict(self) -> dict[str, Any]:
+        """The whole run's, in each of its processes: all must ask for it."""
+        own, *others = self.processes.gather({**self.collection.state_dict(), "rng": rng_state()})
         return {
             "phase": "finetune",
             "method": self.cfg.method,
@@ -242,22 +267,29 @@ class FinetuneState:
             "evaluation_due": self.evaluation_due,
             "best": self.best,
             **self.learner.state_dict(),
-            **self.collection.state_dict(),
-            "rng": rng_state(),
+            **own,
+            "others": others,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.updates_due = state["step"], state["updates_due"]
         self.evaluation_due, self.best = state["evaluation_due"], state.get("best")
+        seed = self.processes.seed(self.cfg.seed) + self.step  # not the first episodes again
         with ignore_sigint():
-            self.collection.env.set_seed(self.cfg.seed + self.step)  # not the first episodes again
+            self.collection.env.set_seed(seed)
         self.learner.load_state_dict(state)
-        self.collection.load_state_dict(state)
-        set_rng_state(state["rng"])
+        states, rank = [state, *state.get("others", [])], self.processes.rank
+        if rank < len(states):
+            self.collection.load_state_dict(states[rank])
+            set_rng_state(states[rank]["rng"])
+        else:  # the run had fewer processes
+            seed_everything(seed)
 
 
 def main(cfg: FinetuneConfig) -> None:
     """Entry point."""
-    if choose_device(cfg.device).type == "cpu":
+    device = choose_device(cfg.device)
+    if device.type == "cpu":
         with_tcmalloc()
-    finetune(cfg)
+    with joined(device) as processes:
+        finetune(cfg, processes=processes)

@@ -15,8 +15,10 @@ from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss
 from prelar_trl.pretrained import added_inputs
 from prelar_trl.recipes.common import read_run
+from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.schema import FinetuneConfig
-from prelar_trl.updates import Alignment, Rehearsal
+from prelar_trl.rehearsal import Rehearsal
+from prelar_trl.updates import Alignment
 
 Pretrained = dict[str, Any]  # a checkpoint, and under "config" the configuration of its run
 
@@ -120,15 +122,18 @@ def rehearsed_clips(
     rehearsal: Rehearsal,
     pretrained: Pretrained | None,
     device: torch.device,
+    processes: Processes,
 ) -> VideoClips:
     """The clips that the pre-training run was trained on, as its share of each model batch.
 
     Their windows are as long as the replay's, or as those of the pre-training run if these are
     shorter: it has chosen its clips by them.
     """
-    if cfg.batch_size < 2:
+    rows = processes.share("batch_size", cfg.batch_size)
+    if rows < 2:
         raise ValueError(
-            f"rehearse={cfg.rehearse} needs batch_size of at least 2, not {cfg.batch_size}"
+            f"rehearse={cfg.rehearse} needs batch_size of at least {2 * processes.size}, not "
+            f"{cfg.batch_size}"
         )
     assert pretrained is not None, "the configuration requires it"
     config = pretrained["config"]
@@ -142,10 +147,12 @@ def rehearsed_clips(
     return VideoClips(
         config["data"],
         clip_len=min(cfg.batch_length, config["clip_len"]),
-        batch_size=min(max(1, round(cfg.rehearse * cfg.batch_size)), cfg.batch_size - 1),
+        batch_size=min(max(1, round(cfg.rehearse * rows)), rows - 1),
         seed=cfg.seed,
         device=device,
         streams=streams,
         split="train" if heldout else "all",
+        rank=processes.rank,
+        world_size=processes.size,
         **({"heldout": heldout} if heldout else {}),
     )

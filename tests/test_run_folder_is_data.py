@@ -26,7 +26,7 @@ from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.probe import probe
 from prelar_trl.recipes.schema import EvaluateConfig, PlotConfig, ProbeConfig
 from tests.test_checkpoint import Malicious
-from tests.toy_runs import finetune_config, make_clips, pretrain_config
+from tests.toy_runs import copy_run, finetune_config, make_clips, pretrain_config
 
 PACKAGE = Path(prelar_trl.__file__).parent
 MODULE = """
@@ -142,7 +142,7 @@ def test_no_file_of_a_run_folder_runs_code(phase, made, tmp_path):
     assert len(files) >= 5
     openings = {".pt": evaluate_or_probe, ".csv": report, ".yaml": report}
     for number, file in enumerate(files):
-        run = shutil.copytree(source, tmp_path / str(number))
+        run = copy_run(source, tmp_path / str(number))
         (run / file).parent.mkdir(parents=True, exist_ok=True)
         is_checkpoint = file.suffix == ".pt"
         (run / file).write_bytes((tmp_path / "code.pt").read_bytes() if is_checkpoint else code)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
@@ -178,7 +179,8 @@ class CriticLoss(LossModule):
         super().__init__()
         self.delay_value = delay_value
         if delay_value:
-            self.convert_to_functional(critic, "critic", create_target_params=True)
+            module = cast(TensorDictModule, critic)  # any module serves
+            self.convert_to_functional(module, "critic", create_target_params=True)
         else:
             self.critic = critic
         self.out_keys = ["loss_critic", "value"]

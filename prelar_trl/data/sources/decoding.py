@@ -161,14 +161,14 @@ class _SectionDecoding(_Decoding):
 
     def __init__(
         self,
-        container: av.container.InputContainer,
+        container: InputContainer,
         stream: VideoStream,
         notes: Counter[str],
         section: Section,
     ) -> None:
         super().__init__(container, stream, notes)
         self.section = section
-        container.seek(int(section.begin / stream.time_base), stream=stream)
+        container.seek(int(section.begin / (stream.time_base or 1)), stream=stream)
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
         for number, frame in super().__iter__():
