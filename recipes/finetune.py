@@ -64,7 +64,7 @@ def finetune(
     env = make_training_env(cfg, env_factory, cfg.seed, cfg.num_workers)
     known = interface(env)
     learner = make_learner(cfg, known, device, watch)
-    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
+    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor, noise=cfg.expl_noise)
     env = env.append_transform(policy.make_primer())
     frames = min(cfg.capacity, cfg.env_steps // cfg.action_repeat)
     run, checkpoint = open_run(

@@ -23,12 +23,36 @@ from prelar_trl.bounds import (
     Positive,
     PositiveInt,
     Rule,
+    above,
     at_least,
     check_settings,
     one_of,
 )
-from prelar_trl.config import METHODS, SIZES, LossSettings, ModelSettings, Phase, model_settings
+from prelar_trl.config import (
+    METHODS,
+    PRETRAINED_PARTS,
+    SIZES,
+    LossSettings,
+    ModelSettings,
+    Phase,
+    model_settings,
+)
+from prelar_trl.schedules import FORMS, Schedule, is_schedule
 from prelar_trl.types import Backend, RenderQuality
+
+
+def as_names(value: Any) -> list[str] | None:
+    """A list of names, which may be written ``a,b``; None stays None."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+def are_names(value: Any) -> bool:
+    """Whether it is None, or names: different, none empty."""
+    names = as_names(value)
+    if names is None:
+        return True
+    good = isinstance(names, list | tuple) and all(isinstance(x, str) and x for x in names)
+    return good and 0 < len(names) == len(set(names))
 
 
 def are_loggers(value: Any) -> bool:
@@ -57,13 +81,15 @@ Kind = Annotated[Choice, one_of(("auto", "videos", "something", "frames", "episo
 Loggers = Annotated[
     Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
 ]
-Names = Annotated[
+Names = Annotated[Any, Rule(lambda x: are_names(x), "must be a list of names")]
+Parts = Annotated[
     Any,
     Rule(
-        lambda x: x is None or (isinstance(x, list | tuple) and all(isinstance(y, str) for y in x)),
-        "must be a list of names",
+        lambda x: are_names(x) and all(part in PRETRAINED_PARTS for part in as_names(x) or ()),
+        f"is unknown; choose of {', '.join(PRETRAINED_PARTS)}",
     ),
 ]
+Scheduled = Annotated[Any, Rule(is_schedule, f"must be at least 0: {FORMS}")]
 Method = Annotated[Choice, one_of(METHODS)]
 Pixels = Annotated[int, at_least(8)]
 Precision = Annotated[Choice, one_of(("32", "bf16"))]
@@ -148,7 +174,9 @@ class FinetuneConfig(RunConfig):
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
     pretrain_updates: NonNegativeInt = 100  # before the first policy step
+    load: Parts = None  # parts taken from it: encoder,rssm; null: all that it has
     frozen_updates: NonNegativeInt | None = 100  # pre-trained parts wait; null: one optimizer
+    pretrained_lr: NonNegative | None = None  # of pre-trained encoder and RSSM; null: lr
     align_updates: NonNegativeInt | None = None  # of the action encoder; null: the method's
     align_lr: NonNegative = 1e-3
     rehearse: Fraction = 0.0  # share of each model batch that is pre-training video
@@ -169,14 +197,29 @@ class FinetuneConfig(RunConfig):
     lmbda: Fraction = 0.95
     actor_lr: NonNegative = 8e-5
     critic_lr: NonNegative = 8e-5
-    entropy_scale: NonNegative = 1e-4
+    entropy_scale: Scheduled = 1e-4  # also linear(start,end,updates)
     actor_gradient: Gradient = "dynamics"
+    actor_gradient_mix: Scheduled = 0.1  # share of dynamics in both; also a schedule
+    reward_norm_momentum: Fraction = 1.0  # of the imagined rewards' magnitude; 1: not normalized
+    expl_noise: NonNegative = 0.0  # on the policy's actions while collecting
+    eval_noise: NonNegative = 0.0
+    eval_state_mean: bool = False  # evaluate with the latents' mode
     imag_batch: PositiveInt | None = None
     slow_every: PositiveInt = 100
+    slow_target_fraction: Annotated[Fraction, above(0)] = 1.0  # below 1: soft target updates
     eval_every: PositiveInt = 10_000
     eval_episodes: NonNegativeInt = 10  # 0: no evaluation
     log_every: PositiveInt = 1_000
     checkpoint_every: PositiveInt = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("cameras", "vectors", "load"):
+            setattr(self, name, as_names(getattr(self, name)))
+        for name in ("entropy_scale", "actor_gradient_mix"):  # numbers come as text
+            schedule = Schedule.parse(getattr(self, name))
+            if schedule.is_constant:
+                setattr(self, name, schedule.start)
 
 
 @dataclass
