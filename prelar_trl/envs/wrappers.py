@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -79,8 +80,9 @@ def wrap_gym(
     if pixels is None or pictures:
         return base, transforms
     if simulated:
-        view = (simulation.model, simulation.data, cameras, pixels, render_quality)
-        return base, [*transforms, _cameras(*view)]
+        model, data = simulation.model, simulation.data
+        marks = getattr(simulation, "_render_callback", None)  # of gymnasium-robotics: the goal
+        return base, [*transforms, _cameras(model, data, cameras, pixels, render_quality, marks)]
     picture = Pixels([env.render], pixels, source=f"render() of {name}")
     try:
         env.reset()
@@ -88,6 +90,16 @@ def wrap_gym(
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"{name} needs another package: {error}") from error
     return base, [*transforms, picture]
+
+
+def make_robotics(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
+    """A task of gymnasium-robotics by its id, such as ``FetchReach-v4``. See `make_gym`."""
+    if importlib.util.find_spec("gymnasium_robotics") is None:
+        raise ImportError(
+            f"robotics/{name} needs gymnasium-robotics: pip install 'prelar_trl[robotics]'"
+        )
+    gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    return make_gym(name, **options)
 
 
 def make_dm_control(
@@ -131,10 +143,11 @@ def _cameras(
     cameras: Sequence[str],
     size: int,
     quality: RenderQuality,
+    before: Callable[[], None] | None = None,
 ) -> Pixels:
     """The pictures of these cameras; without any, of the first that there is."""
     views = [
-        Camera(model, data, camera=camera, size=size, quality=quality)
+        Camera(model, data, camera=camera, size=size, quality=quality, before=before)
         for camera in cameras or (None,)
     ]
     return Pixels(views, size)
