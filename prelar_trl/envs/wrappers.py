@@ -64,7 +64,7 @@ def wrap_gym(
     if isinstance(space, gymnasium.spaces.Discrete) and space.start:  # TorchRL counts from 0
         first, choices = space.start, gymnasium.spaces.Discrete(space.n)
         env = gymnasium.wrappers.TransformAction(env, lambda choice: choice + first, choices)
-    simulation, base = env.unwrapped, GymWrapper(env)
+    simulation, base = env.unwrapped, GymWrapper(_of_numbers(env))
     pictures = find_pictures(base)
     simulated = isinstance(getattr(simulation, "model", None), mujoco.MjModel)
     if cameras and not pictures and not simulated:
@@ -90,6 +90,22 @@ def wrap_gym(
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"{name} needs another package: {error}") from error
     return base, [*transforms, picture]
+
+
+def _of_numbers(env: gymnasium.Env) -> gymnasium.Env:
+    """Without observations in words and in spaces of the environment's own, as MiniGrid's mission.
+
+    TorchRL converts no space that gymnasium does not have.
+    """
+    spaces = gymnasium.spaces
+    if not isinstance(env.observation_space, spaces.Dict):
+        return env
+    kinds = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
+    nested = (spaces.Dict, spaces.Tuple)
+    known = [key for key, x in env.observation_space.items() if isinstance(x, kinds + nested)]
+    if len(known) in (0, len(env.observation_space)):
+        return env
+    return gymnasium.wrappers.FilterObservation(env, known)
 
 
 def make_robotics(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
