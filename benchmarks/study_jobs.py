@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +11,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.jobs import Campaign, check_code, drive, write_json
-from benchmarks.study import parse_arguments
-from benchmarks.study_report import write_report
-from benchmarks.suites import Job
+from prelar_trl.sweep import Job, read_json, write_json
 
 TABLE = Path(__file__).with_name("study.yaml")
 OF_ONE_DIMENSION = re.compile(r"action_r2.*_\d+")
@@ -63,37 +58,25 @@ def expand(
     return jobs
 
 
-class StudyCampaign(Campaign):
-    """A campaign whose results are the probes of pre-training runs."""
+class ProbeResults:
+    """The probed values of each pre-training run, and what made them.
 
-    def result(self, job: Job) -> Path:
-        return self.results / "runs" / job.suite / f"{job.name}.json"
+    Args:
+        folder: of the study.
+    """
 
-    def publish(self, job: Job) -> None:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, job: Job) -> Path:
+        return self.folder / "runs" / job.suite / f"{job.name}.json"
+
+    def publish(self, job: Job, root: Path, facts: Mapping[str, Any]) -> None:
         """Write a run's probed values, and what made it."""
-        probed = json.loads((self.root / job.settings["run"] / "probe.json").read_text("utf-8"))
+        probed = read_json(root / job.settings["run"] / "probe.json")
         values = {
             name: None if math.isnan(value) else float(f"{value:.6g}")
             for name, value in probed["values"].items()
             if not OF_ONE_DIMENSION.fullmatch(name)
         }
-        commits = {"commit": self.commit, "pretraining_commit": self.record(job.needs)["commit"]}
-        made = {**job.run, **commits, "inputs": job.inputs, "values": values}
-        write_json(self.result(job), made)
-
-
-def main() -> None:
-    args = parse_arguments()
-    check_code()
-    study = load_study()
-    unknown = [name for name in args.data if name not in study.data]
-    if unknown:
-        choices = ", ".join(study.data)
-        sys.exit(f"error: no data set {unknown[0]!r} in {TABLE.name}; choose {choices}")
-    changed = {"updates": args.updates} if args.updates else {}
-    jobs = expand(study, data=args.data, seeds=args.seeds, **changed)
-    drive(StudyCampaign, args, jobs, lambda: write_report(args.results, list(study.variants)))
-
-
-if __name__ == "__main__":
-    main()
+        write_json(self.path(job), {**facts, "values": values})

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.campaign import say
+from prelar_trl.recipes.sweep import say
 from prelar_trl.record import plot_bars
 
 Values = Mapping[str, float]

@@ -1,38 +1,76 @@
 """Checkpoints: one atomic file with everything a continuation needs.
 
 A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionaries. It is read as
-such: loading never runs code from the file.
+such: loading never runs code from the file. What is not finite is not written, and a file that was
+damaged is not read.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import random
 import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from prelar_trl.utils import atomic_write
 
-__all__ = ["load_checkpoint", "rng_state", "save_checkpoint", "set_rng_state"]
+__all__ = [
+    "DamagedFileError",
+    "load_checkpoint",
+    "load_newest_checkpoint",
+    "read_tensors",
+    "rng_state",
+    "save_checkpoint",
+    "set_rng_state",
+]
 
 FORMAT = 1
+logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Path:
+class DamagedFileError(ValueError):
+    """A file of tensors whose bytes are not those that were written, or that is something else."""
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str], state: dict[str, Any], *, keep: int = 1, finite: bool = True
+) -> Path:
     """Write ``state`` so that ``path`` always holds a whole checkpoint, the old or the new one.
+
+    Args:
+        path: the file, e.g. ``last.pt``.
+        state: tensors, numbers, strings, lists and dictionaries.
+        keep: how many stay: this one, and before it ``last_1.pt``, ``last_2.pt``, ... A damaged one
+            takes no whole one's place. Default: 1.
+        finite: refuse NaN and infinity. Default: True.
 
     Raises:
         OSError: no space or not writable; what was there stays.
+        ValueError: a tensor holds NaN or infinity, named; what was there stays.
     """
     path = Path(path)
+    bad = first_not_finite(state) if finite else None
+    if bad is not None:
+        raise ValueError(
+            f"checkpoint {path} was not written: {bad} holds NaN or infinity; the one before it is "
+            "kept"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with atomic_write(path, sync=True) as part, part.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
+        with atomic_write(path, sync=True) as part:
+            with part.open("wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+            _make_way(path, keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
@@ -42,22 +80,92 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> Path
     return path
 
 
+def _make_way(path: Path, keep: int) -> None:
+    """The checkpoint at ``path`` is also ``<stem>_1``, those before it move on by one."""
+    if keep < 2 or not path.is_file() or not _is_whole(path):
+        return
+    for number in range(keep - 1, 1, -1):
+        if _before(path, number - 1).is_file():
+            os.replace(_before(path, number - 1), _before(path, number))
+    with atomic_write(_before(path, 1)) as link:
+        try:
+            os.link(path, link)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, link)
+
+
+def _before(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}_{number}")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the checksums agree that the file's entries hold; torch does not look at them."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # damaged headers make it raise nearly anything
+        return False
+
+
+def first_not_finite(state: Mapping[str, Any]) -> str | None:
+    """The name of a tensor with NaN or infinity; one reduction where there is none."""
+    tensors = {name: x for name, x in _floating(state) if x.numel()}
+    if not tensors or get_total_norm(tensors.values(), norm_type=math.inf).isfinite():
+        return None
+    return next(name for name, x in tensors.items() if not x.isfinite().all())
+
+
+def _floating(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors of nested dictionaries and lists, by their dotted names."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield name, value
+        return
+    items: Any = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, item in items:
+        yield from _floating(item, f"{name}.{key}" if name else str(key))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> Any:
+    """Read onto the CPU what ``torch.save`` wrote: data only, and only as it was written.
+
+    ``torch.load`` compares no checksum: of a file with a flipped bit it gives other weights. Files
+    in the form of before torch 1.6, which have none, are read too.
+
+    Raises:
+        DamagedFileError: it is damaged, holds more than data, or is no file of tensors.
+    """
+    try:
+        if zipfile.is_zipfile(path) and not _is_whole(Path(path)):
+            raise DamagedFileError(f"{path} is damaged: a checksum in it differs")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedFileError:
+        raise
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        raise DamagedFileError(f"{path} is no file of tensors ({type(error).__name__})") from error
+
+
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is damaged, is none of ours, or of a newer format.
+        DamagedFileError: the file is damaged, or something else altogether.
+        ValueError: it is none of ours, or of a newer format.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: the run has saved none yet")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        raise ValueError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}): the file is damaged or "
-            "not one of this package"
+        state = read_tensors(path)
+    except DamagedFileError as error:
+        raise DamagedFileError(
+            f"checkpoint {path} cannot be read ({error}): the file is damaged or not one of this "
+            "package"
         ) from error
     if not isinstance(state, dict) or not isinstance(state.get("format"), int):
         raise ValueError(f"{path} is not a checkpoint of this package")
@@ -67,6 +175,23 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             "update the package"
         )
     return state
+
+
+def load_newest_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As :func:`load_checkpoint`; where that one is damaged, the newest whole one before it.
+
+    It is said by name, as a warning.
+    """
+    path = Path(path)
+    others = path.parent.glob(f"{path.stem}_*{path.suffix}")
+    others = sorted(others, key=lambda other: (len(other.name), other.name))  # by their number
+    for other in others:
+        try:
+            return load_checkpoint(path)
+        except (DamagedFileError, FileNotFoundError) as error:
+            logger.warning("%s; taking %s, the one before it, instead", error, other)
+            path = other
+    return load_checkpoint(path)
 
 
 def rng_state() -> dict[str, Any]:

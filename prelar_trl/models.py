@@ -20,12 +20,12 @@ from prelar_trl.modules.rssm import RSSM
 from prelar_trl.modules.world_model import RSSMWorldModel
 from prelar_trl.objectives import LatentActionLoss, RSSMWorldModelLoss, VideoBonus
 from prelar_trl.objectives.common import check_weights
-from prelar_trl.pretrained import load_pretrained, pretrained_modules
+from prelar_trl.pretrained import copy_pretrained, pretrained_modules
 from prelar_trl.types import Inputs
 
 __all__ = [
     "Agent",
-    "load_pretrained",
+    "copy_pretrained",
     "make_agent",
     "make_inverse_model",
     "make_world_model",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.modules.world_model import RSSMWorldModel
 
-__all__ = ["added_inputs", "load_pretrained", "pretrained_modules"]
+__all__ = ["added_inputs", "copy_pretrained", "pretrained_modules"]
 
 EMBED_WEIGHT = "posterior_hidden.weight"  # [hidden, D + E]: the embedding's columns come last
 
@@ -32,7 +32,7 @@ def added_inputs(world_model: RSSMWorldModel) -> list[str]:
     return [name for name in parts if name in there]
 
 
-def load_pretrained(
+def copy_pretrained(
     world_model: RSSMWorldModel,
     state: Mapping[str, Tensor],
     parts: Collection[str] = PRETRAINED_PARTS,

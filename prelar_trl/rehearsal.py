@@ -1,4 +1,4 @@
-"""Pre-training video that fine-tuning goes on with."""
+"""Pre-training video that fine-tuning rehearses."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
@@ -29,7 +30,7 @@ from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.schedules import Schedule
 from prelar_trl.utils import check_choice
 
-__all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
+__all__ = ["Alignment", "BehaviorUpdate", "WorldModelUpdate", "frozen"]
 
 Precision = Literal["32", "bf16"]
 
@@ -54,29 +55,39 @@ def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
     return Adam(trained, lr=lr, eps=1e-5, weight_decay=1e-6, fused=fused)
 
 
-def clip_and_step(optimizer: Optimizer, clip: float) -> Tensor:
-    """Clip the gradients' global norm, step, clear; returns the norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = clip_grad_norm_(parameters, clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+    """Step unless ``skip``, bool []; without a host sync if the optimizer is fused."""
+    if optimizer.defaults["fused"]:
+        # Where a GradScaler says so to the kernel, which reads a float32.
+        vars(optimizer)["found_inf"] = skip.to(torch.float32)
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
 
 
 class Update:
-    """Base of the two updates: loss and gradient, optimizers by name, saving and loading.
+    """Base of the updates: loss and gradient, optimizers by name, saving and loading.
+
+    One whose loss or gradient is not finite is skipped: no optimizer steps.
 
     Args:
         module: has all parameters and buffers that :meth:`losses` uses.
         precision: ``32``, or ``bf16`` for autocast.
         clip: largest global gradient norm of an optimizer's parameters.
+
+    Attributes:
+        count: updates so far, skipped ones among them.
+        skipped, skipped_in_a_row: how many, on the loss's device: only who reads them waits.
     """
+
+    process_group: ProcessGroup | None = None  # whose processes share the batch
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
         check_choice("precision", precision, get_args(Precision))
         self.module, self.mixed, self.clip = module, precision == "bf16", clip
         self.optimizers: dict[str, Optimizer] = {}
         self.count = 0
+        self.skipped = self.skipped_in_a_row = torch.zeros((), dtype=torch.int64)
 
     def losses(self, *inputs: Any) -> TensorDict:
         """The losses of these inputs, ``loss_*`` entries among them."""
@@ -91,18 +102,30 @@ class Update:
     def autocast(self, device: torch.device) -> AbstractContextManager:
         return torch.autocast(device.type, torch.bfloat16) if self.mixed else nullcontext()
 
-    def step_optimizers(self) -> dict[str, Tensor]:
-        return {
-            f"grad_norm_{name}": clip_and_step(optimizer, self.clip)
-            for name, optimizer in self.optimizers.items()
-        }
+    def step_optimizers(self, loss: Tensor) -> dict[str, Tensor]:
+        """Clip the global norm of each optimizer's gradients, step, clear; the norms before.
+
+        If the loss or a norm is NaN or infinite, all parameters and moments stay as they are.
+        """
+        norms = {}
+        for name, optimizer in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norms[f"grad_norm_{name}"] = clip_grad_norm_(parameters, self.clip)
+        skip = ~torch.stack([loss, *norms.values()]).isfinite().all()
+        for optimizer in self.optimizers.values():
+            step_unless(optimizer, skip)
+            optimizer.zero_grad(set_to_none=True)
+        self.skipped = self.skipped.to(skip.device) + skip
+        self.skipped_in_a_row = (self.skipped_in_a_row.to(skip.device) + 1) * skip
+        return norms
 
     def state_dict(self) -> dict:
         optimizers = {name: o.state_dict() for name, o in self.optimizers.items()}
-        return {"count": self.count, "optimizers": optimizers}
+        return {"count": self.count, "skipped": int(self.skipped), "optimizers": optimizers}
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state["count"]
+        self.skipped = torch.tensor(state.get("skipped", 0))
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
 
@@ -167,8 +190,11 @@ class WorldModelUpdate(Update):
         self.loss.train()
         if self.rehearsal is not None:
             self.rehearsal.train()
+        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
         losses = self.forward_backward(batch, video)
-        losses.update(self.step_optimizers())
+        losses.update(self.step_optimizers(total_loss(losses)))
+        for buffer, old in before:  # statistics know no skipped batch
+            buffer.copy_(torch.where(self.skipped_in_a_row > 0, old, buffer))
         if self.scheduler is not None:
             self.scheduler.step()
         self.count += 1
@@ -233,21 +259,27 @@ class Alignment(Update):
             ``align_error``, the mean squared error, and ``align_r2``, the share of the latent
             actions' variance that the true actions explain.
         """
+        losses = self.forward_backward(batch)
+        self.step_optimizers(total_loss(losses))
+        self.count += 1
+        return {name: losses[name] for name in ("align_error", "align_r2")}
+
+    def losses(self, batch: TensorDictBase) -> TensorDict:
+        def joint_sum(x: Tensor) -> Tensor:  # over the processes their mean, as of losses
+            return joint_mean((x * known).sum((0, 1)), self.process_group)
+
         known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
         with torch.no_grad():
             target, _ = self.inverse_model(self.preprocess(batch["pixels"]), sample=False)
             target = target[:, 1:]
-            count = known.sum().clamp_min(1)
-            mean = (target * known).sum((0, 1)) / count
-            variance = ((target - mean).square() * known).sum((0, 1)) / count
+            count = joint_sum(torch.ones_like(target[..., :1])).clamp_min(1e-6)
+            mean = joint_sum(target) / count
+            variance = joint_sum((target - mean).square()) / count
         latent, _ = self.action_encoder(batch["action"], sample=False)
-        error = ((latent[:, 1:] - target).square() * known).sum((0, 1)) / count  # [U]
-        error.mean().backward()
-        self.step_optimizers()
-        self.count += 1
-        error = error.detach()
-        r2 = 1 - error.sum() / variance.sum().clamp_min(1e-8)
-        return {"align_error": error.mean(), "align_r2": r2}
+        error = joint_sum((latent[:, 1:] - target).square()) / count  # [U]
+        r2 = 1 - error.detach().sum() / variance.sum().clamp_min(1e-8)
+        loss = error.mean()
+        return TensorDict({"loss_align": loss, "align_error": loss.detach(), "align_r2": r2})
 
 
 class BehaviorUpdate(Update):
@@ -307,7 +339,7 @@ class BehaviorUpdate(Update):
             for name, schedule in self.schedules.items()
         }
         self.actor_loss = ActorLoss(gradient=gradient, **values)
-        self.critic_loss = CriticLoss(agent.critic)
+        self.critic_loss = CriticLoss(agent.critic, delay_value=False)
         self.optimizers = {
             "actor": make_adam(agent.actor.parameters(), actor_lr),
             "critic": make_adam(agent.critic.parameters(), critic_lr),
@@ -325,7 +357,7 @@ class BehaviorUpdate(Update):
                 getattr(self.actor_loss, name).fill_(schedule(self.count))
         with frozen(self.agent.world_model):
             losses = self.forward_backward(start, sample)
-        losses.update(self.step_optimizers())
+        losses.update(self.step_optimizers(total_loss(losses)))
         if self.count % self.slow_every == 0:
             self.move_slow_critic(self.slow_target_fraction if self.count else 1.0)
         self.count += 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["atomic_write", "check_choice", "listed"]
+__all__ = ["atomic_write", "check_choice", "git_state", "listed", "lock_folder"]
 
 
 @contextmanager
@@ -26,14 +29,39 @@ def atomic_write(path: str | os.PathLike[str], *, sync: bool = False) -> Iterato
     try:
         yield part
         if sync:
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_to_disk(part)
         os.replace(part, path)
+        if sync:
+            sync_to_disk(path.parent)
     finally:
         if part.is_dir():
             shutil.rmtree(part)
         else:
             part.unlink(missing_ok=True)
+
+
+def sync_to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def lock_folder(path: str | os.PathLike[str]) -> int:
+    """Locks a folder against other writers, until the handle is closed or the process ends.
+
+    Raises:
+        BlockingIOError: someone else holds the lock.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
@@ -47,3 +75,40 @@ def listed(words: Iterable[str]) -> str:
     """``a, b or c``."""
     *first, last = words
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def git_state(source: str | os.PathLike[str] = __file__) -> dict[str, Any] | None:
+    """Commit and dirty flag of the checkout that tracks ``source``.
+
+    None when ``source`` is not tracked: an installed wheel may lie inside a checkout of
+    something else, whose commit says nothing about this code.
+    """
+    source = Path(source).resolve()
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(source.parent), *args],
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+            )
+        except OSError:  # git is not installed
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", source.name) is None:
+        return None
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": git("status", "--porcelain") != ""}
+
+
+def without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings and groups of them, without those that are null."""
+    return {
+        name: without_null(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if value is not None
+    }

@@ -118,6 +118,7 @@ def collect_episode(number: int, *, names: list[str], cfg: CollectVideosConfig) 
         camera=cfg.camera,
         render_quality=cfg.render_quality,
         pixels=cfg.pixels,
+        action_repeat=cfg.action_repeat,
         max_steps=cfg.max_steps,
     )
     env.set_seed(int(rng.integers(2**31)))

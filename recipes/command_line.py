@@ -7,8 +7,9 @@ it.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, cast, get_type_hints
 
@@ -17,6 +18,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import MISSING
 
+FREE = {"free": True}  # metadata of a field: a mapping whose keys its schema does not know
 MULTIRUN = ("-m", "--multirun")
 HINTS = {
     "[": """put unusual names in quotes, e.g. {}='["2024_05_01", "Videos (1)"]'""",
@@ -31,7 +33,7 @@ def as_typed(arguments: Sequence[str], schema: type, groups: Sequence[str]) -> l
     Text are the fields of ``schema`` whose type is ``str``, ``str | None`` or ``Any``. Left to
     Hydra are ``null`` where a field may be None, a value in quotes, and in a field of type ``Any``
     lists ``[...]`` and mappings ``{...}``, unless there is a file of that name. With
-    ``--multirun`` everything is.
+    ``--multirun`` everything is. Keys below a field with the metadata ``FREE`` need not be known.
 
     Args:
         arguments: as in ``sys.argv[1:]``.
@@ -50,7 +52,23 @@ def as_typed(arguments: Sequence[str], schema: type, groups: Sequence[str]) -> l
         for field in fields(schema)
         if types[field.name] in (str, str | None, Any) and field.name not in groups
     }
-    return [_as_typed(argument, text, types) for argument in arguments]
+    free = {field.name for field in fields(schema) if field.metadata == FREE}
+    return [_as_typed(_added(argument, free), text, types) for argument in arguments]
+
+
+def as_override(value: Any) -> str:
+    """A plain value in the form in which Hydra reads it from a command line."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{as_override(x)}" for key, x in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(as_override, value)) + "]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _added(argument: str, free: set[str]) -> str:
+    """With Hydra's ``++`` where it sets a key of a free mapping."""
+    key, equals, _ = argument.partition("=")
+    return f"++{argument}" if equals and key.partition(".")[0] in free else argument
 
 
 def _as_typed(argument: str, text: dict[str, Field], types: dict[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,24 +20,37 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
-from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
+from prelar_trl.distributed import distribute
+from prelar_trl.fast import CompileMode, compile_update
+from prelar_trl.recipes.processes import ALONE, Processes
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 from prelar_trl.types import Backend
+from prelar_trl.updates import Update
+from prelar_trl.utils import atomic_write
 
 CHECKPOINT = "last.pt"
+BEST = "best.pt"  # evaluated, while fine-tuning
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU."""
+    """``auto`` is CUDA where there is a GPU; without a number, torchrun's processes take one each.
+
+    That GPU becomes the current one, where what names no device goes.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: torch sees no GPU here; use device=cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"device={name!r}: torch sees only {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -54,25 +69,41 @@ def chosen_loggers(logger: str | Sequence[str]) -> tuple[Backend, ...]:
 
 
 def open_run(
-    cfg: Any, module: nn.Module, data_bytes: int = 0
+    cfg: Any, module: nn.Module, data_bytes: int = 0, processes: Processes = ALONE
 ) -> tuple[RunFolder, dict[str, Any] | None]:
     """The run folder, and the checkpoint to continue from (``resume=true``), or None.
 
-    There must be space for two checkpoints of ``module`` with Adam's two moments, and for
-    ``data_bytes`` of a replay.
+    The folder is locked. There must be space for the checkpoints of ``module`` with Adam's two
+    moments, the best and one that is being written among them, and for ``data_bytes`` of a replay.
+    The first of several processes makes or checks it, then the others follow.
     """
-    if not cfg.resume:
-        if (Path(cfg.run).expanduser() / "config.yaml").exists():
-            raise FileExistsError(
-                f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
-                "choose another folder"
-            )
-        state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-        need = 2 * 3 * state + data_bytes + MARGIN_BYTES
-        return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
+    if not processes.first:
+        processes.wait()
+        run = RunFolder.load(cfg.run)
+        return run, load_newest_checkpoint(run.checkpoints / CHECKPOINT) if cfg.resume else None
+    opened = continue_run(cfg) if cfg.resume else make_run(cfg, module, data_bytes)
+    processes.wait()
+    return opened
+
+
+def make_run(cfg: Any, module: nn.Module, data_bytes: int) -> tuple[RunFolder, None]:
+    """A new run folder, with space for what it will hold."""
+    if (Path(cfg.run).expanduser() / "config.yaml").exists():
+        raise FileExistsError(
+            f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
+            "choose another folder"
+        )
+    state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
+    need = (cfg.keep + 2) * 3 * state + data_bytes + MARGIN_BYTES
+    return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
+
+
+def continue_run(cfg: Any) -> tuple[RunFolder, dict[str, Any]]:
+    """The run in the folder, and its checkpoint."""
     run = RunFolder.load(cfg.run)
+    run.lock()
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
-    changeable += ("compile",)
+    changeable += ("compile", "keep", "keep_every", "max_skipped", "trust_code")
     defaults = {field.name: field.default for field in fields(cfg)}
     for name, value in plain(asdict(cfg)).items():
         began = run.config.get(name, defaults[name])  # it may be older than an option
@@ -83,14 +114,103 @@ def open_run(
                 f"resume: {name}={value} but the run in {cfg.run} was started with "
                 f"{name}={began}; repeat its command with resume=true"
             )
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
     run.note_continuation(checkpoint["step"])
     return run, checkpoint
 
 
-def open_logger(run: RunFolder, loggers: tuple[Backend, ...], checkpoint: Mapping | None) -> Logger:
-    """The run's logger; after a checkpoint it continues from its step."""
+def read_run(
+    path: str, *, trust_code: bool, checkpoint: str = CHECKPOINT, typed: str | None = None
+) -> tuple[RunFolder, dict[str, Any]]:
+    """A run folder that may come from anybody, and a checkpoint of it.
+
+    Args:
+        path: the folder.
+        trust_code: its model may be made by a module that the folder names.
+        checkpoint: which.
+        typed: the latent action of this command, which needs no trust.
+
+    Raises:
+        FileNotFoundError, ValueError: none, damage, or code that is not trusted.
+    """
+    run = RunFolder.load(path)
+    state = load_checkpoint(run.checkpoints / checkpoint)
+    kind = state.get("overrides", {}).get("latent_action")
+    check_trust(path, "model.latent_action", kind, trust_code or kind == typed)
+    return run, state
+
+
+def check_trust(run: str, name: str, value: Any, trust_code: bool) -> None:
+    """Refuse a setting of a run folder that names a module, whose import would run its code."""
+    if ":" in str(value) and not trust_code:
+        raise ValueError(
+            f"run folder {run} has {name}={value}, which runs the code of that module: if you "
+            "trust it, add trust_code=true"
+        )
+
+
+def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> None:
+    """Write the newest checkpoint, and one that stays if a multiple of ``keep_every`` was passed.
+
+    Args:
+        cfg: the recipe's configuration.
+        run: the run's folder.
+        state: what to write; ``step`` among it.
+        before: the step of the checkpoint before it.
+    """
+    keep = cfg.keep if state["step"] > before else 1  # the same step again takes its own place
+    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)
+    if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
+        with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
+            shutil.copyfile(path, part)
+
+
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in (before, now]."""
+    return now // every > before // every
+
+
+def prepare_update(
+    update: Update, mode: CompileMode, processes: Processes, overlap: bool = True
+) -> None:
+    """Compile an update or, for several processes, let it train on their joint batches.
+
+    Raises:
+        ValueError: compiling is asked for with several processes, whose exchange is not traced.
+    """
+    if processes.group is None:
+        compile_update(update, mode)
+    elif mode == "on":
+        raise ValueError("compile=on: several processes cannot compile yet; use compile=auto")
+    distribute(update, processes.group, overlap=overlap)
+
+
+def open_logger(
+    run: RunFolder,
+    loggers: tuple[Backend, ...],
+    checkpoint: Mapping | None,
+    processes: Processes = ALONE,
+) -> Logger:
+    """The run's logger; after a checkpoint it continues from its step.
+
+    Of several processes only the first one's writes.
+    """
+    if not processes.first:
+        return NoLogger(run)
     return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
+
+
+class NoLogger(Logger):
+    """Writes nothing: of the processes after the first."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
+
+    def log_times(self, times: Mapping[str, Any], step: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def plain(value: Any) -> Any:
@@ -155,16 +275,6 @@ def drop_unweighted(losses: TensorDictBase) -> dict[str, Tensor]:
 def progress_metrics(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses for the progress bar, of those that the run has."""
     return {name: losses[name] for name in ("image", "kl") if name in losses.keys()}
-
-
-def check_finite(losses: TensorDictBase, step: int) -> None:
-    """Raise when a loss is NaN or infinite, before a checkpoint could be overwritten with it."""
-    bad = [name for name, x in losses.items() if name.startswith("loss_") and not x.isfinite()]
-    if bad:
-        raise RuntimeError(
-            f"{bad[0]} is {losses[bad[0]].item()} at step {step}: training has diverged; the "
-            "checkpoint saved before is kept. Start a new run with a lower lr, or precision=32"
-        )
 
 
 class EpisodeTracker:

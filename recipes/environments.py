@@ -13,6 +13,7 @@ from torchrl.data import OneHot
 from torchrl.envs import EnvBase
 
 from prelar_trl.envs import import_factory, is_import_path, make_env
+from prelar_trl.envs.transforms import StepCheck
 from prelar_trl.types import Inputs
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward"}
@@ -72,7 +73,7 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
         return make_env(make, **given)
     env = make()
     if not left and isinstance(env, EnvBase) and KEYS <= {*env.observation_spec.keys()}:
-        return env
+        return env.append_transform(StepCheck(f"environment {name}"))
     return make_env(env, **given)
 
 

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_agent
 from prelar_trl.recipes.common import (
-    CHECKPOINT,
+    check_trust,
     choose_device,
     play,
+    read_run,
     seed_everything,
     summarize,
 )
@@ -37,7 +37,7 @@ from prelar_trl.recipes.environments import (
 )
 from prelar_trl.recipes.interaction import act, evaluation_policy
 from prelar_trl.recipes.schema import EvaluateConfig
-from prelar_trl.record import RunFolder, bootstrap_interval, write_video
+from prelar_trl.record import bootstrap_interval, write_video
 from prelar_trl.utils import atomic_write
 
 
@@ -48,8 +48,9 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     """
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
-    run = RunFolder.load(cfg.run)
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    run, checkpoint = read_run(
+        cfg.run, trust_code=cfg.trust_code, checkpoint=f"{cfg.checkpoint}.pt"
+    )
     if checkpoint["phase"] != "finetune":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; evaluate a finetune run")
     agent = make_agent(
@@ -63,6 +64,8 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     trained = run.config
     noise, state_mean = trained.get("eval_noise", 0.0), trained.get("eval_state_mean", False)
     policy = evaluation_policy(agent, noise, state_mean)
+    if cfg.env is None:
+        check_trust(cfg.run, "env", trained["env"], cfg.trust_code)
     env = build_env(
         env_factory,
         cfg.env or trained["env"],

@@ -1,6 +1,7 @@
 """Fine-tune a world model with real actions, and learn to act in it. Also from scratch.
 
 python recipes/finetune.py env=metaworld/drawer-open pretrained=runs/pretrain run=runs/finetune
+torchrun --nproc-per-node=4 recipes/finetune.py ...
 """
 
 from __future__ import annotations
@@ -20,34 +21,43 @@ import torch
 
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
-from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import make_env
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
-    CHECKPOINT,
+    BEST,
     Interruption,
-    check_finite,
     choose_device,
     chosen_loggers,
+    crossed,
     drop_unweighted,
     ignore_sigint,
     open_logger,
     open_run,
     progress_metrics,
+    save_run,
     seed_everything,
 )
 from prelar_trl.recipes.environments import interface
+from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
 from prelar_trl.recipes.learner import Learner, make_learner
+from prelar_trl.recipes.processes import ALONE, Processes, joined
+from prelar_trl.recipes.replays import open_replay, share_replays
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
 
 
 def finetune(
-    cfg: FinetuneConfig, env_factory: Any = make_env, watch: Stopwatch | None = None
+    cfg: FinetuneConfig,
+    env_factory: Any = make_env,
+    watch: Stopwatch | None = None,
+    processes: Processes = ALONE,
 ) -> None:
     """The whole run: environment, agent, loop.
+
+    Several processes share each batch; each has environments and a replay of its own. All count
+    the steps of all.
 
     ``env_factory`` is any function that makes an environment of TorchRL or gymnasium, such as
     ``lambda: MyEnv()``, or takes make_env's arguments (`build_env` says which it gets). ``watch``
@@ -57,47 +67,70 @@ def finetune(
     watch = watch or Stopwatch()
     loggers = chosen_loggers(cfg.logger)
     device = choose_device(cfg.device)
-    seed_everything(cfg.seed)
+    seed = processes.seed(cfg.seed)
+    seed_everything(seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
-    env = make_training_env(cfg, env_factory, cfg.seed, cfg.num_workers)
+    env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
     known = interface(env)
-    learner = make_learner(cfg, known, device, watch)
+    learner = make_learner(cfg, known, device, watch, processes)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor, noise=cfg.expl_noise)
     env = env.append_transform(policy.make_primer())
-    frames = min(cfg.capacity, cfg.env_steps // cfg.action_repeat)
-    run, checkpoint = open_run(
-        cfg, learner.agent, data_bytes=frames * env.observation_spec["pixels"].shape[-3:].numel()
-    )
-    replay = EpisodeReplay(
-        run.path / "replay",
-        window=cfg.batch_length,
-        batch_size=cfg.batch_size - learner.video_clips,
-        capacity=cfg.capacity,
-        seed=cfg.seed,
-        device=device,
-        min_length=cfg.min_length,
-        pack=True,  # the official replay never trains on shorter episodes
-    )
+    frames = min(processes.size * cfg.capacity, cfg.env_steps // cfg.action_repeat)
+    frame_bytes = env.observation_spec["pixels"].shape[-3:].numel()
+    run, checkpoint = open_run(cfg, learner.agent, frames * frame_bytes, processes)
+    replay = open_replay(cfg, run.path, learner.video_clips, device, processes, checkpoint)
     collection = Collection(env, policy, replay, device, watch)
-    state = FinetuneState(cfg, known, learner, collection)
+    state = FinetuneState(cfg, known, learner, collection, processes)
     if checkpoint is not None:
         state.load_state_dict(checkpoint)
+        share_replays(replay, checkpoint, processes)
         if state.step >= cfg.env_steps and not state.evaluation_due:
-            print(f"{run.path} has its {state.step} steps already; raise env_steps to continue")
+            processes.say(
+                f"{run.path} has its {state.step} steps already; raise env_steps to continue"
+            )
             return
 
-    def save() -> None:
-        state.evaluation_due = evaluation.cut_off
-        save_checkpoint(run.checkpoints / CHECKPOINT, state.state_dict())
+    saved = state.step
 
+    def save() -> None:
+        nonlocal saved
+        state.evaluation_due = evaluation.cut_off
+        whole = state.state_dict()
+        if processes.first:
+            save_run(cfg, run, whole, saved)
+        saved = state.step
+
+    def evaluate() -> None:  # by the first; the others wait
+        with watch("evaluation"):
+            score = evaluation(logger, state.step) if processes.first else None
+            better = score is not None and (state.best is None or score > state.best)
+            if processes.any(better):
+                state.best = score
+                whole = state.state_dict()
+                if processes.first:
+                    save_checkpoint(run.checkpoints / BEST, whole)
+
+    def stopping() -> bool:
+        return processes.any(interruption.requested)
+
+    guard = UpdateGuard(run, learner.updates, cfg.max_skipped, processes.rank)
     model_update = learner.model_update
-    per_step = cfg.action_repeat * max(1, env.batch_size.numel())  # environment steps a call
-    bar = Progress(cfg.env_steps, initial=state.step, name="finetune", unit="steps")
+    first = first_evaluation(cfg)
+    # Environment steps a call, those of all processes.
+    per_step = processes.size * cfg.action_repeat * max(1, env.batch_size.numel())
+    bar = Progress(
+        cfg.env_steps,
+        initial=state.step,
+        name="finetune",
+        unit="steps",
+        hidden=not processes.first,
+    )
     with (
         ExitStack() as opened,
-        open_logger(run, loggers, checkpoint) as logger,
+        run,
+        open_logger(run, loggers, checkpoint, processes) as logger,
         Interruption() as interruption,
         bar,
     ):
@@ -105,11 +138,11 @@ def finetune(
         evaluation = Evaluation(cfg, env_factory, learner.agent, device, interruption)
         opened.enter_context(closing(evaluation))
         collection.reset()
-        losses = None
+        losses, ready = None, False
         logger.log_times({"startup_s": watch.summary(state.step)["seconds"]}, state.step)
         if state.evaluation_due:
-            evaluation(logger, state.step)
-        while state.step < cfg.env_steps and not interruption.requested:
+            evaluate()
+        while state.step < cfg.env_steps and not stopping():
             random_phase = state.step < cfg.prefill
             ended = collection.step(random=random_phase)
             before, state.step, updates = state.step, state.step + per_step, model_update.count
@@ -118,61 +151,62 @@ def finetune(
                 for episode in ended:
                     names = ("return", "success", "length")
                     logger.log({f"train/{name}": episode[name] for name in names}, step)
-            if before < cfg.prefill <= step and not replay.num_episodes and not cfg.max_steps:
+            ready = ready or processes.all(bool(replay.num_episodes))
+            if before < cfg.prefill <= step and not ready and not cfg.max_steps:
                 raise ValueError(
                     f"no episode has ended in the prefill of {cfg.prefill} steps, and nothing can "
                     "be learned before: give max_steps, or a longer prefill"
                 )
-            if step >= cfg.prefill and replay.num_episodes:
-                while learner.unaligned and not interruption.requested:
+            if step >= cfg.prefill and ready:
+                while learner.unaligned and not stopping():
                     aligned = learner.align(collection.sample())
                     if not learner.unaligned:
                         logger.log(aligned, step)
                 state.updates_due += per_step / cfg.train_every
-                while state.updates_due >= 1 and not interruption.requested:
-                    losses = learner.update(collection.sample())
+                while state.updates_due >= 1 and not stopping():
+                    losses = learner.update(collection.sample(), guard.watch)
                     state.updates_due -= 1
+                    guard.check(losses, step)
             metrics = (
                 {}
                 if losses is None
-                else {"updates": model_update.count, **progress_metrics(losses)}
+                else {"updates": model_update.count, **progress_metrics(losses), **guard.shown()}
             )
             trained = (model_update.count - updates) * cfg.batch_size * cfg.batch_length
             with watch("logging"):
                 bar.update(per_step, frames=trained, metrics=metrics)
                 if losses is not None and crossed(before, step, cfg.log_every):
-                    check_finite(losses, step)
-                    logger.log(drop_unweighted(losses), step)
-            if not random_phase and crossed(before, step, cfg.eval_every):
-                with watch("evaluation"):
-                    evaluation(logger, step)
+                    logger.log({**drop_unweighted(losses), **guard.metrics()}, step)
+            if step >= first and crossed(before - first, step - first, cfg.eval_every):
+                evaluate()
             if step >= cfg.env_steps:
                 break
             # After the evaluation: a run that is killed within it comes back to it.
             if losses is not None and crossed(before, step, cfg.checkpoint_every):
                 with watch("logging"):
-                    check_finite(losses, step)
                     save()
             if crossed(before, step, cfg.log_every):
                 logger.log_times(watch.summary(step), step)
-        if losses is not None:
-            check_finite(losses, state.step)
-        if not interruption.requested and replay.num_episodes and evaluation.last != state.step:
-            with watch("evaluation"):
-                evaluation(logger, state.step)
+        stopped = stopping()
+        if not stopped and ready:
+            if processes.any(processes.first and evaluation.last != state.step):
+                evaluate()
+            stopped = stopping()
         with watch("logging"):
             save()
-        if not interruption.requested and not replay.num_episodes:
+        if losses is not None and not stopped:
+            guard.check(losses, state.step, last=True)
+        if not stopped and not ready:
             raise ValueError(
                 f"no episode was finished in {state.step} steps, so nothing was learned: raise "
                 "env_steps, or lower max_steps"
             )
         logger.log_times(watch.summary(state.step), state.step)
-    if interruption.requested:
-        sys.exit(
+    if stopped:
+        processes.stop(
             f"stopped after {state.step} steps; to continue: the same command with resume=true"
         )
-    print(f"fine-tuned agent: {run.path}")
+    processes.say(f"fine-tuned agent: {run.path}")
 
 
 def check(cfg: FinetuneConfig) -> None:
@@ -183,13 +217,20 @@ def check(cfg: FinetuneConfig) -> None:
         raise ValueError(
             f"min_length={cfg.min_length} must not exceed batch_length={cfg.batch_length}"
         )
+    if cfg.eval_from is not None and cfg.eval_from < cfg.prefill:
+        raise ValueError(
+            f"eval_from={cfg.eval_from} lies in the prefill of {cfg.prefill} steps, in which "
+            f"nothing is learned: use eval_from={cfg.prefill} or more"
+        )
     if cfg.capacity < cfg.batch_length:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
 
 
-def crossed(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (before, now]."""
-    return now // every > before // every
+def first_evaluation(cfg: FinetuneConfig) -> int:
+    """The step of the first evaluation: after the random actions."""
+    if cfg.eval_from is not None:
+        return cfg.eval_from
+    return (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
 
 
 class FinetuneState:
@@ -201,14 +242,19 @@ class FinetuneState:
         known: dict[str, Any],
         learner: Learner,
         collection: Collection,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.cfg, self.known = cfg, known  # of the environment, see `interface`
         self.learner, self.collection = learner, collection
         self.step = 0  # of the environment
         self.updates_due = float(cfg.pretrain_updates)
         self.evaluation_due = False  # an interruption has cut the last one off
+        self.best: list[float] | None = None  # success and return of the best evaluation
 
     def state_dict(self) -> dict[str, Any]:
+        """The whole run's, in each of its processes: all must ask for it."""
+        own, *others = self.processes.gather({**self.collection.state_dict(), "rng": rng_state()})
         return {
             "phase": "finetune",
             "method": self.cfg.method,
@@ -219,23 +265,31 @@ class FinetuneState:
             "step": self.step,
             "updates_due": self.updates_due,
             "evaluation_due": self.evaluation_due,
+            "best": self.best,
             **self.learner.state_dict(),
-            **self.collection.state_dict(),
-            "rng": rng_state(),
+            **own,
+            "others": others,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.updates_due = state["step"], state["updates_due"]
-        self.evaluation_due = state["evaluation_due"]
+        self.evaluation_due, self.best = state["evaluation_due"], state.get("best")
+        seed = self.processes.seed(self.cfg.seed) + self.step  # not the first episodes again
         with ignore_sigint():
-            self.collection.env.set_seed(self.cfg.seed + self.step)  # not the first episodes again
+            self.collection.env.set_seed(seed)
         self.learner.load_state_dict(state)
-        self.collection.load_state_dict(state)
-        set_rng_state(state["rng"])
+        states, rank = [state, *state.get("others", [])], self.processes.rank
+        if rank < len(states):
+            self.collection.load_state_dict(states[rank])
+            set_rng_state(states[rank]["rng"])
+        else:  # the run had fewer processes
+            seed_everything(seed)
 
 
 def main(cfg: FinetuneConfig) -> None:
     """Entry point."""
-    if choose_device(cfg.device).type == "cpu":
+    device = choose_device(cfg.device)
+    if device.type == "cpu":
         with_tcmalloc()
-    finetune(cfg)
+    with joined(device) as processes:
+        finetune(cfg, processes=processes)

@@ -135,10 +135,11 @@ class Evaluation:
         self.policy = evaluation_policy(agent, cfg.eval_noise, cfg.eval_state_mean)
         self._env: EnvBase | None = None
 
-    def __call__(self, logger: Logger, step: int) -> None:
+    def __call__(self, logger: Logger, step: int) -> list[float] | None:
+        """Evaluate and log; success and return, or None if there was no whole evaluation."""
         cfg, device, seed = self.cfg, self.device, self.cfg.seed + EVAL_SEED
         if not cfg.eval_episodes:
-            return
+            return None
         env = self._env = self._make_env(seed) if self._env is None else self._env
         with ignore_sigint():
             env.set_seed(seed)
@@ -148,10 +149,12 @@ class Evaluation:
             records, films = play(env, policy, cfg.eval_episodes, stopped=stopped)
         self.cut_off = len(records) < cfg.eval_episodes
         if self.cut_off:
-            return
+            return None
         self.last = step
-        logger.log({f"eval/{name}": value for name, value in summarize(records).items()}, step)
+        total = summarize(records)
+        logger.log({f"eval/{name}": value for name, value in total.items()}, step)
         logger.log_video("eval", films[0], step, fps=30)
+        return [total["success"], total["return"]]
 
     def _make_env(self, seed: int) -> EnvBase:
         workers = min(self.cfg.num_workers, self.cfg.eval_episodes)

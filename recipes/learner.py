@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +11,20 @@ from tensordict import TensorDictBase
 
 from prelar_trl.config import METHODS, PRETRAINED_PARTS
 from prelar_trl.data import VideoClips
-from prelar_trl.fast import accelerate, compile_update
-from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.fast import accelerate
+from prelar_trl.models import Agent, copy_pretrained, make_agent, make_world_model_loss
 from prelar_trl.pretrained import added_inputs
+from prelar_trl.recipes.common import prepare_update
 from prelar_trl.recipes.pretrained import (
     make_alignment,
     make_rehearsal,
     read_pretrained_run,
     rehearsed_clips,
 )
+from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.stopwatch import Stopwatch
-from prelar_trl.updates import Alignment, BehaviorUpdate, WorldModelUpdate
+from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate
 
 
 @dataclass
@@ -43,8 +45,20 @@ class Learner:
         """Clips of a model batch that are rehearsed video, not the replay's."""
         return 0 if self.clips is None else self.clips.batch_size
 
-    def update(self, batch: TensorDictBase) -> TensorDictBase:
+    @property
+    def updates(self) -> list[Update]:
+        """All that there are."""
+        updates = [self.model_update, self.behavior_update, self.alignment]
+        return [update for update in updates if update is not None]
+
+    def update(
+        self, batch: TensorDictBase, watch: Callable[..., None] = lambda *batches: None
+    ) -> TensorDictBase:
         """One update of the world model, and of the behavior from the states that it infers.
+
+        Args:
+            batch: of the replay.
+            watch: is shown all that goes into the update.
 
         Returns:
             The losses, scalars.
@@ -53,11 +67,13 @@ class Learner:
         if self.clips is not None:
             with self.watch("replay"):
                 batches.append(self.clips.sample())
+        watch(*batches)
         with self.watch("world_model"):
             losses = self.model_update(*batches)
         state = losses.pop("state")
         assert isinstance(state, TensorDictBase)
         if self.model_update.count <= self.behavior_after:
+            self.agent.eval()  # it acts now
             return losses
         with self.watch("behavior"):
             state.update(batch.select("terminated", "action"))
@@ -94,12 +110,17 @@ class Learner:
 
 
 def make_learner(
-    cfg: FinetuneConfig, known: Mapping[str, Any], device: torch.device, watch: Stopwatch
+    cfg: FinetuneConfig,
+    known: Mapping[str, Any],
+    device: torch.device,
+    watch: Stopwatch,
+    processes: Processes,
 ) -> Learner:
     """Networks, losses and optimizers, with the pre-trained weights if there are any.
 
     Args:
         known: of the environment, see :func:`prelar_trl.recipes.environments.interface`.
+        processes: those that share each batch.
 
     Raises:
         ValueError: settings, or a pre-training run, that do not go together.
@@ -115,9 +136,9 @@ def make_learner(
     pretrained = read_pretrained_run(cfg)
     parts = PRETRAINED_PARTS if cfg.load is None else cfg.load
     if pretrained is not None and not cfg.resume:
-        load_pretrained(agent.world_model, pretrained["model"], parts)
+        copy_pretrained(agent.world_model, pretrained["model"], parts)
         if anew := added_inputs(agent.world_model):
-            print(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
+            processes.say(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
     accelerate(agent.to(device).eval())
     alignment = make_alignment(cfg, agent.world_model, pretrained, device)
     loss = make_world_model_loss(
@@ -128,7 +149,9 @@ def make_learner(
         **overrides(cfg.loss),
     ).to(device)
     rehearsal = make_rehearsal(cfg, loss, pretrained, device)
-    clips = None if rehearsal is None else rehearsed_clips(cfg, rehearsal, pretrained, device)
+    clips = None
+    if rehearsal is not None:
+        clips = rehearsed_clips(cfg, rehearsal, pretrained, device, processes)
     model_update = WorldModelUpdate(
         loss,
         lr=cfg.lr,
@@ -151,12 +174,14 @@ def make_learner(
         slow_every=cfg.slow_every,
         slow_target_fraction=cfg.slow_target_fraction,
         reward_norm_momentum=cfg.reward_norm_momentum,
-        imag_batch=cfg.imag_batch,
+        imag_batch=cfg.imag_batch and processes.share("imag_batch", cfg.imag_batch),
         clip=cfg.clip,
         precision=cfg.precision,
     )
     for update in (model_update, behavior_update):
-        compile_update(update, cfg.compile)
+        prepare_update(update, cfg.compile, processes)
+    if alignment is not None:  # the model's update trains the action encoder, too
+        prepare_update(alignment, "off", processes, overlap=False)
     return Learner(
         agent,
         model_update,

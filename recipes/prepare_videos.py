@@ -1,4 +1,4 @@
-"""Turn a folder of videos, Something-Something-V2 or .npz episodes into a clip store, once.
+"""Turn videos, Something-Something-V2, .npz episodes, LeRobot or TorchRL data into a clip store.
 
 python recipes/prepare_videos.py source=my-videos data=videos/mine
 
@@ -23,11 +23,15 @@ from prelar_trl.data.sources import (
     EpisodeFolder,
     FrameLists,
     FrameOptions,
+    LeRobotDataset,
     SomethingSomething,
     Source,
+    TensorDictFolder,
     VideoFolder,
     export_episodes,
     export_frames,
+    is_lerobot,
+    is_tensordict,
     list_file,
     npz_files,
     opencv,
@@ -38,7 +42,12 @@ from prelar_trl.recipes.schema import PrepareVideosConfig
 from prelar_trl.record import Progress
 
 EXPORTS = {"npz": export_episodes, "jpeg": export_frames}
-ONLY_FOR = {"labels": ("something", "frames"), "lists": ("frames",), "actions": ("episodes",)}
+ONLY_FOR = {
+    "labels": ("something", "frames"),
+    "lists": ("frames",),
+    "actions": ("episodes", "lerobot", "torchrl"),
+    "camera": ("lerobot", "torchrl"),
+}
 
 
 def path(name: str) -> Path:
@@ -52,6 +61,10 @@ def detect(root: Path, lists: dict[str, str] | None, options: FrameOptions) -> s
         return "frames"
     if not root.is_dir():
         raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
+    if is_lerobot(root):
+        return "lerobot"
+    if is_tensordict(root):
+        return "torchrl"
     labels = list_file(root, "labels")
     if labels and (labels.name != "labels.json" or list_file(root, "train")):
         return "something"
@@ -100,6 +113,10 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
         return FrameLists(root, options, lists=cfg.lists, labels=cfg.labels)
     if kind == "episodes":
         return EpisodeFolder(root, options, actions=cfg.actions)
+    if kind == "lerobot":
+        return LeRobotDataset(root, options, camera=cfg.camera, actions=cfg.actions)
+    if kind == "torchrl":
+        return TensorDictFolder(root, options, camera=cfg.camera, actions=cfg.actions)
     return VideoFolder(root, options)
 
 
@@ -120,7 +137,8 @@ def run(cfg: PrepareVideosConfig) -> ClipStore:
         min_frames=cfg.min_frames,
         workers=cfg.workers or os.cpu_count() or 1,
         shard_bytes=cfg.shard_mib * 2**20,
-        info={"labels": cfg.labels, "actions": cfg.actions},
+        info={"labels": cfg.labels, "actions": cfg.actions}
+        | ({"camera": cfg.camera} if cfg.camera else {}),
         progress=show,
     )
     for each in bar:

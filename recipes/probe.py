@@ -29,7 +29,6 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.data import VideoClips
 from prelar_trl.envs import play_toy
 from prelar_trl.fast import accelerate
@@ -48,7 +47,7 @@ from prelar_trl.probes import (
     transfer,
     transfer_quality,
 )
-from prelar_trl.recipes.common import CHECKPOINT, choose_device, seed_everything
+from prelar_trl.recipes.common import choose_device, read_run, seed_everything
 from prelar_trl.recipes.schema import ProbeConfig
 from prelar_trl.record import (
     RunFolder,
@@ -82,8 +81,7 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
     seed_everything(cfg.seed)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    run = RunFolder.load(cfg.run)
-    checkpoint = load_checkpoint(run.checkpoints / CHECKPOINT)
+    run, checkpoint = read_run(cfg.run, trust_code=cfg.trust_code)
     if checkpoint["phase"] != "pretrain":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; probe a pretrain run")
     world_model, untrained = (accelerate(make_model(checkpoint).to(device)) for _ in range(2))

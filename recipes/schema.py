@@ -8,9 +8,8 @@ preset's.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -22,85 +21,47 @@ from prelar_trl.bounds import (
     PictureSize,
     Positive,
     PositiveInt,
-    Rule,
     above,
     at_least,
     check_settings,
     one_of,
 )
 from prelar_trl.config import (
-    METHODS,
-    PRETRAINED_PARTS,
-    SIZES,
     LossSettings,
     ModelSettings,
     Phase,
     model_settings,
 )
-from prelar_trl.schedules import FORMS, Schedule, is_schedule
-from prelar_trl.types import Backend, RenderQuality
-
-
-def as_names(value: Any) -> list[str] | None:
-    """A list of names, which may be written ``a,b``; None stays None."""
-    return value.split(",") if isinstance(value, str) else value
-
-
-def are_names(value: Any) -> bool:
-    """Whether it is None, or names: different, none empty."""
-    names = as_names(value)
-    if names is None:
-        return True
-    good = isinstance(names, list | tuple) and all(isinstance(x, str) and x for x in names)
-    return good and 0 < len(names) == len(set(names))
-
-
-def are_loggers(value: Any) -> bool:
-    """Whether it is the name of a logger, or a list of them."""
-    names = [value] if isinstance(value, str) else value
-    return isinstance(names, list | tuple) and all(name in get_args(Backend) for name in names)
-
-
-# One of a few words: text to Hydra, which knows no ``Literal``; to a type checker it fits anywhere.
-if TYPE_CHECKING:
-    from typing import Any as Choice
-else:
-    Choice = str
-
-Compile = Annotated[Choice, one_of(("auto", "on", "off"))]
-Device = Annotated[
-    str,
-    Rule(
-        lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None,
-        "is unknown; choose auto, cpu, cuda or cuda:<n>",
-    ),
-]
-Export = Annotated[Choice, one_of(("npz", "jpeg"))]
-Gradient = Annotated[Choice, one_of(("dynamics", "reinforce", "both"))]
-Kind = Annotated[Choice, one_of(("auto", "videos", "something", "frames", "episodes"))]
-Loggers = Annotated[
-    Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
-]
-Names = Annotated[Any, Rule(lambda x: are_names(x), "must be a list of names")]
-Parts = Annotated[
-    Any,
-    Rule(
-        lambda x: are_names(x) and all(part in PRETRAINED_PARTS for part in as_names(x) or ()),
-        f"is unknown; choose of {', '.join(PRETRAINED_PARTS)}",
-    ),
-]
-Scheduled = Annotated[Any, Rule(is_schedule, f"must be at least 0: {FORMS}")]
-Method = Annotated[Choice, one_of(METHODS)]
-Pixels = Annotated[int, at_least(8)]
-Precision = Annotated[Choice, one_of(("32", "bf16"))]
-Quality = Annotated[Choice, one_of(get_args(RenderQuality))]
-Resize = Annotated[Choice, one_of(("squeeze", "crop"))]
-Size = Annotated[Choice, one_of(SIZES)]
+from prelar_trl.recipes.command_line import FREE
+from prelar_trl.recipes.values import (
+    Compile,
+    Device,
+    Export,
+    Gradient,
+    Kind,
+    Loggers,
+    Method,
+    Names,
+    Parts,
+    Pixels,
+    Precision,
+    Quality,
+    Resize,
+    Scheduled,
+    Size,
+    as_names,
+)
+from prelar_trl.schedules import Schedule
 
 
 def overrides(settings: dict[str, Any]) -> dict[str, Any]:
     """Those of ``model`` or ``loss`` that are set."""
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def free() -> Any:
+    """A field with a mapping of settings that the schema does not know."""
+    return field(default_factory=dict, metadata=FREE)
 
 
 class Config:
@@ -137,6 +98,9 @@ class RunConfig(Config):
     pixels: PictureSize = 64  # height and width of the pictures
     lr: NonNegative = 3e-4
     clip: Positive = 100.0  # largest gradient norm
+    max_skipped: PositiveInt = 10  # updates in a row that are not finite before the run stops
+    keep: PositiveInt = 2  # newest checkpoints that are kept
+    keep_every: PositiveInt | None = None  # updates or steps; the first checkpoint after each stays
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,7 +134,9 @@ class FinetuneConfig(RunConfig):
     phase = "finetune"
 
     env: str = MISSING  # metaworld/<task>, gym/<id>, toy, ..., or <module>:<callable>
-    pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
+    # Run folder of pretrain.py, folder of export.py, or hf://owner/name; null: from scratch.
+    pretrained: str | None = None
+    trust_code: bool = False  # may run modules that this folder names
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
     pretrain_updates: NonNegativeInt = 100  # before the first policy step
@@ -208,6 +174,7 @@ class FinetuneConfig(RunConfig):
     slow_every: PositiveInt = 100
     slow_target_fraction: Annotated[Fraction, above(0)] = 1.0  # below 1: soft target updates
     eval_every: PositiveInt = 10_000
+    eval_from: PositiveInt | None = None  # first evaluation; null: first multiple past the prefill
     eval_episodes: NonNegativeInt = 10  # 0: no evaluation
     log_every: PositiveInt = 1_000
     checkpoint_every: PositiveInt = 10_000
@@ -234,6 +201,8 @@ class EvaluateConfig(Config):
     num_workers: PositiveInt = 1
     render_quality: Quality | None = None
     video_episodes: NonNegativeInt = 3
+    checkpoint: str = "last"  # or best, or step_<number>
+    trust_code: bool = False  # may run modules that the run folder names
 
 
 @dataclass
@@ -251,6 +220,7 @@ class ProbeConfig(Config):
     seed: NonNegativeInt = 0
     device: Device = "auto"
     threads: PositiveInt | None = None
+    trust_code: bool = False  # may run modules that the run folder names
 
 
 @dataclass
@@ -264,7 +234,8 @@ class CollectVideosConfig(Config):
     random_tasks: bool = False  # draw the task of each episode, instead of one after the other
     noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the expert's actions
     random_fraction: Fraction = 0.0  # share of episodes with uniformly random actions instead
-    max_steps: PositiveInt = 150  # per episode
+    action_repeat: PositiveInt = 1  # of fine-tuning: else its frames lie further apart
+    max_steps: PositiveInt = 150  # per episode, counted after action_repeat
     after_success: NonNegativeInt | None = 20  # steps after the first success; null: all
     camera: str | None = None  # null: corner in Meta-world, else the env's first camera
     render_quality: Quality = "fast"  # fast or full
@@ -289,7 +260,8 @@ class PrepareVideosConfig(Config):
     flow: bool = False  # also store optical flow (needs opencv-python-headless)
     labels: list[Any] | None = None  # something, frames: only these, by number or template
     lists: Any = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
-    actions: bool = False  # episodes: also keep the true actions, for probes
+    actions: bool = False  # episodes, lerobot, torchrl: also keep the true actions, for probes
+    camera: str | None = None  # lerobot, torchrl: which picture; null: the only one
     export: str | None = None  # afterwards write the store into this folder as well
     export_as: Export = "npz"  # npz (DreamerV2 episodes) or jpeg (official folders and lists)
     workers: NonNegativeInt | None = None  # decoding processes; null or 0: one a core
@@ -297,12 +269,70 @@ class PrepareVideosConfig(Config):
 
 
 @dataclass
-class PlotConfig(Config):
-    """``plot.py``: a report from run folders."""
+class SweepConfig(Config):
+    """``sweep.py``: methods x tasks x seeds, each pre-training once for all that need it.
 
-    runs: Any = MISSING  # run folders, one or a list
+    An ``experiment`` is a whole sweep; its ``variants`` and ``environments`` are tables, of which
+    ``methods`` and ``tasks`` take some.
+    """
+
+    name: str = "sweep"  # its folder below root and results
+    methods: list[str] | None = None  # null: all of variants
+    tasks: list[str] | None = None  # null: all of environments
+    seeds: PositiveInt = 1  # 0, 1, ... of each
+    pretrain_seeds: PositiveInt | None = None  # pre-training runs of a method; null: one a seed
+    # name: label, color, line, pretrain (settings, or the variant whose run it shares), finetune.
+    variants: dict[str, Any] = free()  # empty: the presets, by their name
+    environments: dict[str, Any] = free()  # name: settings of finetune.py
+    videos: dict[str, Any] = free()  # collect_videos.py; or pretrain.data
+    pretrain: dict[str, Any] = free()  # settings of pretrain.py, of all
+    finetune: dict[str, Any] = free()
+    from_scratch: str | None = None  # folder of runs without pre-training, shared by sweeps
+    score: Annotated[str, one_of(("return", "success"))] = "success"  # compared in the report
+    threshold: float = 0.8  # of the score: learned
+    runtime: dict[str, Any] = free()  # device, threads, ... of all programs
+    only: str = ""  # runs whose path this regular expression matches
+    jobs: PositiveInt = 2  # programs at a time
+    launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
+    slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
+    root: str = "runs/sweep"  # runs, logs and states; also the code that runs
+    results: str = "results/sweep"  # of finished runs: curves, tables, pictures
+    copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout
+    update_code: bool = False  # take the present commit for unfinished runs
+    status: bool = False  # show the state of all, run nothing
+    report: bool = False  # only make tables and pictures anew
+    dry_run: bool = False  # only show the runs, GPU hours and disk that are left
+    update_times: str | None = None  # dry_run: report of benchmarks/train.py --json on your GPU
+    tflops: Positive = 10.0  # dry_run: declared speed of the GPU where nothing is measured
+    env_step_s: NonNegative = 0.01  # dry_run: declared, an environment step with rendering
+
+
+@dataclass
+class PlotConfig(Config):
+    """``plot.py``: a report from run folders, or a comparison of groups of them."""
+
+    runs: Any = MISSING  # run folders, or folders in which such lie; one or a list
     out: str = "report.html"
-    title: str = "Training report"
+    title: str | None = None  # null: Training report, or Learning curves
+    # A config key, e.g. method or model.latent_action: its values are compared, with statistics.
+    compare: str | None = None  # null: a report of each run
+    reference: str | None = None  # compare: CSV of others with method, task, seed, env_step, scores
+    reference_name: str = "reference"  # goes after their methods
+    at: list[int] | None = None  # compare: steps of the table; null: 105k, 205k, 245k or the last
+    baseline: str | None = None  # compare: the group to be better than; null: dreamerv2, or first
+
+
+@dataclass
+class ExportConfig(Config):
+    """``export.py``: a run's model as a folder to hand on."""
+
+    run: str = MISSING
+    out: str = MISSING  # the new folder
+    push: str | None = None  # hub id, owner/name: put it there as well
+    private: bool = False  # there
+    license: str = "mit"  # of the weights, as the hub names it
+    videos: str | None = None  # what it was trained on, for the card; null: the stores' names
+    trust_code: bool = False  # the run's latent actions may be a module's
 
 
 @dataclass
@@ -318,6 +348,7 @@ class ImportOfficialConfig(Config):
     size: Size = "full"
     model: dict[str, Any] = field(default_factory=dict)
     env: str = "metaworld/drawer-open"  # finetune: where the agent was trained
+    trust_code: bool = False  # export: may run modules that the run folder names
 
 
 def register() -> None:
@@ -330,7 +361,9 @@ def register() -> None:
         "probe": ProbeConfig,
         "collect_videos": CollectVideosConfig,
         "prepare_videos": PrepareVideosConfig,
+        "sweep": SweepConfig,
         "plot": PlotConfig,
+        "export": ExportConfig,
         "import_official": ImportOfficialConfig,
     }.items():
         store.store(name=f"{recipe}_schema", node=schema())

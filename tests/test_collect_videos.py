@@ -59,6 +59,17 @@ def test_actions_are_those_that_led_to_the_frames(tmp_path) -> None:
         assert (np.abs(moved[action == 0]) < 0.5).all()
 
 
+def test_frames_lie_as_far_apart_as_those_of_fine_tuning_with_the_same_action_repeat(tmp_path):
+    settings = {**TOY, "episodes": 2, "noise": 0.0}
+    once = collect(config(tmp_path / "once", **settings))
+    twice = collect(config(tmp_path / "twice", **settings, action_repeat=2))
+    first = slice(0, 2)
+    assert (once.read(0)[0] == twice.read(0)[0]).all()
+    assert (once.read(0, "actions")[first] == twice.read(0, "actions")[first]).all()
+    moved = [np.abs(x.read(0)[1].astype(int) - x.read(0)[0]).sum() for x in (once, twice)]
+    assert moved[1] > 1.3 * moved[0]
+
+
 def test_interrupted_continued_and_parallel_collecting_give_the_same_store(tmp_path) -> None:
     whole = contents(collect(config(tmp_path / "whole", **TOY, random_fraction=0.4)).path)
     for episodes in (2, 5):

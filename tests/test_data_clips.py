@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from prelar_trl.data import ClipStore, ClipWriter, StoreError, VideoClips
+from tests.videos import contents
 
 LENGTHS = (7, 4, 10, 1, 6)
+SMALL = {"source": "test", "height": 8, "width": 8}
 
 
 def frames_of(clip: int, length: int) -> torch.Tensor:
@@ -18,22 +20,18 @@ def frames_of(clip: int, length: int) -> torch.Tensor:
     return number.view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
 
 
+def add_clip(writer: ClipWriter, clip: int, length: int, actions: bool = True) -> None:
+    """Frames of clip c hold the numbers 20 c + t, and so do its actions, twice."""
+    number = (20 * clip + torch.arange(length)).float().unsqueeze(-1).repeat(1, 2)
+    frames = frames_of(clip, length)
+    writer.add(frames, number if actions else None, name=f"clip {clip}", label=clip % 2)
+
+
 def write(path: Path, lengths=LENGTHS, *, actions=True, start=0, **options) -> Path:
-    options = {"source": "test", "height": 8, "width": 8, "shard_bytes": 2500} | options
-    with ClipWriter(path, **options) as writer:
+    with ClipWriter(path, **{**SMALL, "shard_bytes": 2500, **options}) as writer:
         for clip, length in list(enumerate(lengths))[start:]:
-            number = (20 * clip + torch.arange(length)).float()
-            own = number.unsqueeze(-1).expand(-1, 2).contiguous() if actions else None
-            writer.add(frames_of(clip, length), own, name=f"clip {clip}", label=clip % 2)
+            add_clip(writer, clip, length, actions)
     return path
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(path)): file.read_bytes()
-        for file in sorted(path.rglob("*"))
-        if file.is_file()
-    }
 
 
 def test_what_is_written_is_read_back_exactly(tmp_path) -> None:
@@ -63,19 +61,15 @@ def test_windows_are_consecutive_frames_of_one_clip(tmp_path) -> None:
     assert seen == possible
 
 
-def test_a_batch_holds_no_actions_unless_a_probe_asks(tmp_path) -> None:
-    clips = VideoClips(write(tmp_path / "s"), clip_len=4, batch_size=8)
-    assert set(clips.sample().keys()) == {"pixels", "is_first"}
+def test_a_batch_holds_no_actions_unless_a_probe_asks_which_changes_no_draw(tmp_path) -> None:
+    path = write(tmp_path / "s")
+    clips, other = (VideoClips(path, 4, 8, seed=3) for _ in range(2))
     probe = clips.sample_with_actions()
     assert set(probe.keys()) == {"pixels", "is_first", "action"}
     assert torch.equal(probe["action"][..., 0], probe["pixels"][..., 0, 0, 0].float())
-
-
-def test_probing_does_not_change_the_draws(tmp_path) -> None:
-    path = write(tmp_path / "s")
-    one, other = (VideoClips(path, 4, 8, seed=3) for _ in range(2))
-    one.sample_with_actions()
-    assert torch.equal(one.sample()["pixels"], other.sample()["pixels"])
+    batch = clips.sample()
+    assert set(batch.keys()) == {"pixels", "is_first"}
+    assert torch.equal(batch["pixels"], other.sample()["pixels"])
 
 
 @pytest.mark.parametrize("prefetch", [0, 3])
@@ -117,31 +111,23 @@ def test_heldout_clips_are_never_trained_on(tmp_path) -> None:
     assert drawn["train"] | drawn["heldout"] == drawn["all"] == set(range(12))
 
 
-def test_a_recorded_split_is_respected(tmp_path) -> None:
-    with ClipWriter(tmp_path / "s", source="test", height=8, width=8) as writer:
-        for clip in range(4):
-            writer.add(frames_of(clip, 5), split="heldout" if clip == 2 else "train")
-    clips = VideoClips(tmp_path / "s", 4, 16, split="heldout")
-    assert set((clips.sample()["pixels"][:, 0, 0, 0, 0] // 20).tolist()) == {2}
-
-
 def test_several_stores_are_one_and_a_mixture_follows_its_weights(tmp_path) -> None:
-    one = write(tmp_path / "a", [6, 6])
-    other = tmp_path / "b"
-    with ClipWriter(other, source="test", height=8, width=8) as writer:
-        for _ in range(8):
-            writer.add(torch.full((6, 3, 8, 8), 200, dtype=torch.uint8))
-    both = VideoClips([one, other], 4, 4000)
-    assert both.num_clips == 10
-    share = (both.sample()["pixels"][:, 0, 0, 0, 0] == 200).float().mean()
-    assert abs(share - 0.8) < 0.04
-    mixed = VideoClips({one: 3, other: 1}, 4, 4000)
-    share = (mixed.sample()["pixels"][:, 0, 0, 0, 0] == 200).float().mean()
-    assert abs(share - 0.25) < 0.04
+    one, other = write(tmp_path / "a", [6, 6]), tmp_path / "b"
+    with ClipWriter(other, **SMALL) as writer:
+        for clip in range(8):
+            split = "heldout" if clip == 2 else "train"
+            writer.add(torch.full((6, 3, 8, 8), 200 + clip, dtype=torch.uint8), split=split)
+    for stores, expected in (([one, other], 0.8), ({one: 3, other: 1}, 0.25)):
+        clips = VideoClips(stores, 4, 4000)
+        assert clips.num_clips == 10
+        share = (clips.sample()["pixels"][:, 0, 0, 0, 0] >= 200).float().mean()
+        assert abs(share - expected) < 0.04
+    heldout = VideoClips(other, 4, 16, split="heldout").sample()  # as recorded
+    assert heldout["pixels"].unique().tolist() == [202]
 
 
 def test_further_image_streams_are_sampled_in_step(tmp_path) -> None:
-    with ClipWriter(tmp_path / "s", source="test", height=8, width=8) as writer:
+    with ClipWriter(tmp_path / "s", **SMALL) as writer:
         for clip in range(3):
             writer.add(frames_of(clip, 6), flow=frames_of(clip, 6) + 100)
     batch = VideoClips(tmp_path / "s", 4, 8, streams=("pixels", "flow")).sample()
@@ -162,8 +148,8 @@ def test_too_long_windows_say_the_longest_clip(tmp_path) -> None:
     ("frames", "actions", "message"),
     [
         (torch.zeros(5, 3, 8, 8), None, r"uint8 \[T, 3, 8, 8\], got float32 \[5, 3, 8, 8\]"),
-        (torch.zeros(5, 8, 8, 3, dtype=torch.uint8), None, r"got uint8 \[5, 8, 8, 3\]"),
-        (torch.zeros(5, 3, 9, 8, dtype=torch.uint8), None, r"got uint8 \[5, 3, 9, 8\]"),
+        (frames_of(0, 5).permute(0, 2, 3, 1), None, r"got uint8 \[5, 8, 8, 3\]"),
+        (frames_of(0, 5)[:, :, :7], None, r"got uint8 \[5, 3, 7, 8\]"),
         (frames_of(0, 5)[:0], None, "no frame"),
         (frames_of(0, 5), torch.full((5, 2), float("nan")), "NaN"),
         (frames_of(0, 5), torch.zeros(4, 2), "actions has 4 rows for 5 frames"),
@@ -173,20 +159,20 @@ def test_too_long_windows_say_the_longest_clip(tmp_path) -> None:
     ],
 )
 def test_a_bad_clip_is_refused_and_harms_nothing(tmp_path, frames, actions, message) -> None:
-    with ClipWriter(tmp_path / "s", source="test", height=8, width=8) as writer:
-        writer.add(frames_of(1, 6), torch.zeros(6, 2))
+    with ClipWriter(tmp_path / "s", **SMALL) as writer:
+        add_clip(writer, 1, 6)
         with pytest.raises(ValueError, match=message):
             writer.add(frames, actions)
+        with pytest.raises(ValueError, match="already in the store"):
+            add_clip(writer, 1, 6)
     store = ClipStore(tmp_path / "s")
     assert len(store) == 1 and np.array_equal(store.read(0), frames_of(1, 6).numpy())
 
 
-def test_names_are_unique_and_may_be_any_text(tmp_path) -> None:
+def test_names_may_be_any_text(tmp_path) -> None:
     name = "ein Name \u2028 mit Ümläuten/und\nZeilen"
-    with ClipWriter(tmp_path / "s", source="test", height=8, width=8) as writer:
+    with ClipWriter(tmp_path / "s", **SMALL) as writer:
         writer.add(frames_of(0, 5), name=name)
-        with pytest.raises(ValueError, match="already in the store"):
-            writer.add(frames_of(0, 5), name=name)
     assert ClipStore(tmp_path / "s").names == [name]
 
 
@@ -203,11 +189,9 @@ def test_a_store_interrupted_anywhere_equals_one_made_at_once(tmp_path) -> None:
     rng = np.random.default_rng(0)
     for trial in range(12):
         path = tmp_path / f"cut{trial}"
-        writer = ClipWriter(path, source="test", height=8, width=8, shard_bytes=2500)
+        writer = ClipWriter(path, **SMALL, shard_bytes=2500)
         for clip in range(4):
-            number = (20 * clip + torch.arange(LENGTHS[clip])).float().view(-1, 1).repeat(1, 2)
-            frames = frames_of(clip, LENGTHS[clip])
-            writer.add(frames, number, name=f"clip {clip}", label=clip % 2)
+            add_clip(writer, clip, LENGTHS[clip])
         last = writer.clips[-1].shard
         writer.release()
         for name, suffix in (("pixels", "bin"), ("actions", "bin"), ("clips", "jsonl")):
@@ -216,50 +200,36 @@ def test_a_store_interrupted_anywhere_equals_one_made_at_once(tmp_path) -> None:
             file.write_bytes(data[: rng.integers(len(data) + 1)])
         with pytest.raises(StoreError, match="unfinished"):
             ClipStore(path)
-        with ClipWriter(path, source="test", height=8, width=8, shard_bytes=2500) as writer:
+        with ClipWriter(path, **SMALL, shard_bytes=2500) as writer:
             for clip, length in enumerate(LENGTHS):
                 if f"clip {clip}" not in writer.done:
-                    number = (20 * clip + torch.arange(length)).float().view(-1, 1).repeat(1, 2)
-                    frames = frames_of(clip, length)
-                    writer.add(frames, number, name=f"clip {clip}", label=clip % 2)
+                    add_clip(writer, clip, length)
         assert contents(path) == whole
 
 
 def test_skipped_clips_are_remembered(tmp_path) -> None:
     path = tmp_path / "s"
-    writer = ClipWriter(path, source="test", height=8, width=8)
-    writer.add(frames_of(0, 5), name="good")
+    writer = ClipWriter(path, **SMALL)
+    add_clip(writer, 0, 5)
     writer.skip("bad", "it is empty")
+    with pytest.raises(StoreError, match="another process is writing"):
+        ClipWriter(path, **SMALL)
     writer.release()
-    with ClipWriter(path, source="test", height=8, width=8) as writer:
-        assert writer.done == {"good", "bad"} and writer.num_skipped == 1
+    with pytest.raises(StoreError, match="begun with source='test', not 'other'"):
+        ClipWriter(path, **SMALL | {"source": "other"})
+    with ClipWriter(path, **SMALL) as writer:
+        assert writer.done == {"clip 0", "bad"} and writer.num_skipped == 1
     assert ClipStore(path).meta["skipped"] == 1
 
 
-def test_an_exception_leaves_an_unfinished_store(tmp_path) -> None:
-    with pytest.raises(KeyError), ClipWriter(tmp_path, source="t", height=8, width=8) as writer:
-        writer.add(frames_of(0, 5))
+def test_an_exception_leaves_an_unfinished_store_and_an_empty_one_is_not_finished(tmp_path) -> None:
+    with pytest.raises(KeyError), ClipWriter(tmp_path / "s", **SMALL) as writer:
+        add_clip(writer, 0, 5)
         raise KeyError
     with pytest.raises(StoreError, match="unfinished: run the command that makes it"):
-        VideoClips(tmp_path)
-
-
-def test_other_settings_cannot_continue_a_store(tmp_path) -> None:
-    path = write(tmp_path / "s")
-    with pytest.raises(StoreError, match="begun with source='test', not 'other'"):
-        ClipWriter(path, source="other", height=8, width=8, shard_bytes=2500)
-
-
-def test_two_writers_cannot_share_a_store(tmp_path) -> None:
-    first = ClipWriter(tmp_path, source="test")
-    with pytest.raises(StoreError, match="another process is writing"):
-        ClipWriter(tmp_path, source="test")
-    first.release()
-
-
-def test_an_empty_store_is_not_finished(tmp_path) -> None:
+        VideoClips(tmp_path / "s")
     with pytest.raises(ValueError, match="nothing was added"):
-        ClipWriter(tmp_path / "s", source="test").close()
+        ClipWriter(tmp_path / "empty", **SMALL).close()
 
 
 def test_missing_foreign_and_newer_stores_are_named(tmp_path) -> None:

@@ -32,11 +32,13 @@ def labeled_clips(clips: VideoClips, batches: int = 12) -> set[int]:
     return seen
 
 
-@pytest.mark.parametrize("labels", [0.3, 3])
-def test_labels_are_a_share_or_a_number_of_clips(store, labels) -> None:
+@pytest.mark.parametrize(("labels", "count"), [(0.3, 3), (3, 3), (0.001, 1), (10, 10)])
+def test_labels_are_a_share_or_a_number_of_clips(store, labels, count) -> None:
     clips = VideoClips(store, clip_len=4, batch_size=10, labels=labels)
-    assert len(labeled_clips(clips)) == 3
+    assert len(labeled_clips(clips)) == count
     assert clips.action_dim == 2
+    assert clips.sample()["labeled"][: min(count, 3)].all()  # a row of every batch
+    assert count < 10 or clips.sample()["labeled"].all()
 
 
 def test_which_clips_are_labeled_depends_on_the_seed_alone(store) -> None:
@@ -60,12 +62,6 @@ def test_only_labeled_actions_appear_and_the_first_rows_have_them(store) -> None
         others += int((~batch["labeled"][3:]).sum())
     assert others > 0
     assert len(set((number(batch)[3:, 0] // 20).tolist())) > 3  # the rest: of all clips
-
-
-def test_one_labeled_clip_has_a_row_of_every_batch_and_all_clips_have_all(store) -> None:
-    one = VideoClips(store, clip_len=4, batch_size=4, labels=0.001)
-    assert len(labeled_clips(one)) == 1 and one.sample()["labeled"][0].all()
-    assert VideoClips(store, clip_len=4, batch_size=4, labels=10).sample()["labeled"].all()
 
 
 def test_without_labels_nothing_changes(store) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchrl.collectors import Collector
 from torchrl.data import SliceSampler
-from torchrl.envs import DTypeCastTransform
+from torchrl.envs import DTypeCastTransform, SerialEnv
 
 from prelar_trl.data import ClipWriter, EpisodeReplay, VideoClips
 from prelar_trl.envs import make_env
@@ -25,14 +25,20 @@ def collected(path, *, capacity: int = 500, steps: int = 64) -> EpisodeReplay:
     return replay
 
 
-def test_a_collector_fills_the_buffer(tmp_path) -> None:
+def test_collectors_and_rollouts_fill_the_buffer_and_transforms_are_appended(tmp_path) -> None:
     replay = collected(tmp_path / "r")
     assert replay.num_episodes == 10 and len(replay.buffer) == 70
     assert bool(replay.episode(9)["is_first"][0])
-
-
-def test_a_transform_is_appended(tmp_path) -> None:
-    replay = collected(tmp_path / "r")
+    rollout = make_env("toy", seed=1, pixels=16, max_steps=6).rollout(6)
+    replay.extend(rollout)
+    assert torch.equal(replay.episode(10)["pixels"][1:], rollout["next", "pixels"])
+    several = SerialEnv(2, lambda: make_env("toy", seed=1, pixels=16, max_steps=6))
+    collector = Collector(several, None, frames_per_batch=16, total_frames=48)
+    for data in collector:
+        replay.extend(data)
+    collector.shutdown()
+    assert replay.num_episodes == 19
+    assert {len(replay.episode(i)) for i in range(19)} == {7}
     replay.buffer.append_transform(DTypeCastTransform(torch.uint8, torch.float32, ["pixels"]))
     batch = replay.sample()
     assert batch["pixels"].dtype == torch.float32 and batch["pixels"].shape == (8, 4, 3, 16, 16)

@@ -30,14 +30,12 @@ def draw(strategy: str, **options: int) -> list[tuple[int, int]]:
     return list(zip(windows.episode.tolist(), windows.start.tolist(), strict=True))
 
 
-def test_episodes_law_is_uniform_over_episodes_then_over_starts() -> None:
-    expected = {(e, s): 1 / 3 / n for e, n in ((0, 2), (1, 6), (3, 17)) for s in range(n)}
-    assert_close_to(Counter(draw("episodes")), expected)
-
-
-def test_frames_law_is_uniform_over_all_windows() -> None:
-    expected = {(e, s): 1 / 25 for e, n in ((0, 2), (1, 6), (3, 17)) for s in range(n)}
-    assert_close_to(Counter(draw("frames")), expected)
+@pytest.mark.parametrize("strategy", ["episodes", "frames"])
+def test_episodes_are_drawn_alike_or_windows_are(strategy: str) -> None:
+    number = {0: 2, 1: 6, 3: 17}  # of starts
+    chance = {e: 1 / 3 / n if strategy == "episodes" else 1 / 25 for e, n in number.items()}
+    expected = {(e, s): chance[e] for e, n in number.items() for s in range(n)}
+    assert_close_to(Counter(draw(strategy)), expected)
 
 
 def test_prioritize_ends_folds_the_last_starts_onto_the_end() -> None:
@@ -45,8 +43,7 @@ def test_prioritize_ends_folds_the_last_starts_onto_the_end() -> None:
     expected = {}
     for episode, starts in ((0, 2), (1, 6), (3, 17)):
         for start in range(starts):
-            mass = 5 if start == starts - 1 else 1
-            expected[episode, start] = mass / (starts + 4) / 3
+            expected[episode, start] = (5 if start == starts - 1 else 1) / (starts + 4) / 3
     assert_close_to(Counter(draw("prioritize_ends")), expected)
 
 
@@ -54,8 +51,7 @@ def test_prioritize_ends_lengths_lie_above_maxlen_minus_minlen() -> None:
     made = WindowSampler(8, strategy="prioritize_ends", min_length=3, max_length=8)
     made.set_episodes(torch.tensor([30]))
     _, start, frames = made._prioritized(ROWS)
-    expected = {6: 1 / 3, 7: 1 / 3, 8: 1 / 3}  # 8 - {0, 1, 2}
-    assert_close_to(Counter(frames.tolist()), expected)
+    assert_close_to(Counter(frames.tolist()), dict.fromkeys((6, 7, 8), 1 / 3))  # 8 - {0, 1, 2}
     assert int((start + frames).max()) == 30
 
 
@@ -116,32 +112,28 @@ def test_group_weights_decide_how_often_a_group_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["episodes", "frames", "epoch", "prioritize_ends"])
-def test_same_seed_same_draws_and_state_continues_mid_epoch(strategy: str) -> None:
-    one, other = sampler(strategy, seed=5), sampler(strategy, seed=5)
-    for _ in range(4):
-        a, b = one.draw(2), other.draw(2)
-        assert torch.equal(a.episode, b.episode) and torch.equal(a.start, b.start)
+def test_same_seed_same_draws_and_state_continues_mid_epoch(strategy: str, tmp_path) -> None:
+    def assert_same(first: WindowSampler, second: WindowSampler, draws: int) -> None:
+        for _ in range(draws):
+            a, b = first.draw(2), second.draw(2)
+            assert torch.equal(a.episode, b.episode) and torch.equal(a.start, b.start)
+
+    one = sampler(strategy, seed=5)
+    assert_same(one, sampler(strategy, seed=5), 4)
     resumed = sampler(strategy, seed=99)
     resumed.load_state_dict(one.state_dict())
-    for _ in range(7):
-        a, b = one.draw(2), resumed.draw(2)
-        assert torch.equal(a.episode, b.episode) and torch.equal(a.start, b.start)
-
-
-def test_sampler_state_survives_a_file(tmp_path) -> None:
-    one = sampler("epoch", seed=1)
-    one.draw(2)
-    one.dumps(tmp_path)
-    other = sampler("epoch", seed=2)
+    assert_same(one, resumed, 7)
+    one.dumps(tmp_path)  # survives a file
+    other = sampler(strategy, seed=2)
     other.loads(tmp_path)
-    assert torch.equal(one.draw(9).episode, other.draw(9).episode)
+    assert_same(one, other, 5)
 
 
 @pytest.mark.parametrize("strategy", ["episodes", "epoch", "prioritize_ends"])
 def test_processes_read_disjoint_rows_of_one_stream(strategy: str) -> None:
     whole = sampler(strategy, seed=4).draw(12)
-    shares = [sampler(strategy, seed=4, rank=r, world_size=3).draw(4) for r in range(3)]
-    for rank, share in enumerate(shares):
+    for rank in range(3):
+        share = sampler(strategy, seed=4, rank=rank, world_size=3).draw(4)
         assert torch.equal(share.episode, whole.episode[rank::3])
         assert torch.equal(share.start, whole.start[rank::3])
         assert torch.equal(share.offset, torch.arange(4) * 4)

@@ -9,7 +9,7 @@ import torch
 import yaml
 from tensordict import TensorDict
 
-from prelar_trl.models import load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.models import copy_pretrained, make_agent, make_world_model_loss
 from prelar_trl.modules import WorldModelPolicy, distributions
 from prelar_trl.objectives.behavior import ActorLoss, RewardNorm
 from prelar_trl.recipes.evaluate import evaluate
@@ -210,7 +210,7 @@ def test_only_the_parts_asked_for_are_loaded():
     trained = tiny_world_model("prelar", "pretrain")
     model = tiny_world_model("prelar", "finetune")
     before = copy.deepcopy(model.state_dict())
-    load_pretrained(model, trained.state_dict(), ["encoder", "rssm"])
+    copy_pretrained(model, trained.state_dict(), ["encoder", "rssm"])
     now = model.state_dict()
     weights = [key for key in now if key.endswith("weight") and "norm" not in key]
     changed = {key.split(".")[0] for key in weights if not torch.equal(now[key], before[key])}

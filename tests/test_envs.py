@@ -15,30 +15,36 @@ import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase, RewardSum, TransformedEnv
+from torchrl.envs import EnvBase
 from torchrl.envs.utils import check_env_specs
 
-from prelar_trl import envs
 from prelar_trl.envs import ToyEnv, make_env, toy_expert, toy_return
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward", "done", "terminated"}
 
 
 class Counter(EnvBase):
-    """A user's environment: the picture shows the step, the reward is the action, ends at 5.
+    """A user's environment: the picture shows the step, the reward is the action's sum, or ``pay``.
 
-    With ``success_at`` it also gives ``success`` at that step alone.
+    A step past its end is an error, as in Meta-world. With ``success_at`` it also gives
+    ``success`` at that step alone.
     """
 
-    def __init__(self, with_pixels: bool = True, success_at: int | None = None) -> None:
+    def __init__(
+        self,
+        end: int = 5,
+        actions: int = 1,
+        pay: float | None = None,
+        success_at: int | None = None,
+        with_pixels: bool = True,
+    ) -> None:
         super().__init__(batch_size=[])
-        pixels = Bounded(0, 255, (3, 64, 64), dtype=torch.uint8)
-        other = Unbounded((2,))
-        self.success_at = success_at
+        self.end, self.pay, self.success_at = end, pay, success_at
+        pixels, other = Bounded(0, 255, (3, 64, 64), dtype=torch.uint8), Unbounded((2,))
         self.observation_spec = Composite({"pixels": pixels} if with_pixels else {"height": other})
         if success_at is not None:
             self.observation_spec["success"] = Binary(1, (1,), dtype=torch.bool)
-        self.action_spec = Bounded(-3, 5, (1,), dtype=torch.float32)
+        self.action_spec = Bounded(-3, 5, (actions,), dtype=torch.float32)
         self.reward_spec = Unbounded((1,))
 
     def _set_seed(self, seed: int | None) -> None:
@@ -55,9 +61,11 @@ class Counter(EnvBase):
         return TensorDict(self._observe())
 
     def _step(self, tensordict):
+        assert self.count < self.end, "stepped past its end"
         self.count += 1
-        over = torch.tensor([self.count >= 5])
-        reward = tensordict["action"].clone()
+        over = torch.tensor([self.count == self.end])
+        reward = tensordict["action"].sum(-1, keepdim=True)
+        reward = reward if self.pay is None else torch.full_like(reward, self.pay)
         end = {"done": over, "terminated": over.clone()}
         return TensorDict({**self._observe(), "reward": reward, **end})
 
@@ -102,29 +110,25 @@ def assert_keys(env: EnvBase) -> None:
     assert (env.action_spec.space.low == -1).all() and (env.action_spec.space.high == 1).all()
 
 
-@pytest.mark.parametrize("name", ["toy", "gym/HalfCheetah-v5", "gym/test/Painter-v0"])
-def test_every_family_passes_check_env_specs_and_gives_the_same_keys(name):
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("toy", None),
+        ("gym/HalfCheetah-v5", None),
+        ("gym/test/Painter-v0", None),
+        ("gym/Pendulum-v1", "pygame"),
+        ("dm_control/cheetah/run", "dm_control"),
+    ],
+)
+def test_every_family_passes_check_env_specs_and_gives_the_same_keys(name, needs):
+    if needs is not None:
+        pytest.importorskip(needs)
     env = make_env(name)
     check_env_specs(env)
     assert_keys(env)
-    env.close()
-
-
-def test_pendulum_is_rendered_by_gymnasium_and_resized():
-    pytest.importorskip("pygame")
-    env = make_env("gym/Pendulum-v1")
-    check_env_specs(env)
-    assert_keys(env)
-    picture = env.reset()["pixels"].float()
-    assert picture.mean() > 200 and picture.std() > 5  # a red rod on white
-    env.close()
-
-
-def test_dm_control_gives_the_same_keys():
-    pytest.importorskip("dm_control")
-    env = make_env("dm_control/cheetah/run")
-    check_env_specs(env)
-    assert_keys(env)
+    if name == "gym/Pendulum-v1":  # rendered by gymnasium and resized: a red rod on white
+        picture = env.reset()["pixels"].float()
+        assert picture.mean() > 200 and picture.std() > 5
     env.close()
 
 
@@ -149,34 +153,21 @@ def test_a_users_environment_is_adopted():
     assert env.rollout(10)["next", "pixels"][:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
 
 
-def test_actions_are_stretched_to_the_environments_bounds():
+@pytest.mark.parametrize(("action", "reward"), [(-1.0, -3.0), (0.0, 1.0), (1.0, 5.0)])
+def test_actions_are_stretched_to_the_environments_bounds(action, reward):
     env = make_env(Counter())
-    for action, reward in ((-1.0, -3.0), (0.0, 1.0), (1.0, 5.0)):
-        step = env.step(env.reset().set("action", torch.tensor([action])))
-        assert step["next", "reward"].item() == pytest.approx(reward)
-        assert step["action"].item() == action
+    step = env.step(env.reset().set("action", torch.tensor([action])))
+    assert step["next", "reward"].item() == pytest.approx(reward)
+    assert step["action"].item() == action
 
 
 def test_action_repeat_sums_rewards_and_stops_at_the_end():
-    env = make_env(Counter(), action_repeat=2)
-    start = env.reset()
-    rollout = env.rollout(
-        10, policy=lambda td: td.set("action", torch.zeros(1)), auto_reset=False, tensordict=start
-    )
+    env = make_env(Counter(success_at=3), action_repeat=2)
+    rollout = env.rollout(10, policy=lambda td: td.set("action", torch.zeros(1)))
     assert rollout["next", "reward"].squeeze(-1).tolist() == [2, 2, 1]
     assert rollout["next", "pixels"][:, 0, 0, 0].tolist() == [2, 4, 5]
     assert rollout["next", "episode_reward"][-1].item() == 5
-
-
-def test_success_within_a_repeated_action_counts():
-    rollout = make_env(Counter(success_at=3), action_repeat=2).rollout(10)
     assert rollout["next", "success"].squeeze(-1).tolist() == [False, True, False]
-
-
-def test_action_repeat_keeps_the_transforms_of_a_users_environment():
-    env = make_env(TransformedEnv(Counter(), RewardSum(["reward"], ["total"])), action_repeat=2)
-    rollout = env.rollout(10)
-    assert torch.allclose(rollout["next", "total"], rollout["next", "episode_reward"])
 
 
 def test_max_steps_truncates():
@@ -216,13 +207,11 @@ def test_toy_picture_shows_disc_and_target_where_the_state_says():
 
 
 def test_shifted_toy_is_the_same_task_in_another_look():
-    plain, shifted = make_env("toy", seed=1), make_env("toy/shifted", seed=1)
-    actions = torch.rand(6, 2) * 2 - 1
-    for action in actions:
-        before = plain.reset(), shifted.reset()
+    envs = make_env("toy", seed=1), make_env("toy/shifted", seed=1)
+    for action in torch.rand(6, 2) * 2 - 1:
+        before = [env.reset() for env in envs]
         after = [
-            env.step(td.set("action", action))["next"]
-            for env, td in zip((plain, shifted), before, strict=True)
+            env.step(x.set("action", action))["next"] for env, x in zip(envs, before, strict=True)
         ]
         for a, b in (before, after):
             assert torch.equal(a["state"], b["state"])
@@ -245,9 +234,7 @@ def test_same_seed_gives_the_same_episodes_and_another_seed_others():
         return torch.stack([env.reset()["state"][:2] for _ in range(3)])  # where the disc is
 
     assert torch.equal(states(1), states(1))
-    assert not torch.isclose(states(1), states(2)).any()
-    first = states(1)
-    assert not torch.isclose(first[0], first[1]).any()
+    assert len(torch.cat([states(1), states(2)]).unique(dim=0)) == 6
 
 
 @pytest.mark.parametrize(
@@ -268,11 +255,6 @@ def test_bad_input_is_named_in_one_line(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         make_env(**arguments)
     assert "\n" not in str(error.value)
-
-
-def test_the_package_exports_what_it_names():
-    for name in envs.__all__:
-        assert hasattr(envs, name), name
 
 
 def test_workers_are_seeded_apart_and_feed_a_collector():

@@ -69,9 +69,8 @@ class Walkers(EnvBase):
         super().__init__(batch_size=[len(ends)])
         n = len(ends)
         self.ends = torch.tensor(ends)[:, None]
-        self.observation_spec = Composite(
-            pixels=Bounded(0, 255, (n, 3, 64, 64), dtype=torch.uint8), shape=(n,)
-        )
+        pixels = Bounded(0, 255, (n, 3, 64, 64), dtype=torch.uint8)
+        self.observation_spec = Composite(pixels=pixels, shape=(n,))
         self.action_spec = specs.get("action", Bounded(-1, 1, (n, 2), dtype=torch.float32))
         self.reward_spec = specs.get("reward", Unbounded((n, 1)))
 
@@ -96,11 +95,14 @@ class Walkers(EnvBase):
 
 def test_an_environment_with_several_transforms_of_its_own():
     own = TransformedEnv(Counter(), Compose(StepCounter(), RewardSum(["reward"], ["total"])))
-    for env in (make_env(own), make_env(own, action_repeat=2), make_env(own, max_steps=3)):
-        check_env_specs(env)
-    last = make_env(own, max_steps=3).rollout(10)[-1]["next"]
-    assert last["step_count"].item() == 3 and last["truncated"].item()
-    assert torch.equal(last["total"], last["episode_reward"])
+    for options in ({}, {"action_repeat": 2}, {"max_steps": 3}, {"pixels": 32}):
+        check_env_specs(make_env(own, **options))
+    for options, steps in (({"action_repeat": 2}, 3), ({"max_steps": 3}, 3), ({"pixels": 32}, 5)):
+        rollout = make_env(own, **options).rollout(10)
+        assert len(rollout) == steps
+        assert torch.equal(rollout["next", "total"], rollout["next", "episode_reward"])
+    assert rollout["pixels"].shape == (5, 3, 32, 32)  # turned, too
+    assert rollout["next", "pixels"][:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
 
 
 def test_an_environment_may_pass_the_door_twice():
@@ -111,39 +113,9 @@ def test_an_environment_may_pass_the_door_twice():
     assert torch.allclose(rollout["next", "episode_reward"], rollout["next", "reward"].cumsum(0))
 
 
-def serial() -> EnvBase:
-    return SerialEnv(2, [partial(Walker, 2), partial(Walker, 5)])
-
-
-class Walker(EnvBase):
-    """The same, one alone; a step past its end is an error, as in Meta-world."""
-
-    def __init__(self, end: int) -> None:
-        super().__init__(batch_size=[])
-        self.end = end
-        self.observation_spec = Composite(pixels=Bounded(0, 255, (3, 64, 64), dtype=torch.uint8))
-        self.action_spec = Bounded(-1, 1, (2,), dtype=torch.float32)
-        self.reward_spec = Unbounded((1,))
-
-    def _set_seed(self, seed):
-        pass
-
-    def _observe(self):
-        return {"pixels": torch.full((3, 64, 64), self.count, dtype=torch.uint8)}
-
-    def _reset(self, tensordict, **kwargs):
-        self.count = 0
-        return TensorDict(self._observe())
-
-    def _step(self, tensordict):
-        assert self.count < self.end, "stepped past its end"
-        self.count += 1
-        done = torch.tensor([self.count == self.end])
-        end = {"done": done, "terminated": done.clone(), "reward": torch.ones(1)}
-        return TensorDict({**self._observe(), **end})
-
-
-@pytest.mark.parametrize("batched", [Walkers, serial])
+@pytest.mark.parametrize(
+    "batched", [Walkers, lambda: SerialEnv(2, [partial(Counter, end, pay=1) for end in (2, 5)])]
+)
 def test_action_repeat_stops_each_environment_of_a_batch_at_its_own_end(batched):
     env = make_env(batched(), action_repeat=3)
     step = env.rand_step(env.reset())["next"]
@@ -154,13 +126,9 @@ def test_action_repeat_stops_each_environment_of_a_batch_at_its_own_end(batched)
 
 
 def test_action_repeat_with_renamed_reward_and_end():
-    renamed = TransformedEnv(
-        Counter(), RenameTransform(["reward", "done", "terminated"], ["pay", "over", "dead"])
-    )
-    back = TransformedEnv(
-        renamed, RenameTransform(["pay", "over", "dead"], ["reward", "done", "terminated"])
-    )
-    env = make_env(back, action_repeat=2)
+    names, others = ["reward", "done", "terminated"], ["pay", "over", "dead"]
+    renamed = TransformedEnv(Counter(), RenameTransform(names, others))
+    env = make_env(TransformedEnv(renamed, RenameTransform(others, names)), action_repeat=2)
     rollout = env.rollout(10, policy=lambda td: td.set("action", torch.zeros(1)))
     assert rollout["next", "reward"].flatten().tolist() == [2, 2, 1]
     assert rollout["next", "done"].flatten().tolist() == [False, False, True]
@@ -222,13 +190,6 @@ def test_one_of_several_pictures_is_chosen_by_its_name():
         make_env(Gym(space, observation), camera="top")
 
 
-def test_the_picture_of_a_torchrl_environment_is_turned_too():
-    env = make_env(Counter(), pixels=32)
-    check_env_specs(env)
-    assert env.rollout(9)["next", "pixels"][:, 0, 0, 0].tolist() == [1, 2, 3, 4, 5]
-    assert env.reset()["pixels"].shape == (3, 32, 32)
-
-
 @pytest.mark.parametrize(
     ("picture", "expected"),
     [
@@ -283,13 +244,6 @@ def test_what_cannot_be_used_is_named_at_the_door_in_one_line(env, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_black_first_picture_does_not_settle_the_range_of_floats():
-    convert = PictureConverter(64)
-    assert convert(RAMP * 0).eq(0).all()
-    assert torch.equal(convert(RAMP), RGB)
-    assert convert(RAMP * 0 + 1).eq(1).all()  # 1 of 255 from now on
-
-
 def test_float64_environments_become_float32():
     space = Box(-1, 1, (3,), np.float64)
     gym = Gym(space, actions=Box(-2, 2, (2,), np.float64))
@@ -326,3 +280,10 @@ def test_success_is_read_from_info(key, value):
     assert step["success"].tolist() == [True] and step["success"].dtype == torch.bool
     gym.info = {key: 0.0}
     assert not env.rand_step(env.reset())["next", "success"].item()
+
+
+def test_a_black_first_picture_does_not_settle_the_range_of_floats():
+    convert = PictureConverter(64)
+    assert convert(RAMP * 0).eq(0).all()
+    assert torch.equal(convert(RAMP), RGB)
+    assert convert(RAMP * 0 + 1).eq(1).all()  # 1 of 255 from now on

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from tensordict import TensorDict
 
-from prelar_trl.models import load_pretrained, make_world_model_loss
-from prelar_trl.modules import RSSMWorldModel
+from prelar_trl.models import copy_pretrained, make_world_model_loss
 from prelar_trl.modules.latent_actions import DeterministicActions, GaussianActions
 from prelar_trl.objectives import LatentActionLoss, RSSMWorldModelLoss
 from prelar_trl.objectives.functional import action_state_consistency
-from prelar_trl.updates import WorldModelUpdate
 from tests.tiny import batch, has_gradient, tiny_world_model
+
+LABELED = {"action_label": 1.0}
 
 
 def gaussian_batch(mean: float) -> TensorDict:
@@ -51,58 +49,18 @@ def test_warm_up_raises_the_weight_geometrically_over_training_calls() -> None:
             torch.testing.assert_close(out["latent_kl"], torch.tensor(4.0))
 
 
-def options_run() -> tuple[RSSMWorldModel, WorldModelUpdate]:
-    torch.manual_seed(3)
-    model = tiny_world_model()
-    loss = make_world_model_loss(
-        "prelar",
-        "pretrain",
-        model,
-        weights={"action_label": 1.0},
-        action_dim=2,
-        latent_warmup=3,
-        consistency="gated",
-    )
-    return model, WorldModelUpdate(loss)
-
-
 def labeled_batch(rows: int = 1) -> TensorDict:
     labeled = torch.zeros(2, 4, 1, dtype=torch.bool)
     labeled[:rows] = True
     return batch(labeled=labeled)
 
 
-def test_warm_up_and_label_head_continue_exactly() -> None:
-    torch.manual_seed(5)
-    data = [labeled_batch() for _ in range(4)]
-    model, update = options_run()
-    for each in data[:2]:
-        update(each)
-    saved = copy.deepcopy((model.state_dict(), update.state_dict(), torch.get_rng_state()))
-    expected = [update(each) for each in data[2:]]
-    again, update = options_run()
-    again.load_state_dict(saved[0])
-    update.load_state_dict(saved[1])
-    torch.set_rng_state(saved[2])
-    for each, out in zip(data[2:], expected, strict=True):
-        found = update(each)
-        for name in ("loss_latent_kl", "loss_action_label"):
-            assert torch.equal(found[name], out[name])
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
-    assert float(update.loss.latent_action.calls) == 4
-
-
 # ---------------------------------------------------------------- labels
 
 
 def label_loss() -> LatentActionLoss:
-    loss = LatentActionLoss(
-        torch.nn.Identity(),
-        DeterministicActions(size=3),
-        weights={"action_label": 2.0},
-        action_dim=2,
-    )
+    options = {"weights": {"action_label": 2.0}, "action_dim": 2}
+    loss = LatentActionLoss(torch.nn.Identity(), DeterministicActions(size=3), **options)
     torch.nn.init.normal_(loss.label_head.weight)
     return loss
 
@@ -132,20 +90,16 @@ def test_a_batch_without_a_label_costs_nothing() -> None:
     assert td["latent_action"].grad.abs().max() == 0
 
 
-def test_labels_train_the_inverse_model() -> None:
+def test_labels_train_the_inverse_model_and_need_the_size_of_the_actions() -> None:
     model = tiny_world_model()
-    weights = {"image": None, "kl": None, "latent_kl": None, "action_state_consistency": None}
-    loss = make_world_model_loss(
-        "prelar", "pretrain", model, weights={**weights, "action_label": 1.0}, action_dim=2
-    )
+    off = dict.fromkeys(("image", "kl", "latent_kl", "action_state_consistency"))
+    options = {"weights": {**off, **LABELED}, "action_dim": 2}
+    loss = make_world_model_loss("prelar", "pretrain", model, **options)
     loss(labeled_batch())["loss_action_label"].backward()
     assert has_gradient(model.latent_action_encoder)
     assert not has_gradient(model.rssm) and not has_gradient(model.decoder)
-
-
-def test_labels_need_the_size_of_the_actions() -> None:
     with pytest.raises(ValueError, match="action_label needs action_dim"):
-        LatentActionLoss(torch.nn.Identity(), weights={"action_label": 1.0})
+        LatentActionLoss(torch.nn.Identity(), weights=LABELED)
 
 
 # ---------------------------------------------------------------- the gate
@@ -157,17 +111,13 @@ def gated(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 
 def test_gated_falls_as_the_orderings_agree_more() -> None:
     p = torch.linspace(0, 8, 12)
-    agreeing, reversed_ = gated(p, p), gated(p, p.flip(0))
-    assert agreeing.abs() < 1e-6 < reversed_
     torch.manual_seed(0)
     noise = [gated(p, p + s * torch.randn(12)) for s in (0.1, 1.0, 4.0)]
-    assert agreeing < noise[0] < noise[1] < noise[2] < reversed_
-
-
-def test_gated_has_a_gradient_where_the_orderings_disagree() -> None:
-    p, q = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([2.0, 1.0, 0.0], requires_grad=True)
+    losses = [gated(p, p), *noise, gated(p, p.flip(0))]
+    assert losses == sorted(losses) and losses[0].abs() < 1e-6
+    q = p.flip(0).requires_grad_()
     gated(p, q).backward()
-    assert q.grad[0] > 0.01 and q.grad[2] < -0.01  # downhill: the first falls, the last rises
+    assert q.grad[0] > 0.01 and q.grad[-1] < -0.01  # downhill: the first falls, the last rises
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 1e3])
@@ -177,10 +127,6 @@ def test_the_gradient_of_gated_is_bounded_however_small_q_is(scale: float) -> No
     gated(p, q).backward()
     # Each of the 2 N pairs of a transition gives at most 1 / (temperature N^2).
     assert 0 < q.grad.abs().max() <= 2 * 16 / (0.5 * 16**2)
-    soft = q.detach().clone().requires_grad_()
-    action_state_consistency(p, soft, "soft").backward()
-    if scale < 1e-2:
-        assert soft.grad.abs().max() > 10 * q.grad.abs().max()
 
 
 def test_gated_is_off_while_the_state_divergence_is_noise() -> None:
@@ -192,15 +138,6 @@ def test_gated_is_off_while_the_state_divergence_is_noise() -> None:
         gated(scale * noise, q).backward()
         gradients.append(float(q.grad.abs().max()))
     assert gradients[0] < 1e-6 and gradients[1] > 1e-3 and gradients[2] > gradients[1]
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
-def test_gated_is_finite_where_all_are_equal(value: float) -> None:
-    for p in (torch.full((5,), value), torch.arange(5.0)):
-        q = torch.full((5,), value, requires_grad=True)
-        loss = gated(p, q)
-        loss.backward()
-        assert loss.isfinite() and q.grad.isfinite().all()
 
 
 # ---------------------------------------------------------------- a kind's own losses
@@ -242,7 +179,7 @@ def test_the_action_encoder_gets_the_codebook_of_the_inverse_model() -> None:
     pretrained = tiny_world_model(**VQ)
     fine = tiny_world_model("prelar", "finetune", **VQ, action_code="vq")
     before = fine.action_encoder.latent_actions.codebook.clone()
-    load_pretrained(fine, pretrained.state_dict())
+    copy_pretrained(fine, pretrained.state_dict())
     codebook = pretrained.latent_action_encoder.latent_actions.codebook
     assert torch.equal(fine.action_encoder.latent_actions.codebook, codebook)
     assert not torch.equal(codebook, before)
@@ -253,8 +190,7 @@ def test_the_action_encoder_gets_the_codebook_of_the_inverse_model() -> None:
 
 
 def test_a_codebook_of_another_size_is_refused() -> None:
-    pretrained = tiny_world_model(**VQ)
     other = {"latent_action": "vq", "latent_action_options": {"codes": 6}}
     fine = tiny_world_model("prelar", "finetune", **other, action_code="vq")
     with pytest.raises(ValueError, match=r"codebook is \(5, 4\) there and \(6, 4\) here"):
-        load_pretrained(fine, pretrained.state_dict())
+        copy_pretrained(fine, tiny_world_model(**VQ).state_dict())

@@ -9,7 +9,6 @@ from prelar_trl.modules.latent_actions import (
     DeterministicActions,
     FSQActions,
     GaussianActions,
-    LatentActions,
     VQActions,
     make_latent_actions,
     register_latent_actions,
@@ -38,6 +37,9 @@ def test_fsq_actions_are_the_products_of_the_levels() -> None:
     assert len(action.unique(dim=0)) == 12
     assert action[:, 0].unique().tolist() == [-1.0, -0.5, 0.0, 0.5]
     assert action[:, 1].unique().tolist() == [-1.0, 0.0, 1.0]
+    corners = torch.tensor([[-9.0, -9.0], [9.0, 9.0], [9.0, -9.0], [-9.0, 9.0]]).repeat(5, 1)
+    metrics = kind.metrics(*kind(corners))  # the actions in use
+    torch.testing.assert_close(metrics["code_perplexity"], torch.tensor(4.0))
 
 
 def test_fsq_passes_the_gradient_of_the_bounded_output() -> None:
@@ -46,22 +48,18 @@ def test_fsq_passes_the_gradient_of_the_bounded_output() -> None:
     torch.testing.assert_close(raw.grad, torch.full_like(raw, 2 * (1 - 1e-3) / 2))
 
 
-def test_fsq_perplexity_counts_the_actions_in_use() -> None:
-    kind = FSQActions(levels=(3, 3))
-    raw = torch.tensor([[-9.0, -9.0], [9.0, 9.0], [9.0, -9.0], [-9.0, 9.0]]).repeat(5, 1)
-    torch.testing.assert_close(kind.metrics(*kind(raw))["code_perplexity"], torch.tensor(4.0))
-
-
 def test_vq_gives_the_nearest_code_and_passes_the_gradient_straight_through() -> None:
+    codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]])
     kind = VQActions(size=2, codes=3).eval()
-    kind.codebook.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]]))
+    kind.codebook.copy_(codebook)
     raw = torch.tensor([[0.9, 0.3], [0.2, 1.7]], requires_grad=True)
     action, params = kind(raw)
-    torch.testing.assert_close(action, kind.codebook[[1, 2]])
+    torch.testing.assert_close(action, codebook[[1, 2]])
     action.sum().backward()
     torch.testing.assert_close(raw.grad, torch.ones_like(raw))
     commitment = kind.extra_losses(action, params)["commitment"]
     torch.testing.assert_close(commitment, torch.tensor((0.01 + 0.09 + 0.04 + 0.09) / 2))
+    assert torch.equal(kind.codebook, codebook)  # stands still in evaluation
 
 
 def test_vq_codebook_finds_the_clusters_and_dead_codes_restart() -> None:
@@ -77,22 +75,14 @@ def test_vq_codebook_finds_the_clusters_and_dead_codes_restart() -> None:
     assert kind.metrics(action, params)["code_perplexity"] > 3.5
 
 
-def test_vq_codebook_stands_still_in_evaluation() -> None:
-    kind = VQActions(size=2).eval()
-    before = kind.codebook.clone()
-    kind(torch.randn(64, 2))
-    assert torch.equal(kind.codebook, before)
-
-
-def test_a_kind_is_found_by_its_path() -> None:
+def test_a_kind_is_found_by_its_path_and_takes_the_shared_options_that_it_names() -> None:
     path = "prelar_trl.modules.latent_actions:DeterministicActions"
     assert isinstance(make_latent_actions(path, size=3), DeterministicActions)
-
-
-def test_shared_options_reach_only_kinds_that_name_them() -> None:
     shared = {"classes": 4, "deter_size": 2}
     assert make_latent_actions("gaussian", size=3, shared=shared).dim == 3
     assert make_latent_actions("categorical", size=3, shared=shared).dim == 12
+    with pytest.raises(ValueError, match="'gaussian' is GaussianActions"):
+        register_latent_actions("gaussian")(FSQActions)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +103,3 @@ def test_shared_options_reach_only_kinds_that_name_them() -> None:
 def test_bad_kinds_and_options_are_errors(kind: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_latent_actions(kind, size=4, **options)
-
-
-def test_a_name_is_taken_once() -> None:
-    with pytest.raises(ValueError, match="'gaussian' is GaussianActions"):
-
-        @register_latent_actions("gaussian")
-        class Mine(LatentActions):
-            pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from prelar_trl.checkpoint import load_checkpoint, save_checkpoint, set_rng_state
 from prelar_trl.data import ClipWriter
 from prelar_trl.envs import ToyEnv, make_env
 from prelar_trl.recipes.entry import start
@@ -315,17 +317,17 @@ def test_pretrained_run_with_other_model_options_names_the_tensors(finetune_fail
     assert "tensors differ" in line and "coder." in line
 
 
-def spoil(monkeypatch, updates):
-    """The world model's image loss becomes NaN in the update of that number."""
-    real = WorldModelUpdate.__call__
+def spoil(monkeypatch, first, last=10**9):
+    """The world model's image loss, and with it the gradient, is NaN in updates first to last."""
+    real = WorldModelUpdate.losses
 
-    def call(self, batch):
-        losses = real(self, batch)
-        if self.count >= updates:
+    def losses(self, *inputs):
+        losses = real(self, *inputs)
+        if first <= self.count + 1 <= last:
             losses["loss_image"] = losses["loss_image"] * float("nan")
         return losses
 
-    monkeypatch.setattr(WorldModelUpdate, "__call__", call)
+    monkeypatch.setattr(WorldModelUpdate, "losses", losses)
 
 
 @pytest.mark.parametrize("log_every", [1, 100])
@@ -335,6 +337,7 @@ def test_divergence_in_pretraining_keeps_the_checkpoint_before(
     spoil(monkeypatch, 3)
     arguments = [f"data={made.clips}", f"run={tmp_path / 'a'}", *PRETRAIN_ARGS, "updates=4"]
     arguments += [f"log_every={log_every}", "checkpoint_every=2", "video_every=100"]
+    arguments += ["max_skipped=1"]
     line = fails("pretrain", *arguments)
     assert "loss_image is nan" in line and "checkpoint saved before is kept" in line
     state = checkpoint(tmp_path / "a")
@@ -344,10 +347,77 @@ def test_divergence_in_pretraining_keeps_the_checkpoint_before(
 
 def test_divergence_in_finetuning_keeps_the_checkpoint_before(fails, tmp_path, monkeypatch):
     spoil(monkeypatch, 3)
-    arguments = [f"run={tmp_path / 'a'}", *FINETUNE_ARGS, "eval_episodes=0"]
+    arguments = [f"run={tmp_path / 'a'}", *FINETUNE_ARGS, "eval_episodes=0", "max_skipped=1"]
     line = fails("finetune", *arguments)
     assert "loss_image is nan" in line
     assert checkpoint(tmp_path / "a")["step"] == 20
+
+
+def finite(state):
+    return all(x.isfinite().all() for x in state.values() if x.is_floating_point())
+
+
+def logged(run):
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_update_that_is_not_finite_is_skipped_counted_and_shown(
+    made, tmp_path, monkeypatch, capsys
+):
+    spoil(monkeypatch, 2, 3)
+    run = tmp_path / "a"
+    pretrain(pretrain_config(made.clips, run, updates=4, max_skipped=3))
+    rows = [row for row in logged(run) if row["skipped_updates"]]
+    assert [float(row["skipped_updates"]) for row in rows] == [0, 1, 2, 2]
+    assert [row["loss_image"] == "nan" for row in rows] == [False, True, True, False]
+    assert "skipped 2" in capsys.readouterr().err
+    state = checkpoint(run)
+    assert state["step"] == 4 and state["update"]["skipped"] == 2 and finite(state["model"])
+    assert not (run / "not_finite.pt").exists()
+    pretrain(pretrain_config(made.clips, run, updates=5, max_skipped=3, resume=True))
+    assert float(logged(run)[-1]["skipped_updates"] or 2) == 2
+
+
+def test_too_many_in_a_row_leave_the_batch_and_the_random_state(made, tmp_path, monkeypatch):
+    spoil(monkeypatch, 2)
+    run = tmp_path / "a"
+    with pytest.raises(RuntimeError, match=r"loss_image is nan at step 3, and the last 2 updates"):
+        pretrain(pretrain_config(made.clips, run, updates=9, max_skipped=2))
+    assert finite(checkpoint(run)["model"])
+    seen = load_checkpoint(run / "not_finite.pt")
+    assert seen["step"] == 3 and seen["batches"][0]["pixels"].shape == (2, 6, 3, 64, 64)
+    set_rng_state(seen["rng"])
+
+
+def test_a_run_whose_last_update_was_skipped_fails(fails, made, tmp_path, monkeypatch):
+    spoil(monkeypatch, 4)
+    arguments = [f"data={made.clips}", f"run={tmp_path / 'a'}", *PRETRAIN_ARGS, "updates=4"]
+    assert "loss_image is nan at step 4" in fails("pretrain", *arguments)
+    state = checkpoint(tmp_path / "a")
+    assert state["step"] == 4 and finite(state["model"])
+
+
+def test_fine_tuning_skips_too(tmp_path, monkeypatch):
+    spoil(monkeypatch, 3, 3)
+    finetune(finetune_config(tmp_path / "a", log_every=1))
+    state = checkpoint(tmp_path / "a")
+    # The states of a loss that is NaN are finite here: the behavior learns from them.
+    assert state["model_update"]["skipped"] == 1 and state["behavior_update"]["skipped"] == 0
+    assert finite(state["agent"])
+    assert float(logged(tmp_path / "a")[-2]["skipped_updates"] or 1) == 1
+
+
+def test_an_agent_of_nan_is_not_evaluated(fails, made, tmp_path):
+    run = shutil.copytree(made.fine, tmp_path / "fine")
+    state = checkpoint(run)
+    for name, x in state["agent"].items():
+        if name.startswith("actor."):
+            x.fill_(float("nan"))
+    save_checkpoint(run / "checkpoints" / "last.pt", state, finite=False)
+    line = fails("evaluate", f"run={run}", "device=cpu")
+    assert "action is NaN or infinite at step 1 of an episode" in line
+    assert not (run / "evaluation.json").exists()
 
 
 class NaNReward(ToyEnv):

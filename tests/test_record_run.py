@@ -12,35 +12,27 @@ from prelar_trl.record.run import git_state
 
 def test_run_folder_is_read_back_with_its_config_and_versions(tmp_path):
     config = {"method": "prelar", "lr": 1e-5, "seed": 7, "model": {"stoch": 32, "free": None}}
-    RunFolder.create(tmp_path / "a" / "run", config)
+    started = RunFolder.create(tmp_path / "a" / "run", config).versions["started"]
     run = RunFolder.load(tmp_path / "a" / "run")
     assert run.config == config
-    assert run.versions["seed"] == 7
+    assert run.versions["seed"] == 7 and run.versions["command"]
     assert run.versions["packages"]["torch"].startswith("2.")
-    assert run.versions["command"]
     assert run.checkpoints.is_dir() and run.videos.is_dir() and run.pictures.is_dir()
-
-
-def test_continuation_is_noted_beside_the_first_session(tmp_path):
-    run = RunFolder.create(tmp_path / "run", {"seed": 1})
-    started = run.versions["started"]
     run.note_continuation(step=40)
     assert run.versions["started"] == started
     assert [session["step"] for session in run.versions["continued"]] == [40]
 
 
-def test_a_second_run_does_not_touch_the_first(tmp_path):
+def test_a_second_run_or_other_files_are_refused_and_kept(tmp_path):
     RunFolder.create(tmp_path / "run", {"seed": 1})
     with pytest.raises(FileExistsError, match="already holds a run: choose another"):
         RunFolder.create(tmp_path / "run", {"seed": 2})
     assert RunFolder.load(tmp_path / "run").config == {"seed": 1}
-
-
-def test_a_folder_with_other_files_is_refused(tmp_path):
-    (tmp_path / "thesis.txt").write_text("precious")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="something else"):
-        RunFolder.create(tmp_path, {})
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+        RunFolder.create(tmp_path / "other", {})
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("below", ["", "run", "deep/run"])

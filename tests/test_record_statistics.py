@@ -21,18 +21,10 @@ def test_interquartile_mean_ignores_the_outer_quarters():
     assert interquartile_mean([[7.0]]) == 7.0
 
 
-def test_interquartile_mean_refuses_nan():
-    with pytest.raises(ValueError, match="finite"):
-        interquartile_mean([1.0, float("nan")])
-
-
-def test_bootstrap_draws_runs_within_each_task():
+def test_bootstrap_draws_runs_within_each_task_and_tasks_independently():
     # Tasks differ widely, runs within a task do not: nothing can vary.
     scores = np.tile([0.0, 0.5, 1.0], (5, 1))
     assert bootstrap_interval(scores, statistic=np.mean) == (0.5, 0.5)
-
-
-def test_bootstrap_draws_the_tasks_independently():
     # Drawn together, the two tasks would always cancel out.
     scores = np.linspace(-1, 1, 8)[:, None] * [1, -1]
     low, high = bootstrap_interval(scores, statistic=np.mean)
@@ -56,42 +48,41 @@ def test_band_of_a_mean_curve_is_the_interval_of_each_point():
     assert (low <= curves.mean(0) + 1e-12).all() and (curves.mean(0) <= high + 1e-12).all()
 
 
-def test_threshold_is_reached_where_the_next_evaluation_confirms_it():
-    steps = [100, 200, 300, 400, 500]
-    assert steps_to_threshold(steps, [0, 9, 0, 8, 8], 8) == (400, False)  # 9 was luck
-    assert steps_to_threshold(steps, [0, 9, 0, 8, 8], 8, confirm=1) == (200, False)
-    assert steps_to_threshold(steps, [0, 9, 0, 8, 8], 8, confirm=3) == (600, True)
-    assert steps_to_threshold(steps, [8, 8, 0, 0, 0], 8) == (100, False)
-
-
-def test_a_run_that_never_confirms_the_threshold_is_censored_one_interval_after_its_end():
-    steps = [1000, 1250, 1500]
-    assert steps_to_threshold(steps, [1, 2, 3], 8) == (1750, True)
-    assert steps_to_threshold(steps, [1, 2, 9], 8) == (1750, True)
-    assert steps_to_threshold(steps[:2], [9, 9], 8, confirm=3) == (1500, True)
-    assert steps_to_threshold([500], [9], 8) == (1000, True)
-
-
-def test_a_higher_threshold_is_never_reached_earlier():
-    rng = np.random.default_rng(0)
-    steps = np.arange(1, 21)
-    for _ in range(50):
-        scores = rng.normal(size=20).cumsum()
-        needed = [steps_to_threshold(steps, scores, t).steps for t in np.linspace(-5, 5, 21)]
-        assert needed == sorted(needed)
+@pytest.mark.parametrize(
+    ("scores", "options", "expected"),
+    [
+        ([0, 9, 0, 8, 8], {}, (400, False)),  # 9 was luck
+        ([0, 9, 0, 8, 8], {"confirm": 1}, (200, False)),
+        ([0, 9, 0, 8, 8], {"confirm": 3}, (600, True)),  # one interval after its end
+        ([8, 8, 0, 0, 0], {}, (100, False)),
+        ([1, 2, 3], {}, (400, True)),
+        ([1, 2, 9], {}, (400, True)),
+        ([9, 9], {"confirm": 3}, (300, True)),
+        ([9], {}, (200, True)),
+    ],
+)
+def test_threshold_is_reached_where_the_next_evaluation_confirms_it(scores, options, expected):
+    steps = [100, 200, 300, 400, 500][: len(scores)]
+    assert steps_to_threshold(steps, scores, 8, **options) == expected
 
 
 @pytest.mark.parametrize(
-    "steps, scores, message",
+    ("call", "message"),
     [
-        ([1, 2], [1], r"\[1\] scores for \[2\] steps"),
-        ([], [], "scores"),
-        ([2, 1], [0, 0], "increase"),
+        (lambda: steps_to_threshold([1, 2], [1], 0.5), r"\[1\] scores for \[2\] steps"),
+        (lambda: steps_to_threshold([], [], 0.5), "scores"),
+        (lambda: steps_to_threshold([2, 1], [0, 0], 0.5), "increase"),
+        (lambda: interquartile_mean([1.0, float("nan")]), "finite"),
+        (lambda: ratio_of_means([1, 2], [0, 1]), "positive"),
+        (lambda: ratio_of_means([1, 2], [[1, 2]]), "1 tasks against 2"),
+        (lambda: wilson_interval(3, 2), "successes=3, episodes=2"),
+        (lambda: wilson_interval(-1, 2), "successes=-1, episodes=2"),
+        (lambda: wilson_interval(0, 0), "successes=0, episodes=0"),
     ],
 )
-def test_steps_to_a_threshold_need_evaluations_at_increasing_steps(steps, scores, message):
+def test_what_has_no_statistic_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
-        steps_to_threshold(steps, scores, 0.5)
+        call()
 
 
 def test_ratio_of_means_and_its_interval():
@@ -106,13 +97,6 @@ def test_ratio_of_means_and_its_interval():
     assert ratio.low < ratio.value < ratio.high
     scaled = ratio_of_means(10 * x, y)
     assert np.array(scaled) == pytest.approx(10 * np.array(ratio))
-
-
-def test_ratio_of_means_refuses_what_has_none():
-    with pytest.raises(ValueError, match="positive"):
-        ratio_of_means([1, 2], [0, 1])
-    with pytest.raises(ValueError, match="1 tasks against 2"):
-        ratio_of_means([1, 2], [[1, 2]])
 
 
 def test_probability_of_improvement_has_its_known_values():
@@ -135,22 +119,9 @@ def test_probability_of_improvement_is_symmetric_and_sees_only_the_order():
         assert estimate.low < estimate.value < estimate.high
 
 
-def test_probability_of_improvement_is_that_of_the_normal_distributions_it_draws_from():
-    rng = np.random.default_rng(0)
-    estimate = probability_of_improvement(rng.normal(1, 1, 400), rng.normal(0, 1, 400), samples=200)
-    assert estimate.value == pytest.approx(0.760, abs=0.03)  # Phi(1 / sqrt 2)
-    assert estimate.low < 0.760 < estimate.high
-
-
 def test_wilson_interval_agrees_with_its_formula():
     z, n, p = 1.959964, 10, 0.9
     middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     assert wilson_interval(9, 10) == pytest.approx((middle - half, middle + half), abs=1e-6)
     assert wilson_interval(0, 10)[1] > 0.2 and wilson_interval(10, 10)[1] == 1
-
-
-@pytest.mark.parametrize("successes, episodes", [(3, 2), (-1, 2), (0, 0)])
-def test_wilson_interval_refuses_impossible_counts(successes, episodes):
-    with pytest.raises(ValueError, match=f"successes={successes}, episodes={episodes}"):
-        wilson_interval(successes, episodes)

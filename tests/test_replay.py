@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.collectors import Collector
-from torchrl.envs import SerialEnv
 
 from prelar_trl.data import ClipStore, EpisodeReplay, StoreError, VideoClips
-from prelar_trl.envs import make_env
 
 
 def steps(length: int, *, base: int = 0, done: bool = True, terminated: bool = True) -> TensorDict:
@@ -61,8 +58,10 @@ def expect(episode: TensorDict, length: int, base: int = 0, terminated: bool = T
 
 
 def test_an_episode_is_shifted_to_the_action_that_led_to_the_frame(tmp_path) -> None:
-    replay = opened(tmp_path)
-    assert replay.extend(steps(9, base=10)).tolist() == list(range(10))
+    replay, data = opened(tmp_path), steps(9, base=10)
+    before = data.clone()
+    assert replay.extend(data).tolist() == list(range(10))
+    assert bool((data == before).all()) and set(data.keys()) == set(before.keys())
     expect(replay.episode(0), 9, base=10)
     replay.extend(steps(5, base=50, terminated=False))
     expect(replay.episode(1), 5, base=50, terminated=False)
@@ -87,7 +86,7 @@ def test_sampled_windows_keep_the_alignment_and_begin_with_is_first(tmp_path) ->
         assert batch["is_first"].squeeze(-1).tolist() == [[True, False, False, False]] * 16
 
 
-def test_an_episode_may_arrive_in_pieces(tmp_path) -> None:
+def test_an_episode_may_arrive_in_pieces_or_step_by_step(tmp_path) -> None:
     whole = steps(9, base=10)
     for cuts in ([3], [1, 2, 8], list(range(1, 9))):
         replay = EpisodeReplay(tmp_path / str(len(cuts)), window=4, capacity=60)
@@ -95,19 +94,14 @@ def test_an_episode_may_arrive_in_pieces(tmp_path) -> None:
             assert replay.num_episodes == 0
             replay.extend(whole[begin:end])
         expect(replay.episode(0), 9, base=10)
-
-
-def test_single_steps_of_one_and_of_several_environments(tmp_path) -> None:
-    one = opened(tmp_path / "one")
-    for step in steps(9, base=10):
-        one.add(step)
-    expect(one.episode(0), 9, base=10)
-    two = opened(tmp_path / "two")
+    one, two = opened(tmp_path / "one"), opened(tmp_path / "two")
     both = torch.stack([steps(7, base=10), steps(7, base=50)])  # [N, T]
     for t in range(7):
+        one.add(both[0, t])
         two.add(both[:, t])
-    expect(two.episode(0), 7, base=10)
-    expect(two.episode(1), 7, base=50)
+    expect(one.episode(0), 7, base=10)
+    for number in range(2):
+        expect(two.episode(number), 7, base=both[number, 0]["pixels"][0, 0, 0].item())
 
 
 def test_episodes_of_several_workers_are_not_mixed(tmp_path) -> None:
@@ -260,52 +254,24 @@ def test_windows_may_span_episodes_only_with_is_first_between(tmp_path) -> None:
     assert bool((batch["is_first"][:, 1:, 0] | ~jump).all())
 
 
-def test_collectors_and_rollouts_fill_it(tmp_path) -> None:
-    env = make_env("toy", seed=1, pixels=16, max_steps=6)
-    replay = opened(tmp_path, capacity=500)
-    rollout = env.rollout(6)
-    assert finished(replay, rollout) == 1
-    episode = replay.episode(0)
-    assert torch.equal(episode["pixels"][1:], rollout["next", "pixels"])
-    assert torch.equal(episode["action"][1:], rollout["action"])
-    several = SerialEnv(2, lambda: make_env("toy", seed=1, pixels=16, max_steps=6))
-    collector = Collector(several, None, frames_per_batch=16, total_frames=48)
-    assert sum(finished(replay, data) for data in collector) == 8
-    assert {len(replay.episode(i)) for i in range(9)} == {7}
-    collector.shutdown()
-
-
-def test_the_input_is_not_changed(tmp_path) -> None:
-    data = steps(9)
-    before = data.clone()
-    opened(tmp_path).extend(data)
-    assert bool((data == before).all())
-    assert set(data.keys()) == set(before.keys())
-
-
-def spoiled(key, value) -> TensorDict:
-    data = steps(9)
-    return data.set(key, value)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (steps(9).exclude("action"), "the data lack action"),
         (steps(9).exclude(("next", "reward")), r"the data lack \('next', 'reward'\)"),
-        (spoiled("pixels", torch.zeros(9, 3, 4, 4)), r"pixels must be uint8 .* got torch.float32"),
-        (spoiled("pixels", torch.zeros(9, 4, 4, 3, dtype=torch.uint8)), r"got .* \[4, 4, 3\]"),
-        (spoiled("action", torch.zeros(9, 2).int()), "action must be floating point"),
-        (spoiled("action", torch.full((9, 2), torch.nan)), "action is NaN .* step 0 of env"),
-        (spoiled(("next", "reward"), torch.full((9, 1), torch.inf)), "reward.* is NaN or infinite"),
-        (spoiled("action", torch.zeros(9, 5)), r"action has shape \[5\] per step; .* \[2\]"),
+        (("pixels", torch.zeros(9, 3, 4, 4)), r"pixels must be uint8 .* got torch.float32"),
+        (("pixels", torch.zeros(9, 4, 4, 3, dtype=torch.uint8)), r"got .* \[4, 4, 3\]"),
+        (("action", torch.zeros(9, 2).int()), "action must be floating point"),
+        (("action", torch.full((9, 2), torch.nan)), "action is NaN .* step 0 of env"),
+        ((("next", "reward"), torch.full((9, 1), torch.inf)), "reward.* is NaN or infinite"),
+        (("action", torch.zeros(9, 5)), r"action has shape \[5\] per step; .* \[2\]"),
     ],
 )
 def test_bad_data_are_refused_and_nothing_is_lost(tmp_path, data, message) -> None:
     replay = opened(tmp_path)
     replay.extend(steps(9, base=10))
     with pytest.raises(ValueError, match=message):
-        replay.extend(data)
+        replay.extend(steps(9).set(*data) if isinstance(data, tuple) else data)
     assert replay.num_episodes == 1
     expect(replay.episode(0), 9, base=10)
 

@@ -32,23 +32,13 @@ def assert_same(first: tuple, second: tuple) -> None:
 
 
 @pytest.mark.parametrize("classes", [4, 0], ids=["categorical", "gaussian"])
-def test_shapes(classes: int) -> None:
-    rssm = make(classes)
-    states, posterior, prior = rssm.observe(*inputs())
-    latent = (3, 4) if classes else (3,)
-    assert states.stoch.shape == (B, T, *latent)
-    assert states.deter.shape == (B, T, 8)
-    assert posterior.shape == prior.shape == ((B, T, 3, 4) if classes else (B, T, 3, 2))
-    assert rssm.feat(states).shape == (B, T, rssm.feat_dim)
-    assert rssm.feat_dim == (12 if classes else 3) + 8
-
-
-@pytest.mark.parametrize("classes", [4, 0], ids=["categorical", "gaussian"])
 def test_observing_equals_a_naive_computation_step_by_step(classes: int) -> None:
     """From the same weights, one step at a time, every input concatenated anew."""
     rssm, (embed, action, is_first) = make(classes), inputs()
-    is_first[1, 3] = True
+    is_first[1, 3] = True  # of one sequence alone
     states, posterior, prior = rssm.observe(embed, action, is_first, sample=False)
+    assert states.stoch.shape == (B, T, *((3, 4) if classes else (3,)))
+    assert rssm.feat(states).shape == (B, T, rssm.feat_dim)
     stoch, deter = torch.zeros(B, rssm.latent.flat_size), torch.zeros(B, 8)
     for t in range(T):
         keep = 1 - is_first[:, t, None].float()
@@ -67,6 +57,8 @@ def test_observing_equals_a_naive_computation_step_by_step(classes: int) -> None
         torch.testing.assert_close(posterior[:, t], naive)
         torch.testing.assert_close(prior[:, t], naive_prior)
         torch.testing.assert_close(rssm.latent.flatten(states.stoch[:, t]), stoch)
+    stepped = rssm(states.stoch[:, :-1], states.deter[:, :-1], action[:, 1:])  # no reset
+    torch.testing.assert_close(prior[[0, 2], 1:], stepped[[0, 2]])
 
 
 def test_a_reset_inside_a_window_equals_two_windows() -> None:
@@ -89,17 +81,6 @@ def test_a_reset_forgets_the_given_state_and_the_action() -> None:
     kept = rssm.observe(embed, action, torch.zeros_like(is_first), state, sample=False)
     assert_same(fresh[0], reset[0])
     assert not torch.allclose(kept[0].deter, reset[0].deter)
-
-
-def test_a_reset_of_one_sequence_leaves_the_others_alone() -> None:
-    rssm, (embed, action, is_first) = make(), inputs()
-    before = rssm.observe(embed, action, is_first, sample=False)[0].deter
-    is_first[1, 2] = True
-    after = rssm.observe(embed, action, is_first, sample=False)[0].deter
-    changed = (before != after).any(-1)
-    assert changed[1, 2:].all()
-    changed[1, 2:] = False
-    assert not changed.any()
 
 
 def test_observing_step_by_step_with_a_carried_state_equals_observing_at_once() -> None:
@@ -129,48 +110,26 @@ def test_imagining_equals_repeated_steps(sample: bool) -> None:
         assert_same((*state, prior), (states.stoch[:, t], states.deter[:, t], priors[:, t]))
 
 
-def test_prior_of_observing_is_the_step_from_the_state_before() -> None:
-    rssm, (embed, action, is_first) = make(), inputs()
-    states, _, prior = rssm.observe(embed, action, is_first, sample=False)
-    stepped = rssm(states.stoch[:, :-1], states.deter[:, :-1], action[:, 1:])
-    torch.testing.assert_close(prior[:, 1:], stepped)
-
-
-def test_a_narrow_action_counts_as_padded_with_zeros() -> None:
+def test_a_narrow_action_counts_as_padded_with_zeros_and_too_wide_a_one_is_an_error() -> None:
     rssm, (embed, action, is_first) = make(action_dim=9), inputs()
     padded = F.pad(action, (0, 9 - A))
-    assert_same(
-        rssm.observe(embed, action, is_first, sample=False)[0],
-        rssm.observe(embed, padded, is_first, sample=False)[0],
-    )
+    observed = (rssm.observe(embed, x, is_first, sample=False)[0] for x in (action, padded))
+    assert_same(*observed)
     state = State(torch.rand(B, 3, 4), torch.rand(B, 8))
-    torch.testing.assert_close(
-        rssm.transition(state, action[:, 0]), rssm.transition(state, padded[:, 0])
-    )
     everywhere = action[0, 0].expand(B, -1)
-    torch.testing.assert_close(
-        rssm.transition(state, action[0, 0]), rssm.transition(state, everywhere)
-    )
+    for first, second in ((action[:, 0], padded[:, 0]), (action[0, 0], everywhere)):
+        torch.testing.assert_close(rssm.transition(state, first), rssm.transition(state, second))
+    with pytest.raises(ValueError, match="4 dimensions .* at most 3"):
+        make(action_dim=A - 1).observe(embed, action, is_first)
 
 
 def test_no_action_equals_a_zero_action() -> None:
     rssm, (embed, action, is_first) = make(), inputs()
-    zero = torch.zeros_like(action)
-    assert_same(
-        rssm.observe(embed, None, is_first, sample=False)[0],
-        rssm.observe(embed, zero, is_first, sample=False)[0],
-    )
-    start = rssm.initial_state(B)
-    assert_same(
-        rssm.imagine(None, start, sample=False, steps=3)[0],
-        rssm.imagine(zero[:, :3], start, sample=False)[0],
-    )
-
-
-def test_too_wide_an_action_is_an_error() -> None:
-    rssm, (embed, action, is_first) = make(action_dim=A - 1), inputs()
-    with pytest.raises(ValueError, match="4 dimensions .* at most 3"):
-        rssm.observe(embed, action, is_first)
+    zero, start = torch.zeros_like(action), rssm.initial_state(B)
+    observed = (rssm.observe(embed, x, is_first, sample=False)[0] for x in (None, zero))
+    assert_same(*observed)
+    imagined = rssm.imagine(None, start, sample=False, steps=3)[0]
+    assert_same(imagined, rssm.imagine(zero[:, :3], start, sample=False)[0])
 
 
 def test_every_head_of_the_ensemble_is_drawn_one_per_step() -> None:

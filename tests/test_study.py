@@ -15,16 +15,26 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks.study_jobs import expand, load_study
 from benchmarks.study_report import GOALS, QUANTITIES, SHOWN, write_report
-from benchmarks.suites import override
 from prelar_trl.recipes.collect_videos import env_names
+from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.entry import settings
-from tests.campaigns import campaign, command, contents, git, make_repository, row, wait_for
+from tests.sweeps import (
+    command,
+    contents,
+    environment,
+    git,
+    make_repository,
+    row,
+    run,
+    wait_for,
+)
 from tests.toy_runs import CLIPS, ROOT, TINY
 
 pytestmark = pytest.mark.timeout(900)  # some fifteen programs are started
 STUDY = load_study()
 MODEL = {"size": "tiny", **{f"model.{name}": value for name, value in TINY.items()}}
 VIDEOS = {"env": "toy", "episodes": 6, "max_steps": 8, "after_success": None}
+PROGRAM, TABLE = "benchmarks/study.py", "benchmarks/study.yaml"
 TRIAL = {
     "seeds": 1,
     "data": {
@@ -83,7 +93,7 @@ def test_every_job_has_settings_that_its_recipe_takes():
             if (job.recipe, given) in seen:
                 continue
             seen.append((job.recipe, given))
-            cfg = settings(compose(job.recipe, [f"{k}={override(x)}" for k, x in given.items()]))
+            cfg = settings(compose(job.recipe, [f"{k}={as_override(x)}" for k, x in given.items()]))
             if job.recipe == "collect_videos":
                 assert env_names(cfg.env, cfg.tasks)
             elif job.recipe == "pretrain":
@@ -197,20 +207,22 @@ def test_the_report_has_one_picture_for_each_data_set(reported):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> SimpleNamespace:
     """A study that was killed without notice within its first run, and started again."""
-    repository = make_repository(tmp_path_factory.mktemp("repository"), "study.yaml", TRIAL)
+    repository = make_repository(tmp_path_factory.mktemp("repository"), TABLE, TRIAL)
     root = repository / "runs" / "study"
-    run = root / "toy" / "pretrain" / "soft-0"
+    first = root / "toy" / "pretrain" / "soft-0" / "checkpoints" / "last.pt"
     with open(repository / "runs.log", "w") as log:
-        line = command(repository, "study.py", "--jobs", "1")
-        process = subprocess.Popen(line, stdout=log, stderr=log)
+        line = command(repository, PROGRAM, "--jobs", "1")
+        process = subprocess.Popen(line, env=environment(repository), stdout=log, stderr=log)
     try:
-        wait_for(lambda: (run / "checkpoints" / "last.pt").is_file() or process.poll() is not None)
+        wait_for(
+            lambda: (first / "checkpoints" / "last.pt").is_file() or process.poll() is not None
+        )
         assert process.poll() is None, (repository / "runs.log").read_text()
     finally:
         process.kill()
         process.wait()
-    status = campaign(repository, "--status", program="study.py").stdout
-    done = campaign(repository, program="study.py")
+    status = run(repository, PROGRAM, "--status").stdout
+    done = run(repository, PROGRAM)
     return SimpleNamespace(
         repository=repository,
         root=root,
@@ -249,7 +261,7 @@ def test_finished_runs_are_not_repeated_where_only_their_files_are_left(finished
     results = tmp_path / "results"
     shutil.copytree(finished.results / "runs", results / "runs")
     places = ["--root", str(tmp_path / "empty"), "--results", str(results)]
-    done = campaign(finished.repository, *places, program="study.py")
+    done = run(finished.repository, PROGRAM, *places)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "starts" not in done.stdout and "2 finished" in done.stdout
     assert not (tmp_path / "empty" / "toy").exists()
@@ -265,6 +277,6 @@ def test_finished_runs_are_not_repeated_where_only_their_files_are_left(finished
     ],
 )
 def test_what_cannot_be_run_is_said_in_one_line(finished, arguments, message):
-    done = campaign(finished.repository, *arguments, "--status", program="study.py")
+    done = run(finished.repository, PROGRAM, *arguments, "--status")
     assert done.returncode != 0
     assert message in done.stderr and "Traceback" not in done.stderr

@@ -47,38 +47,24 @@ def test_one_update_is_one_step_of_clipped_adam() -> None:
 @pytest.mark.parametrize("method", ["prelar", "apv"])
 def test_pretrained_parts_stay_during_the_first_updates_and_move_after(method: str) -> None:
     agent, loss = tiny(method, "finetune")
-    update = WorldModelUpdate(loss, frozen_updates=2)
-    model = agent.world_model
-    pretrained = {"encoder": model.encoder, "rssm": model.lower_rssm or model.rssm}
-    others = {"decoder": model.decoder, "heads": model.heads}
-    others |= {"rssm": model.rssm} if model.lower_rssm else {"action": model.action_encoder}
+    update, model = WorldModelUpdate(loss, frozen_updates=2), agent.world_model
+    pretrained = {"encoder.", "lower_rssm." if model.lower_rssm else "rssm."}
+    others = {"decoder.", "heads.", "rssm." if model.lower_rssm else "action_encoder."}
+    weights = {name for name, _ in model.named_parameters()}
+    bonus = snapshot(agent.video_bonus)
     for step in range(4):
-        before = copy.deepcopy({**pretrained, "others": nn.ModuleDict(others)})
+        before = snapshot(model)
         update(batch())
-        for name, module in pretrained.items():
-            pairs = zip(module.parameters(), before[name].parameters(), strict=True)
-            changed = any(not torch.equal(a, b) for a, b in pairs)
-            assert changed == (step >= 2), (name, step)
-        for name, module in others.items():
-            pairs = zip(module.parameters(), before["others"][name].parameters(), strict=True)
-            assert any(not torch.equal(a, b) for a, b in pairs), name
-
-
-def test_the_bonus_projection_never_trains() -> None:
-    agent, loss = tiny("prelar", "finetune")
-    before = snapshot(agent.video_bonus)
-    WorldModelUpdate(loss, lr=0.1)(batch())
-    assert moved(agent.video_bonus, before) == {"memory", "filled", "magnitude"}
+        changed = moved(model, before) & weights
+        for part in pretrained | others:
+            expected = step >= 2 or part in others
+            assert any(name.startswith(part) for name in changed) == expected, (part, step)
+    assert moved(agent.video_bonus, bonus) == {"memory", "filled", "magnitude"}
 
 
 def test_a_learnable_temperature_is_trained() -> None:
-    loss = make_world_model_loss(
-        "prelar",
-        "pretrain",
-        tiny_world_model(),
-        weights={"action_contrast": 1.0},
-        temperature=None,
-    )
+    options = {"weights": {"action_contrast": 1.0}, "temperature": None}
+    loss = make_world_model_loss("prelar", "pretrain", tiny_world_model(), **options)
     WorldModelUpdate(loss)(batch())
     assert loss.latent_action.log_temperature.item() != 0
 
@@ -99,12 +85,13 @@ def test_one_batch_is_learnt_by_heart(method: str, phase: str) -> None:
 
 def test_behavior_trains_actor_and_critic_only() -> None:
     agent = tiny_agent("dreamerv2")
-    before = snapshot(agent)
+    agent.world_model.encoder.requires_grad_(False)
+    before, wanted = snapshot(agent), [p.requires_grad for p in agent.world_model.parameters()]
     BehaviorUpdate(agent, horizon=4)(start())
     parts = {name.split(".")[0] for name in moved(agent, before)}
     assert parts == {"actor", "critic", "slow_critic"}
     assert not any(p.grad is not None for p in agent.world_model.parameters())
-    assert all(p.requires_grad for p in agent.world_model.parameters())
+    assert [p.requires_grad for p in agent.world_model.parameters()] == wanted
     assert not agent.training
 
 
@@ -125,22 +112,17 @@ def test_actor_learns_through_the_dynamics_and_the_critic_from_its_targets_alone
 def test_actor_learns_what_the_reward_asks_for() -> None:
     """A world whose reward is the first coordinate of the action taken."""
     agent = tiny_agent("dreamerv2").eval()
+    model, real = agent.world_model, agent.world_model.rssm.transition
 
     class RewardIsAction(nn.Module):
         def forward(self, feat: torch.Tensor) -> torch.Tensor:
             return feat[..., -1:]
 
-    model = agent.world_model
     model.heads["reward"] = RewardIsAction()
-    transition = type(model.rssm).transition
-
-    def with_action(state, action):
-        deter = transition(model.rssm, state, action)
-        return torch.cat([deter[..., :-1], action[..., :1]], -1)
-
-    model.rssm.transition = with_action
-    update = BehaviorUpdate(agent, horizon=5, actor_lr=1e-2, critic_lr=1e-2)
-    data = start()
+    model.rssm.transition = lambda state, action: torch.cat(
+        [real(state, action)[..., :-1], action[..., :1]], -1
+    )
+    update, data = BehaviorUpdate(agent, horizon=5, actor_lr=1e-2, critic_lr=1e-2), start()
     feat = model.rssm.feat(model.rssm.initial_state(1)._replace(deter=data["deter"][0, :1]))
     before = agent.actor(feat).mode[0, 0].item()
     returns = [update(data)["imagined_return"].item() for _ in range(40)]
@@ -155,28 +137,6 @@ def test_slow_critic_is_copied_after_the_first_update_and_every_so_many() -> Non
         update(start())
         pairs = zip(agent.critic.parameters(), agent.slow_critic.parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == (step % 3 == 0)
-
-
-@pytest.mark.parametrize("window", [1, 3])
-def test_imagination_can_start_from_a_part_of_the_states(window: int) -> None:
-    agent = tiny_agent("prelar", action_window=window)
-    update, data = BehaviorUpdate(agent, horizon=3, imag_batch=4), start()
-    data["action"] = torch.rand(2, 3, 2)
-    sizes = []
-    imagine = agent.world_model.imagine
-    agent.world_model.imagine = lambda actor, start, *rest: (
-        sizes.append(start.batch_size) or imagine(actor, start, *rest)
-    )
-    assert update(data)["loss_actor"].isfinite()
-    assert sizes == [torch.Size([4])]
-
-
-def test_frozen_leaves_what_was_frozen_before() -> None:
-    layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False))
-    with pytest.raises(RuntimeError), frozen(layers):
-        assert not any(p.requires_grad for p in layers.parameters())
-        raise RuntimeError
-    assert [p.requires_grad for p in layers.parameters()] == [True, True, False, False]
 
 
 def test_bf16_trains_float32_weights() -> None:
@@ -203,34 +163,18 @@ def make_run():
     return agent, WorldModelUpdate(loss, frozen_updates=3), BehaviorUpdate(agent, horizon=3)
 
 
-def test_the_same_seed_twice_gives_identical_weights() -> None:
-    states = []
-    for _ in range(2):
-        agent, *updates = make_run()
-        train(agent, *updates, 2)
-        states.append(snapshot(agent))
-    for name, value in states[0].items():
-        assert torch.equal(value, states[1][name]), name
-
-
 def test_continuing_equals_never_having_stopped() -> None:
     agent, *updates = make_run()
     train(agent, *updates, 2)
-    saved = {
-        "agent": agent.state_dict(),
-        "updates": [update.state_dict() for update in updates],
-        "rng": torch.get_rng_state(),
-    }
-    saved = copy.deepcopy(saved)
+    states = [x.state_dict() for x in (agent, *updates)]
+    saved = copy.deepcopy((*states, torch.get_rng_state()))
     train(agent, *updates, 3)  # across the end of the frozen phase
     expected = snapshot(agent)
 
     agent, *updates = make_run()
-    agent.load_state_dict(saved["agent"])
-    for update, state in zip(updates, saved["updates"], strict=True):
-        update.load_state_dict(state)
-    torch.set_rng_state(saved["rng"])
+    for x, state in zip((agent, *updates), saved[:-1], strict=True):
+        x.load_state_dict(state)
+    torch.set_rng_state(saved[-1])
     train(agent, *updates, 3)
-    for name, value in snapshot(agent).items():
-        assert torch.equal(value, expected[name]), name
+    assert not moved(agent, expected)
     assert [update.count for update in updates] == [5, 5]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prelar_trl.data.clips import VideoClips
-from prelar_trl.data.layout import to_frames
+from prelar_trl.data.layout import to_dreamer_v3, to_frames
 from prelar_trl.data.replay import EpisodeReplay
 from prelar_trl.data.store import ClipStore, StoreError
 from prelar_trl.data.windows import WindowSampler
@@ -16,5 +16,6 @@ __all__ = [
     "StoreError",
     "VideoClips",
     "WindowSampler",
+    "to_dreamer_v3",
     "to_frames",
 ]

@@ -15,6 +15,7 @@ The shift between the two layouts lives here and nowhere else (`_rows`)::
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -30,8 +31,10 @@ from prelar_trl.data.storage import FrameStorage
 from prelar_trl.data.store import MappedShards, read_meta
 from prelar_trl.data.writer import ClipWriter
 
+logger = logging.getLogger(__name__)
 _KEYS = ("pixels", "action", ("next", "pixels"), ("next", "reward"), ("next", "done"))
 _TRAJECTORY = ("collector", "traj_ids")
+_MASK = ("collector", "mask")
 _STREAMS = {
     "pixels": "pixels",
     "action": "actions",
@@ -87,7 +90,10 @@ class EpisodeStorage(FrameStorage):
             width=width,
             shard_bytes=shard_bytes,
             info={"capacity": self.max_size},
+            keep_damaged=True,
         )
+        for name in sorted(self._store.damaged):
+            logger.warning("episode %s of %s is damaged and left out", name, self.path)
         return self._store
 
     def _sync_clips(self) -> None:
@@ -102,6 +108,14 @@ class EpisodeStorage(FrameStorage):
             shards = self._shards or [MappedShards(self.path, store.streams)]
             self.streams = {k: x for k, x in _STREAMS.items() if x in store.streams}
         self.set_clips(shards, start, frames, where, first=self.num_written - len(clips))
+
+    def episodes(self) -> dict[str, Any]:
+        """The whole clips; those that were found damaged have no frames."""
+        episodes = super().episodes()
+        if self._store is not None and self._store.damaged:
+            kept = [clip.name not in self._store.damaged for clip in self._store.clips[self.whole]]
+            episodes["lengths"] = episodes["lengths"] * torch.tensor(kept)
+        return episodes
 
     def append(self, frames: TensorDict) -> Tensor:
         """Writes one episode.
@@ -157,17 +171,25 @@ class EpisodeStorage(FrameStorage):
             self._store.close() if self._store.num_clips else self._store.release()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many episodes were written."""
+        """How many episodes were written; these are on the disk then."""
+        if self._store is not None:
+            self._store.sync()
         return {"end": self.num_written}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`."""
+        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`.
+
+        Where fewer are left, which is damage, a warning says so.
+        """
         end = state_dict["end"]
         if end > self.num_written:
-            raise ValueError(
+            ends = (
                 f"the replay in {str(self.path)!r} ends at episode {self.num_written}, the "
-                f"checkpoint at {end}: it is another folder, or files of it are missing"
+                f"checkpoint at {end}"
             )
+            if not self.num_written:
+                raise ValueError(f"{ends}: it is another folder, or files of it are missing")
+            logger.warning("%s: the last ones are lost", ends)
         if self._store is not None and end < self.num_written:
             clips = self._store.clips
             self._store.truncate(sum(int(clip.name) < end for clip in clips))
@@ -230,7 +252,8 @@ class EpisodeWriter(Writer):
         ids = data.get(_TRAJECTORY, None)
         ids = None if ids is None else ids.reshape(done.shape).cpu()
         for worker in range(data.shape[0]):
-            for begin, end in _pieces(done[worker], first[worker]):
+            number = None if ids is None else ids[worker]
+            for begin, end in _pieces(done[worker], first[worker], number):
                 key = worker if ids is None else ("trajectory", int(ids[worker, begin]))
                 if bool(first[worker, begin]) and key in self.pending:
                     written.append(self._finish(key))
@@ -245,6 +268,8 @@ class EpisodeWriter(Writer):
 
     def _check(self, data: TensorDictBase) -> None:
         keys = data.keys(include_nested=True, leaves_only=True)
+        if _MASK in keys and not bool(data[_MASK].all()):
+            raise ValueError("the data are padded: make the collector with split_trajs=False")
         missing = [k for k in _KEYS if k not in keys]
         if missing:
             raise ValueError(f"the data lack {', '.join(map(str, missing))}")
@@ -297,10 +322,12 @@ class EpisodeWriter(Writer):
         }
 
 
-def _pieces(done: Tensor, first: Tensor) -> list[tuple[int, int]]:
-    """Cuts ``[T]`` behind every ``done`` and before every ``first``."""
+def _pieces(done: Tensor, first: Tensor, number: Tensor | None) -> list[tuple[int, int]]:
+    """Cuts ``[T]`` behind a ``done``, before a ``first`` and where another number begins."""
     cut = done.clone()
     cut[:-1] |= first[1:]
+    if number is not None:
+        cut[:-1] |= number[1:] != number[:-1]
     ends = (cut.nonzero().squeeze(-1) + 1).tolist()
     if not ends or ends[-1] != len(done):
         ends.append(len(done))

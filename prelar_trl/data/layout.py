@@ -1,4 +1,4 @@
-"""From TorchRL's layout of a trajectory to the one that the losses read."""
+"""Between TorchRL's layouts of a trajectory and the one that the losses read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-__all__ = ["to_frames"]
+__all__ = ["to_dreamer_v3", "to_frames"]
 
 
 def to_frames(steps: TensorDictBase) -> TensorDict:
@@ -61,3 +61,47 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
             before[key] = steps[key].narrow(time, 0, 1)
     before["is_first"] = ~before["is_first"]
     return cast(TensorDict, TensorDict.cat([before, after], time))
+
+
+def to_dreamer_v3(frames: TensorDictBase, *, state_dim: int, belief_dim: int) -> TensorDict:
+    """Frames ``[B, T]`` as TorchRL's DreamerV3 reads them: what led to a frame, and it as ``next``.
+
+    ::
+
+        frames       0    1    2        TorchRL      0    1    2
+        pixels       x0   x1   x2       action       0    a0   a1
+        action       0    a0   a1       is_init      1    0    0
+        reward       0    r1   r2       next:
+        is_first     1    0    0          pixels     x0   x1   x2
+                                          reward     0    r1   r2
+
+    ``state`` and ``belief``, the posterior before the first frame, are zero, where
+    ``RSSMRolloutV3`` begins. A video has no reward: it is zero, to be given the weight 0.
+
+    Args:
+        frames: ``pixels``, ``is_first`` and, where known, ``action``, ``reward``, ``terminated``:
+            a batch of :class:`VideoClips` or :class:`EpisodeReplay`. Not changed.
+        state_dim: width S*K of the flat stochastic state.
+        belief_dim: width D of the deterministic state.
+
+    Returns:
+        ``[B, T]``: ``state``, ``belief``, ``is_init``, ``action`` where known, and ``next`` with
+        ``pixels``, ``reward``, ``terminated`` and ``done``, also true before an ``is_first``.
+    """
+    zeros = torch.zeros(*frames.shape, 1, device=frames["pixels"].device)
+    first, terminated = frames["is_first"], frames.get("terminated", zeros.bool())
+    following = {
+        "pixels": frames["pixels"],
+        "reward": frames.get("reward", zeros),
+        "terminated": terminated,
+        "done": terminated | torch.cat([first[:, 1:], torch.zeros_like(first[:, :1])], 1),
+    }
+    steps = {
+        "state": zeros.expand(*frames.shape, state_dim),
+        "belief": zeros.expand(*frames.shape, belief_dim),
+        "is_init": first,
+        "next": TensorDict(following, batch_size=frames.shape),
+    }
+    if "action" in frames.keys():
+        steps["action"] = frames["action"]
+    return TensorDict(steps, batch_size=frames.shape)

@@ -19,7 +19,8 @@ class EpisodeReplay:
     """A replay of whole episodes in a folder, a ring of frames that forgets the oldest episodes.
 
     An episode can be sampled from the moment it is finished. Opening the folder again finds every
-    finished episode. After `close` the folder is a clip store that `VideoClips` reads.
+    finished episode; one whose data do not agree with its checksums is named in a warning and not
+    sampled. After `close` the folder is a clip store that `VideoClips` reads.
 
     Args:
         path: the folder; made if it is missing.
@@ -100,7 +101,9 @@ class EpisodeReplay:
 
         Time is the last batch dimension: batch ``[T]`` or ``[N, T]``, N environments. A single
         step of N environments, batch ``[N]``, goes to `add`. The data of one environment continue
-        where its last call stopped; ``("collector", "traj_ids")`` is respected when it is there.
+        where its last call stopped; where ``("collector", "traj_ids")`` is there it tells which
+        steps belong together, so that a multi-process collector's parts may come in any order,
+        stacked or joined.
 
         Args:
             data: ``pixels`` uint8, ``action`` float32, ``next`` with ``pixels``, ``reward``,
@@ -112,7 +115,8 @@ class EpisodeReplay:
             Indices int64 ``[M]`` of the frames of the episodes that were finished by this call.
 
         Raises:
-            ValueError: a missing key, a wrong shape or dtype, NaN; nothing was taken then.
+            ValueError: a missing key, a wrong shape or dtype, NaN, padding (a collector's
+                ``split_trajs``); nothing was taken then.
             OSError: no space is left; finished episodes are safe.
         """
         return self.buffer.extend(data)
@@ -166,10 +170,11 @@ class EpisodeReplay:
         """Goes back to where `state_dict` was taken, over the same folder.
 
         Episodes that were finished later are dropped. Those that have been overwritten since are
-        gone, which happens only when the ring was full.
+        gone, which happens only when the ring was full. So are, with a warning, those that the
+        folder has lost by damage.
 
         Raises:
-            ValueError: the folder holds less than the state tells of.
+            ValueError: the folder holds no episode, and the state tells of some.
         """
         self.storage.load_state_dict(state_dict)
         self._writer.load_state_dict(state_dict)

@@ -13,13 +13,15 @@ from typing import Any, BinaryIO, NamedTuple
 
 from prelar_trl.data.store import (
     CLIPS,
+    StoreError,
     Stream,
     evicted_of,
+    is_whole,
+    parse_record,
     read_records,
     sha256,
     shard_file,
     streams_of,
-    whole_clip,
 )
 
 Buffer = bytes | memoryview
@@ -70,26 +72,31 @@ class OpenShard:
         self.clips += 1
         self.frames += record["frames"]
 
-    def recover(self) -> list[dict[str, Any]]:
-        """Counts the whole clips of the files on the disk, cuts off the rest.
-
-        Returns:
-            The clips' records.
-        """
+    def records(self) -> list[dict[str, Any]]:
+        """The journal, up to a damaged line; ``whole`` says whether a clip's data agree with it."""
         records = []
         journal = self._file(CLIPS)
         if journal.exists():
             with ExitStack() as stack:
                 files = {k: stack.enter_context(self._file(k).open("rb")) for k in self.streams}
                 for line in journal.read_bytes().split(b"\n")[:-1]:
-                    record = whole_clip(line, files, self.streams)
+                    record = parse_record(line)
                     if record is None:
                         break
+                    record["whole"] = is_whole(record, files, self.streams)
                     records.append(record)
+        return records
+
+    def keep(self, records: list[dict[str, Any]]) -> None:
+        """Cuts the files back to the first clips, whose records these are."""
         self.clips = len(records)
         self.frames = sum(record["frames"] for record in records)
         self.cut()
-        return records
+
+    def sync(self) -> None:
+        """Waits until the clips are on the disk."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
 
     def cut(self) -> None:
         """Cuts the files back to the last whole clip."""
@@ -103,8 +110,7 @@ class OpenShard:
 
     def seal(self) -> dict[str, Any]:
         """Finishes the shard; returns what ``store.json`` says of it."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        self.sync()
         self.close()
         names = (CLIPS, *self.streams)
         return {
@@ -164,6 +170,7 @@ class Shards:
         streams: what a clip consists of; empty before the first.
         clips: where each clip lies.
         evicted: ``shards``, ``clips`` and ``frames`` that `evict` has deleted.
+        damaged: names of those clips whose data do not agree with their checksums.
         open: the shard that still grows.
     """
 
@@ -171,15 +178,18 @@ class Shards:
         self.path = path
         self.streams: dict[str, Stream] = {}
         self.clips: list[Place] = []
+        self.damaged: set[str] = set()
         self.evicted = evicted_of({})
         self.open = OpenShard(path, 0, {})
         self._seals: list[dict[str, Any]] = []
 
-    def resume(self, meta: dict[str, Any]) -> bool:
+    def resume(self, meta: dict[str, Any], *, keep_damaged: bool = False) -> bool:
         """Finds the clips on the disk; of the open shard the whole ones, the rest is cut off.
 
         Args:
             meta: contents of ``store.json``.
+            keep_damaged: look at the data of all shards, and cut nothing off before the last whole
+                clip of the open one: what is damaged stays, see ``damaged``.
 
         Returns:
             False if there was no clip; what a first one may have left is removed then.
@@ -193,9 +203,22 @@ class Shards:
         if meta["complete"]:  # the last shard may take further clips
             self._seals = self._seals[:-1]
         self.open = OpenShard(self.path, first + len(self._seals), self.streams)
-        for shard in range(first, self.open.number):
-            self._found(shard, read_records(shard_file(self.path, CLIPS, shard)))
-        self._found(self.open.number, self.open.recover())
+        for shard, seal in enumerate(self._seals, first):
+            file = shard_file(self.path, CLIPS, shard)
+            if keep_damaged:
+                records = OpenShard(self.path, shard, self.streams).records()
+            else:
+                records = read_records(file)
+            if len(records) != seal["clips"]:
+                raise StoreError(f"{str(file)!r} is damaged: restore that file")
+            self._found(shard, records)
+        records = self.open.records()
+        whole = [record["whole"] for record in records]
+        count = len(whole) - whole[::-1].index(True) if True in whole else 0
+        if not keep_damaged and False in whole:
+            count = whole.index(False)
+        self.open.keep(records[:count])
+        self._found(self.open.number, records[:count])
         return True
 
     def _found(self, shard: int, records: list[dict[str, Any]]) -> None:
@@ -203,6 +226,8 @@ class Shards:
         for record in records:
             self.clips.append(Place(record["name"], shard, row, record["frames"]))
             row += record["frames"]
+            if not record.get("whole", True):
+                self.damaged.add(record["name"])
 
     def set_streams(self, streams: dict[str, Stream]) -> None:
         """Decides what a clip consists of, before the first."""

@@ -96,6 +96,13 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
+def store_folder(path: Path) -> Path:
+    """The folder of a store: ``path``, or the replay in it if that is a fine-tuning run's."""
+    replay = path / "replay"
+    is_run = not (path / "store.json").exists() and (replay / "store.json").is_file()
+    return replay if is_run else path
+
+
 def streams_of(meta: dict[str, Any]) -> dict[str, Stream]:
     """The streams that ``store.json`` declares."""
     return {
@@ -110,9 +117,16 @@ def evicted_of(meta: dict[str, Any]) -> dict[str, int]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a ``.jsonl`` file; none if it is missing."""
+    """The whole lines of a ``.jsonl`` file; none if it is missing.
+
+    Raises:
+        StoreError: a line is damaged.
+    """
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise StoreError(f"{str(file)!r} is damaged ({error}): restore that file") from None
 
 
 def sha256(file: Path) -> str:
@@ -121,19 +135,21 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def whole_clip(
-    line: bytes, handles: Mapping[str, BinaryIO], streams: Mapping[str, Stream]
-) -> dict[str, Any] | None:
-    """The journal's record, if the clip's data, next in the open files, agree with it."""
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """A line of a journal; None if it is damaged."""
     try:
         record = json.loads(line)
-    except ValueError:
+        return record if record["frames"] > 0 and record["crc32"] is not None else None
+    except (ValueError, KeyError, TypeError):
         return None
-    for key, stream in streams.items():
-        size = record["frames"] * stream.frame_bytes
-        if _crc32(handles[key], size) != record["crc32"][key]:
-            return None
-    return record
+
+
+def is_whole(
+    record: dict[str, Any], handles: Mapping[str, BinaryIO], streams: Mapping[str, Stream]
+) -> bool:
+    """Whether a clip's data, next in the open files, agree with its record. They are passed."""
+    found = {k: _crc32(handles[k], record["frames"] * s.frame_bytes) for k, s in streams.items()}
+    return found == record["crc32"]
 
 
 def _crc32(file: BinaryIO, size: int) -> int:
@@ -143,6 +159,16 @@ def _crc32(file: BinaryIO, size: int) -> int:
         crc = zlib.crc32(block, crc)
         size -= len(block)
     return crc
+
+
+def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= (
+            dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
 
 
 class MappedShards:
@@ -191,7 +217,7 @@ class ClipStore:
     the store is at most 64 MiB, else by `verify`.
 
     Args:
-        path: the folder.
+        path: the folder, or that of a fine-tuning run, whose replay is meant.
 
     Attributes:
         meta: contents of ``store.json``.
@@ -206,12 +232,14 @@ class ClipStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = store_folder(Path(path))
         self.meta = read_meta(self.path)
         if not self.meta["complete"]:
+            source = self.meta["source"]
+            how = "finetune, with resume=true" if source == "replay" else source
             raise StoreError(
-                f"clip store {str(path)!r} is unfinished: run the command that makes it "
-                f"({self.meta['source']}) once more, it continues where it stopped"
+                f"clip store {str(path)!r} is unfinished: run the command that makes it ({how}) "
+                "once more, it continues where it stopped"
             )
         self.streams = streams_of(self.meta)
         self.shards = MappedShards(self.path, self.streams)

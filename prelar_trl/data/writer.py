@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -26,10 +25,11 @@ from prelar_trl.data.store import (
     VERSION,
     StoreError,
     Stream,
+    dotted,
     read_meta,
     read_records,
 )
-from prelar_trl.utils import atomic_write
+from prelar_trl.utils import atomic_write, lock_folder
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class ClipWriter:
         info: further settings (JSON) that must be the same when the store is continued.
         left_out: what the source holds and does not offer as clips, reason -> names; of it the
             metadata keep the number and an example.
+        keep_damaged: what was damaged between whole clips stays and is named in ``damaged``; all
+            data are read on opening. Default: it is cut off, with what follows, to be made again.
 
     Attributes:
         done: names of the clips and of those that were skipped.
@@ -72,6 +74,7 @@ class ClipWriter:
         shard_bytes: int = 256 * 2**20,
         info: dict[str, Any] | None = None,
         left_out: Mapping[str, list[str]] | None = None,
+        keep_damaged: bool = False,
     ) -> None:
         self.path = Path(path)
         self.settings: dict[str, Any] = {
@@ -97,7 +100,7 @@ class ClipWriter:
         self._dirty = False  # does the folder say that the store is unfinished?
         try:
             if (self.path / "store.json").exists():
-                self._resume()
+                self._resume(keep_damaged)
             elif any(p.name != "store.part.json" for p in self.path.iterdir()):
                 raise StoreError(
                     f"{str(path)!r} is not empty and holds no clip store: name another folder"
@@ -123,6 +126,11 @@ class ClipWriter:
     def streams(self) -> dict[str, Stream]:
         """What a clip consists of; empty before the first."""
         return self._shards.streams
+
+    @property
+    def damaged(self) -> set[str]:
+        """Names of the clips whose data do not agree with their checksums, as found on opening."""
+        return self._shards.damaged
 
     @property
     def num_evicted_frames(self) -> int:
@@ -207,6 +215,10 @@ class ClipWriter:
         """How many clips could not be used."""
         return sum(map(len, self.reasons.values()))
 
+    def sync(self) -> None:
+        """Waits until all clips are on the disk, so that they survive a loss of power."""
+        self._shards.open.sync()
+
     def close(self) -> None:
         """Finishes the store: seals the last shard and marks the store as complete.
 
@@ -255,7 +267,9 @@ class ClipWriter:
     def _forgetting(self) -> Iterator[None]:
         before = {clip.name for clip in self.clips}
         yield
-        self.done -= before - {clip.name for clip in self.clips}
+        gone = before - {clip.name for clip in self.clips}
+        self.done -= gone
+        self.damaged.difference_update(gone)
 
     def _append(
         self,
@@ -328,20 +342,17 @@ class ClipWriter:
             part.write_text(text, encoding="utf-8")
 
     def _take_lock(self) -> int:
-        handle = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
+            return lock_folder(self.path)
+        except BlockingIOError:
             raise StoreError(
                 f"another process is writing clip store {str(self.path)!r}: wait for it or stop it"
             ) from None
-        return handle
 
-    def _resume(self) -> None:
+    def _resume(self, keep_damaged: bool) -> None:
         meta = read_meta(self.path)
-        begun = self._shards.resume(meta)
-        have, want = _flat(meta), _flat(self.settings)
+        begun = self._shards.resume(meta, keep_damaged=keep_damaged)
+        have, want = dotted(meta), dotted(self.settings)
         for key in sorted(want | have):
             if key.split(".")[0] not in self.settings or have.get(key) == want.get(key):
                 continue
@@ -381,13 +392,3 @@ class ClipWriter:
             self.done.add(record["name"])
         if file.exists():
             os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat

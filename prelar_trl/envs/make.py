@@ -24,7 +24,7 @@ from prelar_trl.envs.actions import action_transforms
 from prelar_trl.envs.adopt import as_float32, check_env, vector_keys, wrap_env
 from prelar_trl.envs.backend import rendering_error
 from prelar_trl.envs.registry import find_suite, import_factory, is_import_path
-from prelar_trl.envs.transforms import ActionRepeat, State, Vector
+from prelar_trl.envs.transforms import ActionRepeat, State, StepCheck, Vector
 
 Env = EnvBase | gymnasium.Env
 
@@ -58,7 +58,9 @@ def make_env(
     - after a step also ``reward`` float32 [1] and ``done``, ``terminated``, ``truncated`` bool [1]
 
     It takes ``action``, float32 [A]: in [-1, 1], stretched to the environment's own bounds, or
-    one-hot (a ``OneHot`` spec) where the environment takes one of A choices. What the environment
+    one-hot (a ``OneHot`` spec) where the environment takes one of A choices. A step raises a
+    ``ValueError`` for an action that is NaN or infinite, which no environment then sees, and for a
+    reward that is, or is beyond 1e8; it names the step and the environment. What the environment
     calls float64 becomes float32. An environment with a batch size keeps it, as
     leading dimensions of all of these.
 
@@ -105,8 +107,10 @@ def make_env(
         max_steps=max_steps,
         **kwargs,
     )
+    name = getattr(name_or_env, "__name__", type(name_or_env).__name__)
+    check = StepCheck(f"environment {name_or_env if isinstance(name_or_env, str) else name}")
     if num_workers == 1:
-        return build(seed=seed).to(device)
+        return build(seed=seed).append_transform(check).to(device)
     if not isinstance(name_or_env, str) and _is_env(name_or_env):
         raise ValueError("num_workers > 1 needs a function that makes the environment, not one env")
     seeds = [{"seed": seed + worker} for worker in range(num_workers)]
@@ -115,7 +119,7 @@ def make_env(
     threads = torch.get_num_threads()
     return ParallelEnv(
         num_workers, build, create_env_kwargs=seeds, device=device, num_threads=threads
-    )
+    ).append_transform(check)
 
 
 def _make_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -56,6 +57,55 @@ class ActionRepeat(Transform):
                 following = next_tensordict.where(over, following)
             tensordict, next_tensordict = now, following
         return next_tensordict
+
+
+class StepCheck(Transform):
+    """Refuse actions that are not finite, and rewards that are not or are absurdly large.
+
+    Must come last: an action is looked at before anything else sees it.
+
+    Args:
+        name: of the environment, for messages.
+
+    Raises (by a step):
+        ValueError: names the action or reward, the step of the episode and the environment.
+    """
+
+    LARGEST = 1e8  # of a reward's magnitude: what is above wrecks the model that learns it
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        action = tensordict["action"]
+        if not action.isfinite().all():
+            raise ValueError(
+                f"action is NaN or infinite at step {_place(tensordict, ~action.isfinite(), 1)} of "
+                f"{self.name}, which did not make it: the policy's weights or its input are broken"
+            )
+        return tensordict
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        reward = next_tensordict["reward"]
+        bad = ~(reward.abs() <= self.LARGEST)
+        if bad.any():
+            value = reward[bad][0].item()
+            wrong = f"{value:g} is beyond {self.LARGEST:g}: scale the environment's rewards"
+            if not math.isfinite(value):
+                wrong = "is NaN or infinite: mend the environment"
+            raise ValueError(
+                f"the reward at step {_place(next_tensordict, bad)} of {self.name} {wrong}"
+            )
+        return next_tensordict
+
+
+def _place(tensordict: TensorDictBase, bad: torch.Tensor, ahead: int = 0) -> str:
+    """The first bad step: its number in the episode and, of several environments, which."""
+    first = int(bad.reshape(*tensordict.batch_size, -1).any(-1).reshape(-1).nonzero()[0])
+    number = int(tensordict["step_count"].reshape(-1)[first]) + ahead
+    worker = f", worker {first}," if tensordict.batch_size else ""
+    return f"{number} of an episode{worker}"
 
 
 def _any_of(tensordict: TensorDictBase, keys: list[NestedKey]) -> torch.Tensor:

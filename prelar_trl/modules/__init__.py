@@ -4,6 +4,7 @@ from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
 from prelar_trl.modules.distributions import Categorical, Gaussian, OneHot, TruncatedNormal
+from prelar_trl.modules.dreamer_v3 import V3_KEYS, InferredActions, PriorV3Logits
 from prelar_trl.modules.heads import MLP, Actor, OneHotActor, VectorEncoder
 from prelar_trl.modules.latent_actions import (
     LatentActions,
@@ -17,6 +18,7 @@ from prelar_trl.modules.world_model import RSSMWorldModel
 __all__ = [
     "MLP",
     "RSSM",
+    "V3_KEYS",
     "ActionEncoder",
     "Actor",
     "CNNDecoder",
@@ -25,10 +27,12 @@ __all__ = [
     "ContextDecoder",
     "ContextEncoder",
     "Gaussian",
+    "InferredActions",
     "LatentActionEncoder",
     "LatentActions",
     "OneHot",
     "OneHotActor",
+    "PriorV3Logits",
     "ResNetDecoder",
     "ResNetEncoder",
     "State",

@@ -265,7 +265,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         for _ in range(horizon):
             policy = actor(feats[-1].detach())
             action = policy.rsample(sample)
-            latent, history = self._next_latent_action(action, history, sample)
+            latent, history = self.next_latent_action(action, history, sample)
             state, _ = self.rssm.step(state, latent, sample)
             feats.append(self.rssm.feat(state))
             actions.append(action)
@@ -312,7 +312,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         true_first = self.discount * (~terminated).float()
         return torch.cat([true_first.unsqueeze(1), discount[:, 1:]], 1)
 
-    def _next_latent_action(
+    def next_latent_action(
         self, action: Tensor, history: Tensor | None, sample: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Action ``[N, A]`` -> that of the dynamics ``[N, U]``; ``history`` moves on by one."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
@@ -29,8 +31,8 @@ class LambdaTarget(nn.Module):
         target    t0   t1   t2  ...  tH = vH
 
     Args:
-        critic: the slow critic, features ``[..., F]`` -> values ``[..., 1]``. Its parameters get
-            no gradient; the trajectory does.
+        critic: the slow critic, features ``[..., F]`` -> values ``[..., 1]``, such as
+            :meth:`CriticLoss.target_value`. Its parameters get no gradient; the trajectory does.
         lmbda: lambda. Default: 0.95.
     """
 
@@ -44,7 +46,7 @@ class LambdaTarget(nn.Module):
         value: NestedKey = "value"
         value_target: NestedKey = "value_target"
 
-    def __init__(self, critic: nn.Module, lmbda: float = 0.95) -> None:
+    def __init__(self, critic: Callable[[Tensor], Tensor], lmbda: float = 0.95) -> None:
         super().__init__()
         if not 0 <= lmbda <= 1:
             raise ValueError(f"lmbda={lmbda} must lie in [0, 1]")
@@ -173,8 +175,16 @@ class CriticLoss(LossModule):
 
     ``mean( w_k * (value(z_k) - sg t_k)^2 / 2 )``, k = 0..H-1; features are stopped too.
 
+    With target parameters it works with TorchRL's updaters::
+
+        loss = CriticLoss(critic)
+        target = LambdaTarget(loss.target_value)
+        updater = SoftUpdate(loss, tau=0.02)      # or HardUpdate; updater.step() after the critic's
+
     Args:
         critic: features ``[..., F]`` -> values ``[..., 1]``.
+        delay_value: keep target parameters, a copy of the critic's that only an updater moves.
+            Default: True.
     """
 
     @dataclass
@@ -188,9 +198,17 @@ class CriticLoss(LossModule):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
 
-    def __init__(self, critic: nn.Module) -> None:
+    critic_params: TensorDictParams
+    target_critic_params: TensorDictParams
+
+    def __init__(self, critic: nn.Module, *, delay_value: bool = True) -> None:
         super().__init__()
-        self.critic = critic
+        self.delay_value = delay_value
+        if delay_value:
+            module = cast(TensorDictModule, critic)  # any module serves
+            self.convert_to_functional(module, "critic", create_target_params=True)
+        else:
+            self.critic = critic
         self.out_keys = ["loss_critic", "value"]
         self._set_in_keys()
 
@@ -209,8 +227,26 @@ class CriticLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
-        value = self.critic(tensordict[keys.feat][:, :-1].detach())
+        value = self.value(tensordict[keys.feat][:, :-1].detach())
         target = tensordict[keys.value_target][:, :-1].detach()
         weight = tensordict[keys.weight][:, :-1].detach()
         nll = gaussian_nll(value, target, 0)  # [N, H, 1]
         return TensorDict({"loss_critic": (weight * nll).mean(), "value": value.detach().mean()})
+
+    def value(self, feat: Tensor) -> Tensor:
+        """The critic's values, features ``[..., F]`` -> ``[..., 1]``."""
+        if not self.delay_value:
+            return self.critic(feat)
+        with self.critic_params.to_module(self.critic):
+            return self.critic(feat)
+
+    def target_value(self, feat: Tensor) -> Tensor:
+        """The values of the target parameters, which get no gradient; the features do.
+
+        Raises:
+            RuntimeError: there are none, by ``delay_value=False``.
+        """
+        if not self.delay_value:
+            raise RuntimeError("this CriticLoss has no target parameters: delay_value is False")
+        with self.target_critic_params.to_module(self.critic):
+            return self.critic(feat)

@@ -57,12 +57,12 @@ def weighted(values: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tens
 
 
 def total_loss(losses: TensorDict) -> Tensor:
-    """The sum of all ``loss_*`` entries.
+    """The sum of all ``loss_*`` entries, ``[]`` or, as some of TorchRL's, ``[1]``.
 
     Raises:
         ValueError: there is none, as when every weight is 0.
     """
-    terms = [value for name, value in losses.items() if name.startswith("loss_")]
+    terms = [value.sum() for name, value in losses.items() if name.startswith("loss_")]
     if not terms:
         raise ValueError("no loss has a weight: nothing can be trained")
     return torch.stack(terms).sum()

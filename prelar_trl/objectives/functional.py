@@ -54,6 +54,7 @@ def balanced_kl(
     balance: float = 0.8,
     free_nats: float = 0.0,
     free_avg: bool = True,
+    mean: Callable[[Tensor], Tensor] = torch.mean,
 ) -> Tensor:
     """KL between posterior and prior, the prior learning faster than the posterior.
 
@@ -66,6 +67,7 @@ def balanced_kl(
         balance: share of the gradient that moves the prior. Default: 0.8.
         free_nats: below this the KL gives no gradient. Default: 0.
         free_avg: compare the mean with ``free_nats``; otherwise every element. Default: True.
+        mean: of all elements. Default: their own; the batch may have others, elsewhere.
 
     Returns:
         Scalar, in nats.
@@ -74,7 +76,7 @@ def balanced_kl(
     to_prior = kl(posterior.detach(), prior)
     to_posterior = kl(posterior, prior.detach())
     if free_avg:
-        to_prior, to_posterior = to_prior.mean(), to_posterior.mean()
+        to_prior, to_posterior = mean(to_prior), mean(to_posterior)
     loss = balance * to_prior.clamp_min(free_nats).mean()
     return loss + (1 - balance) * to_posterior.clamp_min(free_nats).mean()
 

@@ -6,6 +6,7 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from prelar_trl.collectives import ProcessGroup, gather, joint_mean
 from prelar_trl.objectives.functional import knn_distance, sliding_mean
 
 __all__ = ["VideoBonus"]
@@ -16,6 +17,7 @@ class VideoBonus(nn.Module):
 
     Source: APV (Seo et al., ICML 2022), section 3.3. The batch itself enters the memory before
     distances are taken, so each point counts itself among its neighbors, as in the authors' code.
+    Of processes that share a batch each remembers the whole of it: their memories are equal.
 
     Args:
         embed_dim: size of the embedding.
@@ -27,6 +29,7 @@ class VideoBonus(nn.Module):
         embed_key: where a world model writes the embedding that it is meant for. Default: "embed".
     """
 
+    process_group: ProcessGroup | None = None  # whose processes share the batch
     memory: Tensor  # [M, P]
     filled: Tensor  # [] int64
     magnitude: Tensor  # [] float64
@@ -61,13 +64,14 @@ class VideoBonus(nn.Module):
         clips = sliding_mean(steps, self.window).to(self.projection.dtype)  # [B, T-window+1, P]
         points = clips.flatten(0, 1)  # [N, P]
         if self.training:
-            newest = points[: len(self.memory)]
+            newest = gather(points, self.process_group)[: len(self.memory)]
             self.memory.copy_(torch.cat([newest, self.memory])[: len(self.memory)])
             self.filled.copy_((self.filled + len(newest)).clamp_max(len(self.memory)))
         valid = torch.arange(len(self.memory), device=points.device) < self.filled
         bonus = knn_distance(points, self.memory, valid, self.k)
         if self.training:
-            magnitude = bonus.abs().mean().to(self.magnitude.dtype)
+            magnitude = joint_mean(bonus.abs().mean(), self.process_group)
+            magnitude = magnitude.to(self.magnitude.dtype)
             # A view: torch.compile drops in-place changes of float64 scalars (torch 2.13).
             self.magnitude.view(1).lerp_(magnitude, 1 - self.momentum)
         return (bonus / (self.magnitude.to(bonus.dtype) + 1e-8)).unflatten(0, clips.shape[:2])

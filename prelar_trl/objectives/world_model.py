@@ -14,6 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.objectives import LossModule
 
+from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.modules.world_model import normalize_pixels, to_gray
 from prelar_trl.objectives.common import check_entry, check_weights, dispatch, loss_keys, weighted
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
@@ -85,6 +86,7 @@ class RSSMWorldModelLoss(LossModule):
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
     TERMS = ("image", "vector", "kl", "af_kl", "reward", "aux_reward", "discount")
+    process_group: ProcessGroup | None = None  # whose processes share the batch
 
     def __init__(
         self,
@@ -167,6 +169,7 @@ class RSSMWorldModelLoss(LossModule):
                     self.kl_balance,
                     self.free_nats,
                     self.free_avg,
+                    mean=self._mean,
                 )
         if "image" in self.weights:
             target = normalize_pixels(out[keys.pixels])
@@ -198,6 +201,9 @@ class RSSMWorldModelLoss(LossModule):
         state = {"stoch": out[keys.stoch], "deter": out[keys.deter]}
         losses["state"] = TensorDict(state, batch_size=out.batch_size).detach()
         return losses
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return joint_mean(x.mean(), self.process_group)
 
     def _prediction(self, out: TensorDictBase, head: str) -> Tensor:
         key = self.tensor_keys.prediction

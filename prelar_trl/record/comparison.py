@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prelar_trl.record.plots import (
+from prelar_trl.record.comparison_plots import (
     Band,
     Dots,
-    Series,
     plot_learning_curves,
     plot_steps_to_threshold,
 )
+from prelar_trl.record.plots import Series
 from prelar_trl.record.statistics import (
     Estimate,
     bootstrap_band,
@@ -222,7 +222,9 @@ def _band(runs: Sequence[Series]) -> Band:
 
 
 def _markdown(comparison: Comparison, rows: Sequence[Row]) -> str:
-    score, baseline = comparison.score, comparison.styles[comparison.baseline].label
+    score, baseline = comparison.score, comparison.baseline
+    if baseline in comparison.styles:
+        baseline = comparison.styles[baseline].label
     several = len({row.task for row in rows}) > 1
     names = ["task"] if several else []
     names += ["method", "runs", f"final {score}", "interquartile mean", "steps to threshold"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import secrets
@@ -17,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from prelar_trl.record.run import RunFolder
+from prelar_trl.record.table import CsvTable
 from prelar_trl.record.video import write_video
 from prelar_trl.types import Backend
-from prelar_trl.utils import atomic_write
 
 Scalar = float | int | bool | Tensor
 
@@ -133,57 +132,6 @@ class Logger:
         self.close()
 
 
-class CsvTable:
-    """A CSV file with a "step" column that grows by rows and, when new names come, by columns.
-
-    Each row is on disk when :meth:`append` returns. A half-written last line of a killed
-    process is dropped when the file is opened again.
-
-    Args:
-        path: the file; made when missing.
-        resume_step: rows with a larger step are dropped.
-    """
-
-    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        self.path = path
-        self.columns = ["step"]
-        if path.exists() and path.stat().st_size:
-            self.columns, rows = _read_rows(path)
-            kept = [row for row in rows if resume_step is None or float(row["step"]) <= resume_step]
-            self._rewrite(kept)
-        self._file = open(path, "a", newline="", encoding="utf-8")
-        self._new_header = self._file.tell() == 0
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row; names that are missing in it stay empty."""
-        new = [name for name in row if name not in self.columns]
-        if self._new_header:
-            self.columns += new
-            csv.writer(self._file).writerow(self.columns)
-            self._new_header = False
-        elif new:
-            self._file.close()
-            _, rows = _read_rows(self.path)
-            self.columns += new
-            self._rewrite(rows)
-            self._file = open(self.path, "a", newline="", encoding="utf-8")
-        csv.DictWriter(self._file, self.columns).writerow(row)
-        self._file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        with (
-            atomic_write(self.path) as part,
-            open(part, "w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-
 def check_backends(backends: Sequence[str]) -> None:
     """Raise when a backend is unknown or its package is missing; call it before long work."""
     known = get_args(Backend)
@@ -210,17 +158,6 @@ def to_floats(metrics: Mapping[str, Scalar]) -> dict[str, float]:
     if tensors:
         fetched = dict(zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True))
     return {name: fetched[name] if name in fetched else float(metrics[name]) for name in metrics}
-
-
-def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(complete, newline=""))
-    rows = list(reader)
-    columns = list(reader.fieldnames or ["step"])
-    if "step" not in columns:
-        raise ValueError(f"{path} is not a file of metrics: it has no column step")
-    return columns, rows
 
 
 def _open_wandb(run: RunFolder, project: str) -> Any:

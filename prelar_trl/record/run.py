@@ -6,8 +6,8 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
+import weakref
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from prelar_trl.utils import atomic_write
+from prelar_trl.utils import atomic_write, git_state, lock_folder
 
 PACKAGES = (
     "prelar_trl",
@@ -39,7 +39,11 @@ class RunFolder:
 
     ``config.yaml``, ``versions.json``, ``metrics.csv``, ``times.csv`` (fine-tuning),
     ``checkpoints/``, ``videos/`` and ``pictures/``. Make one with :meth:`create`, open an existing
-    one with :meth:`load`.
+    one with :meth:`load`. Who writes into it locks it; ``with run:`` unlocks it at the end::
+
+        run = RunFolder.load("runs/a")
+        run.lock()
+        with run: ...
 
     Attributes:
         path: the folder.
@@ -49,6 +53,32 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
         self.path = path
         self.config = config
+        self._unlock: weakref.finalize | None = None
+
+    def lock(self) -> None:
+        """Become the folder's only writer, until :meth:`unlock` or the end of the process.
+
+        Raises:
+            BlockingIOError: another run is writing there.
+        """
+        try:
+            handle = lock_folder(self.path)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another process is writing to run folder {self.path}: wait for it or stop it"
+            ) from None
+        self._unlock = weakref.finalize(self, os.close, handle)
+
+    def unlock(self) -> None:
+        """Let others write."""
+        if self._unlock is not None:
+            self._unlock()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
 
     @classmethod
     def create(
@@ -59,7 +89,7 @@ class RunFolder:
         seed: int | None = None,
         need_bytes: int = 256 * MEBIBYTE,
     ) -> RunFolder:
-        """Make a new run folder and write what identifies the run.
+        """Make a new run folder, lock it, and write what identifies the run.
 
         Args:
             path: the folder; it must not exist or be empty.
@@ -88,6 +118,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             with open(path / "config.yaml", "x", encoding="utf-8") as file:
                 file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             for folder in ("checkpoints", "videos", "pictures"):
                 (path / folder).mkdir()
             _write_json(path / "versions.json", record)
@@ -97,7 +129,9 @@ class RunFolder:
             raise type(error)(
                 f"run folder {path} cannot be written ({error.strerror}): choose another folder"
             ) from None
-        return cls(path, config)
+        run = cls(path, config)
+        run.lock()
+        return run
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -105,14 +139,20 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: no folder, or no ``config.yaml`` in it.
+            ValueError: its ``config.yaml`` is damaged, or holds more than plain data.
         """
         path = Path(path).expanduser()
         if not path.is_dir():
             raise FileNotFoundError(f"run folder {path} does not exist")
         if not (path / "config.yaml").is_file():
             raise FileNotFoundError(f"{path} is not a run folder: it has no config.yaml")
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        return cls(path, config or {})
+        try:
+            config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path / 'config.yaml'} is damaged: {_one_line(error)}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path / 'config.yaml'} is no configuration: it must be a mapping")
+        return cls(path, config)
 
     def note_continuation(self, step: int) -> None:
         """Add to ``versions.json`` that a session continues this run after ``step`` steps."""
@@ -124,7 +164,11 @@ class RunFolder:
     @property
     def versions(self) -> dict[str, Any]:
         """Package versions, git state, seed, command and start time of the run."""
-        return json.loads((self.path / "versions.json").read_text(encoding="utf-8"))
+        file = self.path / "versions.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {_one_line(error)}") from None
 
     @property
     def metrics(self) -> Path:
@@ -171,34 +215,6 @@ def describe_session(seed: int | None = None) -> dict[str, Any]:
     }
 
 
-def git_state(source: str | os.PathLike[str] = __file__) -> dict[str, Any] | None:
-    """Commit and dirty flag of the checkout that tracks ``source``.
-
-    None when ``source`` is not tracked: an installed wheel may lie inside a checkout of
-    something else, whose commit says nothing about this code.
-    """
-    source = Path(source).resolve()
-
-    def git(*args: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(source.parent), *args],
-                capture_output=True,
-                text=True,
-                stdin=subprocess.DEVNULL,
-            )
-        except OSError:  # git is not installed
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", source.name) is None:
-        return None
-    commit = git("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "dirty": git("status", "--porcelain") != ""}
-
-
 def check_space(path: str | os.PathLike[str], need_bytes: int) -> None:
     """Raise OSError when the disk under ``path`` (which need not exist) has less free space."""
     place = Path(path).absolute()
@@ -223,7 +239,7 @@ def _check_free(path: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as part:
+    with atomic_write(path, sync=True) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

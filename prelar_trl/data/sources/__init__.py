@@ -1,4 +1,4 @@
-"""Where clips come from: folders of videos, Something-Something-V2, ``.npz`` episodes."""
+"""Where clips come from: videos, Something-Something-V2, ``.npz`` episodes, LeRobot, TorchRL."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from prelar_trl.data.sources.decoding import video_clip
 from prelar_trl.data.sources.episodes import EpisodeFolder, export_episodes, npz_files
 from prelar_trl.data.sources.flow import FlowPictures, flow_colors, opencv
 from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources.lerobot import LeRobotDataset, is_lerobot
 from prelar_trl.data.sources.numbering import in_time_order
 from prelar_trl.data.sources.pictures import animation_clip, array_clip, picture_clip, to_rgb
 from prelar_trl.data.sources.prepare import prepare
@@ -18,6 +19,7 @@ from prelar_trl.data.sources.something import (
     read_list,
     write_lists,
 )
+from prelar_trl.data.sources.torchrl import TensorDictFolder, is_tensordict
 from prelar_trl.data.sources.videos import VideoFolder
 
 __all__ = [
@@ -28,8 +30,10 @@ __all__ = [
     "FrameLists",
     "FrameOptions",
     "Item",
+    "LeRobotDataset",
     "SomethingSomething",
     "Source",
+    "TensorDictFolder",
     "VideoFolder",
     "animation_clip",
     "array_clip",
@@ -37,6 +41,8 @@ __all__ = [
     "export_frames",
     "flow_colors",
     "in_time_order",
+    "is_lerobot",
+    "is_tensordict",
     "list_file",
     "npz_files",
     "opencv",

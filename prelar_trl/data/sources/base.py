@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -108,3 +109,24 @@ def with_distinct_names(items: Sequence[Item]) -> list[Item]:
         taken.add(name)
         distinct.append(replace(item, name=name + slash))
     return distinct
+
+
+def choose_camera(pictures: Sequence[str], camera: str | None, root: Path) -> str:
+    """The one of several pictures that ``camera`` names, wholly or by the last part of its name.
+
+    Parts are separated by dots or slashes; without a name there must be one picture only.
+
+    Raises:
+        ValueError: there is none, or several fit.
+    """
+    fitting = [x for x in pictures if camera in (None, x, re.split(r"[./]", x)[-1])]
+    if camera is not None and camera in pictures:
+        return camera
+    if len(fitting) == 1:
+        return fitting[0]
+    if not pictures:
+        raise ValueError(f"source {str(root)!r} holds no picture")
+    known = ", ".join(pictures)
+    if camera is None:
+        raise ValueError(f"source {str(root)!r} has several cameras: add camera=<one of {known}>")
+    raise ValueError(f"source {str(root)!r} has no camera {camera!r}; it has {known}")

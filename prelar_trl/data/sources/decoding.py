@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
@@ -30,17 +31,37 @@ REORDERED = 16  # B-frames in a row, at most; streams of nothing but B-frames ex
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
-def video_clip(path: Path, options: FrameOptions) -> Clip:
-    """A clip of what can be played of a video file; the rest is noted.
+@dataclass(frozen=True)
+class Section:
+    """A part of a video file, in seconds from its beginning: ``begin <= time < end``."""
+
+    begin: float
+    end: float
+    fps: float
+
+    def number(self, frame: av.VideoFrame) -> int:
+        """Which frame of the section it is; below 0 before it."""
+        return round(((frame.time or 0.0) - self.begin) * self.fps)
+
+    @property
+    def frames(self) -> int:
+        """How many it has."""
+        return round((self.end - self.begin) * self.fps)
+
+
+def video_clip(path: Path, options: FrameOptions, section: Section | None = None) -> Clip:
+    """A clip of what can be played of a video file, or of a section; the rest is noted.
 
     Frames that the decoder reports as damaged are left out, with all that were decoded from them:
     those up to the next key frame. The clip raises `ClipError` if nothing can be played.
     """
     notes: Counter[str] = Counter()
-    return sized_clip(_video(path, options, notes), options, notes)
+    return sized_clip(_video(path, options, notes, section), options, notes)
 
 
-def _video(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[Sizes]:
+def _video(
+    path: Path, options: FrameOptions, notes: Counter[str], section: Section | None
+) -> Iterator[Sizes]:
     if not path.stat().st_size:
         raise ClipError("the file is empty")
     try:
@@ -51,7 +72,11 @@ def _video(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[S
     with container:
         stream = picture_stream(container)
         stream.thread_type = "NONE"  # one process a core is faster than threads within a clip
-        sizes = trusted(_Decoding(container, stream, notes), _Scaler(options), options.stride)
+        if section is None:
+            sizes = trusted(_Decoding(container, stream, notes), _Scaler(options), options.stride)
+        else:
+            scale = _SectionScaler(options, section)
+            sizes = trusted(_SectionDecoding(container, stream, notes, section), scale, 1)
         first = next(sizes, None)
         if first is None:
             raise ClipError("damaged: no frame can be decoded" if notes else "no frame in it")
@@ -131,8 +156,29 @@ class _Decoding:
         return 0.0
 
 
+class _SectionDecoding(_Decoding):
+    """Decodes from the last key frame before a section to its end."""
+
+    def __init__(
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        notes: Counter[str],
+        section: Section,
+    ) -> None:
+        super().__init__(container, stream, notes)
+        self.section = section
+        container.seek(int(section.begin / (stream.time_base or 1)), stream=stream)
+
+    def __iter__(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
+        for number, frame in super().__iter__():
+            if frame is not None and self.section.number(frame) >= self.section.frames:
+                return
+            yield number, frame
+
+
 def trusted(
-    decoding: _Decoding, scale: Callable[[av.VideoFrame], Sizes], stride: int
+    decoding: _Decoding, scale: Callable[[av.VideoFrame], Sizes | None], stride: int
 ) -> Iterator[Sizes]:
     """Every ``stride``-th frame, without the damaged ones and those decoded from them.
 
@@ -194,6 +240,17 @@ class _Scaler:
         array = scaled.to_ndarray()
         top, left = (height - size) // 2, (width - size) // 2
         return array[top : top + size, left : left + size]
+
+
+class _SectionScaler:
+    """Every ``stride``-th frame of a section, scaled; None for the others."""
+
+    def __init__(self, options: FrameOptions, section: Section) -> None:
+        self.scale, self.stride, self.section = _Scaler(options), options.stride, section
+
+    def __call__(self, frame: av.VideoFrame) -> Sizes | None:
+        number = self.section.number(frame)
+        return self.scale(frame) if number >= 0 and number % self.stride == 0 else None
 
 
 def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:

@@ -1,0 +1,198 @@
+"""LeRobot data sets, version 3: parquet and mp4 files that hold many episodes each.
+
+::
+
+    meta/info.json                                     features, frames a second, version
+    meta/episodes/chunk-000/file-000.parquet           one row an episode: where it lies
+    data/chunk-000/file-000.parquet                    one row a frame: actions, pictures as bytes
+    videos/<camera>/chunk-000/file-000.mp4             the episodes one after the other
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from prelar_trl.data.sources.base import Clip, ClipError, Frame, Item, choose_camera
+from prelar_trl.data.sources.decoding import DECODER, Section, video_clip
+from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
+from prelar_trl.data.store import ACTIONS
+
+__all__ = ["LeRobotDataset", "is_lerobot"]
+
+INFO = Path("meta", "info.json")
+MISSING = "frames missing at the end"
+
+
+def is_lerobot(root: Path) -> bool:
+    """Whether a folder holds a LeRobot data set of version 3."""
+    try:
+        return str(_read_info(root).get("codebase_version", "")).startswith("v3")
+    except (OSError, ValueError):
+        return False
+
+
+class LeRobotDataset:
+    """One camera of a LeRobot data set; an episode is a clip, its task the label.
+
+    Args:
+        root: the folder of the data set.
+        options: how frames are made; a stride leaves actions out.
+        camera: the feature to show, such as ``observation.images.top``, or the last part of its
+            name. Default: the only one.
+        actions: also store the actions, for probes. LeRobot's leave from a frame, here they lead to
+            one: the first is zero, the last of an episode is left out.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        FileNotFoundError: a file is missing.
+        ValueError: another version, no such camera, several cameras and none chosen, actions
+            together with a stride or without an action in the data set.
+    """
+
+    kind = "lerobot"
+    decoder = f"{DECODER}, {PICTURE_DECODER}"
+
+    def __init__(
+        self,
+        root: str | Path,
+        options: FrameOptions,
+        *,
+        camera: str | None = None,
+        actions: bool = False,
+    ) -> None:
+        _check_pyarrow()
+        self.root, self.options, self.actions = Path(root), options, actions
+        self.left_out: dict[str, list[str]] = {}
+        if not (self.root / INFO).is_file():
+            raise FileNotFoundError(f"{str(self.root / INFO)!r} is missing: no LeRobot data set")
+        self.info = _read_info(self.root)
+        version = str(self.info.get("codebase_version", "unknown"))
+        if not version.startswith("v3"):
+            raise ValueError(
+                f"LeRobot data set {str(root)!r} has version {version}: convert it to v3, or read "
+                "its files with kind=videos"
+            )
+        features = self.info["features"]
+        pictures = [name for name, x in features.items() if x["dtype"] in ("video", "image")]
+        self.camera = choose_camera(pictures, camera, self.root)
+        self.is_video = features[self.camera]["dtype"] == "video"
+        if actions and options.stride > 1:
+            raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
+        if actions and "action" not in features:
+            raise ValueError(f"LeRobot data set {str(root)!r} has no feature 'action'")
+        others = [name for name in pictures if name != self.camera]
+        if others:
+            self.left_out["cameras that were not chosen"] = others
+        self._episodes = {f"episode_{e['episode_index']:06d}": e for e in self._read_episodes()}
+
+    def items(self) -> list[Item]:
+        """See `Source.items`."""
+        return [
+            Item(name, self._file(e), label=_label(e), frames=e["length"])
+            for name, e in sorted(self._episodes.items())
+        ]
+
+    def load(self, item: Item) -> Clip:
+        """See `Source.load`."""
+        episode = self._episodes[item.name]
+        if self.is_video:
+            prefix = f"videos/{self.camera}/"
+            begin = episode[prefix + "from_timestamp"]
+            fps = float(self.info["fps"])
+            section = Section(begin, begin + episode["length"] / fps, fps)
+            clip = video_clip(item.path, self.options, section)
+        else:
+            clip = array_clip(self._pictures(item, episode), self.options)
+        return Clip(self._frames(clip, item, episode), clip.notes)
+
+    def _frames(self, clip: Clip, item: Item, episode: dict[str, Any]) -> Iterator[Frame]:
+        actions = self._actions(episode) if self.actions else None
+        count = 0
+        for count, frame in enumerate(clip.frames, 1):
+            yield frame if actions is None else frame | {ACTIONS: actions[count - 1]}
+        expected = -(-episode["length"] // self.options.stride)
+        expected = min(expected, self.options.max_frames or expected)
+        if count < expected:
+            if actions is not None and clip.notes:  # frames within may be missing
+                raise ClipError("damaged: its frames cannot be matched with the actions")
+            clip.notes[MISSING] = expected - count
+
+    def _pictures(self, item: Item, episode: dict[str, Any]) -> Iterator[np.ndarray]:
+        for cell in self._rows(episode, self.camera).to_pylist():
+            try:
+                picture = Image.open(io.BytesIO(cell["bytes"]))
+                yield np.asarray(picture.convert("RGB"))
+            except Exception:  # decoders fail on damage in many ways
+                raise ClipError("damaged: a picture cannot be read") from None
+
+    def _actions(self, episode: dict[str, Any]) -> np.ndarray:
+        """Those that led to each frame, float32 ``[T, A]``."""
+        left = np.array(self._rows(episode, "action").to_pylist(), np.float32)
+        left = left.reshape(len(left), -1)
+        if not np.isfinite(left).all():
+            raise ClipError("action must be finite, holds NaN or infinity")
+        return np.concatenate([np.zeros_like(left[:1]), left[:-1]])
+
+    def _rows(self, episode: dict[str, Any], column: str) -> Any:
+        """A column of an episode's rows, in the order of its frames."""
+        import pyarrow.parquet as pq  # an extra of this project, so not at the top
+
+        place = {
+            "chunk_index": episode["data/chunk_index"],
+            "file_index": episode["data/file_index"],
+        }
+        path = self.root / self.info["data_path"].format(**place)
+        wanted = [("episode_index", "=", episode["episode_index"])]
+        table = pq.read_table(path, columns=[column, "frame_index"], filters=wanted)
+        if len(table) != episode["length"]:
+            raise ClipError(f"{len(table)} rows of data for {episode['length']} frames")
+        return table.sort_by("frame_index")[column]
+
+    def _file(self, episode: dict[str, Any]) -> Path:
+        """The file that holds an episode's pictures."""
+        prefix, pattern = "data/", self.info["data_path"]
+        if self.is_video:
+            prefix, pattern = f"videos/{self.camera}/", self.info["video_path"]
+        return self._place(episode, prefix, pattern)
+
+    def _place(self, episode: dict[str, Any], prefix: str, pattern: str) -> Path:
+        place = {key: episode[prefix + key] for key in ("chunk_index", "file_index")}
+        return self.root / pattern.format(video_key=self.camera, **place)
+
+    def _read_episodes(self) -> list[dict[str, Any]]:
+        import pyarrow.parquet as pq  # an extra of this project, so not at the top
+
+        files = sorted((self.root / "meta" / "episodes").glob("*/*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{str(self.root / 'meta/episodes')!r} holds no parquet file")
+        episodes = []
+        for file in files:
+            schema = pq.read_schema(file)
+            columns = [name for name in schema.names if not name.startswith("stats/")]
+            episodes += pq.read_table(file, columns=columns).to_pylist()
+        return episodes
+
+
+def _label(episode: dict[str, Any]) -> str | None:
+    tasks = episode.get("tasks") or []
+    return str(tasks[0]) if len(tasks) else None
+
+
+def _read_info(root: Path) -> dict[str, Any]:
+    return json.loads((root / INFO).read_text(encoding="utf-8"))
+
+
+def _check_pyarrow() -> None:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(
+            "LeRobot data sets need pyarrow, which is not installed: pip install pyarrow"
+        )

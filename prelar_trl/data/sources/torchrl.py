@@ -1,0 +1,225 @@
+"""Folders that TorchRL writes: its data sets, dumped replay buffers, memory-mapped TensorDicts.
+
+::
+
+    meta.json             dtype and shape of each entry, the batch shape [N] or [E, T]
+    pixels.memmap, action.memmap, ...
+    next/meta.json, next/pixels.memmap, next/done.memmap, ...
+
+A buffer's lies in ``storage/``, with the number of rows that are filled in
+``storage_metadata.json``. The arrays are read as they are: nothing in the folder is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prelar_trl.data.sources.base import Clip, ClipError, Frame, Item, choose_camera
+from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
+from prelar_trl.data.store import ACTIONS
+
+__all__ = ["TensorDictFolder", "is_tensordict"]
+
+EPISODES = ("episode", "traj_ids", "collector/traj_ids")  # numbers of the episode of each row
+DONE = ("next/done", "done")
+
+
+def is_tensordict(root: Path) -> bool:
+    """Whether a folder holds a memory-mapped TensorDict or a dumped replay buffer."""
+    try:
+        return "tensordict" in _read_json(_td_folder(root) / "meta.json").get("_type", "")
+    except (OSError, ValueError):
+        return False
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One leaf of a memory-mapped TensorDict."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    def open(self) -> np.ndarray:
+        """The whole array, not yet read."""
+        return np.memmap(self.path, self.dtype, "r", shape=self.shape)
+
+
+class TensorDictFolder:
+    """One picture of a TensorDict of steps; an episode is a clip.
+
+    Episodes are the second dimension of a batch ``[E, T]`` (without what ``mask`` leaves out), else
+    rows of one ``episode`` or ``traj_ids``, and end after each ``("next", "done")``. Where there is
+    a next picture, an episode's last frame is that of its last step.
+
+    Args:
+        root: the folder.
+        options: how frames are made; a stride leaves actions out.
+        camera: the entry to show, such as ``observation/image``, or the last part of its name.
+            Default: the only one. Pictures are uint8 ``[3, H, W]``, ``[H, W, 3]``, one channel, or
+            ``[H, W]``.
+        actions: also store the actions, for probes: those that led to each frame.
+
+    Raises:
+        FileNotFoundError: no TensorDict is there.
+        ValueError: no such picture, several and none chosen, actions together with a stride, or
+            without ``action``.
+    """
+
+    kind = "torchrl"
+    decoder = PICTURE_DECODER
+
+    def __init__(
+        self,
+        root: str | Path,
+        options: FrameOptions,
+        *,
+        camera: str | None = None,
+        actions: bool = False,
+    ) -> None:
+        self.root, self.options, self.actions = Path(root), options, actions
+        self.left_out: dict[str, list[str]] = {}
+        folder = _td_folder(self.root)
+        if not (folder / "meta.json").is_file():
+            raise FileNotFoundError(f"{str(folder / 'meta.json')!r} is missing: no TensorDict")
+        self.batch = tuple(_read_json(folder / "meta.json")["shape"])
+        self.entries = dict(_find(folder, ""))
+        if len(self.batch) not in (1, 2):
+            raise ValueError(
+                f"source {str(root)!r} has batch shape {self.batch}, not [N] or [E, T]"
+            )
+        pictures = [
+            name
+            for name, entry in self.entries.items()
+            if not name.startswith("next/") and _is_picture(entry, len(self.batch))
+        ]
+        self.camera = choose_camera(pictures, camera, self.root)
+        if actions and options.stride > 1:
+            raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
+        if actions and "action" not in self.entries:
+            raise ValueError(f"source {str(root)!r} has no entry 'action'")
+        others = [name for name in pictures if name != self.camera]
+        if others:
+            self.left_out["pictures that were not chosen"] = others
+        self._episodes = {f"{n:06d}": rows for n, rows in enumerate(self._cut(folder))}
+
+    def items(self) -> list[Item]:
+        """See `Source.items`."""
+        path = self.entries[self.camera].path
+        return [Item(name, path, frames=len(rows)) for name, rows in self._episodes.items()]
+
+    def load(self, item: Item) -> Clip:
+        """See `Source.load`."""
+        rows = self._episodes[item.name]
+        clip = array_clip(self._pictures(rows), self.options)
+        if not self.actions:
+            return clip
+        return Clip(self._with_actions(clip, rows), clip.notes)
+
+    def _pictures(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        array = self._flat(self.camera)
+        for row in rows:
+            yield _as_rgb(array[row])
+        if f"next/{self.camera}" in self.entries:
+            yield _as_rgb(self._flat(f"next/{self.camera}")[rows[-1]])
+
+    def _with_actions(self, clip: Clip, rows: np.ndarray) -> Iterator[Frame]:
+        left = self._flat("action")[rows].reshape(len(rows), -1).astype(np.float32)
+        if not np.isfinite(left).all():
+            raise ClipError("action must be finite, holds NaN or infinity")
+        actions = np.concatenate([np.zeros_like(left[:1]), left])
+        for frame, action in zip(clip.frames, actions, strict=False):
+            yield frame | {ACTIONS: action}
+
+    def _flat(self, name: str) -> np.ndarray:
+        """An entry with one batch dimension."""
+        array = self.entries[name].open()
+        return array.reshape(-1, *array.shape[len(self.batch) :])
+
+    def _cut(self, folder: Path) -> Iterator[np.ndarray]:
+        """The rows of each episode, in the flat batch."""
+        count = int(np.prod(self.batch))
+        rows, first = np.arange(count), np.zeros(count, bool)  # first rows of an episode
+        if len(self.batch) == 2:
+            first = rows % self.batch[1] == 0
+            if "mask" in self.entries:
+                kept = self._flat("mask").reshape(-1).astype(bool)
+                rows, first = rows[kept], first[kept]
+        else:
+            rows = _filled(folder, count)
+            first = first[: len(rows)]
+        for name in EPISODES:
+            if name in self.entries:
+                number = self._flat(name).reshape(-1)[rows]
+                first[1:] |= number[1:] != number[:-1]
+                break
+        for name in DONE:
+            if name in self.entries:
+                done = self._flat(name).reshape(-1)[rows].astype(bool)
+                first[1:] |= done[:-1]
+                break
+        yield from np.split(rows, np.flatnonzero(first[1:]) + 1) if len(rows) else []
+
+
+def _filled(folder: Path, count: int) -> np.ndarray:
+    """The rows of a buffer that hold something, the oldest first."""
+    try:
+        length = int(_read_json(folder / "storage_metadata.json")["len"])
+    except OSError:
+        return np.arange(count)
+    if length < count:
+        return np.arange(length)
+    cursor = 0
+    writer = folder.parent / "writer" / "metadata.json"
+    if writer.is_file():
+        cursor = int(_read_json(writer).get("cursor", 0))
+    return np.roll(np.arange(count), -cursor)
+
+
+def _td_folder(root: Path) -> Path:
+    storage = root / "storage"
+    return storage if (storage / "meta.json").is_file() else root
+
+
+def _find(folder: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
+    """The leaves below a folder, by their names with slashes."""
+    for key, about in _read_json(folder / "meta.json").items():
+        if not isinstance(about, dict):
+            continue
+        if about.get("type") == "TensorDict" and (folder / key / "meta.json").is_file():
+            yield from _find(folder / key, f"{prefix}{key}/")
+        elif "dtype" in about and not about.get("is_nested"):
+            dtype = about["dtype"].removeprefix("torch.")
+            if dtype in np.sctypeDict:
+                yield (
+                    f"{prefix}{key}",
+                    Entry(folder / f"{key}.memmap", tuple(about["shape"]), dtype),
+                )
+
+
+def _is_picture(entry: Entry, batch_dims: int) -> bool:
+    shape = entry.shape[batch_dims:]
+    if entry.dtype != "uint8" or len(shape) not in (2, 3):
+        return False
+    channels = len(shape) == 2 or shape[0] in (1, 3) or shape[-1] in (1, 3)
+    return channels and min(sorted(shape)[-2:]) >= 8
+
+
+def _as_rgb(picture: np.ndarray) -> np.ndarray:
+    """``[3, H, W]``, ``[H, W, 3]``, one channel, or ``[H, W]`` -> ``[H, W, 3]``."""
+    if picture.ndim == 2:
+        picture = picture[..., None]
+    elif picture.shape[-1] not in (1, 3):
+        picture = picture.transpose(1, 2, 0)
+    return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))

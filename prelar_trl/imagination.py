@@ -1,0 +1,208 @@
+"""A world model as a TorchRL environment: what it imagines, step by step, under any policy.
+
+Shape legend: B batch, T time, S stochastic variables, K classes, D deter, F feature, A action,
+U latent action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+from torchrl.envs.model_based import ModelBasedEnvBase
+
+from prelar_trl.modules.rssm import State
+from prelar_trl.modules.world_model import RSSMWorldModel
+
+__all__ = ["ImaginationEnv", "posterior_states"]
+
+
+class ImaginationEnv(ModelBasedEnvBase):
+    """Steps the dynamics of a world model, from states that it was given.
+
+    ::
+
+        reset:  state z0, feat, ...        step:  z1 ~ prior(. | z0, action); its feat, reward, ...
+
+    A reset and a step give ``feat`` ``[F]``, ``stoch`` ``[S, K]`` and ``deter`` ``[D]`` (the state
+    itself, from which the next step goes on), with a head of the discount ``discount`` ``[1]``, and
+    on request ``pixels`` uint8 ``[3, H, W]``. It takes ``action``: the real one ``[A]`` in [-1, 1],
+    or, of a model that was pre-trained with latent actions, a latent one ``[U]``, any numbers:
+    ``env.rand_action`` draws from N(0, 1), the prior of Gaussian ones. The gradient flows through a
+    step, into the policy and into the model; freeze the model where only a policy is trained.
+
+    Rewards are the ``reward`` head's, zero without one. An episode ends, as ``terminated``, where
+    the predicted discount falls below half of gamma, never without such a head.
+
+    ``env.reset(states)`` begins with the states in a TensorDict of any batch shape, such as
+    :func:`posterior_states` gives them; ``env.reset()`` draws from ``starts``.
+
+    Args:
+        world_model: put into evaluation mode.
+        action_dim: size A of the real action; unused with latent ones. Default: that of the action
+            encoder, or the width of the RSSM's input, which may be padded.
+        starts: states ``[M]`` (``stoch, deter``, and ``action_history`` with an action window) that
+            a reset draws from; the attribute can be set anew. Default: the zero state before the
+            first frame.
+        decode: also give ``pixels``. Default: False.
+        sample: draw the stochastic state; otherwise take its mode. Default: True.
+        batch_size: of the environment. Default: none; it then takes TensorDicts of any batch shape.
+
+    Raises:
+        ValueError: a model without any action; ``decode`` of a model whose decoder also needs a
+            frame (ContextWM); ``starts`` of more than one batch dimension.
+    """
+
+    def __init__(
+        self,
+        world_model: RSSMWorldModel,
+        *,
+        action_dim: int | None = None,
+        starts: TensorDictBase | None = None,
+        decode: bool = False,
+        sample: bool = True,
+        batch_size: Sequence[int] = (),
+    ) -> None:
+        if world_model.action_free:
+            raise ValueError("this world model knows no actions, so nobody can act in it")
+        if decode and world_model.context_encoder is not None:
+            raise ValueError("decode=True: the decoder of this world model also needs a frame")
+        batch = torch.Size(batch_size)
+        super().__init__(
+            cast(TensorDictModule, world_model.eval()),  # torch's type; this class calls it itself
+            device=next(world_model.parameters()).device,
+            batch_size=batch,
+        )
+        self.decode, self.sample, self.starts = decode, sample, starts
+        rssm, encoder = world_model.rssm, world_model.action_encoder
+        latent = world_model.latent_action_encoder
+        if latent is not None:
+            action_dim = latent.latent_actions.dim
+        elif action_dim is None:
+            action_dim = rssm.action_dim if encoder is None else encoder.action_dim
+        window = 1 if encoder is None else encoder.window
+        self.history_shape = torch.Size([window - 1, action_dim])
+        state: dict[str, TensorSpec] = {
+            "stoch": Unbounded(torch.Size(rssm.latent.shape)),
+            "deter": Unbounded(torch.Size([rssm.deter])),
+        }
+        if window > 1:
+            state["action_history"] = Unbounded(self.history_shape)
+        observation = {"feat": Unbounded(torch.Size([rssm.feat_dim])), **state}
+        one = torch.Size([1])
+        if "discount" in world_model.heads:
+            observation["discount"] = Bounded(0, 1, one)
+        if decode:
+            drawn = self._draw(torch.zeros(1, rssm.feat_dim, device=self.device)).shape[1:]
+            observation["pixels"] = Bounded(0, 255, drawn, dtype=torch.uint8)
+        size = torch.Size([action_dim])
+        action = Bounded(-1, 1, size) if latent is None else Unbounded(size)
+
+        def batched(specs: dict[str, TensorSpec]) -> Composite:
+            return Composite(specs, device=self.device).expand(batch)
+
+        self.observation_spec, self.state_spec = batched(observation), batched(state)
+        self.full_action_spec = batched({"action": action})
+        self.full_reward_spec = batched({"reward": Unbounded(one)})
+
+    @property
+    def starts(self) -> TensorDictBase | None:
+        """The states that a reset draws from, ``[M]``."""
+        return self.__dict__["_starts"]
+
+    @starts.setter
+    def starts(self, states: TensorDictBase | None) -> None:
+        if states is not None and states.ndim != 1:
+            raise ValueError(f"starts has the batch shape {list(states.shape)}: flatten it to [M]")
+        self.__dict__["_starts"] = None if states is None else states.detach()
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
+        if tensordict is None or "stoch" not in tensordict.keys():
+            batch = self.batch_size if tensordict is None else tensordict.batch_size
+            return self._observation(self._draw_starts(batch.numel())).reshape(batch)
+        given = tensordict.select(*self.state_spec.keys()).reshape(-1)
+        mask = tensordict.get("_reset", None)
+        if mask is not None:  # the other environments of the batch go on
+            fresh = self._draw_starts(len(given))
+            given = cast(TensorDict, torch.where(mask.reshape(-1), fresh, given))
+        return self._observation(given).reshape(tensordict.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        model, flat = self.world_model, tensordict.reshape(-1)
+        history = flat.get("action_history", None)
+        latent, history = model.next_latent_action(flat["action"], history, self.sample)
+        state, _ = model.rssm.step(State(flat["stoch"], flat["deter"]), latent, self.sample)
+        states = TensorDict(state._asdict(), flat.batch_size)
+        if history is not None:
+            states["action_history"] = history
+        out = self._observation(states)
+        zero = torch.zeros_like(out["feat"][:, :1])
+        head = model.heads["reward"] if "reward" in model.heads else None
+        out["reward"] = zero if head is None else head(out["feat"])
+        out["terminated"] = zero.bool()
+        if "discount" in model.heads:
+            out["terminated"] = out["discount"] < model.discount / 2
+        out["done"] = out["terminated"].clone()
+        return out.reshape(tensordict.batch_size)
+
+    def _observation(self, states: TensorDictBase) -> TensorDict:
+        """States ``[N]`` with what is seen of them."""
+        model = self.world_model
+        out = TensorDict(dict(states.items()), states.batch_size, device=self.device)
+        feat = out["feat"] = model.rssm.feat(State(states["stoch"], states["deter"]))
+        if "discount" in model.heads:
+            out["discount"] = torch.sigmoid(model.heads["discount"](feat))
+        if self.decode:
+            out["pixels"] = self._draw(feat)
+        return out
+
+    def _draw(self, feat: Tensor) -> Tensor:
+        """Features ``[N, F]`` -> pictures uint8 ``[N, 3, H, W]``."""
+        with torch.no_grad():
+            image = self.world_model.decoder(feat).float()
+        return ((image + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _draw_starts(self, count: int) -> TensorDictBase:
+        """``count`` random ones of ``starts``, ``[count]``."""
+        if self.starts is not None:
+            index = torch.randint(len(self.starts), (count,), device=self.starts["deter"].device)
+            return self.starts.select(*self.state_spec.keys())[index].to(self.device)
+        states = TensorDict(self.world_model.rssm.initial_state(count)._asdict(), [count])
+        if "action_history" in self.state_spec.keys():
+            states["action_history"] = torch.zeros(count, *self.history_shape, device=self.device)
+        return states
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Nothing: what is drawn comes from torch's global generator."""
+
+
+@torch.no_grad()
+def posterior_states(world_model: RSSMWorldModel, frames: TensorDictBase) -> TensorDict:
+    """The states that a world model infers from frames: where imagination can begin.
+
+    Args:
+        world_model: put into evaluation mode.
+        frames: a batch ``[B, T]`` as the losses read it: ``pixels``, ``is_first`` and, of a model
+            with real actions, ``action``.
+
+    Returns:
+        ``stoch, deter`` ``[B, T]``, and ``action_history`` with an action window; and, of a model
+        with latent actions, ``latent_action`` ``[B, T, U]``, with which the frames can be imagined
+        anew.
+    """
+    model = world_model.eval()
+    images = model.preprocess(frames["pixels"])
+    action, _ = model.dynamics_actions(frames, images)
+    states = model.observe(model.encode(images), action, frames["is_first"])
+    states = states.select("stoch", "deter")
+    if model.latent_action_encoder is not None:
+        states["latent_action"] = action
+    if "action" in model.in_keys:
+        states["action"] = frames["action"]
+        states = model.flatten_start_states(states).exclude("action").reshape(frames.shape)
+    return states

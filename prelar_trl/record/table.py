@@ -1,0 +1,95 @@
+"""CSV files of numbers by step, and what is left of them after a loss of power."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prelar_trl.utils import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+class CsvTable:
+    """A CSV file with a "step" column that grows by rows and, when new names come, by columns.
+
+    Each row is in the file when :meth:`append` returns. What :func:`read_rows` drops is gone when
+    the file is opened again.
+
+    Args:
+        path: the file; made when missing.
+        resume_step: rows with a larger step are dropped.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        self.path = path
+        self.columns = ["step"]
+        if path.exists() and path.stat().st_size:
+            self.columns, rows = read_rows(path)
+            kept = [row for row in rows if resume_step is None or float(row["step"]) <= resume_step]
+            self._rewrite(kept)
+        self._file = open(path, "a", newline="", encoding="utf-8")
+        self._new_header = self._file.tell() == 0
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row; names that are missing in it stay empty."""
+        new = [name for name in row if name not in self.columns]
+        if self._new_header:
+            self.columns += new
+            csv.writer(self._file).writerow(self.columns)
+            self._new_header = False
+        elif new:
+            self._file.close()
+            _, rows = read_rows(self.path)
+            self.columns += new
+            self._rewrite(rows)
+            self._file = open(self.path, "a", newline="", encoding="utf-8")
+        csv.DictWriter(self._file, self.columns).writerow(row)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        with (
+            atomic_write(self.path, sync=True) as part,
+            open(part, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of a file of metrics.
+
+    The half-written last line of a killed process is left out. So is, with a warning, a line that
+    is no row of numbers, as a loss of power leaves them.
+
+    Raises:
+        ValueError: it has no column "step".
+    """
+    header, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
+    columns = next(csv.reader([header.decode("utf-8", "replace")]), [])
+    if "step" not in columns:
+        raise ValueError(f"{path} is not a file of metrics: it has no column step")
+    rows = [row for line in lines if (row := _row(line, columns))]
+    if len(rows) < len(lines):
+        logger.warning("%s: left out %d damaged lines", path, len(lines) - len(rows))
+    return columns, rows
+
+
+def _row(line: bytes, columns: Sequence[str]) -> dict[str, str] | None:
+    """The cells by column, if each is a number or empty, and the step is a number."""
+    cells = line.decode("utf-8", "replace").rstrip("\r").split(",")
+    try:
+        row = dict(zip(columns, cells, strict=True))
+        for cell in (row["step"], *filter(None, cells)):
+            float(cell)
+    except ValueError:
+        return None
+    return row

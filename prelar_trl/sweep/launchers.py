@@ -1,0 +1,202 @@
+"""Where the programs of a sweep run: processes of this machine, or jobs of a SLURM cluster."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
+SAVE_S = 60  # seconds that a program gets to save when its SLURM job must end
+STOPPED = 75  # exit code of a run that was told to stop and has saved: EX_TEMPFAIL, run me again
+
+
+@dataclass
+class Program:
+    """A command that goes on at its last checkpoint wherever and whenever it is called.
+
+    Args:
+        command: without ``resume``.
+        folder: its run.
+        root: where it runs; paths in the command are relative to it.
+        log: gets what it prints.
+        environment: beside that of the caller.
+        resumes: it takes ``resume=``. False for one that goes on by itself.
+    """
+
+    command: list[str]
+    folder: Path
+    root: Path
+    log: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    resumes: bool = True
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return (self.folder / "checkpoints" / "last.pt").is_file()
+
+    def start(self, lock: IO | None = None) -> subprocess.Popen:
+        """Start it; a folder without a checkpoint is made anew.
+
+        Args:
+            lock: an open file that it holds open. Default: none.
+        """
+        command, resume = list(self.command), self.has_checkpoint
+        if self.resumes:
+            command.append(f"resume={'true' if resume else 'false'}")
+            if not resume:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log, "a" if resume else "w", encoding="utf-8") as log:
+            return subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=os.environ | self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[] if lock is None else [lock.fileno()],
+                preexec_fn=_as_child,
+            )
+
+    def __call__(self) -> int:
+        """Run it to its end and return its exit code; what a SLURM job does."""
+        self._process = self.start()
+        while (code := self._process.poll()) is None:  # wait() would block checkpoint() below
+            time.sleep(0.5)
+        return code
+
+    def checkpoint(self) -> Any:
+        """Called by submitit when the job is preempted or out of time: save, then once more."""
+        from submitit.helpers import DelayedSubmission  # noqa: PLC0415  only there within a job
+
+        self._process.terminate()
+        try:
+            self._process.wait(SAVE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its last checkpoint counts
+        del self._process
+        return DelayedSubmission(self)
+
+
+def _as_child() -> None:
+    """In a child: be killed when the parent is (on Linux); leave SLURM's signal to the parent."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Handle(Protocol):
+    """A program that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+
+    def terminate(self) -> None:
+        """Tell it to save and stop."""
+
+
+class Launcher(Protocol):
+    """Starts programs.
+
+    ``detached``: they go on when the sweep's own process ends, and the next one attaches to them.
+    """
+
+    detached: bool
+
+    def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
+        """The started program, and what :meth:`attach` needs of it."""
+
+    def attach(self, record: Mapping[str, Any]) -> Handle | None:
+        """A program that an earlier process started, if it can still be asked after."""
+
+
+class LocalLauncher:
+    """Processes of this machine, which end with the sweep.
+
+    Args:
+        lock: an open file, held until the last of them has ended.
+    """
+
+    detached = False
+
+    def __init__(self, lock: IO) -> None:
+        self.lock = lock
+
+    def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
+        return program.start(self.lock), {}
+
+    def attach(self, record: Mapping[str, Any]) -> None:
+        return None
+
+
+class SlurmLauncher:
+    """Jobs of a SLURM cluster, through ``submitit``.
+
+    A job that is preempted or out of time saves and is put in the queue again, and goes on at its
+    checkpoint, also while the sweep's own process is not there.
+
+    Args:
+        folder: for scripts and results of the jobs, seen by all machines.
+        options: of ``submitit.AutoExecutor.update_parameters``: ``timeout_min``,
+            ``gpus_per_node``, ``cpus_per_task``, ``mem_gb``, ``slurm_partition``, ...
+
+    Raises:
+        ImportError: submitit is not installed.
+        ValueError: an option that it does not know.
+    """
+
+    detached = True
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        try:
+            import submitit  # noqa: PLC0415  optional
+        except ImportError:
+            raise ImportError(
+                "launcher=slurm needs submitit: pip install 'prelar_trl[slurm]'"
+            ) from None
+        self.folder, self.job_type = folder, submitit.SlurmJob
+        self.executor = submitit.AutoExecutor(
+            folder, cluster="slurm", slurm_max_num_timeout=1_000_000
+        )
+        try:
+            self.executor.update_parameters(**options)
+        except (NameError, TypeError) as error:
+            lines = str(error).splitlines()
+            raise ValueError(f"slurm: {' '.join(' '.join(lines).split())}") from None
+
+    def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
+        self.executor.update_parameters(name=name)
+        job = self.executor.submit(program)
+        return SlurmHandle(job), {"slurm_job": job.job_id}
+
+    def attach(self, record: Mapping[str, Any]) -> Handle | None:
+        if "slurm_job" not in record:
+            return None
+        return SlurmHandle(self.job_type(self.folder, record["slurm_job"]))
+
+
+class SlurmHandle:
+    """A job of a SLURM cluster."""
+
+    def __init__(self, job: Any) -> None:
+        self.job = job
+
+    def poll(self) -> int | None:
+        if not self.job.done():
+            return None
+        if self.job.exception() is not None:  # killed by the cluster: node, memory, scancel
+            return 1
+        return self.job.result()
+
+    def terminate(self) -> None:
+        self.job.cancel()

@@ -1,0 +1,246 @@
+"""What a sweep will take, before anything is run: GPU hours and disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from tensordict import TensorDict
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
+from prelar_trl.recipes.command_line import as_override
+from prelar_trl.recipes.entry import CONFIGS, settings
+from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig, SweepConfig, overrides
+from prelar_trl.sweep import Job
+from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
+
+ACTION_DIM = 4  # Meta-world's
+EPISODE = 500  # steps, where nothing else is set
+FRAME_BYTES = 3 * 64 * 64
+COPIES = 3  # of the weights in a checkpoint: Adam has two moments
+GIBIBYTE = 2**30
+
+
+class Update(NamedTuple):
+    """One update: its arithmetic, and the bytes of the weights that a run keeps."""
+
+    flop: float
+    state_bytes: int
+
+
+@dataclass
+class Estimate:
+    """What one variant takes: runs, hours of a GPU (of an environment in ``env_hours``), bytes."""
+
+    pretrainings: int = 0
+    pretrain_hours: float = 0.0
+    runs: int = 0
+    updates: int = 0  # of all its runs
+    update_hours: float = 0.0
+    env_hours: float = 0.0
+    kept_bytes: int = 0
+    replay_bytes: int = 0  # of one run, while it lasts
+
+    @property
+    def hours(self) -> float:
+        return self.pretrain_hours + self.update_hours + self.env_hours
+
+
+def resolve(job: Job) -> Any:
+    """The whole configuration of a job, as its recipe will see it.
+
+    Raises:
+        HydraException, ValueError: a setting that the recipe does not take.
+    """
+    given = [f"{name}={as_override(value)}" for name, value in job.settings.items()]
+    place = "data" if job.recipe == "collect_videos" else "run"
+    ready = GlobalHydra.instance().is_initialized()  # started as a program
+    folder = str(CONFIGS.resolve())
+    with nullcontext() if ready else initialize_config_dir(folder, version_base="1.3"):
+        return settings(compose(job.recipe, [*given, f"{place}=here"]))
+
+
+def update_of(cfg: PretrainConfig | FinetuneConfig) -> Update:
+    """The cost of one update: counted on the meta device, which has shapes and computes nothing."""
+    names = ("method", "size", "model", "loss", "batch_size")
+    names += ("clip_len",) if isinstance(cfg, PretrainConfig) else ("batch_length",)
+    if isinstance(cfg, FinetuneConfig):
+        names += ("horizon", "imag_batch")
+    return _count(cfg.phase, json.dumps({name: asdict(cfg)[name] for name in names}))
+
+
+@cache
+def _count(phase: str, text: str) -> Update:
+    given: dict[str, Any] = json.loads(text)
+    method, loss_settings = given["method"], overrides(given["loss"])
+    options = {"size": given["size"], **overrides(given["model"])}
+    length = given.get("clip_len") or given["batch_length"]
+    batch = meta_batch(given["batch_size"], length)
+    with torch.device("meta"):
+        if phase == "pretrain":
+            module: nn.Module = make_world_model(method, phase, action_dim=0, **options)
+            loss = make_world_model_loss(method, phase, module, **loss_settings)
+            behavior_update = None
+        else:
+            module = agent = make_agent(method, action_dim=ACTION_DIM, **options)
+            loss = make_world_model_loss(
+                method, phase, agent.world_model, video_bonus=agent.video_bonus, **loss_settings
+            )
+            behavior_update = BehaviorUpdate(
+                agent, horizon=given["horizon"], imag_batch=given["imag_batch"]
+            )
+        update = WorldModelUpdate(loss)
+        with FlopCounterMode(display=False) as counter:
+            losses = update(batch)
+            if behavior_update is not None:
+                state = losses["state"].update(batch.select("terminated", "action"))
+                behavior_update(state)
+    state_bytes = sum(x.numel() * x.element_size() for x in module.state_dict().values())
+    return Update(float(counter.get_total_flops()), state_bytes)
+
+
+def meta_batch(sequences: int, steps: int) -> TensorDict:
+    """Shapes of a training batch ``[B, T]``."""
+    shape, kind = (sequences, steps), {"device": "meta"}
+    entries = {
+        "pixels": torch.empty(*shape, 3, 64, 64, dtype=torch.uint8, **kind),
+        "action": torch.empty(*shape, ACTION_DIM, **kind),
+        "reward": torch.empty(*shape, 1, **kind),
+        "is_first": torch.empty(*shape, 1, dtype=torch.bool, **kind),
+        "terminated": torch.empty(*shape, 1, dtype=torch.bool, **kind),
+    }
+    return TensorDict(entries, batch_size=shape)
+
+
+class Clock:
+    """Seconds of an update: measured where the report of ``benchmarks/train.py`` has it.
+
+    Args:
+        cfg: ``update_times``, that report, ``--json``; ``tflops``, a declared speed.
+
+    Raises:
+        ValueError: a file that is no such report.
+    """
+
+    def __init__(self, cfg: SweepConfig) -> None:
+        self.tflops, self.rows, self.machine = cfg.tflops, [], ""
+        self.measured, self.declared = 0, 0  # kinds of update
+        if cfg.update_times is not None:
+            try:
+                report = json.loads(Path(cfg.update_times).read_text(encoding="utf-8"))
+                self.rows, self.machine = report["rows"], report["gpu"] or report["machine"]
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(
+                    f"update_times={cfg.update_times} is no report of benchmarks/train.py --json"
+                ) from None
+
+    def seconds(self, cfg: PretrainConfig | FinetuneConfig) -> float:
+        length = cfg.clip_len if isinstance(cfg, PretrainConfig) else cfg.batch_length
+        wanted = {"method": cfg.method, "phase": cfg.phase, "size": cfg.size}
+        wanted |= {"batch": cfg.batch_size, "length": length, "precision": cfg.precision}
+        for row in self.rows:
+            if wanted.items() <= row.items():
+                self.measured += 1
+                return (row["world_model_ms"] + row["behavior_ms"]) / 1e3
+        self.declared += 1
+        return update_of(cfg).flop / (self.tflops * 1e12)
+
+    def label(self) -> str:
+        """Where the hours come from."""
+        parts = []
+        if self.measured:
+            parts.append(f"measured updates of {self.measured} runs' settings on {self.machine}")
+        if self.declared:
+            parts.append(
+                f"DECLARED, not measured: counted operations at {self.tflops:g} TFLOP/s "
+                f"(tflops=) for {self.declared} runs' settings; update_times=<report of "
+                "benchmarks/train.py --json> takes measured ones"
+            )
+        return "; ".join(parts)
+
+
+def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate], str]:
+    """What jobs will take, by variant, and where the hours come from."""
+    clock, known = Clock(cfg), {}
+    estimates: dict[str, Estimate] = {}
+    for job in jobs:
+        if job.recipe == "collect_videos":
+            continue
+        name = job.run.get("variant") or job.name.rpartition("-")[0]
+        own = estimates.setdefault(name, Estimate())
+        apart = ("seed", "env", "pretrained", "data")
+        key = json.dumps([job.recipe, {k: x for k, x in job.settings.items() if k not in apart}])
+        if key not in known:
+            resolved = resolve(job)
+            known[key] = resolved, clock.seconds(resolved), update_of(resolved).state_bytes
+        resolved, seconds, state_bytes = known[key]
+        own.kept_bytes += COPIES * state_bytes
+        if job.recipe == "pretrain":
+            own.pretrainings += 1
+            own.pretrain_hours += resolved.updates * seconds / 3600
+        else:
+            updates, steps = work_of(resolved)
+            own.runs += 1
+            own.updates += updates
+            own.update_hours += updates * seconds / 3600
+            own.env_hours += steps * cfg.env_step_s / 3600
+            frames = min(resolved.capacity, resolved.env_steps // resolved.action_repeat)
+            own.replay_bytes = max(own.replay_bytes, frames * FRAME_BYTES)
+    return estimates, clock.label()
+
+
+def work_of(cfg: FinetuneConfig) -> tuple[int, int]:
+    """Updates of a run, and environment steps with those of its evaluations."""
+    updates = cfg.pretrain_updates + int((cfg.env_steps - cfg.prefill) / cfg.train_every)
+    first = cfg.eval_from or (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
+    evaluations = max(0, cfg.env_steps - first) // cfg.eval_every + 1
+    episode = (cfg.max_steps or EPISODE) * cfg.action_repeat
+    return updates, cfg.env_steps + evaluations * cfg.eval_episodes * episode
+
+
+def estimate_table(estimates: Mapping[str, Estimate], label: str, cfg: SweepConfig) -> str:
+    """The estimates as text, with their sums."""
+    head = ("method", "pre-trainings", "hours", "runs", "updates", "hours", "env hours")
+    rows = [(*head, "sum", "kept GiB")]
+    for name, x in estimates.items():
+        rows.append(
+            (
+                name,
+                str(x.pretrainings),
+                f"{x.pretrain_hours:.1f}",
+                str(x.runs),
+                f"{x.updates:,}",
+                f"{x.update_hours:.1f}",
+                f"{x.env_hours:.1f}",
+                f"{x.hours:.1f}",
+                f"{x.kept_bytes / GIBIBYTE:.1f}",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]
+    values = list(estimates.values())
+    hours, kept = sum(x.hours for x in values), sum(x.kept_bytes for x in values)
+    largest = max((x.replay_bytes for x in values), default=0)
+    at_once = kept + cfg.jobs * largest
+    lines += [
+        "",
+        f"{sum(x.pretrainings for x in values)} pre-training and {sum(x.runs for x in values)} "
+        f"fine-tuning runs, {hours:,.0f} GPU hours, {hours / cfg.jobs:,.0f} with {cfg.jobs} at a "
+        "time",
+        f"hours: {label}; {cfg.env_step_s * 1e3:g} ms an environment step (env_step_s=), declared",
+        f"disk: {kept / GIBIBYTE:,.0f} GiB of checkpoints stay, {at_once / GIBIBYTE:,.0f} GiB at "
+        "most with the replays of the runs at work; videos not counted",
+    ]
+    return "\n".join(lines)

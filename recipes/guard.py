@@ -1,0 +1,81 @@
+"""What a recipe does about updates that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tensordict import TensorDictBase
+
+from prelar_trl.checkpoint import rng_state, save_checkpoint
+from prelar_trl.record import RunFolder
+from prelar_trl.updates import Update
+
+
+class UpdateGuard:
+    """Counts the updates that were skipped, and stops the run after too many in a row.
+
+    What went into the last one, and the state of the random generators before it, is written to
+    ``not_finite.pt`` in the run folder; :func:`prelar_trl.checkpoint.load_checkpoint` reads it.
+
+    Args:
+        run: the run's folder.
+        updates: what is trained; they skip by themselves what is not finite.
+        most: so many in a row are too many.
+        rank: of this process among those that share the batches; the file of another one than the
+            first is ``not_finite-<rank>.pt``. Default: 0.
+
+    Attributes:
+        skipped: how many there were when it was last checked.
+    """
+
+    def __init__(self, run: RunFolder, updates: Sequence[Update], most: int, rank: int = 0) -> None:
+        self.file = run.path / (f"not_finite-{rank}.pt" if rank else "not_finite.pt")
+        self.updates, self.most = updates, most
+        self.on_cpu = not next(updates[0].module.parameters()).is_cuda
+        self.skipped = self._count()
+
+    def watch(self, *batches: TensorDictBase) -> None:
+        """Before an update: note what goes into it."""
+        self._batches, self._rng = batches, rng_state()
+
+    def check(self, losses: TensorDictBase, step: int, *, last: bool = False) -> None:
+        """After an update: count.
+
+        Args:
+            losses: of the update.
+            step: of the run.
+            last: no update follows; one that was skipped is too many then.
+
+        Raises:
+            RuntimeError: too many in a row.
+        """
+        # A GPU is not waited for at each update.
+        if not (self.on_cpu or last or self.updates[0].count % self.most == 0):
+            return
+        self.skipped = self._count()
+        in_a_row = max(int(update.skipped_in_a_row) for update in self.updates)
+        if in_a_row < (1 if last else self.most):
+            return
+        batches = [batch.cpu().to_dict() for batch in self._batches]
+        state = {"step": step, "rng": self._rng, "batches": batches}
+        save_checkpoint(self.file, state, finite=False)
+        # A term of the loss, if one is to blame, else the gradient's norm.
+        names = sorted(losses.keys(), key=lambda name: not name.startswith("loss_"))
+        bad = [name for name in names if not losses[name].isfinite().all()]
+        reason = f"{bad[0]} is {losses[bad[0]].item()}" if bad else "the loss is not finite"
+        raise RuntimeError(
+            f"{reason} at step {step}, and the last {in_a_row} updates were skipped: training has "
+            f"diverged; the checkpoint saved before is kept, and {self.file} holds the batch and "
+            "the random state. Start a new run with a lower lr, or precision=32"
+        )
+
+    def _count(self) -> int:
+        return sum(int(update.skipped) for update in self.updates)
+
+    def metrics(self) -> dict[str, int]:
+        """What to log."""
+        return {"skipped_updates": self.skipped}
+
+    def shown(self) -> dict[str, int]:
+        """What to show beside the progress: nothing as long as none was skipped."""
+        return {"skipped": self.skipped} if self.skipped else {}

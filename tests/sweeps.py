@@ -1,0 +1,74 @@
+"""Sweeps of this code in a repository of their own, as whole programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.toy_runs import ROOT
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def make_repository(folder: Path, table: str, content: Mapping[str, Any] | str) -> Path:
+    """This code with a table of runs in place of the file ``table``, committed."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    for name in ("prelar_trl", "recipes", "configs", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore, symlinks=True)
+    # So that these are the configurations, whatever is installed.
+    (folder / "prelar_trl" / "configs").symlink_to(Path("..") / "configs")
+    (folder / ".gitignore").write_text("runs/\n__pycache__/\n/prelar_trl/configs\n")
+    text = content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
+    (folder / table).write_text(text)
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "-m", "trial")
+    return folder
+
+
+def environment(repository: Path) -> dict[str, str]:
+    """Where its code comes first."""
+    return os.environ | {"PYTHONPATH": str(repository)}
+
+
+def command(repository: Path, program: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(repository / program), *arguments]
+
+
+def run(repository: Path, program: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(repository, program, *arguments),
+        cwd=repository,
+        env=environment(repository),
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def row(output: str, name: str) -> str:
+    (line,) = [line for line in output.splitlines() if line.startswith(name)]
+    return line
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}

@@ -1,0 +1,126 @@
+"""The published comparison: its runs, its evaluation grid, what it would take."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from prelar_trl.recipes.collect_videos import EVALUATION_TASKS
+from prelar_trl.recipes.command_line import as_typed
+from prelar_trl.recipes.entry import settings
+from prelar_trl.recipes.estimate import resolve, update_of, work_of
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.schema import SweepConfig
+from prelar_trl.recipes.sweep import check_settings, make_jobs, sweep
+from prelar_trl.record import read_metrics
+from tests.toy_runs import ROOT, finetune_config
+
+SYSTEMS = {"dreamerv2", "apv", "contextwm", "prelar", "prelar_no_cl", "prelar_no_al_cl"}
+SYSTEMS |= {"naive", "prelar_naive"}
+TINY = "{size: tiny, updates: 10, batch_size: 2, clip_len: 5}"
+
+
+def config(*given: str) -> SweepConfig:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return settings(compose("sweep", as_typed(given, SweepConfig, ["experiment"])))
+
+
+def test_the_paper_is_every_system_on_six_tasks_with_eight_seeds_on_both_kinds_of_video():
+    jobs = make_jobs(config("experiment=prelar_paper"))
+    runs = [job for job in jobs if job.run]
+    variants = {job.run["variant"] for job in runs}
+    assert variants == SYSTEMS | {"apv_something", "contextwm_something", "prelar_something"}
+    assert {job.run["task"] for job in runs} == set(EVALUATION_TASKS)
+    assert {job.run["seed"] for job in runs} == set(range(8))
+    assert len(runs) == len(variants) * 6 * 8
+    pretrained = {job.name: job.settings for job in jobs if job.recipe == "pretrain"}
+    data = {name: given["data"] for name, given in pretrained.items()}
+    assert data == {
+        **dict.fromkeys(("apv-0", "contextwm-0", "prelar-0"), "videos/rlbench"),
+        **dict.fromkeys(("prelar_no_cl-0", "prelar_no_al_cl-0"), "videos/rlbench"),
+        **{f"{x}_something-0": "videos/something" for x in ("apv", "contextwm", "prelar")},
+    }
+    shared = {job.run["variant"]: job.needs and job.needs.name for job in runs}
+    assert shared["naive"] == "apv-0" and shared["prelar_naive"] == "prelar-0"
+    assert shared["dreamerv2"] is None and shared["prelar_something"] == "prelar_something-0"
+
+
+def test_its_runs_are_the_published_commands():
+    jobs = make_jobs(config("experiment=prelar_paper", "seeds=1", "tasks=[reach]"))
+    check_settings(jobs)
+    for job in jobs:
+        cfg = resolve(job)
+        assert cfg.size == "full"
+        if job.recipe == "pretrain":
+            assert (cfg.updates, cfg.batch_size, cfg.clip_len) == (600_000, 16, 25)
+        else:
+            assert cfg.env == "metaworld/reach" and cfg.eval_episodes == 10
+            assert (cfg.prefill, cfg.eval_from, cfg.eval_every) == (5_000, 5_000, 10_000)
+            assert cfg.env_steps == 255_000 and work_of(cfg)[1] == 255_000 + 26 * 10 * 500
+            assert cfg.pretrained == (job.needs.path if job.needs else None)
+
+
+def test_a_setting_that_a_recipe_does_not_take_is_refused_before_anything_is_run():
+    cfg = config("experiment=prelar_paper", "finetune.nonsense=3")
+    with pytest.raises(ValueError, match="prelar_paper/finetune/.*: .*nonsense"):
+        check_settings(make_jobs(cfg))
+
+
+def test_the_first_evaluation_comes_before_the_first_policy_step(tmp_path):
+    grid = {"prefill": 20, "eval_from": 20, "eval_every": 15, "env_steps": 50, "eval_episodes": 1}
+    finetune(finetune_config(tmp_path / "run", method="dreamerv2", **grid))
+    evaluations = read_metrics(tmp_path / "run" / "metrics.csv")["eval/success"]
+    assert evaluations.steps.tolist() == [20, 35, 50]
+
+
+def test_an_evaluation_within_the_random_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="eval_from=10 lies in the prefill of 20 steps"):
+        finetune(finetune_config(tmp_path / "run", method="dreamerv2", eval_from=10))
+
+
+def dry_run(capsys, tmp_path, *given: str) -> str:
+    places = [f"root={tmp_path / 'root'}", f"results={tmp_path / 'results'}"]
+    assert sweep(config(*given, *places, "dry_run=true")) == 0
+    assert not (tmp_path / "root").exists()
+    return capsys.readouterr().out
+
+
+TRIAL = ("methods=[dreamerv2,apv]", "tasks=[toy]", "seeds=2", "pretrain.data=v", f"pretrain={TINY}")
+TRIAL += ("finetune={size: tiny, env_steps: 1000, prefill: 500, train_every: 1, max_steps: 10}",)
+
+
+def test_a_dry_run_lists_runs_and_declared_hours_and_disk(capsys, tmp_path):
+    out = dry_run(capsys, tmp_path, *TRIAL)
+    for path in ("finetune/apv-toy-1", "finetune/dreamerv2-toy-0", "pretrain/apv-1"):
+        assert f"sweep/{path}" in out
+    assert "2 pre-training and 4 fine-tuning runs" in out
+    assert "DECLARED, not measured: counted operations at 10 TFLOP/s" in out
+    apv = next(line for line in out.splitlines() if line.startswith("apv ")).split()
+    assert apv[1] == "2" and apv[3:5] == ["2", "1,200"]  # 100 + 500 updates each
+    assert re.search(r"disk: \d+ GiB of checkpoints stay", out)
+
+
+def test_measured_updates_take_the_place_of_declared_ones(capsys, tmp_path):
+    row = {"method": "apv", "phase": "pretrain", "size": "tiny", "batch": 2, "length": 5}
+    row |= {"precision": "32", "world_model_ms": 3_600_000.0, "behavior_ms": 0.0}
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"rows": [row], "gpu": "GPU X", "machine": "x86_64"}))
+    out = dry_run(capsys, tmp_path, *TRIAL, f"update_times={report}")
+    assert "measured updates of 1 runs' settings on GPU X; DECLARED" in out
+    apv = next(line for line in out.splitlines() if line.startswith("apv ")).split()
+    assert apv[2] == "20.0"  # two runs of ten updates of an hour
+    report.write_text("[]")
+    with pytest.raises(ValueError, match="is no report of benchmarks/train.py"):
+        dry_run(capsys, tmp_path, *TRIAL, f"update_times={report}")
+
+
+def test_operations_grow_with_the_batch():
+    jobs = make_jobs(config(*TRIAL, "seeds=1"))
+    cfg = resolve(next(job for job in jobs if job.recipe == "pretrain"))
+    once, bytes_once = update_of(cfg)
+    cfg.batch_size *= 2
+    twice, bytes_twice = update_of(cfg)
+    assert twice == pytest.approx(2 * once, rel=0.02) and bytes_twice == bytes_once > 0
