@@ -287,6 +287,7 @@ def make_world_model_loss(
         latent_action=latent_action_loss,
         video_bonus=video_bonus,
         bonus_scale=s.bonus_scale,
+        clip_rewards=s.clip_rewards,
     )
     if video_bonus is not None:
         loss.set_keys(bonus_embed=video_bonus.embed_key)

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -104,11 +104,15 @@ def continue_run(cfg: Any) -> tuple[RunFolder, dict[str, Any]]:
     run.lock()
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
     changeable += ("compile", "keep", "keep_every", "max_skipped", "trust_code")
+    defaults = {field.name: field.default for field in fields(cfg)}
     for name, value in plain(asdict(cfg)).items():
-        if name not in changeable and run.config.get(name) != value:
+        began = run.config.get(name, defaults[name])  # it may be older than an option
+        if isinstance(value, dict) and isinstance(began, dict):
+            value, began = ({k: x for k, x in y.items() if x is not None} for y in (value, began))
+        if name not in changeable and began != value:
             raise ValueError(
                 f"resume: {name}={value} but the run in {cfg.run} was started with "
-                f"{name}={run.config.get(name)}; repeat its command with resume=true"
+                f"{name}={began}; repeat its command with resume=true"
             )
     checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
     run.note_continuation(checkpoint["step"])
