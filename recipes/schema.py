@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from prelar_trl.bounds import (
+    Finite,
     Fraction,
     NonNegative,
     NonNegativeInt,
@@ -289,7 +290,7 @@ class SweepConfig(Config):
     finetune: dict[str, Any] = free()
     from_scratch: str | None = None  # folder of runs without pre-training, shared by sweeps
     score: Annotated[str, one_of(("return", "success"))] = "success"  # compared in the report
-    threshold: float = 0.8  # of the score: learned
+    threshold: Finite = 0.8  # of the score: learned
     runtime: dict[str, Any] = free()  # device, threads, ... of all programs
     only: str = ""  # runs whose path this regular expression matches
     jobs: PositiveInt = 2  # programs at a time
