@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast, get_args
 
@@ -13,6 +13,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from prelar_trl.collectives import ProcessGroup, joint_mean
+from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.world_model import RSSMWorldModel, normalize_pixels
@@ -23,10 +25,12 @@ from prelar_trl.objectives import (
     RSSMWorldModelLoss,
     total_loss,
 )
-from prelar_trl.objectives.common import loss_keys
+from prelar_trl.objectives.behavior import RewardNorm
+from prelar_trl.rehearsal import Rehearsal
+from prelar_trl.schedules import Schedule
 from prelar_trl.utils import check_choice
 
-__all__ = ["Alignment", "BehaviorUpdate", "Rehearsal", "WorldModelUpdate", "frozen"]
+__all__ = ["Alignment", "BehaviorUpdate", "WorldModelUpdate", "frozen"]
 
 Precision = Literal["32", "bf16"]
 
@@ -42,20 +46,6 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Batch norms in training mode leave their running mean and variance as they are."""
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
-    before = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.momentum = 0.0
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(norms, before, strict=True):
-            layer.momentum = momentum
 
 
 def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
@@ -89,6 +79,8 @@ class Update:
         count: updates so far, skipped ones among them.
         skipped, skipped_in_a_row: how many, on the loss's device: only who reads them waits.
     """
+
+    process_group: ProcessGroup | None = None  # whose processes share the batch
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
         check_choice("precision", precision, get_args(Precision))
@@ -146,6 +138,8 @@ class WorldModelUpdate(Update):
         lr: learning rate. Default: 3e-4.
         frozen_updates: the pre-trained encoder and RSSM form a group of their own that does not
             move during the first ``frozen_updates`` updates; None: one group. Default: None.
+        pretrained_lr: learning rate of that group, which there then is. Default: ``lr``.
+        pretrained: the parts that were loaded, of ``config.PRETRAINED_PARTS``. Default: all.
         clip: largest global gradient norm of a group. Default: 100.
         precision: ``32``, or ``bf16`` for autocast. Default: ``32``.
         rehearsal: pre-training video that is rehearsed. Default: none.
@@ -157,6 +151,8 @@ class WorldModelUpdate(Update):
         *,
         lr: float = 3e-4,
         frozen_updates: int | None = None,
+        pretrained_lr: float | None = None,
+        pretrained: Collection[str] = PRETRAINED_PARTS,
         clip: float = 100.0,
         precision: Precision = "32",
         rehearsal: Rehearsal | None = None,
@@ -165,18 +161,23 @@ class WorldModelUpdate(Update):
         self.loss, self.rehearsal = loss, rehearsal
         model = cast(RSSMWorldModel, loss.world_model)
         groups = {"model": list(loss.parameters())}
-        if frozen_updates is not None:
-            modules = pretrained_modules(model)
-            modules.pop("decoder")
-            pretrained = [p for module in modules.values() for p in module.parameters()]
-            own = {id(p) for p in pretrained}
+        modules = pretrained_modules(model)
+        loaded = [
+            p
+            for name, module in modules.items()
+            if name in pretrained and name != "decoder"
+            for p in module.parameters()
+        ]
+        if loaded and (frozen_updates is not None or pretrained_lr is not None):
+            own = {id(p) for p in loaded}
             groups = {
-                "pretrained": pretrained,
+                "pretrained": loaded,
                 "model": [p for p in loss.parameters() if id(p) not in own],
             }
-        self.optimizers = {name: make_adam(params, lr) for name, params in groups.items()}
+        rates = {"model": lr, "pretrained": lr if pretrained_lr is None else pretrained_lr}
+        self.optimizers = {name: make_adam(params, rates[name]) for name, params in groups.items()}
         self.scheduler = None
-        if frozen_updates is not None:
+        if "pretrained" in groups and frozen_updates is not None:
             self.scheduler = LambdaLR(
                 self.optimizers["pretrained"], lambda update: float(update >= frozen_updates)
             )
@@ -226,71 +227,6 @@ class WorldModelUpdate(Update):
             self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
 
 
-class Rehearsal(nn.Module):
-    """Pre-training video beside an environment's batch, so that what it taught is not forgotten.
-
-    The terms that video can give, ``image`` and ``kl``, become those of the joint batch: their mean
-    over the environment's rows and over the video's, by ``share``. Batch norms normalize each part
-    by itself; their running statistics, with which the agent acts, are the environment's alone.
-
-    Args:
-        loss: of the world model that is fine-tuned. Encoder, decoder and RSSM are shared, and so
-            are weights and settings of the two terms.
-        inverse_model: infers the video's latent actions, and stands still; None for a world model
-            that was pre-trained without actions.
-        share: the video's share of the joint batch, in (0, 1).
-
-    Raises:
-        ValueError: a share outside (0, 1), or a stacked world model, whose imagined RSSM no video
-            trains.
-    """
-
-    def __init__(
-        self, loss: RSSMWorldModelLoss, inverse_model: LatentActionEncoder | None, share: float
-    ) -> None:
-        super().__init__()
-        world_model = cast(RSSMWorldModel, loss.world_model)
-        if not 0 < share < 1:
-            raise ValueError(f"rehearse={share} must lie between 0 and 1")
-        if world_model.lower_rssm is not None:
-            raise ValueError(f"rehearse={share}: a stacked world model cannot rehearse video")
-        self.share, self.inverse_model = share, inverse_model
-        video_model = RSSMWorldModel(
-            world_model.encoder,
-            world_model.decoder,
-            world_model.rssm,
-            latent_action_encoder=inverse_model,
-            action_free=inverse_model is None,
-            context_encoder=world_model.context_encoder,
-            sample=world_model.sample,
-        )
-        self.loss = RSSMWorldModelLoss(
-            video_model,
-            weights={name: loss.weights[name] for name in ("image", "kl") if name in loss.weights},
-            latent=world_model.rssm.latent.kind,
-            kl_balance=loss.kl_balance,
-            free_nats=loss.free_nats,
-            free_avg=loss.free_avg,
-        )
-
-    def train(self, mode: bool = True) -> Rehearsal:
-        super().train(mode)
-        if self.inverse_model is not None:
-            self.inverse_model.eval()
-        return self
-
-    def forward(self, losses: TensorDict, video: TensorDictBase) -> TensorDict:
-        """The environment's losses with the video's mixed in."""
-        with running_statistics_kept(self.loss):
-            seen = self.loss(video)
-        mixed = losses.copy()
-        for name in loss_keys(self.loss.weights):
-            mixed[name] = torch.lerp(losses[name], seen[name], self.share)
-        for name in self.loss.weights:
-            mixed[f"rehearsal_{name}"] = seen[name]
-        return mixed
-
-
 class Alignment(Update):
     """Regresses the action encoder on the latent actions that the inverse model infers.
 
@@ -323,21 +259,27 @@ class Alignment(Update):
             ``align_error``, the mean squared error, and ``align_r2``, the share of the latent
             actions' variance that the true actions explain.
         """
+        losses = self.forward_backward(batch)
+        self.step_optimizers(total_loss(losses))
+        self.count += 1
+        return {name: losses[name] for name in ("align_error", "align_r2")}
+
+    def losses(self, batch: TensorDictBase) -> TensorDict:
+        def joint_sum(x: Tensor) -> Tensor:  # over the processes their mean, as of losses
+            return joint_mean((x * known).sum((0, 1)), self.process_group)
+
         known = ~batch["is_first"][:, 1:]  # [B, T-1, 1]
         with torch.no_grad():
             target, _ = self.inverse_model(self.preprocess(batch["pixels"]), sample=False)
             target = target[:, 1:]
-            count = known.sum().clamp_min(1)
-            mean = (target * known).sum((0, 1)) / count
-            variance = ((target - mean).square() * known).sum((0, 1)) / count
+            count = joint_sum(torch.ones_like(target[..., :1])).clamp_min(1e-6)
+            mean = joint_sum(target) / count
+            variance = joint_sum((target - mean).square()) / count
         latent, _ = self.action_encoder(batch["action"], sample=False)
-        error = ((latent[:, 1:] - target).square() * known).sum((0, 1)) / count  # [U]
-        error.mean().backward()
-        error = error.detach()
-        self.step_optimizers(error.mean())
-        self.count += 1
-        r2 = 1 - error.sum() / variance.sum().clamp_min(1e-8)
-        return {"align_error": error.mean(), "align_r2": r2}
+        error = joint_sum((latent[:, 1:] - target).square()) / count  # [U]
+        r2 = 1 - error.detach().sum() / variance.sum().clamp_min(1e-8)
+        loss = error.mean()
+        return TensorDict({"loss_align": loss, "align_error": loss.detach(), "align_r2": r2})
 
 
 class BehaviorUpdate(Update):
@@ -348,8 +290,12 @@ class BehaviorUpdate(Update):
         horizon: imagined steps, at least 2: the actor learns from the second on. Default: 15.
         lmbda: lambda of the return. Default: 0.95.
         actor_lr, critic_lr: learning rates. Default: 8e-5.
-        entropy_scale, gradient: see :class:`ActorLoss`.
+        entropy_scale, gradient, gradient_mix: see :class:`ActorLoss`; the numbers also as a
+            :class:`Schedule` in text, by the updates of this object. Default of the mix: 0.1.
         slow_every: updates from copy to copy of the slow critic, the first included. Default: 100.
+        slow_target_fraction: how far the slow critic moves to the critic then; the first time all
+            the way. Default: 1.
+        reward_norm_momentum: see :class:`RewardNorm`. Default: 1, which is off.
         imag_batch: start from that many random states instead of all. Default: all.
         clip, precision: see :class:`WorldModelUpdate`.
     """
@@ -362,9 +308,12 @@ class BehaviorUpdate(Update):
         lmbda: float = 0.95,
         actor_lr: float = 8e-5,
         critic_lr: float = 8e-5,
-        entropy_scale: float = 1e-4,
+        entropy_scale: float | str = 1e-4,
         gradient: Literal["dynamics", "reinforce", "both"] = "dynamics",
+        gradient_mix: float | str = 0.1,
         slow_every: int = 100,
+        slow_target_fraction: float = 1.0,
+        reward_norm_momentum: float = 1.0,
         imag_batch: int | None = None,
         clip: float = 100.0,
         precision: Precision = "32",
@@ -375,9 +324,21 @@ class BehaviorUpdate(Update):
                 f"horizon={horizon} must be at least 2: the first step trains no actor"
             )
         self.agent, self.horizon = agent, horizon
+        if not 0 < slow_target_fraction <= 1:
+            raise ValueError(f"slow_target_fraction={slow_target_fraction} must lie in (0, 1]")
         self.slow_every, self.imag_batch = slow_every, imag_batch
+        self.slow_target_fraction = slow_target_fraction
+        device = next(agent.parameters()).device
+        self.reward_norm = RewardNorm(reward_norm_momentum).to(device)
         self.target = LambdaTarget(agent.slow_critic, lmbda)
-        self.actor_loss = ActorLoss(gradient=gradient, entropy_scale=entropy_scale)
+        schedules = {"entropy_scale": entropy_scale, "mix": gradient_mix}
+        self.schedules = {name: Schedule.parse(value) for name, value in schedules.items()}
+        # What changes is a tensor, which a compiled update reads anew.
+        values: dict[str, Any] = {
+            name: schedule(0) if schedule.is_constant else torch.tensor(schedule(0), device=device)
+            for name, schedule in self.schedules.items()
+        }
+        self.actor_loss = ActorLoss(gradient=gradient, **values)
         self.critic_loss = CriticLoss(agent.critic, delay_value=False)
         self.optimizers = {
             "actor": make_adam(agent.actor.parameters(), actor_lr),
@@ -391,16 +352,35 @@ class BehaviorUpdate(Update):
             start = self.agent.world_model.flatten_start_states(start)
             start = start[torch.randperm(len(start), device=start["deter"].device)]
             start = start[: self.imag_batch]
+        for name, schedule in self.schedules.items():
+            if not schedule.is_constant:
+                getattr(self.actor_loss, name).fill_(schedule(self.count))
         with frozen(self.agent.world_model):
             losses = self.forward_backward(start, sample)
         losses.update(self.step_optimizers(total_loss(losses)))
         if self.count % self.slow_every == 0:
-            self.agent.slow_critic.load_state_dict(self.agent.critic.state_dict())
+            self.move_slow_critic(self.slow_target_fraction if self.count else 1.0)
         self.count += 1
         return losses
+
+    @torch.no_grad()
+    def move_slow_critic(self, fraction: float) -> None:
+        """Move the slow critic's weights that share of the way to the critic's."""
+        critics = (self.agent.slow_critic, self.agent.critic)
+        for slow, weight in zip(*(critic.parameters() for critic in critics), strict=True):
+            slow.lerp_(weight, fraction)
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "reward_norm": self.reward_norm.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if "reward_norm" in state:
+            self.reward_norm.load_state_dict(state["reward_norm"])
 
     def losses(self, start: TensorDictBase, sample: bool) -> TensorDict:
         with self.autocast(cast(Tensor, start["deter"]).device):
             imagined = self.agent.world_model.imagine(self.agent.actor, start, self.horizon, sample)
+            imagined["reward"] = self.reward_norm(imagined["reward"])
             imagined = self.target(imagined)
             return self.actor_loss(imagined).update(self.critic_loss(imagined))

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -21,9 +21,13 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
+from prelar_trl.distributed import distribute
+from prelar_trl.fast import CompileMode, compile_update, use_tensor_cores
+from prelar_trl.recipes.processes import ALONE, Processes
 from prelar_trl.recipes.schema import RunConfig
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 from prelar_trl.types import Backend
+from prelar_trl.updates import Update
 from prelar_trl.utils import atomic_write
 
 CHECKPOINT = "last.pt"
@@ -42,14 +46,23 @@ MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a GPU."""
+    """``auto`` is CUDA where there is a GPU; without a number, torchrun's processes take one each.
+
+    That GPU becomes the current one, where what names no device goes, and may use its tensor cores
+    for float32.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: torch sees no GPU here; use device=cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise ValueError(f"device={name!r}: torch sees only {torch.cuda.device_count()} GPUs here")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        use_tensor_cores(device)
     return device
 
 
@@ -79,31 +92,52 @@ def settle_resume(cfg: Run) -> tuple[Run, bool]:
 
 
 def open_run(
-    cfg: RunConfig, module: nn.Module, data_bytes: int = 0, restart: bool = False
+    cfg: RunConfig,
+    module: nn.Module,
+    data_bytes: int = 0,
+    restart: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[RunFolder, dict[str, Any] | None]:
     """The run folder, and the checkpoint to continue from (``resume=true``), or None.
 
     The folder is locked. There must be space for the checkpoints of ``module`` with Adam's two
     moments, the best and one that is being written among them, and for ``data_bytes`` of a replay.
     With ``restart`` a run that was stopped before its first checkpoint starts anew.
+    The first of several processes makes or checks it, then the others follow.
     """
+    if not processes.first:
+        processes.wait()
+        run = RunFolder.load(cfg.run)
+        return run, load_newest_checkpoint(run.checkpoints / CHECKPOINT) if cfg.resume else None
+    opened = continue_run(cfg) if cfg.resume else make_run(cfg, module, data_bytes, restart)
+    processes.wait()
+    return opened
+
+
+def make_run(
+    cfg: RunConfig, module: nn.Module, data_bytes: int, restart: bool
+) -> tuple[RunFolder, None]:
+    """A new run folder, with space for what it will hold."""
     exists = (Path(cfg.run).expanduser() / "config.yaml").exists()
-    if not cfg.resume:
-        if exists and not restart:
-            raise FileExistsError(
-                f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
-                "choose another folder"
-            )
-        state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-        need = (cfg.keep + 2) * 3 * state + data_bytes + MARGIN_BYTES
-        if exists:
-            run = RunFolder.load(cfg.run)
-            run.lock()
-            if run.config:  # empty: killed while it was written
-                changed_settings(run, cfg)
-            run.restart(plain(asdict(cfg)))
-            return run, None
-        return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
+    if exists and not restart:
+        raise FileExistsError(
+            f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
+            "choose another folder"
+        )
+    if exists:
+        run = RunFolder.load(cfg.run)
+        run.lock()
+        if run.config:  # empty: killed while it was written
+            changed_settings(run, cfg)
+        run.restart(plain(asdict(cfg)))
+        return run, None
+    state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
+    need = (cfg.keep + 2) * 3 * state + data_bytes + MARGIN_BYTES
+    return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
+
+
+def continue_run(cfg: RunConfig) -> tuple[RunFolder, dict[str, Any]]:
+    """The run in the folder, and its checkpoint."""
     run = RunFolder.load(cfg.run)
     run.lock()
     changed = changed_settings(run, cfg)
@@ -123,16 +157,21 @@ def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: one of them changes what the run computes.
     """
-    given = plain(asdict(cfg))
-    changed = {k: v for k, v in given.items() if k != "resume" and run.config.get(k) != v}
-    for name, value in changed.items():
-        before = run.config.get(name)
-        moved = name in MOVABLE and None not in (value, before)
+    defaults = {field.name: field.default for field in fields(cfg)}
+    changed = {}
+    for name, value in plain(asdict(cfg)).items():
+        given, began = value, run.config.get(name, defaults[name])  # older than an option
+        if isinstance(value, dict) and isinstance(began, dict):
+            given, began = ({k: x for k, x in y.items() if x is not None} for y in (value, began))
+        if name == "resume" or began == given:
+            continue
+        moved = name in MOVABLE and None not in (given, began)
         if name not in CHANGEABLE and not moved:
             raise ValueError(
-                f"resume: {name}={value} but the run in {cfg.run} was started with "
-                f"{name}={before}; repeat its command with resume=true"
+                f"resume: {name}={given} but the run in {cfg.run} was started with "
+                f"{name}={began}; repeat its command with resume=true"
             )
+        changed[name] = value
     return changed
 
 
@@ -167,7 +206,7 @@ def check_trust(run: str, name: str, value: Any, trust_code: bool) -> None:
 
 
 def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> None:
-    """Write the newest checkpoint, and one that stays if ``keep_every`` was passed.
+    """Write the newest checkpoint, and one that stays if a multiple of ``keep_every`` was passed.
 
     Args:
         cfg: the recipe's configuration.
@@ -175,7 +214,8 @@ def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> No
         state: what to write; ``step`` among it.
         before: the step of the checkpoint before it.
     """
-    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=cfg.keep)
+    keep = cfg.keep if state["step"] > before else 1  # the same step again takes its own place
+    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)
     if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
         with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
             shutil.copyfile(path, part)
@@ -186,9 +226,50 @@ def crossed(before: int, now: int, every: int) -> bool:
     return now // every > before // every
 
 
-def open_logger(run: RunFolder, loggers: tuple[Backend, ...], checkpoint: Mapping | None) -> Logger:
-    """The run's logger; after a checkpoint it continues from its step."""
+def prepare_update(
+    update: Update, mode: CompileMode, processes: Processes, overlap: bool = True
+) -> None:
+    """Compile an update or, for several processes, let it train on their joint batches.
+
+    Raises:
+        ValueError: compiling is asked for with several processes, whose exchange is not traced.
+    """
+    if processes.group is None:
+        compile_update(update, mode)
+        if "forward_backward" in vars(update):  # a compiled one; the first Ctrl-C waits, too
+            name = type(update).__name__
+            print(f"compiling {name}: its first two calls take minutes; compile=off starts at once")
+    elif mode == "on":
+        raise ValueError("compile=on: several processes cannot compile yet; use compile=auto")
+    distribute(update, processes.group, overlap=overlap)
+
+
+def open_logger(
+    run: RunFolder,
+    loggers: tuple[Backend, ...],
+    checkpoint: Mapping | None,
+    processes: Processes = ALONE,
+) -> Logger:
+    """The run's logger; after a checkpoint it continues from its step.
+
+    Of several processes only the first one's writes.
+    """
+    if not processes.first:
+        return NoLogger(run)
     return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
+
+
+class NoLogger(Logger):
+    """Writes nothing: of the processes after the first."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
+
+    def log_times(self, times: Mapping[str, Any], step: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def plain(value: Any) -> Any:

@@ -21,16 +21,18 @@ class UpdateGuard:
         run: the run's folder.
         updates: what is trained; they skip by themselves what is not finite.
         most: so many in a row are too many.
+        rank: of this process among those that share the batches; the file of another one than the
+            first is ``not_finite-<rank>.pt``. Default: 0.
 
     Attributes:
         skipped: how many there were when it was last checked.
     """
 
-    def __init__(self, run: RunFolder, updates: Sequence[Update], most: int) -> None:
-        self.file = run.path / "not_finite.pt"
+    def __init__(self, run: RunFolder, updates: Sequence[Update], most: int, rank: int = 0) -> None:
+        self.file = run.path / (f"not_finite-{rank}.pt" if rank else "not_finite.pt")
         self.updates, self.most = updates, most
         self.on_cpu = not next(updates[0].module.parameters()).is_cuda
-        self.skipped = 0
+        self.skipped = self._count()
         self._batches: Sequence[TensorDictBase] = ()
         self._rng = rng_state()
 
@@ -52,7 +54,7 @@ class UpdateGuard:
         # A GPU is not waited for at each update.
         if not (self.on_cpu or last or self.updates[0].count % self.most == 0):
             return
-        self.skipped = sum(int(update.skipped) for update in self.updates)
+        self.skipped = self._count()
         in_a_row = max(int(update.skipped_in_a_row) for update in self.updates)
         if in_a_row < (1 if last else self.most):
             return
@@ -68,6 +70,9 @@ class UpdateGuard:
             f"diverged; the checkpoint saved before is kept, and {self.file} holds the batch and "
             "the random state. Start a new run with a lower lr, or precision=32"
         )
+
+    def _count(self) -> int:
+        return sum(int(update.skipped) for update in self.updates)
 
     def metrics(self) -> dict[str, int]:
         """What to log."""

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from prelar_trl.config import METHODS
+from prelar_trl.config import METHODS, PRETRAINED_PARTS
 from prelar_trl.data import VideoClips
-from prelar_trl.fast import accelerate, compile_update
-from prelar_trl.models import Agent, load_pretrained, make_agent, make_world_model_loss
+from prelar_trl.fast import accelerate
+from prelar_trl.models import Agent, copy_pretrained, make_agent, make_world_model_loss
 from prelar_trl.pretrained import added_inputs
+from prelar_trl.recipes.common import prepare_update
 from prelar_trl.recipes.pretrained import (
     make_alignment,
     make_rehearsal,
     read_pretrained_run,
     rehearsed_clips,
 )
+from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate
@@ -71,6 +73,7 @@ class Learner:
         state = losses.pop("state")
         assert isinstance(state, TensorDictBase)
         if self.model_update.count <= self.behavior_after:
+            self.agent.eval()  # it acts now
             return losses
         with self.watch("behavior"):
             state.update(batch.select("terminated", "action"))
@@ -107,12 +110,17 @@ class Learner:
 
 
 def make_learner(
-    cfg: FinetuneConfig, known: Mapping[str, Any], device: torch.device, watch: Stopwatch
+    cfg: FinetuneConfig,
+    known: Mapping[str, Any],
+    device: torch.device,
+    watch: Stopwatch,
+    processes: Processes,
 ) -> Learner:
     """Networks, losses and optimizers, with the pre-trained weights if there are any.
 
     Args:
         known: of the environment, see :func:`prelar_trl.recipes.environments.interface`.
+        processes: those that share each batch.
 
     Raises:
         ValueError: settings, or a pre-training run, that do not go together.
@@ -126,10 +134,11 @@ def make_learner(
     if cfg.align_updates is None:
         cfg.align_updates = METHODS[cfg.method].align_updates if cfg.pretrained else 0
     pretrained = read_pretrained_run(cfg)
+    parts = PRETRAINED_PARTS if cfg.load is None else cfg.load
     if pretrained is not None and not cfg.resume:
-        load_pretrained(agent.world_model, pretrained["model"])
+        copy_pretrained(agent.world_model, pretrained["model"], parts)
         if anew := added_inputs(agent.world_model):
-            print(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
+            processes.say(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
     accelerate(agent.to(device).eval())
     alignment = make_alignment(cfg, agent.world_model, pretrained, device)
     loss = make_world_model_loss(
@@ -140,11 +149,15 @@ def make_learner(
         **overrides(cfg.loss),
     ).to(device)
     rehearsal = make_rehearsal(cfg, loss, pretrained, device)
-    clips = None if rehearsal is None else rehearsed_clips(cfg, rehearsal, pretrained, device)
+    clips = None
+    if rehearsal is not None:
+        clips = rehearsed_clips(cfg, rehearsal, pretrained, device, processes)
     model_update = WorldModelUpdate(
         loss,
         lr=cfg.lr,
         frozen_updates=cfg.frozen_updates if cfg.pretrained else None,
+        pretrained_lr=cfg.pretrained_lr,
+        pretrained=parts,
         clip=cfg.clip,
         precision=cfg.precision,
         rehearsal=rehearsal,
@@ -157,13 +170,18 @@ def make_learner(
         critic_lr=cfg.critic_lr,
         entropy_scale=cfg.entropy_scale,
         gradient=cfg.actor_gradient,
+        gradient_mix=cfg.actor_gradient_mix,
         slow_every=cfg.slow_every,
-        imag_batch=cfg.imag_batch,
+        slow_target_fraction=cfg.slow_target_fraction,
+        reward_norm_momentum=cfg.reward_norm_momentum,
+        imag_batch=cfg.imag_batch and processes.share("imag_batch", cfg.imag_batch),
         clip=cfg.clip,
         precision=cfg.precision,
     )
     for update in (model_update, behavior_update):
-        compile_update(update, cfg.compile)
+        prepare_update(update, cfg.compile, processes)
+    if alignment is not None:  # the model's update trains the action encoder, too
+        prepare_update(alignment, "off", processes, overlap=False)
     return Learner(
         agent,
         model_update,

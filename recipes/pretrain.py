@@ -1,13 +1,14 @@
 """Pre-train a world model on action-free video.
 
 python recipes/pretrain.py method=prelar data=videos/metaworld run=runs/pretrain
+torchrun --nproc-per-node=4 recipes/pretrain.py ...
 """
 
 from __future__ import annotations
 
 import sys
 
-from prelar_trl.recipes.entry import Stopped, start
+from prelar_trl.recipes.entry import start
 
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("pretrain"))
@@ -22,7 +23,7 @@ from tensordict import TensorDict
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, set_rng_state
 from prelar_trl.data import VideoClips
-from prelar_trl.fast import accelerate, compile_update
+from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model, make_world_model_loss
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss, total_loss
@@ -34,12 +35,14 @@ from prelar_trl.recipes.common import (
     drop_unweighted,
     open_logger,
     open_run,
+    prepare_update,
     progress_metrics,
     save_run,
     seed_everything,
     settle_resume,
 )
 from prelar_trl.recipes.guard import UpdateGuard
+from prelar_trl.recipes.processes import ALONE, Processes, joined
 from prelar_trl.recipes.schema import PretrainConfig, overrides
 from prelar_trl.record import (
     Logger,
@@ -54,12 +57,12 @@ from prelar_trl.types import Inputs
 from prelar_trl.updates import WorldModelUpdate
 
 
-def pretrain(cfg: PretrainConfig) -> None:
-    """The whole run: data, model, loop."""
+def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
+    """The whole run: data, model, loop. Several processes share each batch."""
     cfg, restart = settle_resume(cfg)
     loggers = chosen_loggers(cfg.logger)
     device = choose_device(cfg.device)
-    seed_everything(cfg.seed)
+    seed_everything(processes.seed(cfg.seed))
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
@@ -71,25 +74,26 @@ def pretrain(cfg: PretrainConfig) -> None:
         size=cfg.size,
         **overrides(cfg.model),
     )
-    clips, heldout = open_clips(cfg, world_model, device)
+    clips, heldout = open_clips(cfg, world_model, device, processes)
     loss = accelerate(make_loss(cfg, world_model, clips).to(device))
     update = WorldModelUpdate(loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision)
-    compile_update(update, cfg.compile)
+    prepare_update(update, cfg.compile, processes)
 
-    run, checkpoint = open_run(cfg, world_model, restart=restart)
+    run, checkpoint = open_run(cfg, world_model, restart=restart, processes=processes)
     if checkpoint is not None:
-        load_state(checkpoint, world_model, update, clips)
+        load_state(cfg, checkpoint, world_model, update, clips, processes)
         if update.count >= cfg.updates:
             done = f"its {update.count} updates already; raise updates to continue"
-            print(f"finished: {run.path} has {done}")
+            processes.say(f"finished: {run.path} has {done}")
             return
     fixed = heldout.sample()  # the same held-out clips throughout
     usage = UsageGuard(cfg, world_model, fixed)
-    guard = UpdateGuard(run, [update], cfg.max_skipped)
-    losses, saved = None, update.count
+    guard = UpdateGuard(run, [update], cfg.max_skipped, processes.rank)
+    losses, saved, stopped = None, update.count, False
 
     def save() -> None:
         nonlocal saved
+        rng, *others = processes.gather(rng_state())
         state = {
             "phase": "pretrain",
             "method": cfg.method,
@@ -100,15 +104,30 @@ def pretrain(cfg: PretrainConfig) -> None:
             "model": world_model.state_dict(),
             "update": update.state_dict(),
             "clips": clips.state_dict(),
-            "rng": rng_state(),
+            "rng": rng,
+            "others": [{"rng": each} for each in others],
         }
-        save_run(cfg, run, state, saved)
+        if processes.first:
+            save_run(cfg, run, state, saved)
         saved = update.count
 
     frames = cfg.batch_size * cfg.clip_len
-    bar = Progress(cfg.updates, initial=update.count, name="pretrain", unit="updates")
-    with run, open_logger(run, loggers, checkpoint) as logger, Interruption() as interruption, bar:
-        while update.count < cfg.updates and not interruption.requested:
+    bar = Progress(
+        cfg.updates,
+        initial=update.count,
+        name="pretrain",
+        unit="updates",
+        hidden=not processes.first,
+    )
+    with (
+        run,
+        open_logger(run, loggers, checkpoint, processes) as logger,
+        Interruption() as interruption,
+        bar,
+    ):
+        while update.count < cfg.updates:
+            if stopped := processes.any(interruption.requested):
+                break
             batch = clips.sample()
             guard.watch(batch)
             losses = update(batch)
@@ -119,9 +138,9 @@ def pretrain(cfg: PretrainConfig) -> None:
             if step % cfg.log_every == 0 or step == 1 or last:
                 logged = {**drop_unweighted(losses), "loss": total_loss(losses), **guard.metrics()}
                 logger.log(logged, step)
-            if usage.watches and (step % cfg.usage_every == 0 or last):
+            if usage.watches and processes.first and (step % cfg.usage_every == 0 or last):
                 logger.log(usage(step), step)
-            if step % cfg.video_every == 0 or step == 1 or last:
+            if processes.first and (step % cfg.video_every == 0 or step == 1 or last):
                 predict(world_model, fixed, logger, step, cfg.context)
             if step % cfg.checkpoint_every == 0:
                 save()
@@ -129,13 +148,13 @@ def pretrain(cfg: PretrainConfig) -> None:
             bar.update(frames=frames, metrics=metrics)
         if losses is not None:
             save()
-            if not interruption.requested:
+            if not stopped:
                 guard.check(losses, update.count, last=True)
-    if interruption.requested:
-        raise Stopped(
+    if stopped:
+        processes.stop(
             f"stopped after {update.count} updates; to continue: the same command with resume=true"
         )
-    print(f"pre-trained world model: {run.path}")
+    processes.say(f"pre-trained world model: {run.path}")
 
 
 def make_loss(
@@ -196,7 +215,7 @@ def looking(world_model: RSSMWorldModel, batch: TensorDict) -> Iterator[None]:
 
 
 def open_clips(
-    cfg: PretrainConfig, world_model: RSSMWorldModel, device: torch.device
+    cfg: PretrainConfig, world_model: RSSMWorldModel, device: torch.device, processes: Processes
 ) -> tuple[VideoClips, VideoClips]:
     """Training clips and held-out clips."""
     streams = ["pixels"] + (["flow"] if "flow" in world_model.in_keys else [])
@@ -209,11 +228,13 @@ def open_clips(
     share = {"heldout": cfg.heldout} if cfg.heldout else {}
     clips = VideoClips(
         cfg.data,
-        batch_size=cfg.batch_size,
+        batch_size=processes.share("batch_size", cfg.batch_size),
         seed=cfg.seed,
         split=splits[0],
         prefetch=cfg.prefetch,
         labels=cfg.labels,
+        rank=processes.rank,
+        world_size=processes.size,
         **share,
         **common,
     )
@@ -228,16 +249,22 @@ def open_clips(
 
 
 def load_state(
+    cfg: PretrainConfig,
     checkpoint: dict[str, Any],
     world_model: RSSMWorldModel,
     update: WorldModelUpdate,
     clips: VideoClips,
+    processes: Processes,
 ) -> None:
     """Continue where the checkpoint was written."""
     world_model.load_state_dict(checkpoint["model"])
     update.load_state_dict(checkpoint["update"])
     clips.load_state_dict(checkpoint["clips"])
-    set_rng_state(checkpoint["rng"])
+    states = [checkpoint, *checkpoint.get("others", [])]
+    if processes.rank < len(states):
+        set_rng_state(states[processes.rank]["rng"])
+    else:  # the run had fewer processes
+        seed_everything(processes.seed(cfg.seed) + update.count)
 
 
 def predict(
@@ -261,6 +288,8 @@ def predict(
 
 def main(cfg: PretrainConfig) -> None:
     """Entry point."""
-    if choose_device(cfg.device).type == "cpu":
+    device = choose_device(cfg.device)
+    if device.type == "cpu":
         with_tcmalloc()
-    pretrain(cfg)
+    with joined(device) as processes:
+        pretrain(cfg, processes)

@@ -9,13 +9,16 @@ import torch
 from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
+from prelar_trl.hub import is_export, read_export
 from prelar_trl.models import make_inverse_model
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss
 from prelar_trl.pretrained import added_inputs
 from prelar_trl.recipes.common import read_run
+from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.schema import FinetuneConfig
-from prelar_trl.updates import Alignment, Rehearsal
+from prelar_trl.rehearsal import Rehearsal
+from prelar_trl.updates import Alignment
 
 Pretrained = dict[str, Any]  # a checkpoint, and under "config" the configuration of its run
 
@@ -26,14 +29,24 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
     Raises:
         ValueError: it does not suit this run.
     """
-    for name in ("align_updates", "rehearse"):
-        if getattr(cfg, name) and cfg.pretrained is None:
+    for name in ("align_updates", "rehearse", "load", "pretrained_lr"):
+        if getattr(cfg, name) not in (None, 0) and cfg.pretrained is None:
             raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
     if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
         return None
-    run, checkpoint = read_run(
-        cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model["latent_action"]
-    )
+    if is_export(cfg.pretrained):
+        checkpoint = read_export(cfg.pretrained, trust_code=cfg.trust_code)
+        config = checkpoint["training"]
+        if cfg.rehearse:
+            raise ValueError(
+                f"rehearse={cfg.rehearse} needs the videos of a pre-training run, of which "
+                f"pretrained={cfg.pretrained} holds only the model; use rehearse=0"
+            )
+    else:
+        run, checkpoint = read_run(
+            cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model["latent_action"]
+        )
+        config = run.config
     accepted = METHODS[cfg.method].checkpoint
     if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:
         suits = f"runs of {', '.join(accepted)}" if accepted else "no pre-training run"
@@ -52,7 +65,7 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
             f"pretrained={cfg.pretrained} saw pictures of {size}x{size}, this run pixels="
             f"{cfg.pixels}; use pixels={size}"
         )
-    return {**checkpoint, "config": run.config}
+    return {**checkpoint, "config": config}
 
 
 def make_alignment(
@@ -109,15 +122,18 @@ def rehearsed_clips(
     rehearsal: Rehearsal,
     pretrained: Pretrained | None,
     device: torch.device,
+    processes: Processes,
 ) -> VideoClips:
     """The clips that the pre-training run was trained on, as its share of each model batch.
 
     Their windows are as long as the replay's, or as those of the pre-training run if these are
     shorter: it has chosen its clips by them.
     """
-    if cfg.batch_size < 2:
+    rows = processes.share("batch_size", cfg.batch_size)
+    if rows < 2:
         raise ValueError(
-            f"rehearse={cfg.rehearse} needs batch_size of at least 2, not {cfg.batch_size}"
+            f"rehearse={cfg.rehearse} needs batch_size of at least {2 * processes.size}, not "
+            f"{cfg.batch_size}"
         )
     assert pretrained is not None, "the configuration requires it"
     config = pretrained["config"]
@@ -131,10 +147,12 @@ def rehearsed_clips(
     return VideoClips(
         config["data"],
         clip_len=min(cfg.batch_length, config["clip_len"]),
-        batch_size=min(max(1, round(cfg.rehearse * cfg.batch_size)), cfg.batch_size - 1),
+        batch_size=min(max(1, round(cfg.rehearse * rows)), rows - 1),
         seed=cfg.seed,
         device=device,
         streams=streams,
         split="train" if heldout else "all",
+        rank=processes.rank,
+        world_size=processes.size,
         **({"heldout": heldout} if heldout else {}),
     )

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from prelar_trl.fast.private import functorch_is_active, selective_checkpointing
 
-__all__ = ["CheckpointedBatchNorm2d", "checkpoint_convs"]
+__all__ = ["CheckpointedBatchNorm2d", "checkpoint_convs", "is_recomputing"]
 
 PRODUCTS_KEPT = 200  # a convolution with more of them for each output is not computed twice
 
@@ -69,12 +69,17 @@ class CheckpointedBatchNorm2d(nn.BatchNorm2d):
     """Batch norm that counts a batch once, although :func:`checkpoint_convs` computes it twice."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # The compiler, which cannot trace a ContextVar, never finds it set.
-        if self.training and not torch.compiler.is_compiling() and _recomputing.get():
+        if self.training and is_recomputing():
             # Momentum 0 leaves the running statistics as they are.
             running = self.running_mean, self.running_var
             return F.batch_norm(x, *running, self.weight, self.bias, True, 0.0, self.eps)
         return super().forward(x)
+
+
+def is_recomputing() -> bool:
+    """Whether :func:`checkpoint_convs` computes for the second time now."""
+    # The compiler, which cannot trace a ContextVar, never finds it set.
+    return not torch.compiler.is_compiling() and _recomputing.get()
 
 
 class RecomputeContext:

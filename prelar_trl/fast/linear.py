@@ -129,7 +129,8 @@ def _dense(weight: Tensor) -> Tensor:
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """``grad^T x`` in the layout of the weight, so that it becomes its ``grad`` as it is."""
-    return (x.t() @ grad).t() if weight.t().is_contiguous() else grad.t() @ x
+    by_columns = weight.t().is_contiguous() and not weight.is_contiguous()
+    return (x.t() @ grad).t() if by_columns else grad.t() @ x
 
 
 class _DeferredWeightGrad(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchrl.objectives import LossModule
 
-from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
+from prelar_trl.collectives import ProcessGroup, from_first, gather, joint_mean, own_rows
+from prelar_trl.modules.distributions import categorical_kl, check_equal_shapes, gaussian_kl
 from prelar_trl.modules.latent_actions import GaussianActions, LatentActions
 from prelar_trl.objectives import functional as F
 from prelar_trl.objectives.common import check_weights, dispatch, loss_keys, weighted
+from prelar_trl.utils import check_choice
 
 __all__ = ["LatentActionLoss"]
 
@@ -84,6 +86,7 @@ class LatentActionLoss(LossModule):
     tensor_keys: _AcceptedKeys
     calls: Tensor  # updates so far
     TERMS = ("latent_kl", "action_state_consistency", "action_contrast", "action_label")
+    process_group: ProcessGroup | None = None  # whose processes share the batch
 
     def __init__(
         self,
@@ -122,6 +125,10 @@ class LatentActionLoss(LossModule):
         ):
             if value < low:
                 raise ValueError(f"{name}={value} must be at least {low}")
+        check_choice("latent", latent, KL)
+        check_choice("consistency", consistency, get_args(F.ConsistencyMode))
+        if temperature is not None:
+            F.check_temperature(temperature)
         if not 0 < warmup_start <= 1:
             raise ValueError(f"warmup_start={warmup_start} must lie in (0, 1]")
         self.dynamics = dynamics
@@ -190,7 +197,9 @@ class LatentActionLoss(LossModule):
         if keys.latent_action_statistics in self.in_keys:
             params = tensordict[keys.latent_action_statistics][:, 1:]
         if "latent_kl" in weights:
-            values["latent_kl"] = self.latent_actions.kl(params).mean()
+            values["latent_kl"] = joint_mean(
+                self.latent_actions.kl(params).mean(), self.process_group
+            )
         if "action_state_consistency" in weights:
             terms = self._consistency(tensordict, action, params)
             values["action_state_consistency"], metrics["consistency_sign"] = terms
@@ -222,7 +231,8 @@ class LatentActionLoss(LossModule):
     def draw_permutation(self, batch: int, device: torch.device) -> Tensor:
         """A random order of the sequences, ``[B]``."""
         # Not randperm, by which inductor cannot index (torch 2.13).
-        return torch.rand(batch, device=device).argsort()
+        order = torch.rand(batch, device=device).argsort()
+        return from_first(order, self.process_group)
 
     def draw_others(self, batch: int, device: torch.device) -> Tensor:
         """``negatives`` other sequences for each, ``[K, B]``, all different while K < B."""
@@ -239,17 +249,21 @@ class LatentActionLoss(LossModule):
         keys = self.tensor_keys
         stoch, deter = self._states(tensordict)
         prior = tensordict[keys.prior][:, 1:].flatten(0, 1)  # [N, S, K], N = B*(T-1)
-        batch = action.shape[0]
-        order = self.draw_permutation(batch, action.device)
+        group = self.process_group
+        everyone = gather(action, group)  # of the joint batch, [B', T-1, U]
+        order = self.draw_permutation(len(everyone), action.device)
+        itself = order == torch.arange(len(order), device=order.device)
+        order, itself = own_rows(order, group), own_rows(itself, group)  # [B]
+        other = everyone[order]
         with torch.no_grad():  # the state divergence is never differentiated
-            shuffled = self.dynamics(stoch, deter, action[order].flatten(0, 1))
+            shuffled = self.dynamics(stoch, deter, other.flatten(0, 1))
             p = self.latent_divergence(prior, shuffled).unflatten(0, action.shape[:2])
             # Exchanged for itself an action changes nothing: zero, without rounding noise,
             # whose signs would count as an ordering.
-            itself = order == torch.arange(batch, device=order.device)
-            p = p.masked_fill(itself[:, None], 0.0).flatten()
-        other = None if params is None else params[order]
-        q = self.latent_actions.distance(action, params, action[order], other).flatten()
+            p = gather(p.masked_fill(itself[:, None], 0.0).flatten(), group)
+        other_params = None if params is None else gather(params, group)[order]
+        q = self.latent_actions.distance(action, params, other, other_params).flatten()
+        q = gather(q, group)
         loss = F.action_state_consistency(p, q, self.consistency)
         return loss, F.action_state_consistency(p, q.detach(), "sign")
 
@@ -259,7 +273,9 @@ class LatentActionLoss(LossModule):
         stoch, deter = self._states(tensordict)
         posterior = cast(Tensor, tensordict[keys.posterior])[:, 1:].flatten(0, 1).detach()
         # The own action is stepped anew too: all candidates start from the same state.
-        others = action[self.draw_others(action.shape[0], action.device)]  # [K, B, T-1, U]
+        everyone = gather(action, self.process_group)  # of the joint batch, [B', T-1, U]
+        others = self.draw_others(len(everyone), action.device).T  # [B', K]
+        others = everyone[own_rows(others, self.process_group).T]  # [K, B, T-1, U]
         candidates = torch.cat([action[None], others]).flatten(0, 2)
         count = 1 + self.negatives
         parameters: dict[str, Tensor] = dict(self.dynamics.named_parameters())
@@ -280,8 +296,11 @@ class LatentActionLoss(LossModule):
         """Mean squared error of the true actions, read linearly, where they are known."""
         keys = self.tensor_keys
         true, known = tensordict[keys.action][:, 1:], tensordict[keys.labeled][:, 1:]
+        check_equal_shapes(predicted=predicted, **{str(keys.action): true})
         error = (predicted - true).square().mean(-1, keepdim=True)  # [B, T-1, 1]
-        return (error * known).sum() / known.sum().clamp_min(1)
+        check_equal_shapes(error=error, **{str(keys.labeled): known})
+        count = joint_mean(known.sum().to(error.dtype), self.process_group)
+        return (error * known).sum() / count.clamp_min(1e-6)
 
     def _states(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """The states before each transition, ``[N, ...]``."""

@@ -6,6 +6,8 @@ import torch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from prelar_trl.collectives import ProcessGroup, gather, joint_mean
+from prelar_trl.objectives.common import check_range
 from prelar_trl.objectives.functional import knn_distance, sliding_mean
 
 __all__ = ["VideoBonus"]
@@ -16,6 +18,7 @@ class VideoBonus(nn.Module):
 
     Source: APV (Seo et al., ICML 2022), section 3.3. The batch itself enters the memory before
     distances are taken, so each point counts itself among its neighbors, as in the authors' code.
+    Of processes that share a batch each remembers the whole of it: their memories are equal.
 
     Args:
         embed_dim: size of the embedding.
@@ -27,6 +30,7 @@ class VideoBonus(nn.Module):
         embed_key: where a world model writes the embedding that it is meant for. Default: "embed".
     """
 
+    process_group: ProcessGroup | None = None  # whose processes share the batch
     memory: Tensor  # [M, P]
     filled: Tensor  # [] int64
     magnitude: Tensor  # [] float64
@@ -43,6 +47,8 @@ class VideoBonus(nn.Module):
         embed_key: NestedKey = "embed",
     ) -> None:
         super().__init__()
+        check_range(1, k=k, window=window, projection_dim=projection_dim, memory_size=memory_size)
+        check_range(0, 1, momentum=momentum)
         self.k, self.window, self.momentum, self.embed_key = k, window, momentum, embed_key
         projection = torch.randn(embed_dim, projection_dim) / projection_dim
         self.projection = nn.Parameter(projection, requires_grad=False)
@@ -61,13 +67,14 @@ class VideoBonus(nn.Module):
         clips = sliding_mean(steps, self.window).to(self.projection.dtype)  # [B, T-window+1, P]
         points = clips.flatten(0, 1)  # [N, P]
         if self.training:
-            newest = points[: len(self.memory)]
+            newest = gather(points, self.process_group)[: len(self.memory)]
             self.memory.copy_(torch.cat([newest, self.memory])[: len(self.memory)])
             self.filled.copy_((self.filled + len(newest)).clamp_max(len(self.memory)))
         valid = torch.arange(len(self.memory), device=points.device) < self.filled
         bonus = knn_distance(points, self.memory, valid, self.k)
         if self.training:
-            magnitude = bonus.abs().mean().to(self.magnitude.dtype)
+            magnitude = joint_mean(bonus.abs().mean(), self.process_group)
+            magnitude = magnitude.to(self.magnitude.dtype)
             # A view: torch.compile drops in-place changes of float64 scalars (torch 2.13).
             self.magnitude.view(1).lerp_(magnitude, 1 - self.momentum)
         return (bonus / (self.magnitude.to(bonus.dtype) + 1e-8)).unflatten(0, clips.shape[:2])

@@ -28,6 +28,7 @@ class Progress:
         unit: what is counted, in the plural. Default: "updates".
         every: seconds between lines without a terminal. Default: 30.
         stream: default: ``sys.stderr``.
+        hidden: show nothing. Default: False.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class Progress:
         unit: str = "updates",
         every: float = 30.0,
         stream: TextIO | None = None,
+        hidden: bool = False,
     ) -> None:
         self.total, self.count, self.name, self.unit = total, initial, name, unit
         self.stream = sys.stderr if stream is None else stream
-        terminal = self.stream.isatty()
+        self.hidden = hidden
+        terminal = self.stream.isatty() and not hidden
         self._every = 0.5 if terminal else every
         self._bar = None
         if terminal:
@@ -64,12 +67,13 @@ class Progress:
         self._frames += frames
         if metrics is not None:
             self._metrics = {**self._metrics, **metrics}
-        if time.monotonic() - self._shown[0] >= self._every:
+        if not self.hidden and time.monotonic() - self._shown[0] >= self._every:
             self._show()
 
     def close(self) -> None:
         """Show the last state, with the mean pace, and end."""
-        self._show(last=True)
+        if not self.hidden:
+            self._show(last=True)
         if self._bar is not None:
             self._bar.close()
 

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prelar_trl.collectives import ProcessGroup
+
 __all__ = [
     "LatentActions",
     "Outputs",
@@ -35,6 +37,8 @@ class LatentActions(nn.Module):
         dim: U, width of the action that the dynamics takes.
         default_weights: weight of each of :meth:`extra_losses` that the loss is given no weight
             for. Default: 1 each.
+        process_group: whose processes share the batch, for kinds that learn from all of it; see
+            :mod:`prelar_trl.collectives`. Default: None, no other process.
 
     Args:
         size: number of latent variables, or the width of the action.
@@ -44,6 +48,7 @@ class LatentActions(nn.Module):
     num_outputs: int
     dim: int
     default_weights: ClassVar[Mapping[str, float]] = {}
+    process_group: ProcessGroup | None = None
 
     def __init__(self, *, size: int, **options: Any) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prelar_trl.collectives import from_first, gather
 from prelar_trl.modules.latent_actions.base import LatentActions, register_latent_actions
 
 __all__ = ["FSQActions", "VQActions"]
@@ -67,7 +68,8 @@ class FSQActions(LatentActions):
         for level in levels:
             codes *= level
         usage = torch.zeros(codes, device=action.device)
-        usage.index_add_(0, index.flatten(), torch.ones(index.numel(), device=action.device))
+        index = gather(index.flatten(), self.process_group)
+        usage.index_add_(0, index, torch.ones(index.numel(), device=action.device))
         return {"code_perplexity": perplexity(usage)}
 
 
@@ -127,12 +129,14 @@ class VQActions(LatentActions):
 
     @torch.no_grad()
     def _move_codebook(self, raw: Tensor, index: Tensor) -> None:
+        raw, index = gather(raw, self.process_group), gather(index, self.process_group)
         assigned = F.one_hot(index, len(self.codebook)).to(raw.dtype)  # [N, codes]
         self.usage.lerp_(assigned.sum(0), 1 - self.decay)
         self.sums.lerp_(assigned.T @ raw, 1 - self.decay)
         fair = self.usage.mean()
         dead = (self.usage < self.restart_below * fair).unsqueeze(-1)
-        fresh = raw[torch.randint(len(raw), (len(self.codebook),), device=raw.device)]
+        drawn = torch.randint(len(raw), (len(self.codebook),), device=raw.device)
+        fresh = raw[from_first(drawn, self.process_group)]
         self.sums.copy_(torch.where(dead, fresh * fair, self.sums))
         self.usage.copy_(torch.where(dead.squeeze(-1), fair, self.usage))
         self.codebook.copy_(self.sums / self.usage.clamp_min(1e-5).unsqueeze(-1))

@@ -1,0 +1,170 @@
+"""Runs of the recipes in two processes: one run folder, and continuing with as many or fewer."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from prelar_trl.checkpoint import rng_state
+from prelar_trl.data import ClipStore
+from prelar_trl.recipes.finetune import FinetuneState, finetune
+from prelar_trl.recipes.pretrain import pretrain
+from prelar_trl.recipes.processes import ALONE, Processes
+from tests.processes import run_in_processes
+from tests.toy_runs import (
+    PRETRAIN_ARGS,
+    ROOT,
+    checkpoint,
+    different,
+    finetune_config,
+    make_clips,
+    pretrain_config,
+)
+
+PRETRAIN = {"batch_size": 4, "updates": 4, "checkpoint_every": 2}
+FINETUNE = {"batch_size": 4, "prefill": 40, "checkpoint_every": 60, "eval_every": 60}
+
+
+def processes() -> Processes:
+    return Processes(dist.group.WORLD) if dist.is_initialized() else ALONE
+
+
+def train_on_video(clips: Path, run: Path, **changes: Any) -> None:
+    pretrain(pretrain_config(clips, run, **PRETRAIN | changes), processes())
+
+
+def act(run: Path, env_steps: int = 120, **changes: Any) -> None:
+    cfg = finetune_config(run, env_steps=env_steps, **FINETUNE | changes)
+    finetune(cfg, processes=processes())
+
+
+def copied(source: Path, target: Path) -> None:
+    """Another run at the same point."""
+    if processes().first:
+        shutil.copytree(source, target)
+        config = (target / "config.yaml").read_text()
+        (target / "config.yaml").write_text(config.replace(str(source), str(target)))
+    processes().wait()
+
+
+def run_everything(clips: Path, folder: Path) -> dict[str, Any]:
+    """All runs here that need two processes; what each has after going on with one."""
+    train_on_video(clips, folder / "whole")
+    train_on_video(clips, folder / "parts", updates=2)
+    copied(folder / "parts", folder / "shrunk")
+    train_on_video(clips, folder / "parts", resume=True)
+    act(folder / "fine", env_steps=60)
+    copied(folder / "fine", folder / "fewer")
+    loaded: dict[str, Any] = {}
+    load = FinetuneState.load_state_dict
+
+    def load_and_look(self: FinetuneState, state: dict[str, Any]) -> None:
+        load(self, state)
+        loaded.update({**self.collection.state_dict(), "rng": rng_state()})
+
+    with mock.patch.object(FinetuneState, "load_state_dict", load_and_look):
+        act(folder / "fine", resume=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("runs")
+    clips = make_clips(folder / "clips")
+    return clips, folder, run_in_processes(run_everything, clips, folder)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_processes_write_one_run(runs) -> None:
+    _, folder, _ = runs
+    assert [int(row["step"]) for row in rows(folder / "whole") if row["loss_image"]] == [1, 2, 3, 4]
+    assert len(checkpoint(folder / "whole")["others"]) == 1
+    steps = [int(row["step"]) for row in rows(folder / "fine") if row["eval/return"]]
+    assert steps == [60, 120]
+    assert checkpoint(folder / "fine")["step"] == 120
+    assert not list(folder.glob("*/*.part"))
+
+
+def test_pretraining_continues_bit_for_bit_in_two_processes(runs) -> None:
+    _, folder, _ = runs
+    assert different(checkpoint(folder / "whole"), checkpoint(folder / "parts")) == []
+
+
+def test_one_process_goes_on_with_the_same_clips_where_two_stopped(runs) -> None:
+    clips, folder, _ = runs
+    train_on_video(clips, folder / "shrunk", resume=True)
+    whole, shrunk = checkpoint(folder / "whole"), checkpoint(folder / "shrunk")
+    assert shrunk["step"] == 4 and shrunk["others"] == []
+    assert different(whole["clips"], shrunk["clips"]) == []
+
+
+def test_processes_collect_episodes_of_their_own(runs) -> None:
+    _, folder, _ = runs
+    first, second = (ClipStore(folder / "fine" / name) for name in ("replay", "replay-1"))
+    assert len(first) == len(second) == 6  # 60 of the 120 steps each, 10 an episode
+    assert (first.read(0, "actions") != second.read(0, "actions")).any()
+
+
+def test_each_process_goes_on_with_its_own_replay_and_draws(runs) -> None:
+    _, folder, loaded = runs
+    state = checkpoint(folder / "fewer")
+    assert state["step"] == 60
+    for own, saved in zip(loaded, [state, *state["others"]], strict=True):
+        saved["replay"].pop("pending", None)
+        assert different(own, {"replay": saved["replay"], "rng": saved["rng"]}) == []
+    assert different(loaded[0]["rng"], loaded[1]["rng"])
+
+
+def test_the_episodes_of_a_process_that_is_gone_stay(runs) -> None:
+    _, folder, _ = runs
+    act(folder / "fewer", resume=True, env_steps=80)
+    # Three of each process, and two of the 20 steps alone.
+    assert len(ClipStore(folder / "fewer" / "replay")) == 3 + 3 + 2
+    assert checkpoint(folder / "fewer")["others"] == []
+
+
+def test_a_new_process_begins_with_a_copy_of_a_replay(runs, tmp_path) -> None:
+    act(tmp_path / "run", env_steps=60)
+    run_in_processes(resume_with_more, tmp_path / "run")
+    first, second = (ClipStore(tmp_path / "run" / name) for name in ("replay", "replay-1"))
+    assert len(first) == len(second) == 6 + 1
+    same = [(first.read(n, "actions") == second.read(n, "actions")).all() for n in (5, 6)]
+    assert same == [True, False]
+
+
+def resume_with_more(run: Path) -> None:
+    act(run, resume=True, env_steps=80)
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error() -> None:
+    group = mock.Mock(**{"rank.return_value": 0, "size.return_value": 4})
+    with pytest.raises(ValueError, match="batch_size=50 cannot be divided among 4 processes"):
+        Processes(group).share("batch_size", 50)
+
+
+def test_torchrun_starts_a_recipe(runs, tmp_path) -> None:
+    clips, *_ = runs
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [f"data={clips}", f"run={tmp_path / 'run'}", "updates=1"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "recipes" / "pretrain.py"), *PRETRAIN_ARGS, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pre-trained world model") == 1
+    assert len(checkpoint(tmp_path / "run")["others"]) == 1
