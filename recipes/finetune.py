@@ -28,7 +28,6 @@ from prelar_trl.envs.workers import WorkerError
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
     BEST,
-    Interruption,
     choose_device,
     chosen_loggers,
     crossed,
@@ -47,6 +46,7 @@ from prelar_trl.recipes.learner import Learner, make_learner
 from prelar_trl.recipes.processes import ALONE, Processes, joined
 from prelar_trl.recipes.replays import open_replay, share_replays
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
+from prelar_trl.recipes.signals import Interruption
 from prelar_trl.record import Progress
 from prelar_trl.stopwatch import Stopwatch
 

@@ -19,13 +19,12 @@ from prelar_trl.models import Agent
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
     EpisodeTracker,
-    Interruption,
-    hold_signals,
     play,
     summarize,
 )
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import FinetuneConfig
+from prelar_trl.recipes.signals import Interruption, hold_signals
 from prelar_trl.record import Logger
 from prelar_trl.stopwatch import Stopwatch
 

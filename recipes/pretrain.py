@@ -29,7 +29,6 @@ from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss, total_loss
 from prelar_trl.probes import action_usage
 from prelar_trl.recipes.common import (
-    Interruption,
     choose_device,
     chosen_loggers,
     drop_unweighted,
@@ -44,6 +43,7 @@ from prelar_trl.recipes.common import (
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.processes import ALONE, Processes, joined
 from prelar_trl.recipes.schema import PretrainConfig, overrides
+from prelar_trl.recipes.signals import Interruption
 from prelar_trl.record import (
     Logger,
     Progress,

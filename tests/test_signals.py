@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from prelar_trl.recipes.common import Interruption
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Collection
+from prelar_trl.recipes.signals import Interruption
 from tests.test_resume import STEPS, clips, same, whole  # noqa: F401
 from tests.toy_runs import PRETRAIN_ARGS, ROOT, checkpoint, finetune_config
 
