@@ -121,8 +121,8 @@ class Collection:
         over = torch.ones(self._workers, dtype=torch.bool)
         if now is not None:
             over = now["done"].flatten()
-        if not over.any():
-            return now
+            if not over.any():
+                return now
         begun = [count + int(it) for count, it in zip(self._begun, over, strict=True)]
         seeds = [episode_seed(self.seed, worker, n - 1) for worker, n in enumerate(begun)]
         with hold_signals():
@@ -165,6 +165,8 @@ class Collection:
         self.replay.load_state_dict(state["replay"] | {"pending": pending})
         state = state["collection"]
         self.dropped = state["dropped"]
+        now: TensorDict | None = None
+        faults: dict[int, str | None]
         if len(state["begun"]) == self._workers:
             self._begun = list(state["begun"])
             self._tracker.success = list(state["success"])
@@ -172,7 +174,6 @@ class Collection:
             faults = {i: self._repeat(i, now, pending.get(i)) for i in range(self._workers)}
         else:
             self._begun = [max(state["begun"])] * self._workers  # no episode a second time
-            now = None
             faults = dict.fromkeys(pending, "another number of environments")
         lost = {worker: why for worker, why in faults.items() if why is not None}
         if now is not None and len(lost) < self._workers:

@@ -265,17 +265,22 @@ def _work(connection: Connection, make: bytes, seed: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    env: EnvBase | None = None
-    now: TensorDictBase | None = None
-    question: tuple[Any, ...] = ("start",)
+    try:
+        env: EnvBase = pickle.loads(make)(seed=seed)
+        connection.send_bytes(pickle.dumps((None, _specs(env))))
+    except Exception as problem:
+        connection.send_bytes(pickle.dumps((_described(problem), None)))
+        return
+    now: TensorDictBase = TensorDict()
     while True:
+        try:
+            question = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            break
         error, answer = None, None
         try:
             match question:
-                case ("start",):
-                    env = pickle.loads(make)(seed=seed)
-                    answer = _specs(env)
-                case ("seed", int(number)):
+                case ("seed", number):
                     env.set_seed(number)
                 case ("reset", number):
                     now = env.reset() if number is None else begin_episode(env, number)
@@ -287,15 +292,18 @@ def _work(connection: Connection, make: bytes, seed: int) -> None:
                     now, frames = repeat_episode(env, number, actions)
                     answer = _observed(env, now), frames
         except Exception as problem:
-            logger.exception("an environment has raised an error")
-            error = " ".join(f"{type(problem).__name__}: {problem}".split())
+            error = _described(problem)
         try:
             connection.send_bytes(pickle.dumps((error, answer)))
-            question = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
+        except OSError:
             break
-    if env is not None:
-        env.close(raise_if_closed=False)
+    env.close(raise_if_closed=False)
+
+
+def _described(problem: Exception) -> str:
+    """An error in one line; where it came from is logged."""
+    logger.exception("an environment has raised an error")
+    return " ".join(f"{type(problem).__name__}: {problem}".split())
 
 
 def _specs(env: EnvBase) -> dict[str, Any]:
