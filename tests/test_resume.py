@@ -209,8 +209,10 @@ def test_a_moved_run_continues_with_settings_that_change_no_number(whole, tmp_pa
 
 def test_moved_data_is_known_and_other_data_refused(clips, tmp_path, monkeypatch):
     pretrain(pretrain_config(clips, tmp_path / "whole"))
-    cfg = pretrain_config(clips, tmp_path / "run", updates=2, resume="auto")
-    pretrain(cfg)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(SystemExit, match="stopped after 2 updates"):
+            pretrain(pretrain_config(clips, tmp_path / "run", resume="auto"))
     moved = shutil.copytree(clips, tmp_path / "moved")
     other = make_clips(tmp_path / "other", seed=1)
     cfg = pretrain_config(other, tmp_path / "run", resume="auto")
