@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from math import isinf
 from numbers import Integral, Real
@@ -22,6 +23,7 @@ from typing import (
 from prelar_trl.utils import listed
 
 __all__ = [
+    "Finite",
     "Fraction",
     "NonNegative",
     "NonNegativeInt",
@@ -68,6 +70,7 @@ PositiveInt = Annotated[int, at_least(1)]
 NonNegativeInt = Annotated[int, at_least(0)]
 Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]
+Finite = Annotated[float, Rule(math.isfinite, "must be finite")]
 Fraction = Annotated[float, between(0, 1)]
 PictureSize = Annotated[
     int, Rule(lambda x: x in (64, 84, 96, 128), "is unknown; choose 64, 84, 96 or 128")

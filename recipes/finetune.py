@@ -75,7 +75,7 @@ def finetune(
     env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
     known = interface(env)
     learner = make_learner(cfg, known, device, watch, processes)
-    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
+    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor, noise=cfg.expl_noise)
     env = env.append_transform(policy.make_primer())
     frames = min(processes.size * cfg.capacity, cfg.env_steps // cfg.action_repeat)
     frame_bytes = env.observation_spec["pixels"].shape[-3:].numel()

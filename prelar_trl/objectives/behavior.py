@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
@@ -17,7 +18,7 @@ from prelar_trl.objectives.common import check_range, dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
 from prelar_trl.utils import check_choice
 
-__all__ = ["ActorLoss", "CriticLoss", "LambdaTarget"]
+__all__ = ["ActorLoss", "CriticLoss", "LambdaTarget", "RewardNorm"]
 
 
 class LambdaTarget(nn.Module):
@@ -69,6 +70,31 @@ class LambdaTarget(nn.Module):
         return tensordict.copy().set(keys.value, value).set(keys.value_target, target)
 
 
+class RewardNorm(nn.Module):
+    """Divides imagined rewards by the running mean of their magnitude (DreamerV2's ``StreamNorm``).
+
+    Args:
+        momentum: of the running mean, which starts at 1. At 1 it stays there: nothing is changed.
+            Default: 1.
+    """
+
+    def __init__(self, momentum: float = 1.0) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum={momentum} must lie in [0, 1]")
+        self.momentum = momentum
+        self.register_buffer("magnitude", torch.ones(1))
+
+    def forward(self, reward: Tensor) -> Tensor:
+        """Any shape; the batch counts in the mean by which it is divided."""
+        if self.momentum == 1:
+            return reward
+        with torch.no_grad():
+            magnitude = reward.detach().abs().mean().to(self.magnitude.dtype)
+            self.magnitude.lerp_(magnitude.expand(1), 1 - self.momentum)
+        return reward / (self.magnitude.clone() + 1e-8)
+
+
 class ActorLoss(LossModule):
     """Maximise the imagined lambda-return (DreamerV2, section 3, equation 6).
 
@@ -80,8 +106,8 @@ class ActorLoss(LossModule):
     Args:
         gradient: ``dynamics`` back-propagates the return through the model; ``reinforce`` uses
             ``log_prob * (target - value)``; ``both`` mixes them. Default: ``dynamics``.
-        entropy_scale: eta. Default: 1e-4.
-        mix: share of ``dynamics`` in ``both``. Default: 0.1.
+        entropy_scale: eta; a scalar tensor can be changed between updates. Default: 1e-4.
+        mix: share of ``dynamics`` in ``both``, likewise. Default: 0.1.
     """
 
     @dataclass
@@ -101,8 +127,8 @@ class ActorLoss(LossModule):
         self,
         *,
         gradient: Literal["dynamics", "reinforce", "both"] = "dynamics",
-        entropy_scale: float = 1e-4,
-        mix: float = 0.1,
+        entropy_scale: float | Tensor = 1e-4,
+        mix: float | Tensor = 0.1,
     ) -> None:
         super().__init__()
         self.out_keys = ["loss_actor", "entropy", "imagined_return"]

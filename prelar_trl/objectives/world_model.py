@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -26,9 +27,16 @@ from prelar_trl.objectives.common import (
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
 from prelar_trl.objectives.video_bonus import VideoBonus
+from prelar_trl.types import ClipRewards
 from prelar_trl.utils import check_choice
 
 __all__ = ["RSSMWorldModelLoss"]
+
+CLIP_REWARDS: dict[ClipRewards, Callable[[Tensor], Tensor]] = {
+    "identity": lambda reward: reward,
+    "sign": torch.sign,
+    "tanh": torch.tanh,
+}
 
 
 class RSSMWorldModelLoss(LossModule):
@@ -54,6 +62,8 @@ class RSSMWorldModelLoss(LossModule):
         video_bonus: intrinsic bonus added to the target of ``reward``, whose last
             ``window - 1`` steps are then left out. ``aux_reward`` always sees the plain reward.
         bonus_scale: factor beta of the bonus. Default: 1.
+        clip_rewards: ``sign`` or ``tanh`` of the reward is what its heads learn, before any bonus
+            (DreamerV2's, for Atari). Default: ``identity``.
 
     Returns (forward): a TensorDict of ``loss_<term>`` (weighted, scalar); ``<term>`` (unweighted,
     detached) and the mean ``bonus``; and ``state``, the detached posterior states (``stoch``,
@@ -99,6 +109,7 @@ class RSSMWorldModelLoss(LossModule):
         latent_action: LatentActionLoss | None = None,
         video_bonus: VideoBonus | None = None,
         bonus_scale: float = 1.0,
+        clip_rewards: ClipRewards = "identity",
     ) -> None:
         super().__init__()
         self.weights = check_weights(
@@ -116,6 +127,8 @@ class RSSMWorldModelLoss(LossModule):
                 raise ValueError(f"a latent action cannot name a loss of its own {name!r}")
         self.latent_action, self.video_bonus = latent_action, video_bonus
         self.bonus_scale = bonus_scale
+        check_choice("clip_rewards", clip_rewards, CLIP_REWARDS)
+        self.clip_rewards = CLIP_REWARDS[clip_rewards]
         self._set_in_keys()
         terms = [*self.weights, *(["bonus"] if video_bonus is not None else [])]
         own_keys = [] if latent_action is None else latent_action.out_keys
@@ -178,7 +191,7 @@ class RSSMWorldModelLoss(LossModule):
             prediction = self._prediction(out, "vector")
             values["vector"] = gaussian_nll(prediction, out[keys.vector], 1).mean()
         if "reward" in self.weights:
-            target = out[keys.reward]
+            target = self.clip_rewards(out[keys.reward])
             if self.video_bonus is not None:
                 bonus = self.video_bonus(out[keys.bonus_embed]).unsqueeze(-1)
                 values["bonus"] = bonus.mean()
@@ -187,7 +200,8 @@ class RSSMWorldModelLoss(LossModule):
             values["reward"] = gaussian_nll(prediction, target).mean()
         if "aux_reward" in self.weights:
             prediction = self._prediction(out, "aux_reward")
-            values["aux_reward"] = gaussian_nll(prediction, out[keys.reward]).mean()
+            target = self.clip_rewards(out[keys.reward])
+            values["aux_reward"] = gaussian_nll(prediction, target).mean()
         if "discount" in self.weights:
             logits = self._prediction(out, "discount")
             target = self.discount * (~out[keys.terminated]).to(logits.dtype)
