@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from math import isinf
 from numbers import Integral, Real
 from pathlib import PurePath
 from types import NoneType, UnionType
@@ -124,6 +125,8 @@ def _fault(hint: Any, value: Any) -> str | None:
     if flag or not isinstance(value, classes):
         choices = get_args(parts[0]) if parts and get_origin(parts[0]) is Literal else ()
         return f"must be {words}{f' of {listed(choices)}' if choices else ''}"
+    if origin is float and isinf(value):
+        return "must be finite"
     if not parts:
         return None
     if isinstance(value, Mapping):

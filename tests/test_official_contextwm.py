@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prelar_trl.official import (
     PARTS,
@@ -18,7 +18,6 @@ from prelar_trl.official import (
 )
 from prelar_trl.recipes.import_official import import_official
 from prelar_trl.recipes.schema import ImportOfficialConfig
-from tests.test_official import assert_equal_states, scramble
 from tests.tiny import TINY, tiny
 
 # As their modules are registered: wmlib/nets and wmlib/agents. Ours -> theirs.
@@ -47,6 +46,17 @@ NAMES = {
     "slow_critic.out.weight": "_task_behavior._target_critic.out.out.weight",
     "video_bonus.projection": "wm.intr_bonus.random_projection_matrix",
 }
+
+
+def scramble(model: nn.Module) -> None:
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.normal_()
+
+
+def assert_equal_states(first: nn.Module, second: nn.Module) -> None:
+    for name, tensor in first.state_dict().items():
+        torch.testing.assert_close(second.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 def contextwm_name(name: str) -> str:
