@@ -191,6 +191,13 @@ class FinetuneConfig(RunConfig):
     log_every: PositiveInt = 1_000
     checkpoint_every: PositiveInt = 10_000
 
+    @property
+    def first_evaluation(self) -> int:
+        """The environment step of the first evaluation: after the random actions."""
+        if self.eval_from is not None:
+            return self.eval_from
+        return (self.prefill // self.eval_every + 1) * self.eval_every
+
 
 @dataclass
 class EvaluateConfig(Config):

@@ -26,6 +26,7 @@ class Results(Protocol):
 
     def path(self, job: Job) -> Path:
         """The JSON file that says that a run is finished and with which inputs."""
+        ...
 
     def publish(self, job: Job, root: Path, facts: Mapping[str, Any]) -> None:
         """Write it and what belongs to it; ``facts``: suite, run, inputs and commits."""
