@@ -29,8 +29,8 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
     Raises:
         ValueError: it does not suit this run.
     """
-    for name in ("align_updates", "rehearse"):
-        if getattr(cfg, name) and cfg.pretrained is None:
+    for name in ("align_updates", "rehearse", "load", "pretrained_lr"):
+        if getattr(cfg, name) not in (None, 0) and cfg.pretrained is None:
             raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
     if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
         return None
