@@ -304,7 +304,7 @@ class SweepConfig(Config):
     launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
     slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
     root: str = "runs/sweep"  # runs, logs and states; also the code that runs
-    results: str = "results/sweep"  # of finished runs: curves, tables, pictures
+    results: str = "results/curves"  # of finished runs: curves, tables, pictures
     copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout
     update_code: bool = False  # take the present commit for unfinished runs
     status: bool = False  # show the state of all, run nothing
