@@ -122,15 +122,13 @@ class ImaginationEnv(ModelBasedEnvBase):
         self.__dict__["_starts"] = None if states is None else states.detach()
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
-        if tensordict is None or "stoch" not in tensordict.keys():
-            batch = self.batch_size if tensordict is None else tensordict.batch_size
-            return self._observation(self._draw_starts(batch.numel())).reshape(batch)
-        given = tensordict.select(*self.state_spec.keys()).reshape(-1)
-        mask = tensordict.get("_reset", None)
-        if mask is not None:  # the other environments of the batch go on
-            fresh = self._draw_starts(len(given))
-            given = cast(TensorDict, torch.where(mask.reshape(-1), fresh, given))
-        return self._observation(given).reshape(tensordict.batch_size)
+        batch = self.batch_size if tensordict is None else tensordict.batch_size
+        given = tensordict is not None and "stoch" in tensordict.keys()
+        if tensordict is None or not given or "_reset" in tensordict.keys():
+            states = self._draw_starts(batch.numel())  # TorchRL keeps what has not ended
+        else:
+            states = tensordict.select(*self.state_spec.keys()).reshape(-1)
+        return self._observation(states).reshape(batch)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         model, flat = self.world_model, tensordict.reshape(-1)

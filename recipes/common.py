@@ -22,7 +22,7 @@ from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
 from prelar_trl.distributed import distribute
-from prelar_trl.fast import CompileMode, compile_update
+from prelar_trl.fast import CompileMode, compile_update, use_tensor_cores
 from prelar_trl.recipes.processes import ALONE, Processes
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 from prelar_trl.types import Backend
@@ -38,7 +38,8 @@ MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 def choose_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is a GPU; without a number, torchrun's processes take one each.
 
-    That GPU becomes the current one, where what names no device goes.
+    That GPU becomes the current one, where what names no device goes, and may use its tensor cores
+    for float32.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +52,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}: torch sees only {torch.cuda.device_count()} GPUs here")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        use_tensor_cores(device)
     return device
 
 
@@ -180,6 +182,9 @@ def prepare_update(
     """
     if processes.group is None:
         compile_update(update, mode)
+        if "forward_backward" in vars(update):  # a compiled one; the first Ctrl-C waits, too
+            name = type(update).__name__
+            print(f"compiling {name}: its first two calls take minutes; compile=off starts at once")
     elif mode == "on":
         raise ValueError("compile=on: several processes cannot compile yet; use compile=auto")
     distribute(update, processes.group, overlap=overlap)

@@ -152,10 +152,12 @@ def finetune(
                     names = ("return", "success", "length")
                     logger.log({f"train/{name}": episode[name] for name in names}, step)
             ready = ready or processes.all(bool(replay.num_episodes))
-            if before < cfg.prefill <= step and not ready and not cfg.max_steps:
+            looked_at = cfg.prefill or first  # an evaluation may have no end either
+            if before < looked_at <= step and not ready and not cfg.max_steps:
+                where = "the prefill of " if cfg.prefill else ""
                 raise ValueError(
-                    f"no episode has ended in the prefill of {cfg.prefill} steps, and nothing can "
-                    "be learned before: give max_steps, or a longer prefill"
+                    f"no episode has ended in {where}{looked_at} steps, and nothing can be learned "
+                    "before: give max_steps, or a longer prefill"
                 )
             if step >= cfg.prefill and ready:
                 while learner.unaligned and not stopping():

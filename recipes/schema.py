@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from prelar_trl.bounds import (
+    Finite,
     Fraction,
     NonNegative,
     NonNegativeInt,
@@ -149,7 +150,7 @@ class FinetuneConfig(RunConfig):
     behavior_after: NonNegativeInt = 0  # model updates before actor and critic learn too
     train_every: Positive = 5  # environment steps an update; below 1: several updates a step
     batch_size: PositiveInt = 50
-    batch_length: PositiveInt = 50
+    batch_length: Annotated[int, at_least(2)] = 50
     min_length: PositiveInt | None = None  # shortest window; null: batch_length
     capacity: PositiveInt = 1_000_000  # frames of the replay
     action_repeat: PositiveInt = 1
@@ -289,7 +290,7 @@ class SweepConfig(Config):
     finetune: dict[str, Any] = free()
     from_scratch: str | None = None  # folder of runs without pre-training, shared by sweeps
     score: Annotated[str, one_of(("return", "success"))] = "success"  # compared in the report
-    threshold: float = 0.8  # of the score: learned
+    threshold: Finite = 0.8  # of the score: learned
     runtime: dict[str, Any] = free()  # device, threads, ... of all programs
     only: str = ""  # runs whose path this regular expression matches
     jobs: PositiveInt = 2  # programs at a time

@@ -19,7 +19,7 @@ from prelar_trl.utils import check_choice
 
 __all__ = ["WorldModelPolicy"]
 
-_GREEDY = (ExplorationType.DETERMINISTIC, ExplorationType.MODE)
+_GREEDY = frozenset(ExplorationType) - {ExplorationType.RANDOM}
 
 
 class WorldModelPolicy(TensorDictModuleBase):
@@ -32,9 +32,9 @@ class WorldModelPolicy(TensorDictModuleBase):
 
     Args:
         world_model, actor: the networks.
-        mode: ``"sample"`` draws the action, unless TorchRL's exploration type is set to
-            ``DETERMINISTIC`` or ``MODE``; ``"mode"`` takes its mode (evaluation). Latents are drawn
-            in both.
+        mode: ``"sample"`` draws the action, or takes its mode while TorchRL's exploration type is
+            another than ``RANDOM``; ``"mode"`` takes its mode (evaluation). Latents are drawn in
+            both.
         noise: added to the action: the standard deviation of Gaussian noise, or of choices the
             probability of one that is drawn evenly. Default: 0.
         sample_state: draw latents; False takes their mode. Default: the world model's ``sample``.

@@ -29,6 +29,8 @@ def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     """uint8 pixels -> images in [-0.5, 0.5]."""
     if pixels.dtype != torch.uint8:
         raise TypeError(f"pixels have dtype {pixels.dtype}; store frames as uint8 in [0, 255]")
+    if pixels.dim() < 3 or pixels.shape[-1] <= 4 < pixels.shape[-3]:
+        raise ValueError(f"pixels have shape {list(pixels.shape)}; it must be [..., C, H, W]")
     return pixels.to(dtype).div_(255).sub_(0.5)
 
 

@@ -13,7 +13,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
-from prelar_trl.objectives.common import dispatch
+from prelar_trl.modules.distributions import check_equal_shapes
+from prelar_trl.objectives.common import check_range, dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
 from prelar_trl.utils import check_choice
 
@@ -48,8 +49,7 @@ class LambdaTarget(nn.Module):
 
     def __init__(self, critic: Callable[[Tensor], Tensor], lmbda: float = 0.95) -> None:
         super().__init__()
-        if not 0 <= lmbda <= 1:
-            raise ValueError(f"lmbda={lmbda} must lie in [0, 1]")
+        check_range(0, 1, lmbda=lmbda)
         self.critic, self.lmbda = critic, lmbda
         self.tensor_keys = self._AcceptedKeys()
 
@@ -133,6 +133,8 @@ class ActorLoss(LossModule):
         super().__init__()
         self.out_keys = ["loss_actor", "entropy", "imagined_return"]
         check_choice("gradient", gradient, ("dynamics", "reinforce", "both"))
+        check_range(0, entropy_scale=entropy_scale)
+        check_range(0, 1, mix=mix)
         self.gradient, self.entropy_scale, self.mix = gradient, entropy_scale, mix
         self._set_in_keys()
 
@@ -153,7 +155,10 @@ class ActorLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
+        check_equal_shapes(**{str(key): tensordict[key] for key in self.in_keys})
         objective = target = tensordict[keys.value_target][:, 1:-1]  # [N, H-1, 1]
+        if not target.numel():
+            raise ValueError(f"{keys.value_target}: trajectories need 3 states at least, H >= 2")
         if self.gradient != "dynamics":
             advantage = (target - tensordict[keys.value][:, :-2]).detach()
             objective = tensordict[keys.log_prob][:, 1:-1] * advantage
@@ -230,6 +235,8 @@ class CriticLoss(LossModule):
         value = self.value(tensordict[keys.feat][:, :-1].detach())
         target = tensordict[keys.value_target][:, :-1].detach()
         weight = tensordict[keys.weight][:, :-1].detach()
+        given = {str(keys.value_target): target, str(keys.weight): weight}
+        check_equal_shapes(value=value, **given)
         nll = gaussian_nll(value, target, 0)  # [N, H, 1]
         return TensorDict({"loss_critic": (weight * nll).mean(), "value": value.detach().mean()})
 

@@ -16,7 +16,14 @@ from torchrl.objectives import LossModule
 
 from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.modules.world_model import normalize_pixels, to_gray
-from prelar_trl.objectives.common import check_entry, check_weights, dispatch, loss_keys, weighted
+from prelar_trl.objectives.common import (
+    check_entry,
+    check_range,
+    check_weights,
+    dispatch,
+    loss_keys,
+    weighted,
+)
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
 from prelar_trl.objectives.video_bonus import VideoBonus
@@ -64,8 +71,9 @@ class RSSMWorldModelLoss(LossModule):
 
     Raises (forward):
         TypeError: ``pixels``, the target of ``image``, are not uint8; ``is_first`` or
-            ``terminated`` are not bool, ``reward`` is not floating point.
-        ValueError: one of the latter has another shape than ``[B, T, 1]``, or is empty.
+            ``terminated`` are not bool, ``reward`` or ``action`` not floating point.
+        ValueError: one of the latter has another shape than ``[B, T, 1]``, ``action`` another than
+            ``[B, T, A]``, or is empty; ``pixels`` have their channels last.
     """
 
     @dataclass
@@ -107,8 +115,9 @@ class RSSMWorldModelLoss(LossModule):
         self.weights = check_weights(
             {"image": 1.0, "kl": 1.0} if weights is None else weights, self.TERMS
         )
-        if not 0 <= kl_balance <= 1:
-            raise ValueError(f"kl_balance={kl_balance} must lie in [0, 1]")
+        check_range(0, 1, kl_balance=kl_balance, discount=discount)
+        check_range(0, free_nats=free_nats, bonus_scale=bonus_scale)
+        check_choice("latent", latent, KL)
         self.world_model = world_model
         self.divergence = KL[latent]
         self.kl_balance, self.free_nats, self.free_avg = kl_balance, free_nats, free_avg
@@ -151,6 +160,8 @@ class RSSMWorldModelLoss(LossModule):
         if "is_first" in self.world_model.in_keys:
             first = tensordict["is_first"]
             check_entry("is_first", first, "bool", first.shape[:2])
+            if "action" in self.world_model.in_keys:
+                check_entry("action", tensordict["action"], "float", first.shape[:2], size=None)
         out = self.world_model(tensordict.copy())
         batch = out[keys.stoch].shape[:2]
         if "reward" in self.weights or "aux_reward" in self.weights:
