@@ -7,11 +7,13 @@ U latent action.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule
 from torch import Tensor
-from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 
 from prelar_trl.modules.rssm import State
@@ -42,8 +44,8 @@ class ImaginationEnv(ModelBasedEnvBase):
 
     Args:
         world_model: put into evaluation mode.
-        action_dim: size A of the real action. Default: that of the action encoder, or of the RSSM;
-            U with latent actions.
+        action_dim: size A of the real action; unused with latent ones. Default: that of the action
+            encoder, or the width of the RSSM's input, which may be padded.
         starts: states ``[M]`` (``stoch, deter``, and ``action_history`` with an action window) that
             a reset draws from; the attribute can be set anew. Default: the zero state before the
             first frame.
@@ -70,44 +72,48 @@ class ImaginationEnv(ModelBasedEnvBase):
             raise ValueError("this world model knows no actions, so nobody can act in it")
         if decode and world_model.context_encoder is not None:
             raise ValueError("decode=True: the decoder of this world model also needs a frame")
-        batch_size = torch.Size(batch_size)
+        batch = torch.Size(batch_size)
         super().__init__(
-            world_model.eval(),
+            cast(TensorDictModule, world_model.eval()),  # torch's type; this class calls it itself
             device=next(world_model.parameters()).device,
-            batch_size=batch_size,
+            batch_size=batch,
         )
         self.decode, self.sample, self.starts = decode, sample, starts
         rssm, encoder = world_model.rssm, world_model.action_encoder
-        latent = world_model.latent_action_encoder is not None
-        if action_dim is None:
+        latent = world_model.latent_action_encoder
+        if latent is not None:
+            action_dim = latent.latent_actions.dim
+        elif action_dim is None:
             action_dim = rssm.action_dim if encoder is None else encoder.action_dim
-            if latent:
-                action_dim = world_model.latent_action_encoder.latent_actions.dim
         window = 1 if encoder is None else encoder.window
-        self.history_shape = (window - 1, action_dim)
-        state = {"stoch": Unbounded(rssm.latent.shape), "deter": Unbounded((rssm.deter,))}
+        self.history_shape = torch.Size([window - 1, action_dim])
+        state: dict[str, TensorSpec] = {
+            "stoch": Unbounded(torch.Size(rssm.latent.shape)),
+            "deter": Unbounded(torch.Size([rssm.deter])),
+        }
         if window > 1:
             state["action_history"] = Unbounded(self.history_shape)
-        observation = {"feat": Unbounded((rssm.feat_dim,)), **state}
+        observation = {"feat": Unbounded(torch.Size([rssm.feat_dim])), **state}
+        one = torch.Size([1])
         if "discount" in world_model.heads:
-            observation["discount"] = Bounded(0, 1, (1,))
+            observation["discount"] = Bounded(0, 1, one)
         if decode:
-            with torch.no_grad():
-                shape = self._draw(torch.zeros(1, rssm.feat_dim, device=self.device)).shape[1:]
-            observation["pixels"] = Bounded(0, 255, shape, dtype=torch.uint8)
-        action = Unbounded((action_dim,)) if latent else Bounded(-1, 1, (action_dim,))
+            drawn = self._draw(torch.zeros(1, rssm.feat_dim, device=self.device)).shape[1:]
+            observation["pixels"] = Bounded(0, 255, drawn, dtype=torch.uint8)
+        size = torch.Size([action_dim])
+        action = Bounded(-1, 1, size) if latent is None else Unbounded(size)
 
-        def batched(specs: dict) -> Composite:
-            return Composite(specs, device=self.device).expand(batch_size)
+        def batched(specs: dict[str, TensorSpec]) -> Composite:
+            return Composite(specs, device=self.device).expand(batch)
 
         self.observation_spec, self.state_spec = batched(observation), batched(state)
         self.full_action_spec = batched({"action": action})
-        self.full_reward_spec = batched({"reward": Unbounded((1,))})
+        self.full_reward_spec = batched({"reward": Unbounded(one)})
 
     @property
     def starts(self) -> TensorDictBase | None:
         """The states that a reset draws from, ``[M]``."""
-        return self._starts
+        return self.__dict__["_starts"]
 
     @starts.setter
     def starts(self, states: TensorDictBase | None) -> None:
@@ -116,16 +122,12 @@ class ImaginationEnv(ModelBasedEnvBase):
         self.__dict__["_starts"] = None if states is None else states.detach()
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
-        given = tensordict is not None and "stoch" in tensordict.keys()
-        mask = None if tensordict is None else tensordict.get("_reset", None)
         batch = self.batch_size if tensordict is None else tensordict.batch_size
-        if given and mask is None:
-            states = tensordict.select(*self.state_spec.keys()).reshape(-1)
+        given = tensordict is not None and "stoch" in tensordict.keys()
+        if tensordict is None or not given or "_reset" in tensordict.keys():
+            states = self._draw_starts(batch.numel())  # TorchRL keeps what has not ended
         else:
-            states = self._draw_starts(batch.numel())
-            if given:  # some environments of a batch go on
-                rows = mask.reshape(-1)
-                states = torch.where(rows, states, tensordict.select(*states.keys()).reshape(-1))
+            states = tensordict.select(*self.state_spec.keys()).reshape(-1)
         return self._observation(states).reshape(batch)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -1,5 +1,8 @@
 """Checkpoints of the authors' code: reading and writing their weight layout.
 
+PreLAR's layout is meant; that of ContextWM's own release (thuml/ContextWM: also DreamerV2 and APV)
+has the same tensors under other names, and is read too.
+
 A folder holds ``variables.pt`` (the whole agent), or the parts ``rssm_variables.pt``,
 ``encoder_variables.pt``, ``decoder_variables.pt``, ``va_encoder_variables.pt``: PyTorch state
 dicts. They are read as weights only; no code in a file is ever run.
@@ -73,6 +76,22 @@ INSIDE = [
     (r"\.std_out\.", "._out_dist._std_nn."),
     (r"\.out\.", "._out_dist._out_nn."),
 ]
+# ContextWM's release -> PreLAR's. No name of the latter fits.
+CONTEXTWM = [
+    (r"^wm\.encoder\.cond_convin\.", "wm.encoder._deco_net.convin.0."),
+    (r"^wm\.encoder\.cond_(res\d+\.)", r"wm.encoder._deco_net.\1"),
+    (r"^wm\.encoder\.(convin\.|res\d+\.)", r"wm.encoder._cnn_net.\1"),
+    (r"^wm\.encoder\.(conv\d+\.)", r"wm.encoder._cnn_nn.\1"),
+    (r"^wm\.heads\.decoder\.convin\.(?=weight|bias)", "wm.heads.decoder.convin.0."),
+    (r"^wm\.heads\.decoder\.(res\d+\.|conv\d+\.)", r"wm.heads.decoder._cnn_nn.\1"),
+    (r"rssm\.img_in\.", "rssm._img_in.0."),
+    (r"rssm\.img_out_(\d+)\.", r"rssm._ensemble_out_layers.\1.img_out_\1."),
+    (r"rssm\.img_dist_(\d+)\.", r"rssm._ensemble_out_layers.\1.img_out_head_\1."),
+    (r"rssm\.obs_out\.", "rssm._obs_out.0."),
+    (r"rssm\.obs_dist\.", "rssm._obs_out.obs_out_head."),
+    (r"\.dense(\d+)\.", r"._mlp_nn.dense_\1."),
+    (r"\.out\.(out|std)\.(?=weight|bias)", r"._out_dist._\1_nn."),
+]
 # Theirs are made during the first forward pass and may be missing; they start from zero.
 OPTIONAL = re.compile(r"(q_pos_emb|kv_pos_emb|num_batches_tracked|intr_rewnorm\.mag)$")
 OURS_ONLY = "video_bonus.filled"
@@ -95,7 +114,7 @@ def official_name(name: str, action_window: int = 1) -> str:
 
 
 def read_official(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, by their names in ``variables.pt``.
+    """All tensors of a checkpoint folder, by their names in PreLAR's ``variables.pt``.
 
     Raises:
         FileNotFoundError: the folder holds none of the files.
@@ -104,16 +123,23 @@ def read_official(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     whole = folder / "variables.pt"
     if whole.exists():
-        return _read(whole)
-    state = {}
+        return {_prelar_name(key): x for key, x in _read(whole).items()}
+    state: dict[str, Tensor] = {}
     for file, prefix in PARTS.items():
         if (folder / file).exists():
-            state |= {prefix + key: x for key, x in _read(folder / file).items()}
+            state |= {_prelar_name(prefix + key): x for key, x in _read(folder / file).items()}
     if not state:
         raise FileNotFoundError(
             f"{folder} holds no official checkpoint; expected variables.pt or {', '.join(PARTS)}"
         )
     return state
+
+
+def _prelar_name(name: str) -> str:
+    """PreLAR's name of a tensor of either release."""
+    for pattern, replacement in CONTEXTWM:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def official_action_dim(folder: str | Path) -> int:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,3 +103,12 @@ def git_state(source: str | os.PathLike[str] = __file__) -> dict[str, Any] | Non
     if commit is None:
         return None
     return {"commit": commit, "dirty": git("status", "--porcelain") != ""}
+
+
+def without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings and groups of them, without those that are null."""
+    return {
+        name: without_null(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if value is not None
+    }

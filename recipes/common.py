@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -106,11 +106,15 @@ def continue_run(cfg: Any) -> tuple[RunFolder, dict[str, Any]]:
     run.lock()
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
     changeable += ("compile", "keep", "keep_every", "max_skipped", "trust_code")
+    defaults = {field.name: field.default for field in fields(cfg)}
     for name, value in plain(asdict(cfg)).items():
-        if name not in changeable and run.config.get(name) != value:
+        began = run.config.get(name, defaults[name])  # it may be older than an option
+        if isinstance(value, dict) and isinstance(began, dict):
+            value, began = ({k: x for k, x in y.items() if x is not None} for y in (value, began))
+        if name not in changeable and began != value:
             raise ValueError(
                 f"resume: {name}={value} but the run in {cfg.run} was started with "
-                f"{name}={run.config.get(name)}; repeat its command with resume=true"
+                f"{name}={began}; repeat its command with resume=true"
             )
     checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
     run.note_continuation(checkpoint["step"])
@@ -148,7 +152,7 @@ def check_trust(run: str, name: str, value: Any, trust_code: bool) -> None:
 
 
 def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> None:
-    """Write the newest checkpoint, and one that stays if ``keep_every`` was passed.
+    """Write the newest checkpoint, and one that stays if a multiple of ``keep_every`` was passed.
 
     Args:
         cfg: the recipe's configuration.
@@ -156,7 +160,8 @@ def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> No
         state: what to write; ``step`` among it.
         before: the step of the checkpoint before it.
     """
-    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=cfg.keep)
+    keep = cfg.keep if state["step"] > before else 1  # the same step again takes its own place
+    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)
     if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
         with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
             shutil.copyfile(path, part)

@@ -111,13 +111,13 @@ def _count(phase: str, text: str) -> Update:
 
 def meta_batch(sequences: int, steps: int) -> TensorDict:
     """Shapes of a training batch ``[B, T]``."""
-    shape, kind = (sequences, steps), {"device": "meta"}
+    shape, meta = (sequences, steps), torch.device("meta")
     entries = {
-        "pixels": torch.empty(*shape, 3, 64, 64, dtype=torch.uint8, **kind),
-        "action": torch.empty(*shape, ACTION_DIM, **kind),
-        "reward": torch.empty(*shape, 1, **kind),
-        "is_first": torch.empty(*shape, 1, dtype=torch.bool, **kind),
-        "terminated": torch.empty(*shape, 1, dtype=torch.bool, **kind),
+        "pixels": torch.empty(*shape, 3, 64, 64, dtype=torch.uint8, device=meta),
+        "action": torch.empty(*shape, ACTION_DIM, device=meta),
+        "reward": torch.empty(*shape, 1, device=meta),
+        "is_first": torch.empty(*shape, 1, dtype=torch.bool, device=meta),
+        "terminated": torch.empty(*shape, 1, dtype=torch.bool, device=meta),
     }
     return TensorDict(entries, batch_size=shape)
 
@@ -211,7 +211,7 @@ def work_of(cfg: FinetuneConfig) -> tuple[int, int]:
 def estimate_table(estimates: Mapping[str, Estimate], label: str, cfg: SweepConfig) -> str:
     """The estimates as text, with their sums."""
     head = ("method", "pre-trainings", "hours", "runs", "updates", "hours", "env hours")
-    rows = [(*head, "sum", "kept GiB")]
+    rows: list[tuple[str, ...]] = [(*head, "sum", "kept GiB")]
     for name, x in estimates.items():
         rows.append(
             (

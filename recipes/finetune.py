@@ -75,7 +75,7 @@ def finetune(
     env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
     known = interface(env)
     learner = make_learner(cfg, known, device, watch, processes)
-    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
+    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor, noise=cfg.expl_noise)
     env = env.append_transform(policy.make_primer())
     frames = min(processes.size * cfg.capacity, cfg.env_steps // cfg.action_repeat)
     frame_bytes = env.observation_spec["pixels"].shape[-3:].numel()
@@ -152,10 +152,12 @@ def finetune(
                     names = ("return", "success", "length")
                     logger.log({f"train/{name}": episode[name] for name in names}, step)
             ready = ready or processes.all(bool(replay.num_episodes))
-            if before < cfg.prefill <= step and not ready and not cfg.max_steps:
+            looked_at = cfg.prefill or first  # an evaluation may have no end either
+            if before < looked_at <= step and not ready and not cfg.max_steps:
+                where = "the prefill of " if cfg.prefill else ""
                 raise ValueError(
-                    f"no episode has ended in the prefill of {cfg.prefill} steps, and nothing can "
-                    "be learned before: give max_steps, or a longer prefill"
+                    f"no episode has ended in {where}{looked_at} steps, and nothing can be learned "
+                    "before: give max_steps, or a longer prefill"
                 )
             if step >= cfg.prefill and ready:
                 while learner.unaligned and not stopping():

@@ -32,7 +32,7 @@ class UpdateGuard:
         self.file = run.path / (f"not_finite-{rank}.pt" if rank else "not_finite.pt")
         self.updates, self.most = updates, most
         self.on_cpu = not next(updates[0].module.parameters()).is_cuda
-        self.skipped = 0
+        self.skipped = self._count()
 
     def watch(self, *batches: TensorDictBase) -> None:
         """Before an update: note what goes into it."""
@@ -52,7 +52,7 @@ class UpdateGuard:
         # A GPU is not waited for at each update.
         if not (self.on_cpu or last or self.updates[0].count % self.most == 0):
             return
-        self.skipped = sum(int(update.skipped) for update in self.updates)
+        self.skipped = self._count()
         in_a_row = max(int(update.skipped_in_a_row) for update in self.updates)
         if in_a_row < (1 if last else self.most):
             return
@@ -68,6 +68,9 @@ class UpdateGuard:
             f"diverged; the checkpoint saved before is kept, and {self.file} holds the batch and "
             "the random state. Start a new run with a lower lr, or precision=32"
         )
+
+    def _count(self) -> int:
+        return sum(int(update.skipped) for update in self.updates)
 
     def metrics(self) -> dict[str, int]:
         """What to log."""

@@ -16,12 +16,9 @@ if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("import_official"))
 
 from dataclasses import asdict
-from typing import Any
-
-from torch import nn
 
 from prelar_trl.checkpoint import save_checkpoint
-from prelar_trl.models import make_agent, make_world_model
+from prelar_trl.hub import STATE, make_model
 from prelar_trl.official import (
     load_official_checkpoint,
     official_action_dim,
@@ -31,7 +28,6 @@ from prelar_trl.recipes.common import CHECKPOINT, plain, read_run
 from prelar_trl.recipes.schema import ImportOfficialConfig, overrides
 from prelar_trl.record import RunFolder
 
-WEIGHTS = {"pretrain": "model", "finetune": "agent"}  # where a checkpoint keeps them
 AS_PUBLISHED = {"camera": "corner", "render_quality": "full", "action_repeat": 1, "max_steps": None}
 
 
@@ -58,7 +54,7 @@ def import_official(cfg: ImportOfficialConfig) -> RunFolder:
     if cfg.phase == "finetune":
         config |= AS_PUBLISHED
     run = RunFolder.create(cfg.run, config)
-    state[WEIGHTS[cfg.phase]] = model.state_dict()
+    state[STATE[cfg.phase]] = model.state_dict()
     with run:
         save_checkpoint(run.checkpoints / CHECKPOINT, state)
     return run
@@ -68,16 +64,8 @@ def export_official(run: str, folder: str, *, trust_code: bool = False) -> None:
     """Write the weights of a run as the authors' code reads them."""
     _, checkpoint = read_run(run, trust_code=trust_code)
     model = make_model(checkpoint)
-    model.load_state_dict(checkpoint[WEIGHTS[checkpoint["phase"]]])
+    model.load_state_dict(checkpoint[STATE[checkpoint["phase"]]])
     save_official_checkpoint(folder, model)
-
-
-def make_model(state: dict[str, Any]) -> nn.Module:
-    """A model like the checkpoint's, with random weights."""
-    sizes = {"size": state["size"], **state["overrides"]}
-    if state["phase"] == "pretrain":
-        return make_world_model(state["method"], "pretrain", action_dim=0, **sizes)
-    return make_agent(state["method"], action_dim=state["action_dim"], **sizes)
 
 
 def main(cfg: ImportOfficialConfig) -> None:

@@ -9,6 +9,7 @@ import torch
 from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
+from prelar_trl.hub import is_export, read_export
 from prelar_trl.models import make_inverse_model
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss
@@ -28,14 +29,24 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
     Raises:
         ValueError: it does not suit this run.
     """
-    for name in ("align_updates", "rehearse"):
-        if getattr(cfg, name) and cfg.pretrained is None:
+    for name in ("align_updates", "rehearse", "load", "pretrained_lr"):
+        if getattr(cfg, name) not in (None, 0) and cfg.pretrained is None:
             raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
     if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
         return None
-    run, checkpoint = read_run(
-        cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model["latent_action"]
-    )
+    if is_export(cfg.pretrained):
+        checkpoint = read_export(cfg.pretrained, trust_code=cfg.trust_code)
+        config = checkpoint["training"]
+        if cfg.rehearse:
+            raise ValueError(
+                f"rehearse={cfg.rehearse} needs the videos of a pre-training run, of which "
+                f"pretrained={cfg.pretrained} holds only the model; use rehearse=0"
+            )
+    else:
+        run, checkpoint = read_run(
+            cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model["latent_action"]
+        )
+        config = run.config
     accepted = METHODS[cfg.method].checkpoint
     if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:
         suits = f"runs of {', '.join(accepted)}" if accepted else "no pre-training run"
@@ -54,7 +65,7 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
             f"pretrained={cfg.pretrained} saw pictures of {size}x{size}, this run pixels="
             f"{cfg.pixels}; use pixels={size}"
         )
-    return {**checkpoint, "config": run.config}
+    return {**checkpoint, "config": config}
 
 
 def make_alignment(

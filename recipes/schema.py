@@ -8,70 +8,51 @@ preset's.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from prelar_trl.bounds import (
+    Finite,
     Fraction,
     NonNegative,
     NonNegativeInt,
     PictureSize,
     Positive,
     PositiveInt,
-    Rule,
+    above,
     at_least,
     check_settings,
     one_of,
 )
-from prelar_trl.config import METHODS, SIZES, LossSettings, ModelSettings, Phase, model_settings
+from prelar_trl.config import (
+    LossSettings,
+    ModelSettings,
+    Phase,
+    model_settings,
+)
 from prelar_trl.recipes.command_line import FREE
-from prelar_trl.types import Backend, RenderQuality
-
-
-def are_loggers(value: Any) -> bool:
-    """Whether it is the name of a logger, or a list of them."""
-    names = [value] if isinstance(value, str) else value
-    return isinstance(names, list | tuple) and all(name in get_args(Backend) for name in names)
-
-
-# One of a few words: text to Hydra, which knows no ``Literal``; to a type checker it fits anywhere.
-if TYPE_CHECKING:
-    from typing import Any as Choice
-else:
-    Choice = str
-
-Compile = Annotated[Choice, one_of(("auto", "on", "off"))]
-Device = Annotated[
-    str,
-    Rule(
-        lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None,
-        "is unknown; choose auto, cpu, cuda or cuda:<n>",
-    ),
-]
-Export = Annotated[Choice, one_of(("npz", "jpeg"))]
-Gradient = Annotated[Choice, one_of(("dynamics", "reinforce", "both"))]
-SOURCES = ("videos", "something", "frames", "episodes", "lerobot", "torchrl")
-Kind = Annotated[Choice, one_of(("auto", *SOURCES))]
-Loggers = Annotated[
-    Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
-]
-Names = Annotated[
-    Any,
-    Rule(
-        lambda x: x is None or (isinstance(x, list | tuple) and all(isinstance(y, str) for y in x)),
-        "must be a list of names",
-    ),
-]
-Method = Annotated[Choice, one_of(METHODS)]
-Pixels = Annotated[int, at_least(8)]
-Precision = Annotated[Choice, one_of(("32", "bf16"))]
-Quality = Annotated[Choice, one_of(get_args(RenderQuality))]
-Resize = Annotated[Choice, one_of(("squeeze", "crop"))]
-Size = Annotated[Choice, one_of(SIZES)]
+from prelar_trl.recipes.values import (
+    Compile,
+    Device,
+    Export,
+    Gradient,
+    Kind,
+    Loggers,
+    Method,
+    Names,
+    Parts,
+    Pixels,
+    Precision,
+    Quality,
+    Resize,
+    Scheduled,
+    Size,
+    as_names,
+)
+from prelar_trl.schedules import Schedule
 
 
 def overrides(settings: dict[str, Any]) -> dict[str, Any]:
@@ -154,19 +135,22 @@ class FinetuneConfig(RunConfig):
     phase = "finetune"
 
     env: str = MISSING  # metaworld/<task>, gym/<id>, toy, ..., or <module>:<callable>
-    pretrained: str | None = None  # run folder of pretrain.py; null: from scratch
+    # Run folder of pretrain.py, folder of export.py, or hf://owner/name; null: from scratch.
+    pretrained: str | None = None
     trust_code: bool = False  # may run modules that this folder names
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
     pretrain_updates: NonNegativeInt = 100  # before the first policy step
+    load: Parts = None  # parts taken from it: encoder,rssm; null: all that it has
     frozen_updates: NonNegativeInt | None = 100  # pre-trained parts wait; null: one optimizer
+    pretrained_lr: NonNegative | None = None  # of pre-trained encoder and RSSM; null: lr
     align_updates: NonNegativeInt | None = None  # of the action encoder; null: the method's
     align_lr: NonNegative = 1e-3
     rehearse: Fraction = 0.0  # share of each model batch that is pre-training video
     behavior_after: NonNegativeInt = 0  # model updates before actor and critic learn too
     train_every: Positive = 5  # environment steps an update; below 1: several updates a step
     batch_size: PositiveInt = 50
-    batch_length: PositiveInt = 50
+    batch_length: Annotated[int, at_least(2)] = 50
     min_length: PositiveInt | None = None  # shortest window; null: batch_length
     capacity: PositiveInt = 1_000_000  # frames of the replay
     action_repeat: PositiveInt = 1
@@ -180,15 +164,30 @@ class FinetuneConfig(RunConfig):
     lmbda: Fraction = 0.95
     actor_lr: NonNegative = 8e-5
     critic_lr: NonNegative = 8e-5
-    entropy_scale: NonNegative = 1e-4
+    entropy_scale: Scheduled = 1e-4  # also linear(start,end,updates)
     actor_gradient: Gradient = "dynamics"
+    actor_gradient_mix: Scheduled = 0.1  # share of dynamics in both; also a schedule
+    reward_norm_momentum: Fraction = 1.0  # of the imagined rewards' magnitude; 1: not normalized
+    expl_noise: NonNegative = 0.0  # on the policy's actions while collecting
+    eval_noise: NonNegative = 0.0
+    eval_state_mean: bool = False  # evaluate with the latents' mode
     imag_batch: PositiveInt | None = None
     slow_every: PositiveInt = 100
+    slow_target_fraction: Annotated[Fraction, above(0)] = 1.0  # below 1: soft target updates
     eval_every: PositiveInt = 10_000
     eval_from: PositiveInt | None = None  # first evaluation; null: first multiple past the prefill
     eval_episodes: NonNegativeInt = 10  # 0: no evaluation
     log_every: PositiveInt = 1_000
     checkpoint_every: PositiveInt = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("cameras", "vectors", "load"):
+            setattr(self, name, as_names(getattr(self, name)))
+        for name in ("entropy_scale", "actor_gradient_mix"):  # numbers come as text
+            schedule = Schedule.parse(getattr(self, name))
+            if schedule.is_constant:
+                setattr(self, name, schedule.start)
 
 
 @dataclass
@@ -291,7 +290,7 @@ class SweepConfig(Config):
     finetune: dict[str, Any] = free()
     from_scratch: str | None = None  # folder of runs without pre-training, shared by sweeps
     score: Annotated[str, one_of(("return", "success"))] = "success"  # compared in the report
-    threshold: float = 0.8  # of the score: learned
+    threshold: Finite = 0.8  # of the score: learned
     runtime: dict[str, Any] = free()  # device, threads, ... of all programs
     only: str = ""  # runs whose path this regular expression matches
     jobs: PositiveInt = 2  # programs at a time
@@ -311,11 +310,30 @@ class SweepConfig(Config):
 
 @dataclass
 class PlotConfig(Config):
-    """``plot.py``: a report from run folders."""
+    """``plot.py``: a report from run folders, or a comparison of groups of them."""
 
-    runs: Any = MISSING  # run folders, one or a list
+    runs: Any = MISSING  # run folders, or folders in which such lie; one or a list
     out: str = "report.html"
-    title: str = "Training report"
+    title: str | None = None  # null: Training report, or Learning curves
+    # A config key, e.g. method or model.latent_action: its values are compared, with statistics.
+    compare: str | None = None  # null: a report of each run
+    reference: str | None = None  # compare: CSV of others with method, task, seed, env_step, scores
+    reference_name: str = "reference"  # goes after their methods
+    at: list[int] | None = None  # compare: steps of the table; null: 105k, 205k, 245k or the last
+    baseline: str | None = None  # compare: the group to be better than; null: dreamerv2, or first
+
+
+@dataclass
+class ExportConfig(Config):
+    """``export.py``: a run's model as a folder to hand on."""
+
+    run: str = MISSING
+    out: str = MISSING  # the new folder
+    push: str | None = None  # hub id, owner/name: put it there as well
+    private: bool = False  # there
+    license: str = "mit"  # of the weights, as the hub names it
+    videos: str | None = None  # what it was trained on, for the card; null: the stores' names
+    trust_code: bool = False  # the run's latent actions may be a module's
 
 
 @dataclass
@@ -346,6 +364,7 @@ def register() -> None:
         "prepare_videos": PrepareVideosConfig,
         "sweep": SweepConfig,
         "plot": PlotConfig,
+        "export": ExportConfig,
         "import_official": ImportOfficialConfig,
     }.items():
         store.store(name=f"{recipe}_schema", node=schema())

@@ -26,12 +26,10 @@ def make_repository(folder: Path, table: str, content: Mapping[str, Any] | str) 
     """This code with a table of runs in place of the file ``table``, committed."""
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("prelar_trl", "recipes", "configs", "benchmarks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("recipes", "configs"):  # so that it is this code, whatever is installed
-        (folder / "prelar_trl" / name).symlink_to(Path("..") / name)
-    (folder / ".gitignore").write_text(
-        "runs/\n__pycache__/\n/prelar_trl/recipes\n/prelar_trl/configs\n"
-    )
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore, symlinks=True)
+    # So that these are the configurations, whatever is installed.
+    (folder / "prelar_trl" / "configs").symlink_to(Path("..") / "configs")
+    (folder / ".gitignore").write_text("runs/\n__pycache__/\n/prelar_trl/configs\n")
     text = content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False)
     (folder / table).write_text(text)
     git(folder, "init", "--quiet")

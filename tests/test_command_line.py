@@ -7,7 +7,6 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from prelar_trl.recipes import plot as plot_recipe
 from prelar_trl.recipes.command_line import HINTS, as_typed
 from prelar_trl.recipes.entry import CONFIGS, start
 from prelar_trl.recipes.schema import (
@@ -50,21 +49,39 @@ def test_a_name_is_taken_as_it_is_typed(name: str, tmp_path, monkeypatch) -> Non
         assert {key: config[key] for key in keys} == dict.fromkeys(keys, typed)
 
 
-def test_null_is_a_name_where_something_must_be_given_and_nothing_elsewhere() -> None:
+def test_names_that_look_like_values_depend_on_what_is_needed(tmp_path, monkeypatch) -> None:
     config = read("finetune", "run=null", "pretrained=null", "env=toy")
     assert config.run == "null" and config.pretrained is None
     assert read("pretrain", "data=null").data == "null"
+    monkeypatch.chdir(tmp_path)
+    assert read("pretrain", "data=[hd]").data == ["hd"]
+    (tmp_path / "[hd]").mkdir()  # now there is such a folder
+    assert read("pretrain", "data=[hd]").data == "[hd]"
 
 
-def test_quotes_lists_mappings_and_interpolations_stay_what_they_were() -> None:
-    assert read("pretrain", "data='2024_05_01'").data == "2024_05_01"
-    assert read("pretrain", 'data="Videos (1)"').data == "Videos (1)"
-    assert read("pretrain", "data=[a,b]").data == ["a", "b"]
-    assert read("pretrain", "data={a: 1, b: 3}").data == {"a": 1, "b": 3}
-    assert read("plot", "runs=['2024_05_01',b]").runs == ["2024_05_01", "b"]
-    config = read("finetune", "run=${oc.env:HOME}/a (1)", "env=toy")
-    assert config.run.endswith("/a (1)") and "$" not in config.run
-    assert read("finetune", "lr=1e-3", "size=tiny", "run=r").lr == 1e-3
+@pytest.mark.parametrize(
+    ("recipe", "argument", "expected"),
+    [
+        ("pretrain", "data='2024_05_01'", "2024_05_01"),
+        ("pretrain", 'data="Videos (1)"', "Videos (1)"),
+        ("pretrain", "data=[a,b]", ["a", "b"]),
+        ("pretrain", "data={a: 1, b: 3}", {"a": 1, "b": 3}),
+        ("plot", "runs=['2024_05_01',b]", ["2024_05_01", "b"]),
+        ("finetune", "run=${oc.env:NAME}/a (1)", "here/a (1)"),
+        ("finetune", "lr=1e-3", 1e-3),
+        # as the messages recommend
+        ("pretrain", HINTS["["].format("data"), ["2024_05_01", "Videos (1)"]),
+        ("pretrain", HINTS["{"].format("data"), {"./2024_05_01": 3, "Videos (1)": 1}),
+    ],
+)
+def test_quotes_lists_and_mappings_stay_what_they_were(recipe, argument, expected, monkeypatch):
+    monkeypatch.setenv("NAME", "here")
+    if "e.g. " in argument:
+        argument = argument.split("e.g. ")[1].replace("'", "")
+    assert read(recipe, argument)[argument.partition("=")[0]] == expected
+
+
+def test_what_is_no_name_is_left_alone() -> None:
     sweep = ["-m", "run=a,b", "seed=1,2"]
     assert as_typed(sweep, FinetuneConfig, GROUPS) == sweep
     untouched = [
@@ -77,13 +94,6 @@ def test_quotes_lists_mappings_and_interpolations_stay_what_they_were() -> None:
         "model.depth=4",
     ]
     assert as_typed(untouched, FinetuneConfig, GROUPS) == untouched
-
-
-def test_a_list_like_name_is_a_name_if_there_is_such_a_folder(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert read("pretrain", "data=[hd]").data == ["hd"]
-    (tmp_path / "[hd]").mkdir()
-    assert read("pretrain", "data=[hd]").data == "[hd]"
 
 
 @pytest.mark.parametrize(
@@ -103,13 +113,6 @@ def test_what_cannot_be_a_name_says_how_to_write_it(argument: str, parts: list[s
     assert all(part in str(error.value) for part in parts)
 
 
-def test_the_ways_of_writing_that_are_recommended_work() -> None:
-    in_list = HINTS["["].format("data").split("e.g. ")[1].replace("'", "")
-    assert read("pretrain", in_list).data == ["2024_05_01", "Videos (1)"]
-    in_mapping = HINTS["{"].format("data").split("e.g. ")[1].replace("'", "")
-    assert read("pretrain", in_mapping).data == {"./2024_05_01": 3, "Videos (1)": 1}
-
-
 def test_the_recipe_reads_and_writes_folders_of_such_names(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("2024_05_01", "Videos (1)", "a,b", "~x"):
@@ -119,11 +122,3 @@ def test_the_recipe_reads_and_writes_folders_of_such_names(tmp_path, monkeypatch
         start("prepare_videos")
         assert (tmp_path / "out" / name / "store.json").is_file()
     capsys.readouterr()
-
-
-def test_the_entry_point_hands_names_on_as_typed(monkeypatch) -> None:
-    given = []
-    monkeypatch.setattr(sys, "argv", ["plot.py", "runs=2024_05_01", "out=a,b.html"])
-    monkeypatch.setattr(plot_recipe, "main", given.append)
-    start("plot")
-    assert (given[0].runs, given[0].out) == ("2024_05_01", "a,b.html")

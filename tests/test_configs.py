@@ -27,7 +27,7 @@ GROUPS = {
     if folder.is_dir() and list(folder.glob("*.yaml"))
 }
 # For what has no default.
-GIVEN = {"data": "d", "run": "r", "env": "toy", "source": "s", "runs": "r"}
+GIVEN = {"data": "d", "run": "r", "env": "toy", "source": "s", "runs": "r", "out": "o"}
 
 
 def composed(recipe, *overrides):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import wave
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prelar_trl.data import ClipStore, StoreError, VideoClips
+from prelar_trl.data import StoreError, VideoClips
 from prelar_trl.data.sources import (
     ClipError,
     EpisodeFolder,
@@ -27,11 +26,18 @@ from prelar_trl.data.sources import (
     video_clip,
 )
 from prelar_trl.recipes.prepare_videos import run, summary
-from tests.videos import assert_upright, config, encode, ramp, times
+from tests.videos import assert_upright, config, encode, ramp, save_pictures, times
 
 needs_opencv = pytest.mark.skipif(
     importlib.util.find_spec("cv2") is None, reason="optical flow needs opencv-python-headless"
 )
+
+
+def saved(folder: Path, frames: np.ndarray) -> list[Path]:
+    """The frames as pictures."""
+    names = [f"{t}.png" for t in range(len(frames))]
+    save_pictures(folder, frames, names)
+    return [folder / name for name in names]
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".avi", ".mov", ".gif"])
@@ -43,27 +49,23 @@ def test_every_kind_of_video_gives_its_frames_in_order_and_upright(tmp_path, suf
     assert_upright(clip["pixels"])
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_a_phone_held_sideways_gives_upright_frames(tmp_path, degrees: int) -> None:
-    ffmpeg = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
-    turns = degrees // 90
-    stored = np.ascontiguousarray(np.rot90(ramp(4), -turns, axes=(1, 2)))
-    lying = encode(tmp_path / "lying.mp4", stored)
-    upright = tmp_path / "upright.mp4"
-    options = ["-display_rotation", str(degrees), "-i", lying, "-c", "copy", upright]
-    subprocess.run([ffmpeg, "-v", "error", *options], check=True)
-    assert_upright(video_clip(upright, FrameOptions()).arrays()["pixels"])
-    with pytest.raises(AssertionError):
-        assert_upright(video_clip(lying, FrameOptions()).arrays()["pixels"])
-
-
-def test_stride_and_length_pick_frames(tmp_path) -> None:
-    path = encode(tmp_path / "v.mp4", ramp(12))
-    assert times(video_clip(path, FrameOptions(stride=3)).arrays()["pixels"]) == [0, 3, 6, 9]
-    assert times(video_clip(path, FrameOptions(max_frames=5)).arrays()["pixels"]) == list(range(5))
-    both = FrameOptions(stride=2, max_frames=3, size=32)
-    clip = video_clip(path, both).arrays()["pixels"]
-    assert times(clip) == [0, 2, 4] and clip.shape[2:] == (32, 32)
+@pytest.mark.parametrize("kind", ["video", "pictures"])
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"stride": 3}, [0, 3, 6, 9]),
+        ({"max_frames": 5}, [0, 1, 2, 3, 4]),
+        ({"stride": 2, "max_frames": 3, "size": 32}, [0, 2, 4]),
+    ],
+)
+def test_stride_and_length_pick_frames(tmp_path, kind: str, options: dict, expected: list) -> None:
+    options = FrameOptions(**options)
+    if kind == "video":
+        clip = video_clip(encode(tmp_path / "v.mp4", ramp(12)), options)
+    else:
+        clip = picture_clip(saved(tmp_path / "v", ramp(12)), options)
+    pixels = clip.arrays()["pixels"]
+    assert times(pixels) == expected and pixels.shape[2:] == (options.size, options.size)
 
 
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96), (48, 64)])
@@ -73,38 +75,21 @@ def test_crop_keeps_the_middle_square_and_squeeze_keeps_everything(tmp_path, sha
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     frames[:, top : top + side, left : left + side] = 250
-    pictures = [tmp_path / f"{i}.png" for i in range(4)]
-    for path, frame in zip(pictures, frames, strict=True):
-        Image.fromarray(frame).save(path)
-    video = encode(tmp_path / "v.mp4", frames)
-    for clip in (
-        video_clip(video, FrameOptions(resize="crop")).arrays()["pixels"],
-        picture_clip(pictures, FrameOptions(resize="crop")).arrays()["pixels"],
-    ):
-        assert clip.shape == (4, 3, 64, 64)
-        assert clip[:, :, 2:-2, 2:-2].min() > 225
-    for clip in (
-        video_clip(video, FrameOptions()).arrays()["pixels"],
-        picture_clip(pictures, FrameOptions()).arrays()["pixels"],
-    ):
-        assert abs(clip.mean() - 250 * side**2 / (height * width)) < 8
-
-
-def test_stride_and_length_pick_pictures_too(tmp_path) -> None:
-    paths = [tmp_path / f"{t}.png" for t in range(9)]
-    for path, frame in zip(paths, ramp(9), strict=True):
-        Image.fromarray(frame).save(path)
-    assert times(picture_clip(paths, FrameOptions(stride=2)).arrays()["pixels"]) == [0, 2, 4, 6, 8]
-    clip = picture_clip(paths, FrameOptions(stride=2, max_frames=3)).arrays()
-    assert times(clip["pixels"]) == [0, 2, 4]
+    pictures, video = saved(tmp_path / "p", frames), encode(tmp_path / "v.mp4", frames)
+    for resize in ("crop", "squeeze"):
+        options = FrameOptions(resize=resize)
+        for clip in (video_clip(video, options), picture_clip(pictures, options)):
+            pixels = clip.arrays()["pixels"]
+            assert pixels.shape == (4, 3, 64, 64)
+            if resize == "crop":
+                assert pixels[:, :, 2:-2, 2:-2].min() > 225
+            else:
+                assert abs(pixels.mean() - 250 * side**2 / (height * width)) < 8
 
 
 def test_pictures_of_the_right_size_are_kept_exactly(tmp_path) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    paths = [tmp_path / f"{i}.png" for i in range(3)]
-    for path, frame in zip(paths, frames, strict=True):
-        Image.fromarray(frame).save(path)
-    clip = picture_clip(paths, FrameOptions()).arrays()["pixels"]
+    clip = picture_clip(saved(tmp_path / "v", frames), FrameOptions()).arrays()["pixels"]
     assert np.array_equal(clip, frames.transpose(0, 3, 1, 2))
 
 
@@ -112,11 +97,8 @@ def test_a_folder_of_videos_and_picture_folders_becomes_a_store(tmp_path) -> Non
     root = tmp_path / "my videos"
     encode(root / "b" / "Küche löffel.mp4", ramp(8))
     encode(root / "a.webm", ramp(10))
-    encode(root / "UPPER.MP4".replace("MP4", "mp4"), ramp(7)).rename(root / "UPPER.MP4")
-    pictures = root / "frames 1"
-    pictures.mkdir()
-    for number, frame in enumerate(ramp(11), 1):  # 1, 2, ... 10, 11: natural order
-        Image.fromarray(frame).save(pictures / f"{number}.png")
+    encode(root / "UPPER.mp4", ramp(7)).rename(root / "UPPER.MP4")
+    saved(root / "frames 1", ramp(11))  # 0, 1, ... 10: natural order
     (root / "notes.txt").write_text("no video")
     (root / "loop").symlink_to(root)
     (root / "b" / "up").symlink_to("..")
@@ -307,16 +289,13 @@ def test_an_episode_without_pictures_gives_its_reason(tmp_path) -> None:
 @needs_opencv
 @pytest.mark.parametrize("kind", ["video", "pictures"])
 def test_flow_tells_direction_and_stands_still_first(tmp_path, kind: str) -> None:
-    rng = np.random.default_rng(0)
+    rng, options = np.random.default_rng(0), FrameOptions(flow=True)
     canvas = np.kron(rng.integers(0, 256, (40, 60, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
     frames = np.stack([canvas[64:192, 200 - 4 * t : 328 - 4 * t] for t in range(6)])  # to the right
     if kind == "video":
-        clip = video_clip(encode(tmp_path / "v.mp4", frames), FrameOptions(flow=True)).arrays()
+        clip = video_clip(encode(tmp_path / "v.mp4", frames), options).arrays()
     else:
-        paths = [tmp_path / f"{t}.png" for t in range(6)]
-        for path, frame in zip(paths, frames, strict=True):
-            Image.fromarray(frame).save(path)
-        clip = picture_clip(paths, FrameOptions(flow=True)).arrays()
+        clip = picture_clip(saved(tmp_path / "v", frames), options).arrays()
     flow = clip["flow"]
     assert flow.shape == clip["pixels"].shape and flow.dtype == np.uint8
     assert (flow[0] == 255).all()
@@ -364,12 +343,9 @@ def test_bad_settings_are_refused_before_any_work(tmp_path, overrides: dict, mes
         run(config(tmp_path / "v", tmp_path / "s", **overrides))
 
 
-def test_a_missing_folder_is_named(tmp_path) -> None:
+def test_nothing_usable_is_an_error(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="'nowhere' does not exist"):
         run(config(Path("nowhere"), tmp_path / "s"))
-
-
-def test_nothing_usable_is_an_error(tmp_path) -> None:
     (tmp_path / "v").mkdir()
     with pytest.raises(ValueError, match="holds no clip of kind 'videos'"):
         prepare(VideoFolder(tmp_path / "v", FrameOptions()), tmp_path / "s")
@@ -380,11 +356,14 @@ def test_nothing_usable_is_an_error(tmp_path) -> None:
 
 def test_strange_file_names_are_files(tmp_path, monkeypatch) -> None:
     names = ["12:30 a%03d.mp4", "-i.mp4", "http:.mp4", "a\nb.mp4"]
-    for name in names:
-        encode(tmp_path / "plain.mp4", ramp(4)).rename(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
+    data = encode(tmp_path / "plain" / "a.mp4", ramp(4)).read_bytes()
+    (tmp_path / "v").mkdir()
+    for name in (*map(os.fsencode, names), b"\xff.mp4", b"\xfe.mp4"):  # the last are no text
+        with open(os.fsencode(tmp_path / "v") + b"/" + name, "wb") as file:
+            file.write(data)
+    monkeypatch.chdir(tmp_path / "v")
     store = prepare(VideoFolder(".", FrameOptions()), tmp_path / "s" / "store")
-    assert sorted(store.names) == sorted(names)
+    assert sorted(store.names) == sorted([*names, "\\xfe.mp4", "\\xff.mp4"])
 
 
 def test_an_unexpected_failure_of_a_decoder_skips_the_clip(tmp_path, monkeypatch) -> None:
@@ -401,15 +380,3 @@ def test_an_unexpected_failure_of_a_decoder_skips_the_clip(tmp_path, monkeypatch
     store = prepare(source, tmp_path / "s")
     assert store.names == ["b.mp4"]
     assert store.skipped() == [("a.mp4", "cannot be decoded: IndexError")]
-
-
-def test_file_names_that_are_no_text_are_kept_apart(tmp_path) -> None:
-    folder = os.fsencode(tmp_path)
-    path = encode(tmp_path / "a.mp4", ramp(4))
-    data = path.read_bytes()
-    for name in (b"/\xff.mp4", b"/\xfe.mp4"):
-        with open(folder + name, "wb") as file:
-            file.write(data)
-    store = prepare(VideoFolder(tmp_path, FrameOptions()), tmp_path / "s")
-    assert store.names == ["\\xfe.mp4", "\\xff.mp4", "a.mp4"]
-    assert isinstance(store, ClipStore)

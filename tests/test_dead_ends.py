@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from prelar_trl import config
 from prelar_trl.config import METHODS, Method
-from prelar_trl.models import Agent, load_pretrained, pretrained_modules
+from prelar_trl.models import Agent, copy_pretrained, pretrained_modules
 from prelar_trl.modules import RSSMWorldModel, context
 from prelar_trl.official import load_official_checkpoint, official_name, save_official_checkpoint
 from prelar_trl.recipes.entry import settings
@@ -61,7 +61,7 @@ def finetune_once(
     agent, loss = tiny(method, "finetune", weights, **options)
     assert isinstance(agent, Agent)
     if pretrained is not None:
-        load_pretrained(agent.world_model, pretrained.state_dict())
+        copy_pretrained(agent.world_model, pretrained.state_dict())
         weight = pretrained_modules(agent.world_model)["rssm"].cell.linear.weight
         assert torch.equal(weight, pretrained.rssm.cell.linear.weight)
     td, before = batch(3, 7, terminated=torch.rand(3, 7, 1) < 0.1), copy.deepcopy(agent)

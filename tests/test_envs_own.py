@@ -93,6 +93,9 @@ class Walkers(EnvBase):
         return TensorDict({**self._observe(), **end}, batch_size=self.batch_size)
 
 
+Walker = partial(Counter, pay=1.0)
+
+
 def test_an_environment_with_several_transforms_of_its_own():
     own = TransformedEnv(Counter(), Compose(StepCounter(), RewardSum(["reward"], ["total"])))
     for options in ({}, {"action_repeat": 2}, {"max_steps": 3}, {"pixels": 32}):
@@ -114,7 +117,7 @@ def test_an_environment_may_pass_the_door_twice():
 
 
 @pytest.mark.parametrize(
-    "batched", [Walkers, lambda: SerialEnv(2, [partial(Counter, end, pay=1) for end in (2, 5)])]
+    "batched", [Walkers, lambda: SerialEnv(2, [partial(Walker, end) for end in (2, 5)])]
 )
 def test_action_repeat_stops_each_environment_of_a_batch_at_its_own_end(batched):
     env = make_env(batched(), action_repeat=3)

@@ -85,13 +85,6 @@ def test_lambda_zero_gives_one_step_targets_and_lambda_one_the_discounted_sum() 
     torch.testing.assert_close(F.lambda_return(reward, value, discount, 1.0)[:, 0], expected)
 
 
-def test_true_values_are_a_fixed_point_of_the_lambda_return() -> None:
-    reward, discount = torch.full((2, 8), 1.0), torch.full((2, 8), 0.9)
-    value = torch.full((2, 8), 10.0)  # 1 / (1 - 0.9)
-    for lmbda in (0.0, 0.5, 0.95, 1.0):
-        torch.testing.assert_close(F.lambda_return(reward, value, discount, lmbda), value)
-
-
 # ---------------------------------------------------------------------- consistency
 
 
@@ -187,15 +180,15 @@ def test_consistency_gives_no_gradient_to_the_state_divergence(mode: str) -> Non
     assert q.grad is not None
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*MODES, "gated"])
 @pytest.mark.parametrize("size", [1, 2, 8])
-@pytest.mark.parametrize(("equal_p", "equal_q"), [(0.7, None), (None, 0.3), (0.7, 0.3), (0.0, 0.0)])
+@pytest.mark.parametrize(("equal_p", "equal_q"), [(0.7, None), (None, 1e4), (0.7, 0.3), (0.0, 0.0)])
 def test_consistency_of_equal_or_few_divergences_is_finite(mode, size, equal_p, equal_q) -> None:
     p, q = (torch.rand(size) if x is None else torch.full((size,), x) for x in (equal_p, equal_q))
     loss = action_state_consistency(p, q.requires_grad_(), mode)
     (gradient,) = torch.autograd.grad(loss, q)
     assert loss.isfinite() and gradient.isfinite().all()
-    assert size > 1 or mode == "soft_rank" or loss == 0
+    assert size > 1 or mode not in ("soft", "sign") or loss == 0
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -254,11 +247,10 @@ def test_knn_distance_of_a_point_from_itself_is_nothing() -> None:
 def test_knn_distance_with_little_memory_counts_what_is_there() -> None:
     x, memory = torch.randn(5, 3), torch.zeros(20, 3)
     memory[:2] = torch.randn(2, 3)
-    valid = torch.arange(20) < 2
     expected = torch.cdist(x, memory[:2]).mean(1)
-    torch.testing.assert_close(F.knn_distance(x, memory, valid, 16), expected)
-    torch.testing.assert_close(F.knn_distance(x, memory[:2], valid[:2], 16), expected)
-    assert F.knn_distance(x, memory, torch.zeros(20, dtype=torch.bool), 16).tolist() == [0] * 5
+    for size, filled, distance in ((20, 2, expected), (2, 2, expected), (20, 0, torch.zeros(5))):
+        valid = torch.arange(size) < filled
+        torch.testing.assert_close(F.knn_distance(x, memory[:size], valid, 16), distance)
 
 
 # ---------------------------------------------------------------------- gradients

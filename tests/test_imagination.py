@@ -125,6 +125,9 @@ def test_only_what_has_ended_starts_anew() -> None:
     td = env.rand_step(env.reset())
     td["next", "done"][1] = True
     following = env.maybe_reset(step_mdp(td))
+    mask = torch.tensor([[False], [True], [False]])
+    again = env.reset(step_mdp(td).set("_reset", mask).set("done", mask))
+    assert (again["deter"] == td["next", "deter"]).all(-1).tolist() == [True, False, True]
     own = (following["deter"] == td["next", "deter"]).all(-1)
     assert own.tolist() == [True, False, True]
     assert (following["deter"][1] == starts["deter"]).all(-1).any()

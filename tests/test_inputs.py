@@ -14,7 +14,7 @@ from torchrl.envs.utils import check_env_specs
 from prelar_trl.data import EpisodeReplay, to_frames
 from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate
-from prelar_trl.models import load_pretrained, make_agent, make_world_model, make_world_model_loss
+from prelar_trl.models import copy_pretrained, make_agent, make_world_model, make_world_model_loss
 from prelar_trl.modules import (
     CNNDecoder,
     CNNEncoder,
@@ -337,7 +337,7 @@ def test_added_inputs_start_anew_and_the_rest_is_pretrained(method):
     trained = tiny_model(method, Inputs(), "pretrain")
     model = tiny_model(method, Inputs(64, 2, 5))
     before = copy.deepcopy(model.state_dict())
-    load_pretrained(model, trained.state_dict())
+    copy_pretrained(model, trained.state_dict())
     now = model.state_dict()
     added = ["view_encoders", "view_decoders", "vector_encoder", "vector_decoder"]
     assert added_inputs(model) == added and added_inputs(trained) == []

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from tensordict import TensorDict
 
-from prelar_trl.models import load_pretrained, make_world_model_loss
-from prelar_trl.modules import RSSMWorldModel
+from prelar_trl.models import copy_pretrained, make_world_model_loss
 from prelar_trl.modules.latent_actions import DeterministicActions, GaussianActions
 from prelar_trl.objectives import LatentActionLoss, RSSMWorldModelLoss
 from prelar_trl.objectives.functional import action_state_consistency
-from prelar_trl.updates import WorldModelUpdate
 from tests.tiny import batch, has_gradient, tiny_world_model
 
 LABELED = {"action_label": 1.0}
@@ -53,38 +49,10 @@ def test_warm_up_raises_the_weight_geometrically_over_training_calls() -> None:
             torch.testing.assert_close(out["latent_kl"], torch.tensor(4.0))
 
 
-def options_run() -> tuple[RSSMWorldModel, WorldModelUpdate]:
-    torch.manual_seed(3)
-    model = tiny_world_model()
-    options = {"weights": LABELED, "action_dim": 2, "latent_warmup": 3, "consistency": "gated"}
-    return model, WorldModelUpdate(make_world_model_loss("prelar", "pretrain", model, **options))
-
-
 def labeled_batch(rows: int = 1) -> TensorDict:
     labeled = torch.zeros(2, 4, 1, dtype=torch.bool)
     labeled[:rows] = True
     return batch(labeled=labeled)
-
-
-def test_warm_up_and_label_head_continue_exactly() -> None:
-    torch.manual_seed(5)
-    data = [labeled_batch() for _ in range(4)]
-    model, update = options_run()
-    for each in data[:2]:
-        update(each)
-    saved = copy.deepcopy((model.state_dict(), update.state_dict(), torch.get_rng_state()))
-    expected = [update(each) for each in data[2:]]
-    again, update = options_run()
-    again.load_state_dict(saved[0])
-    update.load_state_dict(saved[1])
-    torch.set_rng_state(saved[2])
-    for each, out in zip(data[2:], expected, strict=True):
-        found = update(each)
-        for name in ("loss_latent_kl", "loss_action_label"):
-            assert torch.equal(found[name], out[name])
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
-    assert float(update.loss.latent_action.calls) == 4
 
 
 # ---------------------------------------------------------------- labels
@@ -172,15 +140,6 @@ def test_gated_is_off_while_the_state_divergence_is_noise() -> None:
     assert gradients[0] < 1e-6 and gradients[1] > 1e-3 and gradients[2] > gradients[1]
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
-def test_gated_is_finite_where_all_are_equal(value: float) -> None:
-    for p in (torch.full((5,), value), torch.arange(5.0)):
-        q = torch.full((5,), value, requires_grad=True)
-        loss = gated(p, q)
-        loss.backward()
-        assert loss.isfinite() and q.grad.isfinite().all()
-
-
 # ---------------------------------------------------------------- a kind's own losses
 
 
@@ -220,7 +179,7 @@ def test_the_action_encoder_gets_the_codebook_of_the_inverse_model() -> None:
     pretrained = tiny_world_model(**VQ)
     fine = tiny_world_model("prelar", "finetune", **VQ, action_code="vq")
     before = fine.action_encoder.latent_actions.codebook.clone()
-    load_pretrained(fine, pretrained.state_dict())
+    copy_pretrained(fine, pretrained.state_dict())
     codebook = pretrained.latent_action_encoder.latent_actions.codebook
     assert torch.equal(fine.action_encoder.latent_actions.codebook, codebook)
     assert not torch.equal(codebook, before)
@@ -234,4 +193,4 @@ def test_a_codebook_of_another_size_is_refused() -> None:
     other = {"latent_action": "vq", "latent_action_options": {"codes": 6}}
     fine = tiny_world_model("prelar", "finetune", **other, action_code="vq")
     with pytest.raises(ValueError, match=r"codebook is \(5, 4\) there and \(6, 4\) here"):
-        load_pretrained(fine, tiny_world_model(**VQ).state_dict())
+        copy_pretrained(fine, tiny_world_model(**VQ).state_dict())

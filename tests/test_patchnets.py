@@ -14,25 +14,13 @@ from prelar_trl.updates import WorldModelUpdate
 from tests.tiny import ACTION_DIM, PHASES, batch
 
 
-def test_shapes_and_names_of_the_weights() -> None:
+def test_shapes_of_images_and_weights() -> None:
     encoder, decoder = PatchEncoder(6, depth=4), PatchDecoder(7, depth=4)
-    embed = encoder(torch.randn(2, 6, 64, 64))
-    assert embed.shape == (2, 256) and encoder.embed_dim == 256
+    assert encoder(torch.randn(2, 6, 64, 64)).shape == (2, 256) and encoder.embed_dim == 256
     assert decoder(torch.randn(2, 7)).shape == (2, 3, 64, 64)
-    assert {name: tuple(x.shape) for name, x in encoder.state_dict().items()} == {
-        "convs.0.weight": (4, 6, 4, 4),
-        "convs.0.bias": (4,),
-        "convs.1.weight": (16, 4, 4, 4),
-        "convs.1.bias": (16,),
-    }
-    assert {name: tuple(x.shape) for name, x in decoder.state_dict().items()} == {
-        "linear_in.weight": (256, 7),
-        "linear_in.bias": (256,),
-        "patches.0.weight": (64, 16),
-        "patches.0.bias": (64,),
-        "patches.1.weight": (48, 4),
-        "patches.1.bias": (48,),
-    }
+    shapes = [[tuple(x.shape) for x in net.parameters()] for net in (encoder, decoder)]
+    assert shapes[0] == [(4, 6, 4, 4), (4,), (16, 4, 4, 4), (16,)]
+    assert shapes[1] == [(256, 7), (256,), (64, 16), (64,), (48, 4), (48,)]
 
 
 def test_the_encoder_reads_each_patch_by_itself() -> None:
@@ -59,16 +47,14 @@ def test_the_decoder_is_two_transposed_convolutions() -> None:
 
 
 @pytest.mark.parametrize(("method", "phase"), PHASES)
-def test_size_mini_trains_every_method(method: str, phase: str) -> None:
-    sizes = {"action_dim": ACTION_DIM, "size": "mini"}
-    bonus = None
+def test_size_mini_has_patch_networks_and_trains_every_method(method: str, phase: str) -> None:
+    sizes, bonus = {"action_dim": ACTION_DIM, "size": "mini"}, None
     if phase == "pretrain":
         model = make_world_model(method, phase, **sizes)
     else:
         agent = make_agent(method, **sizes)
         model, bonus = agent.world_model, agent.video_bonus
-    assert isinstance(model.encoder, PatchEncoder) == (method != "contextwm")
-    assert isinstance(model.decoder, PatchDecoder) == (method != "contextwm")
+    for network, kind in ((model.encoder, PatchEncoder), (model.decoder, PatchDecoder)):
+        assert isinstance(network, kind) == (method != "contextwm")
     loss = make_world_model_loss(method, phase, model, video_bonus=bonus)
-    out = WorldModelUpdate(loss)(batch(2, 6))
-    assert total_loss(out).isfinite()
+    assert total_loss(WorldModelUpdate(loss)(batch(2, 6))).isfinite()

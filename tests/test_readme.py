@@ -11,7 +11,10 @@ from prelar_trl.config import METHODS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", ROOT / "docs" / "latent_actions.md"]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("latent_actions", "pipelines")),
+]
 BLOCKS = [
     pytest.param(page, block, id=f"{page.stem}-{number}")
     for page in PAGES

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.recipes.evaluate import evaluate
@@ -16,7 +15,14 @@ from prelar_trl.recipes.interaction import Evaluation
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import RunFolder
-from tests.toy_runs import checkpoint, different, finetune_config, make_clips, pretrain_config
+from tests.toy_runs import (
+    checkpoint,
+    copy_run,
+    different,
+    finetune_config,
+    make_clips,
+    pretrain_config,
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,7 @@ def test_two_checkpoints_are_kept(made):
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(made, tmp_path, caplog):
-    run = shutil.copytree(made.pre, tmp_path / "pre")
+    run = copy_run(made.pre, tmp_path / "pre")
     flip(run / "checkpoints" / "last.pt")
     with caplog.at_level(logging.WARNING):
         pretrain(pretrain_config(made.clips, run, updates=4, resume=True))
@@ -56,7 +62,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(made, tmp_path, 
 
 
 def test_fine_tuning_goes_on_over_a_damaged_checkpoint_replay_and_metrics(made, tmp_path, caplog):
-    run = shutil.copytree(made.fine, tmp_path / "fine")
+    run = copy_run(made.fine, tmp_path / "fine")
     flip(run / "checkpoints" / "last.pt")
     journal = run / "replay" / "clips" / "000000.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -102,7 +108,7 @@ def test_the_best_evaluated_agent_is_kept_and_can_be_evaluated(tmp_path, monkeyp
 
 @pytest.mark.parametrize("phase", ["pre", "fine"])
 def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(phase, made, tmp_path):
-    run = shutil.copytree(getattr(made, phase), tmp_path / phase)
+    run = copy_run(getattr(made, phase), tmp_path / phase)
     before = {x: x.stat().st_mtime_ns for x in run.rglob("*")}
     first = RunFolder.load(run)
     first.lock()
@@ -115,9 +121,9 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(phase, made, tm
 
 
 def test_a_run_unlocks_its_folder_when_it_ends_or_fails(made, tmp_path, monkeypatch):
-    run = shutil.copytree(made.pre, tmp_path / "pre")
+    run = copy_run(made.pre, tmp_path / "pre")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(OSError, match="was not written"):
             pretrain(pretrain_config(made.clips, run, updates=5, resume=True))
     pretrain(pretrain_config(made.clips, run, updates=5, resume=True))

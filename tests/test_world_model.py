@@ -255,11 +255,3 @@ def test_a_users_own_encoder_takes_the_place_of_ours() -> None:
     out = model(batch())
     assert out["embed"].shape == (2, 4, 3)
     assert out["feat"].isfinite().all()
-
-
-def test_a_float64_world_model_computes_in_float64() -> None:
-    for method, phase in (("prelar", "pretrain"), ("contextwm", "pretrain"), ("apv", "finetune")):
-        data = batch().apply(lambda x: x.double() if x.is_floating_point() else x)
-        out = world_model(method, phase, sample=False).double()(data)
-        for key in ("feat", "posterior", ("prediction", "pixels")):
-            assert out[key].dtype == torch.float64

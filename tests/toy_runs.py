@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ def finetune_config(run: Path, **changes: Any) -> FinetuneConfig:
     model = {**TINY, **changes.pop("model", {})}
     options = {"method": "prelar", "size": "tiny", "threads": 1, **STEPS, **changes}
     return FinetuneConfig(run=str(run), model=model, **options)
+
+
+def copy_run(source: Path, to: Path) -> Path:
+    """A copy of a run folder, as if the run had been there from the start."""
+    shutil.copytree(source, to)
+    config = (to / "config.yaml").read_text()
+    (to / "config.yaml").write_text(config.replace(f"run: {source}", f"run: {to}"))
+    return to
 
 
 def interrupt_after(

@@ -34,6 +34,7 @@ from prelar_trl.data.writer import ClipWriter
 logger = logging.getLogger(__name__)
 _KEYS = ("pixels", "action", ("next", "pixels"), ("next", "reward"), ("next", "done"))
 _TRAJECTORY = ("collector", "traj_ids")
+_MASK = ("collector", "mask")
 _STREAMS = {
     "pixels": "pixels",
     "action": "actions",
@@ -251,7 +252,8 @@ class EpisodeWriter(Writer):
         ids = data.get(_TRAJECTORY, None)
         ids = None if ids is None else ids.reshape(done.shape).cpu()
         for worker in range(data.shape[0]):
-            for begin, end in _pieces(done[worker], first[worker]):
+            number = None if ids is None else ids[worker]
+            for begin, end in _pieces(done[worker], first[worker], number):
                 key = worker if ids is None else ("trajectory", int(ids[worker, begin]))
                 if bool(first[worker, begin]) and key in self.pending:
                     written.append(self._finish(key))
@@ -266,6 +268,8 @@ class EpisodeWriter(Writer):
 
     def _check(self, data: TensorDictBase) -> None:
         keys = data.keys(include_nested=True, leaves_only=True)
+        if _MASK in keys and not bool(data[_MASK].all()):
+            raise ValueError("the data are padded: make the collector with split_trajs=False")
         missing = [k for k in _KEYS if k not in keys]
         if missing:
             raise ValueError(f"the data lack {', '.join(map(str, missing))}")
@@ -318,10 +322,12 @@ class EpisodeWriter(Writer):
         }
 
 
-def _pieces(done: Tensor, first: Tensor) -> list[tuple[int, int]]:
-    """Cuts ``[T]`` behind every ``done`` and before every ``first``."""
+def _pieces(done: Tensor, first: Tensor, number: Tensor | None) -> list[tuple[int, int]]:
+    """Cuts ``[T]`` behind a ``done``, before a ``first`` and where another number begins."""
     cut = done.clone()
     cut[:-1] |= first[1:]
+    if number is not None:
+        cut[:-1] |= number[1:] != number[:-1]
     ends = (cut.nonzero().squeeze(-1) + 1).tolist()
     if not ends or ends[-1] != len(done):
         ends.append(len(done))

@@ -101,7 +101,9 @@ class EpisodeReplay:
 
         Time is the last batch dimension: batch ``[T]`` or ``[N, T]``, N environments. A single
         step of N environments, batch ``[N]``, goes to `add`. The data of one environment continue
-        where its last call stopped; ``("collector", "traj_ids")`` is respected when it is there.
+        where its last call stopped; where ``("collector", "traj_ids")`` is there it tells which
+        steps belong together, so that a multi-process collector's parts may come in any order,
+        stacked or joined.
 
         Args:
             data: ``pixels`` uint8, ``action`` float32, ``next`` with ``pixels``, ``reward``,
@@ -113,7 +115,8 @@ class EpisodeReplay:
             Indices int64 ``[M]`` of the frames of the episodes that were finished by this call.
 
         Raises:
-            ValueError: a missing key, a wrong shape or dtype, NaN; nothing was taken then.
+            ValueError: a missing key, a wrong shape or dtype, NaN, padding (a collector's
+                ``split_trajs``); nothing was taken then.
             OSError: no space is left; finished episodes are safe.
         """
         return self.buffer.extend(data)

@@ -42,8 +42,8 @@ def wrap_env(
         own = env.transform if isinstance(env.transform, Compose) else [env.transform]
         base, transforms = env.base_env, [*(each.clone() for each in own), *transforms]
     if "success" not in given:
-        if isinstance(base, GymLikeEnv) and not base.batch_size:
-            base.set_info_dict_reader(SuccessReader())
+        if isinstance(base, GymLikeEnv):
+            base.set_info_dict_reader(SuccessReader(base.batch_size))
         else:
             transforms.append(NoSuccess())
     return base, transforms

@@ -63,7 +63,7 @@ class InferredActions(TensorDictModuleBase):
     def __init__(self, encoder: LatentActionEncoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self.in_keys = [("next", "pixels")]
+        self.in_keys: list[NestedKey] = [("next", "pixels")]
         self.out_keys = ["latent_action"]
         if encoder.latent_actions.outputs().has_params:
             self.out_keys.append("latent_action_statistics")

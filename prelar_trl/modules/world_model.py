@@ -29,6 +29,8 @@ def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     """uint8 pixels -> images in [-0.5, 0.5]."""
     if pixels.dtype != torch.uint8:
         raise TypeError(f"pixels have dtype {pixels.dtype}; store frames as uint8 in [0, 255]")
+    if pixels.dim() < 3 or pixels.shape[-1] <= 4 < pixels.shape[-3]:
+        raise ValueError(f"pixels have shape {list(pixels.shape)}; it must be [..., C, H, W]")
     return pixels.to(dtype).div_(255).sub_(0.5)
 
 
@@ -204,13 +206,18 @@ class RSSMWorldModel(TensorDictModuleBase):
         is_first: Tensor,
         state: State | None = None,
         lower_state: State | None = None,
+        sample: bool | None = None,
     ) -> TensorDict:
-        """Filter embeddings ``[B, T, E]`` under actions of the dynamics; is_first ``[B, T, 1]``."""
+        """Filter embeddings ``[B, T, E]`` under actions of the dynamics; is_first ``[B, T, 1]``.
+
+        ``sample`` replaces the model's own.
+        """
+        sample = self.sample if sample is None else sample
         out = TensorDict({"embed": embed}, batch_size=embed.shape[:2])
         first = is_first.squeeze(-1)
         if self.lower_rssm is not None:
             lower, posterior, prior = self.lower_rssm.observe(
-                embed, None, first, lower_state, self.sample
+                embed, None, first, lower_state, sample
             )
             feat = self.lower_rssm.feat(lower)
             out["lower"] = TensorDict(
@@ -218,7 +225,7 @@ class RSSMWorldModel(TensorDictModuleBase):
                 batch_size=out.batch_size,
             )
             embed = torch.cat([embed, feat], -1) if self.concat_embed else feat
-        states, posterior, prior = self.rssm.observe(embed, action, first, state, self.sample)
+        states, posterior, prior = self.rssm.observe(embed, action, first, state, sample)
         out.update(states._asdict())
         return out.update({"feat": self.rssm.feat(states), "posterior": posterior, "prior": prior})
 

@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from prelar_trl.record.plots import (
+from prelar_trl.record.comparison_plots import (
     Band,
     Dots,
-    Series,
     plot_learning_curves,
     plot_steps_to_threshold,
 )
+from prelar_trl.record.plots import Series
 from prelar_trl.record.statistics import (
     Estimate,
     bootstrap_band,

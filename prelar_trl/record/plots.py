@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from prelar_trl.record.table import read_rows
@@ -28,25 +27,6 @@ class Series(NamedTuple):
 
     steps: np.ndarray
     values: np.ndarray
-
-
-class Band(NamedTuple):
-    """A mean curve over runs and its interval, [n] each."""
-
-    steps: np.ndarray
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-class Dots(NamedTuple):
-    """One value a run [n], which of them are only lower bounds [n], and their mean's interval."""
-
-    values: Sequence[float]
-    censored: Sequence[bool]
-    mean: float
-    low: float
-    high: float
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:
@@ -105,7 +85,7 @@ def plot_curves(
             known = sorted({name for run in runs.values() for name in run})
             raise ValueError(f"no run has the metric {metric!r}: there are {', '.join(known)}")
     columns = min(columns, len(metrics))
-    figure, axes = _figure(math.ceil(len(metrics) / columns), columns)
+    figure, axes = new_figure(math.ceil(len(metrics) / columns), columns)
     for axis, metric in zip(axes, metrics, strict=False):
         axis.set_title(metric, fontsize=9, loc="left")
         for i, (label, run) in enumerate(runs.items()):
@@ -120,7 +100,7 @@ def plot_curves(
     if len(runs) > 1:
         for axis in axes[: len(metrics)]:
             axis.legend(fontsize=7, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_psnr_by_step(
@@ -138,7 +118,7 @@ def plot_psnr_by_step(
         context: number of frames seen; the rest is imagined.
         label: of the vertical axis. Default: ``PSNR (dB)``.
     """
-    figure, (axis,) = _figure(1, 1, panel=(5.4, 3.0))
+    figure, (axis,) = new_figure(1, 1, panel=(5.4, 3.0))
     axis.axvspan(0.5, context + 0.5, color="#eef2f4", lw=0)
     for i, (name, values) in enumerate(curves.items()):
         frames = np.arange(1, len(values) + 1)
@@ -158,7 +138,7 @@ def plot_psnr_by_step(
     axis.set_ylabel(label, fontsize=8)
     if len(curves) > 1:
         axis.legend(fontsize=8, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_bars(
@@ -177,7 +157,7 @@ def plot_bars(
     columns = min(columns, len(panels))
     bars = max(len(panel) for panel in panels.values())
     rows = math.ceil(len(panels) / columns)
-    figure, axes = _figure(rows, columns, panel=(PANEL[0], 0.7 + 0.25 * bars))
+    figure, axes = new_figure(rows, columns, panel=(PANEL[0], 0.7 + 0.25 * bars))
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, panel) in zip(axes, panels.items(), strict=False):
@@ -188,7 +168,7 @@ def plot_bars(
         axis.set_yticks(range(len(panel)), list(panel))
         axis.invert_yaxis()
         axis.axvline(0, color="#444", lw=0.8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_scatter(
@@ -199,133 +179,22 @@ def plot_scatter(
     y_label: str,
 ) -> Path:
     """Draw one panel of points for each title: ``title -> (x, y)``."""
-    figure, axes = _figure(1, len(points))
+    figure, axes = new_figure(1, len(points))
     for axis, (title, (x, y)) in zip(axes, points.items(), strict=True):
         axis.set_title(title, fontsize=9, loc="left")
         axis.plot(x, y, "o", color=COLORS[0], ms=2, alpha=0.3, mew=0)
         axis.set_xlabel(x_label, fontsize=8)
         axis.set_ylabel(y_label, fontsize=8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
-def plot_learning_curves(
-    panels: Mapping[str, Mapping[str, Band]],
-    path: str | os.PathLike[str],
-    *,
-    threshold: float,
-    score_name: str,
-    styles: Mapping[str, tuple[str, str]] | None = None,
-    columns: int = 2,
-) -> Path:
-    """Draw one panel of mean curves and bands for each task, a legend beside them.
-
-    Args:
-        panels: title -> label -> curve.
-        path: the picture, png or svg.
-        threshold: drawn as a line across.
-        score_name: of the vertical axis.
-        styles: label -> color and line style. Default: the next color.
-        columns: panels in a row. Default: 2.
-    """
-    styles = _styles(panels, styles)
-    columns = min(columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    legend = 1.9 / columns  # inches of each panel
-    figure, axes = _figure(rows, columns, panel=(4.7 + legend, 3.4))
-    handles = {}
-    for axis, (title, curves) in zip(axes, panels.items(), strict=False):
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.axhline(threshold, color="#666", lw=0.9, ls=(0, (4, 3)), zorder=1)
-        axis.annotate(
-            f"threshold {threshold:g}",
-            (0, threshold),
-            xycoords=axis.get_yaxis_transform(),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=8,
-            color="#666",
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            zorder=3,
-        )
-        for label, curve in curves.items():
-            color, line = styles[label]
-            axis.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.13, lw=0)
-            (handles[label],) = axis.plot(curve.steps, curve.mean, line, color=color, lw=1.8)
-        _count_steps(axis)
-        axis.set_ylabel(score_name, fontsize=9)
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    handles = {label: handles[label] for label in styles}
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside right center",
-        fontsize=9,
-        frameon=False,
-        handlelength=2.2,
-    )
-    return _save(figure, path)
-
-
-def plot_steps_to_threshold(
-    panels: Mapping[str, Mapping[str, Dots]],
-    path: str | os.PathLike[str],
-    *,
-    styles: Mapping[str, tuple[str, str]] | None = None,
-    columns: int = 2,
-) -> Path:
-    """Draw one row for each label: a dot a run, hollow where it is only a bound, and the mean.
-
-    Args:
-        panels: title -> label -> steps of the runs.
-        path: the picture, png or svg.
-        styles: label -> color and line style. Default: the next color.
-        columns: panels in a row. Default: 2.
-    """
-    styles = _styles(panels, styles)
-    columns = min(columns, len(panels))
-    height = 0.9 + 0.32 * max(len(panel) for panel in panels.values())
-    figure, axes = _figure(math.ceil(len(panels) / columns), columns, panel=(6.2, height))
-    for axis, (title, panel) in zip(axes, panels.items(), strict=False):
-        axis.set_title(title, fontsize=10, loc="left")
-        for row, (label, dots) in enumerate(panel.items()):
-            color = styles[label][0]
-            spread = row - 0.16 + 0.32 * (np.arange(len(dots.values)) + 0.5) / len(dots.values)
-            for x, y, censored in zip(dots.values, spread, dots.censored, strict=True):
-                face = "white" if censored else color
-                axis.plot(x, y, "o", ms=5, mfc=face, mec=color, mew=1.1, alpha=0.75)
-            axis.plot([dots.low, dots.high], [row, row], color=color, lw=5, alpha=0.25, zorder=1)
-            axis.plot(dots.mean, row, "|", color=color, ms=17, mew=2.2)
-        axis.set_yticks(range(len(panel)), list(panel))
-        axis.tick_params(axis="y", length=0, labelsize=9)
-        axis.set_ylim(len(panel) - 0.5, -0.5)
-        axis.grid(False, axis="y")
-        _count_steps(axis, "environment steps to the threshold (hollow: not reached)")
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    return _save(figure, path)
-
-
-def _styles(
-    panels: Mapping[str, Mapping[str, object]], styles: Mapping[str, tuple[str, str]] | None
-) -> dict[str, tuple[str, str]]:
-    """Color and line of every label, in the order in which they come."""
-    labels = dict.fromkeys(label for panel in panels.values() for label in panel)
-    default = {label: (COLORS[i % 7], STYLE[i // 7 % 4]) for i, label in enumerate(labels)}
-    return default | {label: style for label, style in (styles or {}).items() if label in labels}
-
-
-def _count_steps(axis: Axes, label: str = "environment steps") -> None:
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-    axis.set_xlim(left=0)
-    axis.set_xlabel(label, fontsize=9)
-
-
-def _figure(
+def new_figure(
     rows: int, columns: int, panel: tuple[float, float] = PANEL
 ) -> tuple[Figure, list[Axes]]:
-    # Figure without pyplot: no global state, no display.
+    """A figure with its axes, in the style of all pictures; ``panel`` is in inches.
+
+    Without pyplot: no global state, no display.
+    """
     figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained", dpi=150)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
@@ -357,8 +226,17 @@ def _scale(axis: Axes, metric: str, values: Sequence[np.ndarray]) -> None:
         axis.set_yscale("log")
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
-    return path
+def save_figure(
+    figure: Figure, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+) -> Path:
+    """Write a figure to a file, or to several of different formats; returns the first."""
+    paths = [Path(x) for x in ([path] if isinstance(path, str | os.PathLike) else path)]
+    for file in paths:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, facecolor="white", metadata={"Date": None} if is_svg(file) else None)
+    return paths[0]
+
+
+def is_svg(path: Path) -> bool:
+    """Whether it is a drawing, which would hold the time at which it was made."""
+    return path.suffix == ".svg"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from prelar_trl.record.learning_curves import EvaluatedRun, write_learning_curves
 from prelar_trl.record.plots import Series, plot_curves, read_metrics
 from prelar_trl.record.run import RunFolder
 from prelar_trl.utils import atomic_write
@@ -65,7 +66,7 @@ def html_report(
         phases.setdefault(_phase(folder.config), []).append((label, folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     curves = path.parent / f"{path.stem}_curves"
-    html = _template().render(
+    html = _template("report.html.j2").render(
         title=title,
         num_runs=len(folders),
         now=datetime.now().strftime("%d %B %Y, %H:%M"),
@@ -77,7 +78,41 @@ def html_report(
     return path
 
 
-def _template() -> Template:
+def curves_page(
+    path: str | os.PathLike[str],
+    runs: Sequence[EvaluatedRun],
+    *,
+    title: str = "Learning curves",
+    at: Sequence[int] | None = None,
+    baseline: str | None = None,
+) -> Path:
+    """Write the comparison of runs as one page; pictures and tables lie in ``<name>_curves/``.
+
+    Args:
+        path: the HTML file; replaced when it exists.
+        runs: all of them, references too.
+        title: the heading.
+        at, baseline: as in :func:`write_learning_curves`, which raises as it does.
+    """
+    path = Path(path)
+    folder = path.parent / f"{path.stem}_curves"
+    sections = write_learning_curves(runs, folder, at=at, baseline=baseline)
+    groups = list(dict.fromkeys(run.group for run in runs if not run.reference))
+    html = _template("curves.html.j2").render(
+        title=title,
+        num_runs=sum(not run.reference for run in runs),
+        now=datetime.now().strftime("%d %B %Y, %H:%M"),
+        groups=groups,
+        references=list(dict.fromkeys(run.group for run in runs if run.reference)),
+        sections=sections,
+        baseline=baseline or ("dreamerv2" if "dreamerv2" in groups else groups[0]),
+    )
+    with atomic_write(path) as part:
+        part.write_text(html, encoding="utf-8")
+    return path
+
+
+def _template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -87,7 +122,7 @@ def _template() -> Template:
     )
     environment.filters["base64"] = lambda file: base64.b64encode(file.read_bytes()).decode()
     environment.filters["text"] = _text
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _section(phase: str, members: list[tuple[str, RunFolder]], curves: Path) -> dict[str, Any]:

@@ -118,6 +118,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             with open(path / "config.yaml", "x", encoding="utf-8") as file:
                 file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             for folder in ("checkpoints", "videos", "pictures"):
                 (path / folder).mkdir()
             _write_json(path / "versions.json", record)
@@ -162,7 +164,11 @@ class RunFolder:
     @property
     def versions(self) -> dict[str, Any]:
         """Package versions, git state, seed, command and start time of the run."""
-        return json.loads((self.path / "versions.json").read_text(encoding="utf-8"))
+        file = self.path / "versions.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {_one_line(error)}") from None
 
     @property
     def metrics(self) -> Path:
@@ -233,7 +239,7 @@ def _check_free(path: Path) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path) as part:
+    with atomic_write(path, sync=True) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ task are drawn anew with replacement, independently of the other tasks and of th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -68,25 +68,77 @@ def bootstrap_interval(
 def bootstrap_band(
     curves: ArrayLike,
     *,
+    statistic: Literal["mean", "iqm"] = "mean",
     confidence: float = CONFIDENCE,
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pointwise interval of the mean curve; whole runs are redrawn.
+    """Pointwise interval of an aggregated curve; whole runs are redrawn, within each task.
 
     Args:
-        curves: [runs, points].
+        curves: [runs, points] of one task, or [runs, tasks, points].
+        statistic: over runs and tasks: their mean, or interquartile mean. Default: ``mean``.
         confidence, samples, seed: as in :func:`bootstrap_interval`.
 
     Returns:
         lower and upper ends, [points] each.
     """
     curves = np.asarray(curves, dtype=float)
-    if curves.ndim != 2 or curves.size == 0:
+    if curves.ndim not in (2, 3) or curves.size == 0:
         raise ValueError(f"bootstrap: curves [runs, points] are needed, got {list(curves.shape)}")
-    rows = np.random.default_rng(seed).integers(len(curves), size=(samples, len(curves)))
-    low, high = _interval(curves[rows].mean(axis=1), confidence)
+    tasks = curves[:, None] if curves.ndim == 2 else curves
+    rows = np.random.default_rng(seed).integers(len(tasks), size=(samples, *tasks.shape[:2]))
+    values = np.empty((samples, tasks.shape[2]))
+    for point in range(tasks.shape[2]):
+        redrawn = np.take_along_axis(tasks[None, ..., point], rows, axis=1)
+        values[:, point] = _aggregate(redrawn.reshape(samples, -1), statistic)
+    low, high = _interval(values, confidence)
     return low, high
+
+
+def aggregate_curve(curves: ArrayLike, statistic: Literal["mean", "iqm"] = "mean") -> np.ndarray:
+    """Mean or interquartile mean over runs and tasks at each point.
+
+    Args:
+        curves: [runs, points] or [runs, tasks, points].
+        statistic: default ``mean``.
+
+    Returns:
+        [points].
+    """
+    curves = np.asarray(curves, dtype=float)
+    return _aggregate(curves.reshape(-1, curves.shape[-1]).T, statistic)
+
+
+def performance_profile(
+    scores: ArrayLike,
+    thresholds: ArrayLike,
+    *,
+    confidence: float = CONFIDENCE,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Share of runs that score more than each threshold, over all tasks.
+
+        F(tau) = 1/M sum_m 1/N sum_n 1[x_nm > tau]
+
+    Agarwal et al. 2021, section 4.2: the score distribution. A method whose profile lies above
+    another's everywhere is stochastically better.
+
+    Args:
+        scores: ``x`` [N, M], runs and tasks, or [N] for one task.
+        thresholds: ``tau`` [points].
+        confidence, samples, seed: as in :func:`bootstrap_interval`.
+
+    Returns:
+        the profile and the ends of its pointwise interval, [points] each.
+    """
+    table, thresholds = _table(scores), np.asarray(thresholds, dtype=float)
+    above = table[..., None] > thresholds
+    low, high = bootstrap_band(
+        above, confidence=confidence, samples=samples, seed=seed, statistic="mean"
+    )
+    return above.mean(axis=(0, 1)), low, high
 
 
 def steps_to_threshold(
@@ -216,6 +268,14 @@ def _redraw(table: np.ndarray, samples: int, rng: np.random.Generator) -> np.nda
     """[samples, runs, tasks]: the runs of each task with replacement."""
     rows = rng.integers(len(table), size=(samples, *table.shape))
     return np.take_along_axis(table[None], rows, axis=1)
+
+
+def _aggregate(values: np.ndarray, statistic: Literal["mean", "iqm"]) -> np.ndarray:
+    """Over the last axis [..., n]; the interquartile mean cuts ``floor(n / 4)`` at either end."""
+    if statistic == "mean":
+        return values.mean(axis=-1)
+    cut = values.shape[-1] // 4
+    return np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(axis=-1)
 
 
 def _interval(values: np.ndarray, confidence: float) -> np.ndarray:

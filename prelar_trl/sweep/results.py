@@ -20,6 +20,7 @@ from prelar_trl.record import (
 )
 from prelar_trl.sweep.engine import write_json
 from prelar_trl.sweep.jobs import Job, Suite
+from prelar_trl.utils import without_null
 
 EVALUATIONS = {"return": "eval/return", "success": "eval/success"}
 
@@ -97,12 +98,3 @@ class CurveResults:
             for table in sorted(self.folder.glob("*/table.csv")):
                 with open(table, newline="", encoding="utf-8") as rows:
                     writer.writerows(csv.DictReader(rows))
-
-
-def without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings and groups of them, without those that are null."""
-    return {
-        name: without_null(value) if isinstance(value, Mapping) else value
-        for name, value in settings.items()
-        if value is not None
-    }

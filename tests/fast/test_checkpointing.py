@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.fast import accelerate, convnets
-from prelar_trl.fast.checkpointing import CheckpointedBatchNorm2d, _products, checkpoint_convs
+from prelar_trl.fast.checkpointing import CheckpointedBatchNorm2d, checkpoint_convs
 from prelar_trl.modules import ResNetDecoder, ResNetEncoder
 from prelar_trl.modules.rssm import GRUCell
 
@@ -145,28 +145,6 @@ def test_a_step_of_imagination_keeps_the_gates_only_once() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
     # Input (2), gates (3), new state (1); plainly also norm (3), both sigmoids, product and tanh.
     assert 6 <= kept[0] < 7 and kept[1] >= 12
-
-
-@pytest.mark.parametrize(
-    "convolution",
-    [
-        nn.Conv2d(6, 4, 3, padding=1, groups=2),
-        nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1),
-        nn.ConvTranspose2d(6, 4, 4, stride=2, padding=1, groups=2),
-    ],
-)
-def test_products_of_an_output_are_those_that_are_counted(convolution: nn.Module) -> None:
-    seen: list[float] = []
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-            if operation is torch.ops.aten.convolution.default:
-                seen.append(_products(*args))
-            return operation(*args, **(kwargs or {}))
-
-    with Products(), FlopCounterMode(display=False) as counter:
-        y = convolution(torch.randn(2, 6, 8, 8))
-    assert seen == [counter.get_total_flops() / 2 / y.numel()]
 
 
 def test_nothing_is_recomputed_where_no_gradient_is_wanted() -> None:

@@ -120,7 +120,7 @@ def choose_camera(pictures: Sequence[str], camera: str | None, root: Path) -> st
         ValueError: there is none, or several fit.
     """
     fitting = [x for x in pictures if camera in (None, x, re.split(r"[./]", x)[-1])]
-    if camera in pictures:
+    if camera is not None and camera in pictures:
         return camera
     if len(fitting) == 1:
         return fitting[0]
