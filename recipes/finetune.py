@@ -117,7 +117,7 @@ def finetune(
 
     guard = UpdateGuard(run, learner.updates, cfg.max_skipped, processes.rank)
     model_update = learner.model_update
-    first = first_evaluation(cfg)
+    first = cfg.first_evaluation
     # Environment steps a call, those of all processes.
     per_step = processes.size * cfg.action_repeat * max(1, env.batch_size.numel())
     bar = Progress(
@@ -226,13 +226,6 @@ def check(cfg: FinetuneConfig) -> None:
         )
     if cfg.capacity < cfg.batch_length:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
-
-
-def first_evaluation(cfg: FinetuneConfig) -> int:
-    """The step of the first evaluation: after the random actions."""
-    if cfg.eval_from is not None:
-        return cfg.eval_from
-    return (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
 
 
 class FinetuneState:

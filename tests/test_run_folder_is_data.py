@@ -56,8 +56,8 @@ def made(tmp_path_factory):
     """A clip store, a pre-training run and a fine-tuning run."""
     folder = tmp_path_factory.mktemp("made")
     clips = make_clips(folder / "clips", episodes=8)
-    pretrain(pretrain_config(clips, folder / "pre", updates=1))
-    finetune(finetune_config(folder / "fine", env_steps=40, eval_episodes=0))
+    pretrain(pretrain_config(clips, folder / "pre", updates=1, keep=1))
+    finetune(finetune_config(folder / "fine", env_steps=40, eval_episodes=0, keep=1))
     return SimpleNamespace(clips=clips, pre=folder / "pre", fine=folder / "fine")
 
 

@@ -103,7 +103,7 @@ def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> li
     for name in cameras or names:
         spec = env.observation_spec[names[name]]
         check_picture(name, spec.shape[len(batch) :], spec.dtype)
-        white = white_of(spec.space.high) if isinstance(spec, Bounded) else None
+        white = white_of(spec.high) if isinstance(spec, Bounded) else None
         converters[names[name]] = PictureConverter(
             size, white=white, batch_dims=len(batch), source=name
         )

@@ -209,7 +209,7 @@ class Vector(Transform):
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         batch = observation_spec.shape
         size = sum(observation_spec[key].shape[len(batch) :].numel() for key in self.in_keys)
-        observation_spec["vector"] = Unbounded((*batch, size))
+        observation_spec["vector"] = Unbounded(torch.Size([*batch, size]))
         return observation_spec
 
 

@@ -64,7 +64,8 @@ def wrap_gym(
     if isinstance(space, gymnasium.spaces.Discrete) and space.start:  # TorchRL counts from 0
         first, choices = space.start, gymnasium.spaces.Discrete(space.n)
         env = gymnasium.wrappers.TransformAction(env, lambda choice: choice + first, choices)
-    simulation, base = env.unwrapped, GymWrapper(_of_numbers(env))
+    simulation: Any = env.unwrapped
+    base = GymWrapper(_of_numbers(env))
     pictures = find_pictures(base)
     simulated = isinstance(getattr(simulation, "model", None), mujoco.MjModel)
     if cameras and not pictures and not simulated:
