@@ -23,13 +23,13 @@ from torch import Tensor
 from prelar_trl.data import VideoClips
 from prelar_trl.envs import play_toy
 from prelar_trl.modules import RSSMWorldModel
-from prelar_trl.probes import action_usage, latent_action_features, linear_r2, transfer
+from prelar_trl.probes import latent_action_features, linear_r2, transfer
 from prelar_trl.recipes.common import read_run
 from prelar_trl.recipes.probe import make_model
 from prelar_trl.record import film_rows, write_picture
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-CONTEXT, STEPS, BATCHES = 4, 12, 20
+CONTEXT, STEPS, BATCHES = 4, 12, 8
 
 
 @torch.no_grad()
@@ -55,23 +55,20 @@ def draw_transfer(world_model: RSSMWorldModel) -> None:
 
 
 @torch.no_grad()
-def draw_space(world_model: RSSMWorldModel, clips: VideoClips) -> None:
+def draw_space(world_model: RSSMWorldModel, clips: VideoClips, heldout: VideoClips) -> None:
     """The latent actions of held-out transitions, in the colors of their true direction."""
-    latent, true = map(torch.cat, zip(*(pairs(world_model, clips) for _ in range(BATCHES))))
-    half = len(latent) // 2
-    fit, test = slice(0, half), slice(half, None)
-    score = linear_r2(latent[fit], true[fit], latent[test], true[test]).mean()
-    weights = torch.linalg.lstsq(with_one(latent[fit]), with_one(true[fit])).solution
-    read = (with_one(latent[test]) @ weights)[:, :2]
-    components = torch.pca_lowrank(latent, 2)[2]
-    plane = ((latent - latent.mean(0)) @ components)[test]
-    color = torch.atan2(true[test, 1], true[test, 0])
-    usage = action_usage(world_model, clips.sample(), CONTEXT)["action_usage"]
-    print(f"R² {score:.3f}, action usage {usage:.2f}, {len(true)} transitions")
+    fit, fit_true = transitions(world_model, clips)
+    latent, true = transitions(world_model, heldout)
+    score = linear_r2(fit, fit_true, latent, true).mean()
+    weights = torch.linalg.lstsq(with_one(fit), fit_true).solution
+    read = with_one(latent) @ weights
+    plane = (latent - fit.mean(0)) @ torch.pca_lowrank(fit, 2)[2]
+    color = torch.atan2(true[:, 1], true[:, 0])
+    print(f"R² {score:.3f} on {len(true)} transitions")
 
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.4), dpi=110)
     panels = (
-        (true[test], "true action", "x", "y"),
+        (true, "true action", "x", "y"),
         (plane, "latent action: two main components", "first", "second"),
         (read, f"true action, read from the latent: R² {score:.2f}", "x", "y"),
     )
@@ -84,12 +81,16 @@ def draw_space(world_model: RSSMWorldModel, clips: VideoClips) -> None:
     fig.savefig(IMAGES / "latent_space.png")
 
 
-def pairs(world_model: RSSMWorldModel, clips: VideoClips) -> tuple[Tensor, Tensor]:
-    """Latent and true actions of a batch of transitions."""
-    batch = clips.sample_with_actions()
-    images = world_model.preprocess(batch["pixels"])
-    latent = latent_action_features(world_model.latent_action_encoder, images)
-    return latent.flatten(0, 1), batch["action"][:, 1:].flatten(0, 1)
+def transitions(world_model: RSSMWorldModel, clips: VideoClips) -> tuple[Tensor, Tensor]:
+    """Latent and true actions, ``[N, U]`` and ``[N, A]``."""
+    latent, true = [], []
+    for _ in range(BATCHES):
+        batch = clips.sample_with_actions()
+        images = world_model.preprocess(batch["pixels"])
+        features = latent_action_features(world_model.latent_action_encoder, images)
+        latent.append(features.flatten(0, 1))
+        true.append(batch["action"][:, 1:].flatten(0, 1))
+    return torch.cat(latent), torch.cat(true)
 
 
 def with_one(x: Tensor) -> Tensor:
@@ -103,9 +104,12 @@ def main() -> None:
     world_model = make_model(checkpoint)
     world_model.load_state_dict(checkpoint["model"])
     world_model.eval()
-    clips = VideoClips(run.config["data"], split="heldout", clip_len=STEPS, batch_size=12)
+    clips, heldout = (
+        VideoClips(run.config["data"], split=split, clip_len=STEPS, batch_size=12)
+        for split in ("train", "heldout")
+    )
     draw_transfer(world_model)
-    draw_space(world_model, clips)
+    draw_space(world_model, clips, heldout)
 
 
 if __name__ == "__main__":
