@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from math import isinf
 from numbers import Integral, Real
 from pathlib import PurePath
 from types import NoneType, UnionType
@@ -21,6 +23,7 @@ from typing import (
 from prelar_trl.utils import listed
 
 __all__ = [
+    "Finite",
     "Fraction",
     "NonNegative",
     "NonNegativeInt",
@@ -67,6 +70,7 @@ PositiveInt = Annotated[int, at_least(1)]
 NonNegativeInt = Annotated[int, at_least(0)]
 Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]
+Finite = Annotated[float, Rule(math.isfinite, "must be finite")]
 Fraction = Annotated[float, between(0, 1)]
 PictureSize = Annotated[
     int, Rule(lambda x: x in (64, 84, 96, 128), "is unknown; choose 64, 84, 96 or 128")
@@ -124,6 +128,8 @@ def _fault(hint: Any, value: Any) -> str | None:
     if flag or not isinstance(value, classes):
         choices = get_args(parts[0]) if parts and get_origin(parts[0]) is Literal else ()
         return f"must be {words}{f' of {listed(choices)}' if choices else ''}"
+    if origin is float and isinf(value):
+        return "must be finite"
     if not parts:
         return None
     if isinstance(value, Mapping):

@@ -22,11 +22,12 @@ from prelar_trl.bounds import (
     between,
     check_settings,
 )
-from prelar_trl.types import Augmentation, ConsistencyMode, FrameInput, Norm
+from prelar_trl.types import Augmentation, ClipRewards, ConsistencyMode, FrameInput, Norm
 from prelar_trl.utils import check_choice
 
 __all__ = [
     "METHODS",
+    "PRETRAINED_PARTS",
     "SIZES",
     "LossSettings",
     "Method",
@@ -37,6 +38,7 @@ __all__ = [
     "model_settings",
 ]
 
+PRETRAINED_PARTS = ("encoder", "decoder", "rssm", "context_encoder", "latent_actions")
 Phase = Literal["pretrain", "finetune"]
 Head = Literal["reward", "aux_reward", "discount"]
 Classes = Annotated[int, Rule(lambda k: k == 0 or k > 1, "must be 0 (Gaussian) or at least 2")]
@@ -117,6 +119,7 @@ class LossSettings:
     temperature: Positive | None = 1.0
     contrast_dynamics: bool = True
     bonus_scale: NonNegative = 1.0
+    clip_rewards: ClipRewards = "identity"  # what the reward heads learn
 
     def __post_init__(self) -> None:
         check_settings(type(self), vars(self))

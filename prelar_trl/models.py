@@ -202,8 +202,9 @@ def make_agent(
     critic = _initialize(MLP(feat_dim, 1, s.head_layers, s.head_units))
     bonus = None
     if s.bonus_embed is not None:
+        observing = world_model.lower_rssm or world_model.rssm  # what is given the embedding
         bonus = VideoBonus(
-            world_model.rssm.embed_dim if s.bonus_embed == "embed" else feat_dim,
+            observing.embed_dim if s.bonus_embed == "embed" else feat_dim,
             k=s.bonus_neighbors,
             window=s.bonus_window,
             projection_dim=s.bonus_projection,
@@ -287,6 +288,7 @@ def make_world_model_loss(
         latent_action=latent_action_loss,
         video_bonus=video_bonus,
         bonus_scale=s.bonus_scale,
+        clip_rewards=s.clip_rewards,
     )
     if video_bonus is not None:
         loss.set_keys(bonus_embed=video_bonus.embed_key)

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
+from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.modules.world_model import RSSMWorldModel
 
-__all__ = ["PARTS", "added_inputs", "copy_pretrained", "pretrained_modules"]
+__all__ = ["added_inputs", "copy_pretrained", "pretrained_modules"]
 
-PARTS = ("encoder", "decoder", "rssm", "context_encoder", "latent_actions")
 EMBED_WEIGHT = "posterior_hidden.weight"  # [hidden, D + E]: the embedding's columns come last
 
 
@@ -35,7 +35,7 @@ def added_inputs(world_model: RSSMWorldModel) -> list[str]:
 def copy_pretrained(
     world_model: RSSMWorldModel,
     state: Mapping[str, Tensor],
-    parts: Collection[str] = PARTS,
+    parts: Collection[str] = PRETRAINED_PARTS,
 ) -> None:
     """Copy encoder, decoder and RSSM of a pre-trained world model's ``state_dict``.
 
@@ -44,8 +44,8 @@ def copy_pretrained(
     their own in the layer that reads the embedding; they keep their values too.
 
     Args:
-        parts: those of :data:`PARTS` that are copied; what the model lacks is passed over.
-            Default: all.
+        parts: those of ``config.PRETRAINED_PARTS`` that are copied; what the model lacks is passed
+            over. Default: all.
 
     Raises:
         ValueError: naming every tensor that is missing or has another shape; nothing is copied.

@@ -8,6 +8,7 @@ from typing import Literal
 __all__ = [
     "Augmentation",
     "Backend",
+    "ClipRewards",
     "ConsistencyMode",
     "FrameInput",
     "Inputs",
@@ -17,6 +18,7 @@ __all__ = [
 
 Augmentation = Literal["none", "shift", "shift4", "flip", "scale", "erasing"]
 Backend = Literal["csv", "tensorboard", "wandb"]
+ClipRewards = Literal["identity", "sign", "tanh"]
 ConsistencyMode = Literal["soft", "sign", "soft_rank", "gated"]
 FrameInput = Literal["concat", "diff", "catdiff", "flow"]
 Norm = Literal["batch", "layer", "group", "none"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast, get_args
 
@@ -14,6 +14,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from prelar_trl.collectives import ProcessGroup, joint_mean
+from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.world_model import RSSMWorldModel, normalize_pixels
@@ -24,7 +25,9 @@ from prelar_trl.objectives import (
     RSSMWorldModelLoss,
     total_loss,
 )
+from prelar_trl.objectives.behavior import RewardNorm
 from prelar_trl.rehearsal import Rehearsal
+from prelar_trl.schedules import Schedule
 from prelar_trl.utils import check_choice
 
 __all__ = ["Alignment", "BehaviorUpdate", "WorldModelUpdate", "frozen"]
@@ -58,7 +61,7 @@ def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
         # Where a GradScaler says so to the kernel, which reads a float32.
         vars(optimizer)["found_inf"] = skip.to(torch.float32)
         optimizer.step()
-    elif not skip:
+    elif skip.is_meta or not skip:  # without values: as if all were well
         optimizer.step()
 
 
@@ -135,6 +138,8 @@ class WorldModelUpdate(Update):
         lr: learning rate. Default: 3e-4.
         frozen_updates: the pre-trained encoder and RSSM form a group of their own that does not
             move during the first ``frozen_updates`` updates; None: one group. Default: None.
+        pretrained_lr: learning rate of that group, which there then is. Default: ``lr``.
+        pretrained: the parts that were loaded, of ``config.PRETRAINED_PARTS``. Default: all.
         clip: largest global gradient norm of a group. Default: 100.
         precision: ``32``, or ``bf16`` for autocast. Default: ``32``.
         rehearsal: pre-training video that is rehearsed. Default: none.
@@ -146,6 +151,8 @@ class WorldModelUpdate(Update):
         *,
         lr: float = 3e-4,
         frozen_updates: int | None = None,
+        pretrained_lr: float | None = None,
+        pretrained: Collection[str] = PRETRAINED_PARTS,
         clip: float = 100.0,
         precision: Precision = "32",
         rehearsal: Rehearsal | None = None,
@@ -154,18 +161,23 @@ class WorldModelUpdate(Update):
         self.loss, self.rehearsal = loss, rehearsal
         model = cast(RSSMWorldModel, loss.world_model)
         groups = {"model": list(loss.parameters())}
-        if frozen_updates is not None:
-            modules = pretrained_modules(model)
-            modules.pop("decoder")
-            pretrained = [p for module in modules.values() for p in module.parameters()]
-            own = {id(p) for p in pretrained}
+        modules = pretrained_modules(model)
+        loaded = [
+            p
+            for name, module in modules.items()
+            if name in pretrained and name != "decoder"
+            for p in module.parameters()
+        ]
+        if loaded and (frozen_updates is not None or pretrained_lr is not None):
+            own = {id(p) for p in loaded}
             groups = {
-                "pretrained": pretrained,
+                "pretrained": loaded,
                 "model": [p for p in loss.parameters() if id(p) not in own],
             }
-        self.optimizers = {name: make_adam(params, lr) for name, params in groups.items()}
+        rates = {"model": lr, "pretrained": lr if pretrained_lr is None else pretrained_lr}
+        self.optimizers = {name: make_adam(params, rates[name]) for name, params in groups.items()}
         self.scheduler = None
-        if frozen_updates is not None:
+        if "pretrained" in groups and frozen_updates is not None:
             self.scheduler = LambdaLR(
                 self.optimizers["pretrained"], lambda update: float(update >= frozen_updates)
             )
@@ -278,8 +290,12 @@ class BehaviorUpdate(Update):
         horizon: imagined steps, at least 2: the actor learns from the second on. Default: 15.
         lmbda: lambda of the return. Default: 0.95.
         actor_lr, critic_lr: learning rates. Default: 8e-5.
-        entropy_scale, gradient: see :class:`ActorLoss`.
+        entropy_scale, gradient, gradient_mix: see :class:`ActorLoss`; the numbers also as a
+            :class:`Schedule` in text, by the updates of this object. Default of the mix: 0.1.
         slow_every: updates from copy to copy of the slow critic, the first included. Default: 100.
+        slow_target_fraction: how far the slow critic moves to the critic then; the first time all
+            the way. Default: 1.
+        reward_norm_momentum: see :class:`RewardNorm`. Default: 1, which is off.
         imag_batch: start from that many random states instead of all. Default: all.
         clip, precision: see :class:`WorldModelUpdate`.
     """
@@ -292,9 +308,12 @@ class BehaviorUpdate(Update):
         lmbda: float = 0.95,
         actor_lr: float = 8e-5,
         critic_lr: float = 8e-5,
-        entropy_scale: float = 1e-4,
+        entropy_scale: float | str = 1e-4,
         gradient: Literal["dynamics", "reinforce", "both"] = "dynamics",
+        gradient_mix: float | str = 0.1,
         slow_every: int = 100,
+        slow_target_fraction: float = 1.0,
+        reward_norm_momentum: float = 1.0,
         imag_batch: int | None = None,
         clip: float = 100.0,
         precision: Precision = "32",
@@ -305,9 +324,21 @@ class BehaviorUpdate(Update):
                 f"horizon={horizon} must be at least 2: the first step trains no actor"
             )
         self.agent, self.horizon = agent, horizon
+        if not 0 < slow_target_fraction <= 1:
+            raise ValueError(f"slow_target_fraction={slow_target_fraction} must lie in (0, 1]")
         self.slow_every, self.imag_batch = slow_every, imag_batch
+        self.slow_target_fraction = slow_target_fraction
+        device = next(agent.parameters()).device
+        self.reward_norm = RewardNorm(reward_norm_momentum).to(device)
         self.target = LambdaTarget(agent.slow_critic, lmbda)
-        self.actor_loss = ActorLoss(gradient=gradient, entropy_scale=entropy_scale)
+        schedules = {"entropy_scale": entropy_scale, "mix": gradient_mix}
+        self.schedules = {name: Schedule.parse(value) for name, value in schedules.items()}
+        # What changes is a tensor, which a compiled update reads anew.
+        values: dict[str, Any] = {
+            name: schedule(0) if schedule.is_constant else torch.tensor(schedule(0), device=device)
+            for name, schedule in self.schedules.items()
+        }
+        self.actor_loss = ActorLoss(gradient=gradient, **values)
         self.critic_loss = CriticLoss(agent.critic, delay_value=False)
         self.optimizers = {
             "actor": make_adam(agent.actor.parameters(), actor_lr),
@@ -321,16 +352,35 @@ class BehaviorUpdate(Update):
             start = self.agent.world_model.flatten_start_states(start)
             start = start[torch.randperm(len(start), device=start["deter"].device)]
             start = start[: self.imag_batch]
+        for name, schedule in self.schedules.items():
+            if not schedule.is_constant:
+                getattr(self.actor_loss, name).fill_(schedule(self.count))
         with frozen(self.agent.world_model):
             losses = self.forward_backward(start, sample)
         losses.update(self.step_optimizers(total_loss(losses)))
         if self.count % self.slow_every == 0:
-            self.agent.slow_critic.load_state_dict(self.agent.critic.state_dict())
+            self.move_slow_critic(self.slow_target_fraction if self.count else 1.0)
         self.count += 1
         return losses
+
+    @torch.no_grad()
+    def move_slow_critic(self, fraction: float) -> None:
+        """Move the slow critic's weights that share of the way to the critic's."""
+        critics = (self.agent.slow_critic, self.agent.critic)
+        for slow, weight in zip(*(critic.parameters() for critic in critics), strict=True):
+            slow.lerp_(weight, fraction)
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "reward_norm": self.reward_norm.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        if "reward_norm" in state:
+            self.reward_norm.load_state_dict(state["reward_norm"])
 
     def losses(self, start: TensorDictBase, sample: bool) -> TensorDict:
         with self.autocast(cast(Tensor, start["deter"]).device):
             imagined = self.agent.world_model.imagine(self.agent.actor, start, self.horizon, sample)
+            imagined["reward"] = self.reward_norm(imagined["reward"])
             imagined = self.target(imagined)
             return self.actor_loss(imagined).update(self.critic_loss(imagined))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, cast, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import MISSING
 
@@ -25,6 +25,7 @@ HINTS = {
     "{": "put ./ before numbers and a backslash before special characters, "
     "e.g. {}='{{./2024_05_01: 3, Videos\\ \\(1\\): 1}}'",
 }
+SWEEP_HINT = """put unusual names of a sweep in quotes, e.g. {}='"2024_05_01","Videos (1)"'"""
 
 
 def as_typed(arguments: Sequence[str], schema: type, groups: Sequence[str]) -> list[str]:
@@ -32,8 +33,8 @@ def as_typed(arguments: Sequence[str], schema: type, groups: Sequence[str]) -> l
 
     Text are the fields of ``schema`` whose type is ``str``, ``str | None`` or ``Any``. Left to
     Hydra are ``null`` where a field may be None, a value in quotes, and in a field of type ``Any``
-    lists ``[...]`` and mappings ``{...}``, unless there is a file of that name. With
-    ``--multirun`` everything is. Keys below a field with the metadata ``FREE`` need not be known.
+    lists ``[...]`` and mappings ``{...}``, unless there is a file of that name; with
+    ``--multirun`` sweeps too. Keys below a field with the metadata ``FREE`` need not be known.
 
     Args:
         arguments: as in ``sys.argv[1:]``.
@@ -41,11 +42,10 @@ def as_typed(arguments: Sequence[str], schema: type, groups: Sequence[str]) -> l
         groups: keys that choose a file of the configuration.
 
     Raises:
-        ValueError: a value that is missing, or a name in a list or mapping that Hydra would take
-            for something else; it says how to write it.
+        ValueError: a value that is missing, or a name in a list, mapping or sweep that Hydra would
+            take for something else; it says how to write it.
     """
-    if any(argument in MULTIRUN for argument in arguments):
-        return list(arguments)
+    multirun = any(argument in MULTIRUN for argument in arguments)
     types = get_type_hints(schema)
     text = {
         field.name: field
@@ -53,7 +53,7 @@ def as_typed(arguments: Sequence[str], schema: type, groups: Sequence[str]) -> l
         if types[field.name] in (str, str | None, Any) and field.name not in groups
     }
     free = {field.name for field in fields(schema) if field.metadata == FREE}
-    return [_as_typed(_added(argument, free), text, types) for argument in arguments]
+    return [_as_typed(_added(argument, free), text, types, multirun) for argument in arguments]
 
 
 def as_override(value: Any) -> str:
@@ -71,7 +71,7 @@ def _added(argument: str, free: set[str]) -> str:
     return f"++{argument}" if equals and key.partition(".")[0] in free else argument
 
 
-def _as_typed(argument: str, text: dict[str, Field], types: dict[str, Any]) -> str:
+def _as_typed(argument: str, text: dict[str, Field], types: dict[str, Any], multirun: bool) -> str:
     typed_key, equals, value = argument.partition("=")
     key = typed_key.lstrip("+")
     if argument.startswith(("-", "~")) or not equals or key not in text:
@@ -83,12 +83,20 @@ def _as_typed(argument: str, text: dict[str, Field], types: dict[str, Any]) -> s
     if quoted or (value.lower() == "null" and default is None):
         return argument
     several = types[key] is Any and value[:1] in ("[", "{") and not os.path.exists(value)
+    sweep = multirun and "," in value
     try:
-        parsed = OverridesParser.create().parse_override(argument).value()
+        override = OverridesParser.create().parse_override(argument)
+        parsed, sweep = override.value(), multirun and override.is_sweep_override()
     except HydraException:
+        if sweep:
+            raise ValueError(f"{argument} cannot be read: {SWEEP_HINT.format(key)}") from None
         if several:
             raise ValueError(f"{argument} cannot be read: {HINTS[value[0]].format(key)}") from None
         parsed = None
+    if sweep:
+        unchanged = () if types[key] is Any else value.split(",")  # a number becomes text again
+        _check_sweep(argument, parsed, unchanged, SWEEP_HINT.format(key))
+        return argument
     if several:
         _check_names(argument, cast(Iterable[Any], parsed), HINTS[value[0]].format(key))
     if several or parsed == value:
@@ -101,3 +109,13 @@ def _check_names(argument: str, names: Iterable[Any], hint: str) -> None:
     for name in names:
         if not isinstance(name, str):
             raise ValueError(f"{argument}: {name!r} in it is no text: {hint}")
+
+
+def _check_sweep(argument: str, sweep: Any, as_typed: Collection[str], hint: str) -> None:
+    """Refuses a sweep ``a,b`` over values that Hydra has changed: no text, nor ``as_typed``."""
+    if not isinstance(sweep, ChoiceSweep) or not sweep.simple_form:
+        return  # range(...), glob(...), choice(...)
+    for each in sweep.list:
+        shown = "null" if each is None else str(each)
+        if not isinstance(each, str | QuotedString | list | dict) and shown not in as_typed:
+            raise ValueError(f"{argument}: {shown} in it is no text: {hint}")

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -22,7 +22,7 @@ from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
 from prelar_trl.distributed import distribute
-from prelar_trl.fast import CompileMode, compile_update
+from prelar_trl.fast import CompileMode, compile_update, use_tensor_cores
 from prelar_trl.recipes.processes import ALONE, Processes
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 from prelar_trl.types import Backend
@@ -38,7 +38,8 @@ MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 def choose_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is a GPU; without a number, torchrun's processes take one each.
 
-    That GPU becomes the current one, where what names no device goes.
+    That GPU becomes the current one, where what names no device goes, and may use its tensor cores
+    for float32.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,6 +52,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device={name!r}: torch sees only {torch.cuda.device_count()} GPUs here")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        use_tensor_cores(device)
     return device
 
 
@@ -104,11 +106,15 @@ def continue_run(cfg: Any) -> tuple[RunFolder, dict[str, Any]]:
     run.lock()
     changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
     changeable += ("compile", "keep", "keep_every", "max_skipped", "trust_code")
+    defaults = {field.name: field.default for field in fields(cfg)}
     for name, value in plain(asdict(cfg)).items():
-        if name not in changeable and run.config.get(name) != value:
+        began = run.config.get(name, defaults[name])  # it may be older than an option
+        if isinstance(value, dict) and isinstance(began, dict):
+            value, began = ({k: x for k, x in y.items() if x is not None} for y in (value, began))
+        if name not in changeable and began != value:
             raise ValueError(
                 f"resume: {name}={value} but the run in {cfg.run} was started with "
-                f"{name}={run.config.get(name)}; repeat its command with resume=true"
+                f"{name}={began}; repeat its command with resume=true"
             )
     checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
     run.note_continuation(checkpoint["step"])
@@ -176,6 +182,9 @@ def prepare_update(
     """
     if processes.group is None:
         compile_update(update, mode)
+        if "forward_backward" in vars(update):  # a compiled one; the first Ctrl-C waits, too
+            name = type(update).__name__
+            print(f"compiling {name}: its first two calls take minutes; compile=off starts at once")
     elif mode == "on":
         raise ValueError("compile=on: several processes cannot compile yet; use compile=auto")
     distribute(update, processes.group, overlap=overlap)

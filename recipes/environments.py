@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import gymnasium
 from torchrl.data import OneHot
 from torchrl.envs import EnvBase
 
@@ -41,6 +42,12 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
         if os.getcwd() not in sys.path:  # a program looks beside its own file only
             sys.path.append(os.getcwd())
         env_factory = import_factory(name)
+    if isinstance(env_factory, EnvBase | gymnasium.Env) or not callable(env_factory):
+        kind = type(env_factory).__name__
+        raise ValueError(
+            "env_factory must be a function that makes an environment, such as lambda: MyEnv(), "
+            f"got {kind}: training and evaluation each need one of their own"
+        )
     parameters = _parameters(env_factory)
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     first = parameters[0] if parameters else None

@@ -21,7 +21,6 @@ import torch
 from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_agent
-from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
     check_trust,
     choose_device,
@@ -36,7 +35,7 @@ from prelar_trl.recipes.environments import (
     interface,
     saved_interface,
 )
-from prelar_trl.recipes.interaction import act
+from prelar_trl.recipes.interaction import act, evaluation_policy
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import bootstrap_interval, write_video
 from prelar_trl.utils import atomic_write
@@ -62,9 +61,9 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     )
     agent.load_state_dict(checkpoint["agent"])
     accelerate(agent.to(device).eval())
-    policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
-
     trained = run.config
+    noise, state_mean = trained.get("eval_noise", 0.0), trained.get("eval_state_mean", False)
+    policy = evaluation_policy(agent, noise, state_mean)
     if cfg.env is None:
         check_trust(cfg.run, "env", trained["env"], cfg.trust_code)
     env = build_env(

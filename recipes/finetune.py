@@ -75,7 +75,7 @@ def finetune(
     env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
     known = interface(env)
     learner = make_learner(cfg, known, device, watch, processes)
-    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor)
+    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor, noise=cfg.expl_noise)
     env = env.append_transform(policy.make_primer())
     frames = min(processes.size * cfg.capacity, cfg.env_steps // cfg.action_repeat)
     frame_bytes = env.observation_spec["pixels"].shape[-3:].numel()
@@ -117,7 +117,7 @@ def finetune(
 
     guard = UpdateGuard(run, learner.updates, cfg.max_skipped, processes.rank)
     model_update = learner.model_update
-    first = first_evaluation(cfg)
+    first = cfg.first_evaluation
     # Environment steps a call, those of all processes.
     per_step = processes.size * cfg.action_repeat * max(1, env.batch_size.numel())
     bar = Progress(
@@ -152,10 +152,12 @@ def finetune(
                     names = ("return", "success", "length")
                     logger.log({f"train/{name}": episode[name] for name in names}, step)
             ready = ready or processes.all(bool(replay.num_episodes))
-            if before < cfg.prefill <= step and not ready and not cfg.max_steps:
+            looked_at = cfg.prefill or first  # an evaluation may have no end either
+            if before < looked_at <= step and not ready and not cfg.max_steps:
+                where = "the prefill of " if cfg.prefill else ""
                 raise ValueError(
-                    f"no episode has ended in the prefill of {cfg.prefill} steps, and nothing can "
-                    "be learned before: give max_steps, or a longer prefill"
+                    f"no episode has ended in {where}{looked_at} steps, and nothing can be learned "
+                    "before: give max_steps, or a longer prefill"
                 )
             if step >= cfg.prefill and ready:
                 while learner.unaligned and not stopping():
@@ -224,13 +226,6 @@ def check(cfg: FinetuneConfig) -> None:
         )
     if cfg.capacity < cfg.batch_length:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
-
-
-def first_evaluation(cfg: FinetuneConfig) -> int:
-    """The step of the first evaluation: after the random actions."""
-    if cfg.eval_from is not None:
-        return cfg.eval_from
-    return (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
 
 
 class FinetuneState:

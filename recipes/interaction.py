@@ -51,6 +51,14 @@ def act(policy: WorldModelPolicy, td: TensorDictBase, device: torch.device) -> T
     return td.update(out.select(*policy.out_keys).to("cpu"))
 
 
+def evaluation_policy(agent: Agent, noise: float, state_mean: bool) -> WorldModelPolicy:
+    """Takes the actions' mode, with ``noise``; with ``state_mean`` also that of the latents."""
+    sample = agent.world_model.sample and not state_mean
+    return WorldModelPolicy(
+        agent.world_model, agent.actor, mode="mode", noise=noise, sample_state=sample
+    )
+
+
 class Collection:
     """Steps in the training environment, which end in the replay."""
 
@@ -124,7 +132,7 @@ class Evaluation:
         self.interruption = interruption
         self.last: int | None = None  # the step of the last whole evaluation
         self.cut_off = False  # an interruption has cut the last one off: nothing was logged
-        self.policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode")
+        self.policy = evaluation_policy(agent, cfg.eval_noise, cfg.eval_state_mean)
         self._env: EnvBase | None = None
 
     def __call__(self, logger: Logger, step: int) -> list[float] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from prelar_trl.config import METHODS
+from prelar_trl.config import METHODS, PRETRAINED_PARTS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
 from prelar_trl.models import Agent, copy_pretrained, make_agent, make_world_model_loss
@@ -134,8 +134,9 @@ def make_learner(
     if cfg.align_updates is None:
         cfg.align_updates = METHODS[cfg.method].align_updates if cfg.pretrained else 0
     pretrained = read_pretrained_run(cfg)
+    parts = PRETRAINED_PARTS if cfg.load is None else cfg.load
     if pretrained is not None and not cfg.resume:
-        copy_pretrained(agent.world_model, pretrained["model"])
+        copy_pretrained(agent.world_model, pretrained["model"], parts)
         if anew := added_inputs(agent.world_model):
             processes.say(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
     accelerate(agent.to(device).eval())
@@ -155,6 +156,8 @@ def make_learner(
         loss,
         lr=cfg.lr,
         frozen_updates=cfg.frozen_updates if cfg.pretrained else None,
+        pretrained_lr=cfg.pretrained_lr,
+        pretrained=parts,
         clip=cfg.clip,
         precision=cfg.precision,
         rehearsal=rehearsal,
@@ -167,7 +170,10 @@ def make_learner(
         critic_lr=cfg.critic_lr,
         entropy_scale=cfg.entropy_scale,
         gradient=cfg.actor_gradient,
+        gradient_mix=cfg.actor_gradient_mix,
         slow_every=cfg.slow_every,
+        slow_target_fraction=cfg.slow_target_fraction,
+        reward_norm_momentum=cfg.reward_norm_momentum,
         imag_batch=cfg.imag_batch and processes.share("imag_batch", cfg.imag_batch),
         clip=cfg.clip,
         precision=cfg.precision,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -29,8 +29,8 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
     Raises:
         ValueError: it does not suit this run.
     """
-    for name in ("align_updates", "rehearse"):
-        if getattr(cfg, name) and cfg.pretrained is None:
+    for name in ("align_updates", "rehearse", "load", "pretrained_lr"):
+        if getattr(cfg, name) not in (None, 0) and cfg.pretrained is None:
             raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
     if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
         return None
@@ -106,7 +106,7 @@ def make_rehearsal(
     if not cfg.rehearse:
         return None
     assert pretrained is not None, "the configuration requires it"
-    if added_inputs(loss.world_model):
+    if added_inputs(cast(RSSMWorldModel, loss.world_model)):
         raise ValueError(
             f"rehearse={cfg.rehearse}: videos show neither further cameras nor vectors; use "
             "rehearse=0, or one picture"

@@ -8,70 +8,51 @@ preset's.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from prelar_trl.bounds import (
+    Finite,
     Fraction,
     NonNegative,
     NonNegativeInt,
     PictureSize,
     Positive,
     PositiveInt,
-    Rule,
+    above,
     at_least,
     check_settings,
     one_of,
 )
-from prelar_trl.config import METHODS, SIZES, LossSettings, ModelSettings, Phase, model_settings
+from prelar_trl.config import (
+    LossSettings,
+    ModelSettings,
+    Phase,
+    model_settings,
+)
 from prelar_trl.recipes.command_line import FREE
-from prelar_trl.types import Backend, RenderQuality
-
-
-def are_loggers(value: Any) -> bool:
-    """Whether it is the name of a logger, or a list of them."""
-    names = [value] if isinstance(value, str) else value
-    return isinstance(names, list | tuple) and all(name in get_args(Backend) for name in names)
-
-
-# One of a few words: text to Hydra, which knows no ``Literal``; to a type checker it fits anywhere.
-if TYPE_CHECKING:
-    from typing import Any as Choice
-else:
-    Choice = str
-
-Compile = Annotated[Choice, one_of(("auto", "on", "off"))]
-Device = Annotated[
-    str,
-    Rule(
-        lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None,
-        "is unknown; choose auto, cpu, cuda or cuda:<n>",
-    ),
-]
-Export = Annotated[Choice, one_of(("npz", "jpeg"))]
-Gradient = Annotated[Choice, one_of(("dynamics", "reinforce", "both"))]
-SOURCES = ("videos", "something", "frames", "episodes", "lerobot", "torchrl")
-Kind = Annotated[Choice, one_of(("auto", *SOURCES))]
-Loggers = Annotated[
-    Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
-]
-Names = Annotated[
-    Any,
-    Rule(
-        lambda x: x is None or (isinstance(x, list | tuple) and all(isinstance(y, str) for y in x)),
-        "must be a list of names",
-    ),
-]
-Method = Annotated[Choice, one_of(METHODS)]
-Pixels = Annotated[int, at_least(8)]
-Precision = Annotated[Choice, one_of(("32", "bf16"))]
-Quality = Annotated[Choice, one_of(get_args(RenderQuality))]
-Resize = Annotated[Choice, one_of(("squeeze", "crop"))]
-Size = Annotated[Choice, one_of(SIZES)]
+from prelar_trl.recipes.values import (
+    Compile,
+    Device,
+    Export,
+    Gradient,
+    Kind,
+    Loggers,
+    Method,
+    Names,
+    Parts,
+    Pixels,
+    Precision,
+    Quality,
+    Resize,
+    Scheduled,
+    Size,
+    as_names,
+)
+from prelar_trl.schedules import Schedule
 
 
 def overrides(settings: dict[str, Any]) -> dict[str, Any]:
@@ -160,14 +141,16 @@ class FinetuneConfig(RunConfig):
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
     pretrain_updates: NonNegativeInt = 100  # before the first policy step
+    load: Parts = None  # parts taken from it: encoder,rssm; null: all that it has
     frozen_updates: NonNegativeInt | None = 100  # pre-trained parts wait; null: one optimizer
+    pretrained_lr: NonNegative | None = None  # of pre-trained encoder and RSSM; null: lr
     align_updates: NonNegativeInt | None = None  # of the action encoder; null: the method's
     align_lr: NonNegative = 1e-3
     rehearse: Fraction = 0.0  # share of each model batch that is pre-training video
     behavior_after: NonNegativeInt = 0  # model updates before actor and critic learn too
     train_every: Positive = 5  # environment steps an update; below 1: several updates a step
     batch_size: PositiveInt = 50
-    batch_length: PositiveInt = 50
+    batch_length: Annotated[int, at_least(2)] = 50
     min_length: PositiveInt | None = None  # shortest window; null: batch_length
     capacity: PositiveInt = 1_000_000  # frames of the replay
     action_repeat: PositiveInt = 1
@@ -181,15 +164,37 @@ class FinetuneConfig(RunConfig):
     lmbda: Fraction = 0.95
     actor_lr: NonNegative = 8e-5
     critic_lr: NonNegative = 8e-5
-    entropy_scale: NonNegative = 1e-4
+    entropy_scale: Scheduled = 1e-4  # also linear(start,end,updates)
     actor_gradient: Gradient = "dynamics"
+    actor_gradient_mix: Scheduled = 0.1  # share of dynamics in both; also a schedule
+    reward_norm_momentum: Fraction = 1.0  # of the imagined rewards' magnitude; 1: not normalized
+    expl_noise: NonNegative = 0.0  # on the policy's actions while collecting
+    eval_noise: NonNegative = 0.0
+    eval_state_mean: bool = False  # evaluate with the latents' mode
     imag_batch: PositiveInt | None = None
     slow_every: PositiveInt = 100
+    slow_target_fraction: Annotated[Fraction, above(0)] = 1.0  # below 1: soft target updates
     eval_every: PositiveInt = 10_000
     eval_from: PositiveInt | None = None  # first evaluation; null: first multiple past the prefill
     eval_episodes: NonNegativeInt = 10  # 0: no evaluation
     log_every: PositiveInt = 1_000
     checkpoint_every: PositiveInt = 10_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("cameras", "vectors", "load"):
+            setattr(self, name, as_names(getattr(self, name)))
+        for name in ("entropy_scale", "actor_gradient_mix"):  # numbers come as text
+            schedule = Schedule.parse(getattr(self, name))
+            if schedule.is_constant:
+                setattr(self, name, schedule.start)
+
+    @property
+    def first_evaluation(self) -> int:
+        """The environment step of the first evaluation: after the random actions."""
+        if self.eval_from is not None:
+            return self.eval_from
+        return (self.prefill // self.eval_every + 1) * self.eval_every
 
 
 @dataclass
@@ -292,14 +297,14 @@ class SweepConfig(Config):
     finetune: dict[str, Any] = free()
     from_scratch: str | None = None  # folder of runs without pre-training, shared by sweeps
     score: Annotated[str, one_of(("return", "success"))] = "success"  # compared in the report
-    threshold: float = 0.8  # of the score: learned
+    threshold: Finite = 0.8  # of the score: learned
     runtime: dict[str, Any] = free()  # device, threads, ... of all programs
     only: str = ""  # runs whose path this regular expression matches
     jobs: PositiveInt = 2  # programs at a time
     launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
     slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
     root: str = "runs/sweep"  # runs, logs and states; also the code that runs
-    results: str = "results/sweep"  # of finished runs: curves, tables, pictures
+    results: str = "results/curves"  # of finished runs: curves, tables, pictures
     copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout
     update_code: bool = False  # take the present commit for unfinished runs
     status: bool = False  # show the state of all, run nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,7 @@ from prelar_trl.distributed import distribute
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model_loss
 from prelar_trl.modules import actions, context
+from prelar_trl.modules.world_model import normalize_pixels
 from prelar_trl.objectives import LatentActionLoss
 from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate
@@ -75,6 +77,15 @@ def fixed_draws() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def make(case: Case) -> tuple[nn.Module, list[Update]]:
     """The networks of a case, in float64, and the updates that train them."""
     method, phase, given = case
@@ -103,7 +114,8 @@ def make(case: Case) -> tuple[nn.Module, list[Update]]:
     if phase == "finetune":
         updates.append(BehaviorUpdate(model, horizon=3, actor_lr=1e-3, critic_lr=1e-3))
         if world_model.action_encoder is not None:
-            updates.append(Alignment(world_model.action_encoder, inverse))
+            preprocess = partial(normalize_pixels, dtype=torch.float64)
+            updates.append(Alignment(world_model.action_encoder, inverse, preprocess=preprocess))
     return together, updates
 
 
@@ -113,9 +125,8 @@ def train(names: list[str], steps: int = 2) -> dict[str, dict[str, Any]]:
     In a process of a group the batch is this process's share of the joint one.
     """
     group = dist.group.WORLD if dist.is_initialized() else None
-    torch.set_default_dtype(torch.float64)
     results = {}
-    with fixed_draws():
+    with fixed_draws(), in_float64():
         for name in names:
             torch.manual_seed(0 if group is None else group.rank())  # the first one's weights count
             together, updates = make(CASES[name])
@@ -138,7 +149,6 @@ def train(names: list[str], steps: int = 2) -> dict[str, dict[str, Any]]:
             state = {k: x.clone() for k, x in together.state_dict().items()}
             losses = [{k: x.clone() for k, x in each.items()} for each in losses]
             results[name] = {"losses": losses, "gradients": gradients, "state": state}
-    torch.set_default_dtype(torch.float32)
     return results
 
 

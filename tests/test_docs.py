@@ -1,4 +1,4 @@
-"""The pages of docs/ are true: code runs, commands compose, the site builds, links lead somewhere."""
+"""The pages of docs/ are true: code runs, commands compose, links lead on; the site builds."""
 
 from __future__ import annotations
 
@@ -80,6 +80,7 @@ def commands() -> list[Any]:
     """Every command of a block, or in the text if it begins with a program of ours."""
     found = []
     for page, text in {**TEXT, "README.md": (ROOT / "README.md").read_text("utf-8")}.items():
+        text = re.sub(r"\\\n *", "", text)  # a command of several lines
         lines = [line for _, block in blocks(text, "bash") for line in block.splitlines()]
         ours = re.compile(r"(prelar-|python recipes/|make )")
         plain = [line for _, block in blocks(text, "") for line in block.splitlines()]

@@ -156,6 +156,6 @@ def test_of_several_environments_the_one_is_named() -> None:
             {"reward": torch.tensor([[1.0], [1e30]]), "step_count": torch.ones(2, 1)}, [2]
         )
         with pytest.raises(ValueError, match=f"the reward at {place} "):
-            env.transform[-1]._step(td, following)
+            env.transform._step(td, following)
     finally:
         env.close(raise_if_closed=False)

@@ -22,7 +22,12 @@ OFF = {
         "latent_action_options": {},
         "latent_action_shift": 0,
     },
-    "loss": {"latent_free_nats": 0.0, "latent_warmup": 0, "latent_warmup_start": 0.01},
+    "loss": {
+        "clip_rewards": "identity",
+        "latent_free_nats": 0.0,
+        "latent_warmup": 0,
+        "latent_warmup_start": 0.01,
+    },
     "recipe": {"labels": 0.0, "align_updates": None, "rehearse": 0.0},
 }
 MOVED = {"prior_std"}  # now among latent_action_options; off in both places

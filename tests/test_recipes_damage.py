@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.recipes.evaluate import evaluate
@@ -123,7 +123,7 @@ def test_a_second_run_in_a_folder_is_refused_and_changes_nothing(phase, made, tm
 def test_a_run_unlocks_its_folder_when_it_ends_or_fails(made, tmp_path, monkeypatch):
     run = copy_run(made.pre, tmp_path / "pre")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "full")))
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         with pytest.raises(OSError, match="was not written"):
             pretrain(pretrain_config(made.clips, run, updates=5, resume=True))
     pretrain(pretrain_config(made.clips, run, updates=5, resume=True))

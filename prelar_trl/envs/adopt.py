@@ -42,8 +42,8 @@ def wrap_env(
         own = env.transform if isinstance(env.transform, Compose) else [env.transform]
         base, transforms = env.base_env, [*(each.clone() for each in own), *transforms]
     if "success" not in given:
-        if isinstance(base, GymLikeEnv) and not base.batch_size:
-            base.set_info_dict_reader(SuccessReader())
+        if isinstance(base, GymLikeEnv):
+            base.set_info_dict_reader(SuccessReader(base.batch_size))
         else:
             transforms.append(NoSuccess())
     return base, transforms
@@ -92,7 +92,7 @@ def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> li
     for name in cameras or names:
         spec = env.observation_spec[names[name]]
         check_picture(name, spec.shape[len(batch) :], spec.dtype)
-        white = white_of(spec.space.high) if isinstance(spec, Bounded) else None
+        white = white_of(spec.high) if isinstance(spec, Bounded) else None
         converters[names[name]] = PictureConverter(
             size, white=white, batch_dims=len(batch), source=name
         )

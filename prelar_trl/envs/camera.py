@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import mujoco
@@ -25,6 +26,7 @@ class Camera:
         camera: a camera of the model; ``None`` takes the first, or a free view where there is none.
         size: height and width of the picture in pixels.
         quality: ``fast`` leaves out shadows, anti-aliasing and reflections; ``full`` has them.
+        before: called before each picture, to show what the environment marks only then.
         flip: turn the picture upside down (for cameras that are mounted the wrong way up).
 
     Raises:
@@ -40,6 +42,7 @@ class Camera:
         camera: str | None = None,
         size: int = 64,
         quality: RenderQuality = "fast",
+        before: Callable[[], None] | None = None,
         flip: bool = False,
     ) -> None:
         names = [model.camera(index).name for index in range(model.ncam)]
@@ -53,7 +56,7 @@ class Camera:
         model.vis.global_.offheight = max(model.vis.global_.offheight, size)
         self._data = data
         self._camera = camera if camera is not None else min(0, model.ncam - 1)
-        self._flip = flip
+        self._flip, self._before = flip, before
         try:
             self._renderer = mujoco.Renderer(model, size, size)
         except Exception as error:  # each OpenGL backend fails with a type of its own
@@ -63,6 +66,8 @@ class Camera:
 
     def __call__(self) -> torch.Tensor:
         """The present picture, uint8 [3, size, size]."""
+        if self._before is not None:
+            self._before()
         self._renderer.update_scene(self._data, camera=self._camera)
         frame = self._renderer.render()  # [H, W, 3]
         if self._flip:

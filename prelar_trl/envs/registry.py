@@ -38,6 +38,8 @@ SUITES: dict[str, Suite] = {
     "metaworld": Suite("prelar_trl.envs.metaworld:make_metaworld", "metaworld/<task>"),
     "gym": Suite("prelar_trl.envs.wrappers:make_gym", "gym/<id>"),
     "dm_control": Suite("prelar_trl.envs.wrappers:make_dm_control", "dm_control/<domain>/<task>"),
+    "robotics": Suite("prelar_trl.envs.wrappers:make_robotics", "robotics/<id>"),
+    "robodesk": Suite("prelar_trl.envs.robodesk:make_robodesk", "robodesk/<task>"),
     "toy": Suite("prelar_trl.envs.toy:make_toy", "toy", max_steps=50),
 }
 

@@ -209,7 +209,7 @@ class Vector(Transform):
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         batch = observation_spec.shape
         size = sum(observation_spec[key].shape[len(batch) :].numel() for key in self.in_keys)
-        observation_spec["vector"] = Unbounded((*batch, size))
+        observation_spec["vector"] = Unbounded(torch.Size([*batch, size]))
         return observation_spec
 
 
@@ -247,16 +247,28 @@ class State(Transform):
 
 
 class SuccessReader(BaseInfoDictReader):
-    """Reads ``success``, bool [1], from gymnasium's ``info["success"]`` or ``["is_success"]``."""
+    """Reads ``success``, bool [*batch, 1], from ``info["success"]`` or ``["is_success"]``.
+
+    Args:
+        batch: the batch size of gymnasium's vector environment; none of a single one.
+    """
+
+    def __init__(self, batch: Sequence[int] = ()) -> None:
+        self._batch = tuple(batch)
 
     def __call__(self, info_dict: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
-        success = info_dict.get("success", info_dict.get("is_success"))
-        success = success is not None and bool(np.any(success))
-        return tensordict.set("success", torch.tensor([success]))
+        success = np.zeros((*self._batch, 1), bool)
+        # A vector environment may have been reset in the same step: its last info is apart.
+        for info in (info_dict, info_dict.get("final_info")):
+            value = info.get("success", info.get("is_success")) if isinstance(info, dict) else None
+            if value is not None:
+                flags = np.asarray(value).astype(bool).reshape(*self._batch, -1)
+                success |= flags.any(-1, keepdims=True)
+        return tensordict.set("success", torch.from_numpy(success))
 
     @property
     def info_spec(self) -> dict[str, TensorSpec]:
-        return {"success": Binary(1, torch.Size([1]), dtype=torch.bool)}
+        return {"success": Binary(1, torch.Size([*self._batch, 1]), dtype=torch.bool)}
 
 
 class NoSuccess(Transform):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -63,7 +64,8 @@ def wrap_gym(
     if isinstance(space, gymnasium.spaces.Discrete) and space.start:  # TorchRL counts from 0
         first, choices = space.start, gymnasium.spaces.Discrete(space.n)
         env = gymnasium.wrappers.TransformAction(env, lambda choice: choice + first, choices)
-    simulation, base = env.unwrapped, GymWrapper(env)
+    simulation: Any = env.unwrapped
+    base = GymWrapper(_of_numbers(env))
     pictures = find_pictures(base)
     simulated = isinstance(getattr(simulation, "model", None), mujoco.MjModel)
     if cameras and not pictures and not simulated:
@@ -79,8 +81,9 @@ def wrap_gym(
     if pixels is None or pictures:
         return base, transforms
     if simulated:
-        view = (simulation.model, simulation.data, cameras, pixels, render_quality)
-        return base, [*transforms, _cameras(*view)]
+        model, data = simulation.model, simulation.data
+        marks = getattr(simulation, "_render_callback", None)  # of gymnasium-robotics: the goal
+        return base, [*transforms, _cameras(model, data, cameras, pixels, render_quality, marks)]
     picture = Pixels([env.render], pixels, source=f"render() of {name}")
     try:
         env.reset()
@@ -88,6 +91,32 @@ def wrap_gym(
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"{name} needs another package: {error}") from error
     return base, [*transforms, picture]
+
+
+def _of_numbers(env: gymnasium.Env) -> gymnasium.Env:
+    """Without observations in words and in spaces of the environment's own, as MiniGrid's mission.
+
+    TorchRL converts no space that gymnasium does not have.
+    """
+    spaces = gymnasium.spaces
+    if not isinstance(env.observation_space, spaces.Dict):
+        return env
+    kinds = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
+    nested = (spaces.Dict, spaces.Tuple)
+    known = [key for key, x in env.observation_space.items() if isinstance(x, kinds + nested)]
+    if len(known) in (0, len(env.observation_space)):
+        return env
+    return gymnasium.wrappers.FilterObservation(env, known)
+
+
+def make_robotics(name: str, **options: Any) -> tuple[EnvBase, list[Transform]]:
+    """A task of gymnasium-robotics by its id, such as ``FetchReach-v4``. See `make_gym`."""
+    if importlib.util.find_spec("gymnasium_robotics") is None:
+        raise ImportError(
+            f"robotics/{name} needs gymnasium-robotics: pip install 'prelar_trl[robotics]'"
+        )
+    gymnasium.register_envs(importlib.import_module("gymnasium_robotics"))
+    return make_gym(name, **options)
 
 
 def make_dm_control(
@@ -131,10 +160,11 @@ def _cameras(
     cameras: Sequence[str],
     size: int,
     quality: RenderQuality,
+    before: Callable[[], None] | None = None,
 ) -> Pixels:
     """The pictures of these cameras; without any, of the first that there is."""
     views = [
-        Camera(model, data, camera=camera, size=size, quality=quality)
+        Camera(model, data, camera=camera, size=size, quality=quality, before=before)
         for camera in cameras or (None,)
     ]
     return Pixels(views, size)

@@ -2,5 +2,6 @@
 
 from prelar_trl.fast.accelerate import accelerate
 from prelar_trl.fast.compilation import CompileMode, compile_update
+from prelar_trl.fast.tensor_cores import use_tensor_cores
 
-__all__ = ["CompileMode", "accelerate", "compile_update"]
+__all__ = ["CompileMode", "accelerate", "compile_update", "use_tensor_cores"]

@@ -49,10 +49,14 @@ def compile_update(update: U, mode: CompileMode = "auto") -> U:
         "fallback_random": True,
         "triton.cudagraphs": cuda,
     }
-    compiled = torch.compile(update.losses, fullgraph=True, dynamic=False, options=options)
+    compiled: Callable[..., TensorDict] | None = torch.compile(
+        update.losses, fullgraph=True, dynamic=False, options=options
+    )
     eager = update.forward_backward
 
     def forward_backward(*inputs: Any) -> TensorDict:
+        nonlocal compiled
+        assert compiled is not None
         try:
             if cuda:
                 torch.compiler.cudagraph_mark_step_begin()
@@ -66,6 +70,9 @@ def compile_update(update: U, mode: CompileMode = "auto") -> U:
         # Only here the failed call's tensors are free.
         for parameter in update.module.parameters():
             parameter.grad = None  # as each update leaves them
+        compiled = None
+        if cuda:  # the graphs' memory goes back for what follows
+            torch.cuda.empty_cache()
         losses = eager(*inputs)  # an error of the inputs comes again, and is raised
         warnings.warn(f"compile=auto failed ({failure}); goes on as compile=off", stacklevel=3)
         update.forward_backward = eager

@@ -187,6 +187,10 @@ class TruncatedNormal:
         z = torch.special.ndtri((self._cdf_low + uniform * self._mass).clamp(1e-7, 1 - 1e-7))
         return self._clamp(self.mean + self.std * z)
 
+    def perturb(self, action: Tensor, amount: float) -> Tensor:
+        """The action with Gaussian noise of that standard deviation, within [-1, 1]."""
+        return (action + amount * torch.randn_like(action)).clamp(-1, 1)
+
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of ``value`` in [-1, 1], summed over the action, ``[...]``."""
         z = (value - self.mean) / self.std
@@ -231,6 +235,11 @@ class OneHot:
     def rsample(self, sample: bool = True) -> Tensor:
         """Sample, or the mode, ``[..., A]``; the gradient is that of the probabilities."""
         return self._choice.rsample(self.logits.unsqueeze(-2), sample).squeeze(-2)
+
+    def perturb(self, action: Tensor, amount: float) -> Tensor:
+        """The action, or with that probability one that is drawn evenly."""
+        even = OneHot(torch.zeros_like(action)).rsample()
+        return torch.where(torch.rand_like(action[..., :1]) < amount, even, action)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of a one-hot ``value`` ``[..., A]``, in nats, ``[...]``."""

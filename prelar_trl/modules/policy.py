@@ -19,7 +19,7 @@ from prelar_trl.utils import check_choice
 
 __all__ = ["WorldModelPolicy"]
 
-_GREEDY = (ExplorationType.DETERMINISTIC, ExplorationType.MODE)
+_GREEDY = frozenset(ExplorationType) - {ExplorationType.RANDOM}
 
 
 class WorldModelPolicy(TensorDictModuleBase):
@@ -32,9 +32,12 @@ class WorldModelPolicy(TensorDictModuleBase):
 
     Args:
         world_model, actor: the networks.
-        mode: ``"sample"`` draws the action, unless TorchRL's exploration type is set to
-            ``DETERMINISTIC`` or ``MODE``; ``"mode"`` takes its mode (evaluation). Latents are drawn
-            in both.
+        mode: ``"sample"`` draws the action, or takes its mode while TorchRL's exploration type is
+            another than ``RANDOM``; ``"mode"`` takes its mode (evaluation). Latents are drawn in
+            both.
+        noise: added to the action: the standard deviation of Gaussian noise, or of choices the
+            probability of one that is drawn evenly. Default: 0.
+        sample_state: draw latents; False takes their mode. Default: the world model's ``sample``.
     """
 
     def __init__(
@@ -42,10 +45,15 @@ class WorldModelPolicy(TensorDictModuleBase):
         world_model: RSSMWorldModel,
         actor: Actor | OneHotActor,
         mode: Literal["sample", "mode"] = "sample",
+        *,
+        noise: float = 0.0,
+        sample_state: bool | None = None,
     ) -> None:
         super().__init__()
         check_choice("mode", mode, ("sample", "mode"))
         self.world_model, self.actor, self.mode = world_model, actor, mode
+        self.noise = noise
+        self.sample_state = world_model.sample if sample_state is None else sample_state
         self.action_dim = actor.action_dim
         encoder = world_model.action_encoder
         self.window = encoder.window if encoder is not None else 1
@@ -92,12 +100,14 @@ class WorldModelPolicy(TensorDictModuleBase):
         if model.lower_rssm is not None:
             lower = State(belief["lower_stoch"], belief["lower_deter"])
         state = State(belief["stoch"], belief["deter"])
-        out = model.observe(embed, self._code(history), is_first, state, lower)
+        out = model.observe(embed, self._code(history), is_first, state, lower, self.sample_state)
         out = cast(TensorDictBase, out[:, 0])
 
         policy = self.actor(out["feat"])
         greedy = self.mode == "mode" or exploration_type() in _GREEDY
         action = policy.rsample(not greedy)
+        if self.noise:
+            action = policy.perturb(action, self.noise)
         new = {
             "stoch": out["stoch"],
             "deter": out["deter"],

@@ -29,13 +29,15 @@ def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tens
     """uint8 pixels -> images in [-0.5, 0.5]."""
     if pixels.dtype != torch.uint8:
         raise TypeError(f"pixels have dtype {pixels.dtype}; store frames as uint8 in [0, 255]")
+    if pixels.dim() < 3 or pixels.shape[-1] <= 4 < pixels.shape[-3]:
+        raise ValueError(f"pixels have shape {list(pixels.shape)}; it must be [..., C, H, W]")
     return pixels.to(dtype).div_(255).sub_(0.5)
 
 
 def to_gray(images: Tensor) -> Tensor:
     """Colored images ``[..., 3 V, H, W]`` of V views -> their brightness ``[..., V, H, W]``."""
     colors = images.unflatten(-3, (-1, 3)).unbind(-3)
-    return sum(weight * color for weight, color in zip(LUMA, colors, strict=True))
+    return torch.stack([x * weight for x, weight in zip(colors, LUMA, strict=True)]).sum(0)
 
 
 class RSSMWorldModel(TensorDictModuleBase):
@@ -169,6 +171,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         embeds = [self.encoder(views[0])]
         embeds += [e(view) for e, view in zip(self.view_encoders, views[1:], strict=True)]
         if self.vector_encoder is not None:
+            assert vector is not None, "the model sees a vector"
             embeds.append(self.vector_encoder(vector.flatten(0, 1)))
         embed = torch.cat(embeds, -1) if len(embeds) > 1 else embeds[0]
         return embed.unflatten(0, batch)
@@ -204,13 +207,18 @@ class RSSMWorldModel(TensorDictModuleBase):
         is_first: Tensor,
         state: State | None = None,
         lower_state: State | None = None,
+        sample: bool | None = None,
     ) -> TensorDict:
-        """Filter embeddings ``[B, T, E]`` under actions of the dynamics; is_first ``[B, T, 1]``."""
+        """Filter embeddings ``[B, T, E]`` under actions of the dynamics; is_first ``[B, T, 1]``.
+
+        ``sample`` replaces the model's own.
+        """
+        sample = self.sample if sample is None else sample
         out = TensorDict({"embed": embed}, batch_size=embed.shape[:2])
         first = is_first.squeeze(-1)
         if self.lower_rssm is not None:
             lower, posterior, prior = self.lower_rssm.observe(
-                embed, None, first, lower_state, self.sample
+                embed, None, first, lower_state, sample
             )
             feat = self.lower_rssm.feat(lower)
             out["lower"] = TensorDict(
@@ -218,7 +226,7 @@ class RSSMWorldModel(TensorDictModuleBase):
                 batch_size=out.batch_size,
             )
             embed = torch.cat([embed, feat], -1) if self.concat_embed else feat
-        states, posterior, prior = self.rssm.observe(embed, action, first, state, self.sample)
+        states, posterior, prior = self.rssm.observe(embed, action, first, state, sample)
         out.update(states._asdict())
         return out.update({"feat": self.rssm.feat(states), "posterior": posterior, "prior": prior})
 

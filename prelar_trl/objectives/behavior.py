@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
-from prelar_trl.objectives.common import dispatch
+from prelar_trl.modules.distributions import check_equal_shapes
+from prelar_trl.objectives.common import check_range, dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
 from prelar_trl.utils import check_choice
 
-__all__ = ["ActorLoss", "CriticLoss", "LambdaTarget"]
+__all__ = ["ActorLoss", "CriticLoss", "LambdaTarget", "RewardNorm"]
 
 
 class LambdaTarget(nn.Module):
@@ -47,8 +49,7 @@ class LambdaTarget(nn.Module):
 
     def __init__(self, critic: Callable[[Tensor], Tensor], lmbda: float = 0.95) -> None:
         super().__init__()
-        if not 0 <= lmbda <= 1:
-            raise ValueError(f"lmbda={lmbda} must lie in [0, 1]")
+        check_range(0, 1, lmbda=lmbda)
         self.critic, self.lmbda = critic, lmbda
         self.tensor_keys = self._AcceptedKeys()
 
@@ -69,6 +70,31 @@ class LambdaTarget(nn.Module):
         return tensordict.copy().set(keys.value, value).set(keys.value_target, target)
 
 
+class RewardNorm(nn.Module):
+    """Divides imagined rewards by the running mean of their magnitude (DreamerV2's ``StreamNorm``).
+
+    Args:
+        momentum: of the running mean, which starts at 1. At 1 it stays there: nothing is changed.
+            Default: 1.
+    """
+
+    def __init__(self, momentum: float = 1.0) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum={momentum} must lie in [0, 1]")
+        self.momentum = momentum
+        self.register_buffer("magnitude", torch.ones(1))
+
+    def forward(self, reward: Tensor) -> Tensor:
+        """Any shape; the batch counts in the mean by which it is divided."""
+        if self.momentum == 1:
+            return reward
+        with torch.no_grad():
+            magnitude = reward.detach().abs().mean().to(self.magnitude.dtype)
+            self.magnitude.lerp_(magnitude.expand(1), 1 - self.momentum)
+        return reward / (self.magnitude.clone() + 1e-8)
+
+
 class ActorLoss(LossModule):
     """Maximise the imagined lambda-return (DreamerV2, section 3, equation 6).
 
@@ -80,8 +106,8 @@ class ActorLoss(LossModule):
     Args:
         gradient: ``dynamics`` back-propagates the return through the model; ``reinforce`` uses
             ``log_prob * (target - value)``; ``both`` mixes them. Default: ``dynamics``.
-        entropy_scale: eta. Default: 1e-4.
-        mix: share of ``dynamics`` in ``both``. Default: 0.1.
+        entropy_scale: eta; a scalar tensor can be changed between updates. Default: 1e-4.
+        mix: share of ``dynamics`` in ``both``, likewise. Default: 0.1.
     """
 
     @dataclass
@@ -101,12 +127,14 @@ class ActorLoss(LossModule):
         self,
         *,
         gradient: Literal["dynamics", "reinforce", "both"] = "dynamics",
-        entropy_scale: float = 1e-4,
-        mix: float = 0.1,
+        entropy_scale: float | Tensor = 1e-4,
+        mix: float | Tensor = 0.1,
     ) -> None:
         super().__init__()
         self.out_keys = ["loss_actor", "entropy", "imagined_return"]
         check_choice("gradient", gradient, ("dynamics", "reinforce", "both"))
+        check_range(0, entropy_scale=entropy_scale)
+        check_range(0, 1, mix=mix)
         self.gradient, self.entropy_scale, self.mix = gradient, entropy_scale, mix
         self._set_in_keys()
 
@@ -127,7 +155,10 @@ class ActorLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
+        check_equal_shapes(**{str(key): tensordict[key] for key in self.in_keys})
         objective = target = tensordict[keys.value_target][:, 1:-1]  # [N, H-1, 1]
+        if not target.numel():
+            raise ValueError(f"{keys.value_target}: trajectories need 3 states at least, H >= 2")
         if self.gradient != "dynamics":
             advantage = (target - tensordict[keys.value][:, :-2]).detach()
             objective = tensordict[keys.log_prob][:, 1:-1] * advantage
@@ -204,6 +235,8 @@ class CriticLoss(LossModule):
         value = self.value(tensordict[keys.feat][:, :-1].detach())
         target = tensordict[keys.value_target][:, :-1].detach()
         weight = tensordict[keys.weight][:, :-1].detach()
+        given = {str(keys.value_target): target, str(keys.weight): weight}
+        check_equal_shapes(value=value, **given)
         nll = gaussian_nll(value, target, 0)  # [N, H, 1]
         return TensorDict({"loss_critic": (weight * nll).mean(), "value": value.detach().mean()})
 

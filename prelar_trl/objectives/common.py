@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
 
-__all__ = ["check_entry", "check_weights", "dispatch", "loss_keys", "total_loss", "weighted"]
+__all__ = [
+    "check_entry",
+    "check_range",
+    "check_weights",
+    "dispatch",
+    "loss_keys",
+    "total_loss",
+    "weighted",
+]
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 if TYPE_CHECKING:
@@ -25,24 +34,42 @@ def check_weights(weights: Mapping[str, float], terms: Iterable[str]) -> dict[st
     """The weights as a dictionary.
 
     Raises:
-        ValueError: a name that is no term of the loss.
+        ValueError: a name that is no term of the loss, or a weight that is negative.
     """
     terms = tuple(terms)
     for name in weights:
         if name not in terms:
             raise ValueError(f"unknown loss weight {name!r}; the terms are {', '.join(terms)}")
+    check_range(0, **weights)
     return {name: float(weights[name]) for name in terms if name in weights}
 
 
+def check_range(low: float, high: float = inf, **numbers: float) -> None:
+    """Raise ValueError for a number outside [``low``, ``high``] or not finite."""
+    for name, number in numbers.items():
+        if not (low <= number <= high and number < inf):
+            words = f"be at least {low}" if high == inf else f"lie in [{low}, {high}]"
+            raise ValueError(f"{name}={number} must {words}")
+
+
 def check_entry(
-    key: NestedKey, value: Tensor, dtype: Literal["bool", "float"], batch: Sequence[int]
+    key: NestedKey,
+    value: Tensor,
+    dtype: Literal["bool", "float"],
+    batch: Sequence[int],
+    size: int | None = 1,
 ) -> None:
-    """Raise TypeError, or ValueError for the shape, where an entry is not ``dtype [*batch, 1]``."""
+    """Raise TypeError, or ValueError for the shape, where an entry is not ``dtype [*batch, size]``.
+
+    ``size`` None is any.
+    """
     given = f"{key} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if value.dtype != torch.bool if dtype == "bool" else not value.is_floating_point():
         raise TypeError(f"{given}; it must be {dtype}")
-    if value.shape != (*batch, 1) or not value.numel():
-        raise ValueError(f"{given}; its shape must be {[*batch, 1]}, and not empty")
+    shape = (*batch, *(value.shape[-1:] if size is None else [size]))
+    if value.shape != shape or not value.numel():
+        asked = ", ".join(map(str, [*batch, "A" if size is None else size]))
+        raise ValueError(f"{given}; its shape must be [{asked}], and not empty")
 
 
 def loss_keys(weights: Mapping[str, float]) -> list[str]:

@@ -132,9 +132,11 @@ def action_state_consistency(
     Returns:
         Scalar; zero where the orderings agree perfectly (``soft``: the scaled differences too).
     """
-    if p.dim() != 1 or p.shape != q.shape:
-        raise ValueError(f"p {tuple(p.shape)} and q {tuple(q.shape)} must both have shape [N]")
-    _check_temperature(temperature)
+    if p.dim() != 1 or p.shape != q.shape or not len(p):
+        raise ValueError(
+            f"p {tuple(p.shape)} and q {tuple(q.shape)} must both have shape [N], and not be empty"
+        )
+    check_temperature(temperature)
     check_choice("mode", mode, get_args(ConsistencyMode))
     p, q = to_float32(p.detach()), to_float32(q)
     p_difference, q_difference = p[:, None] - p, q[:, None] - q  # [N, N]
@@ -181,9 +183,11 @@ def action_contrast(kl: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     Returns:
         Scalar; chance level is ``log(1 + K)``.
     """
-    if kl.dim() != 2 or kl.shape[1] < 2:
-        raise ValueError(f"kl has shape {tuple(kl.shape)}; it must be [N, 1+K] with K >= 1")
-    _check_temperature(temperature)
+    if kl.dim() != 2 or kl.shape[1] < 2 or not len(kl):
+        raise ValueError(
+            f"kl has shape {tuple(kl.shape)}; it must be [N, 1+K] with K >= 1, and not empty"
+        )
+    check_temperature(temperature)
     return -(-to_float32(kl) / temperature).log_softmax(-1)[:, 0].mean()
 
 
@@ -211,6 +215,12 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
     """
     if k < 1:
         raise ValueError(f"k={k} must be at least 1")
+    matching = x.shape[1:] == memory.shape[1:] and valid.shape == memory.shape[:1]
+    if x.dim() != 2 or not matching or valid.dtype != torch.bool:
+        raise ValueError(
+            f"x {list(x.shape)}, memory {list(memory.shape)}, valid {valid.dtype} "
+            f"{list(valid.shape)} must be [N, P], [M, P], bool [M]"
+        )
     # A matrix product instead of differences; in float64, or a point is far from itself. Not zero,
     # where the root has no gradient.
     a, b = x.double(), memory.double()
@@ -226,6 +236,7 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
     return nearest.where(found, 0.0).sum(-1) / found.sum(-1).clamp_min(1)
 
 
-def _check_temperature(temperature: float | Tensor) -> None:
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raise ValueError for a number that is not positive."""
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0")

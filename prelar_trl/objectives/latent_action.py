@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,10 +15,11 @@ from torch.func import functional_call
 from torchrl.objectives import LossModule
 
 from prelar_trl.collectives import ProcessGroup, from_first, gather, joint_mean, own_rows
-from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
+from prelar_trl.modules.distributions import categorical_kl, check_equal_shapes, gaussian_kl
 from prelar_trl.modules.latent_actions import GaussianActions, LatentActions
 from prelar_trl.objectives import functional as F
 from prelar_trl.objectives.common import check_weights, dispatch, loss_keys, weighted
+from prelar_trl.utils import check_choice
 
 __all__ = ["LatentActionLoss"]
 
@@ -124,6 +125,10 @@ class LatentActionLoss(LossModule):
         ):
             if value < low:
                 raise ValueError(f"{name}={value} must be at least {low}")
+        check_choice("latent", latent, KL)
+        check_choice("consistency", consistency, get_args(F.ConsistencyMode))
+        if temperature is not None:
+            F.check_temperature(temperature)
         if not 0 < warmup_start <= 1:
             raise ValueError(f"warmup_start={warmup_start} must lie in (0, 1]")
         self.dynamics = dynamics
@@ -251,7 +256,7 @@ class LatentActionLoss(LossModule):
         order, itself = own_rows(order, group), own_rows(itself, group)  # [B]
         other = everyone[order]
         with torch.no_grad():  # the state divergence is never differentiated
-            shuffled = self.dynamics(stoch, deter, other.flatten(0, 1))
+            shuffled = self.dynamics(stoch, deter, other.detach().flatten(0, 1))
             p = self.latent_divergence(prior, shuffled).unflatten(0, action.shape[:2])
             # Exchanged for itself an action changes nothing: zero, without rounding noise,
             # whose signs would count as an ordering.
@@ -291,7 +296,9 @@ class LatentActionLoss(LossModule):
         """Mean squared error of the true actions, read linearly, where they are known."""
         keys = self.tensor_keys
         true, known = tensordict[keys.action][:, 1:], tensordict[keys.labeled][:, 1:]
+        check_equal_shapes(predicted=predicted, **{str(keys.action): true})
         error = (predicted - true).square().mean(-1, keepdim=True)  # [B, T-1, 1]
+        check_equal_shapes(error=error, **{str(keys.labeled): known})
         count = joint_mean(known.sum().to(error.dtype), self.process_group)
         return (error * known).sum() / count.clamp_min(1e-6)
 

@@ -7,6 +7,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from prelar_trl.collectives import ProcessGroup, gather, joint_mean
+from prelar_trl.objectives.common import check_range
 from prelar_trl.objectives.functional import knn_distance, sliding_mean
 
 __all__ = ["VideoBonus"]
@@ -46,6 +47,8 @@ class VideoBonus(nn.Module):
         embed_key: NestedKey = "embed",
     ) -> None:
         super().__init__()
+        check_range(1, k=k, window=window, projection_dim=projection_dim, memory_size=memory_size)
+        check_range(0, 1, momentum=momentum)
         self.k, self.window, self.momentum, self.embed_key = k, window, momentum, embed_key
         projection = torch.randn(embed_dim, projection_dim) / projection_dim
         self.projection = nn.Parameter(projection, requires_grad=False)

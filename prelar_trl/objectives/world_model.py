@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -15,12 +16,27 @@ from torchrl.objectives import LossModule
 
 from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.modules.world_model import normalize_pixels, to_gray
-from prelar_trl.objectives.common import check_entry, check_weights, dispatch, loss_keys, weighted
+from prelar_trl.objectives.common import (
+    check_entry,
+    check_range,
+    check_weights,
+    dispatch,
+    loss_keys,
+    weighted,
+)
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
 from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
 from prelar_trl.objectives.video_bonus import VideoBonus
+from prelar_trl.types import ClipRewards
+from prelar_trl.utils import check_choice
 
 __all__ = ["RSSMWorldModelLoss"]
+
+CLIP_REWARDS: dict[ClipRewards, Callable[[Tensor], Tensor]] = {
+    "identity": lambda reward: reward,
+    "sign": torch.sign,
+    "tanh": torch.tanh,
+}
 
 
 class RSSMWorldModelLoss(LossModule):
@@ -46,6 +62,8 @@ class RSSMWorldModelLoss(LossModule):
         video_bonus: intrinsic bonus added to the target of ``reward``, whose last
             ``window - 1`` steps are then left out. ``aux_reward`` always sees the plain reward.
         bonus_scale: factor beta of the bonus. Default: 1.
+        clip_rewards: ``sign`` or ``tanh`` of the reward is what its heads learn, before any bonus
+            (DreamerV2's, for Atari). Default: ``identity``.
 
     Returns (forward): a TensorDict of ``loss_<term>`` (weighted, scalar); ``<term>`` (unweighted,
     detached) and the mean ``bonus``; and ``state``, the detached posterior states (``stoch``,
@@ -53,8 +71,9 @@ class RSSMWorldModelLoss(LossModule):
 
     Raises (forward):
         TypeError: ``pixels``, the target of ``image``, are not uint8; ``is_first`` or
-            ``terminated`` are not bool, ``reward`` is not floating point.
-        ValueError: one of the latter has another shape than ``[B, T, 1]``, or is empty.
+            ``terminated`` are not bool, ``reward`` or ``action`` not floating point.
+        ValueError: one of the latter has another shape than ``[B, T, 1]``, ``action`` another than
+            ``[B, T, A]``, or is empty; ``pixels`` have their channels last.
     """
 
     @dataclass
@@ -90,13 +109,15 @@ class RSSMWorldModelLoss(LossModule):
         latent_action: LatentActionLoss | None = None,
         video_bonus: VideoBonus | None = None,
         bonus_scale: float = 1.0,
+        clip_rewards: ClipRewards = "identity",
     ) -> None:
         super().__init__()
         self.weights = check_weights(
             {"image": 1.0, "kl": 1.0} if weights is None else weights, self.TERMS
         )
-        if not 0 <= kl_balance <= 1:
-            raise ValueError(f"kl_balance={kl_balance} must lie in [0, 1]")
+        check_range(0, 1, kl_balance=kl_balance, discount=discount)
+        check_range(0, free_nats=free_nats, bonus_scale=bonus_scale)
+        check_choice("latent", latent, KL)
         self.world_model = world_model
         self.divergence = KL[latent]
         self.kl_balance, self.free_nats, self.free_avg = kl_balance, free_nats, free_avg
@@ -106,6 +127,8 @@ class RSSMWorldModelLoss(LossModule):
                 raise ValueError(f"a latent action cannot name a loss of its own {name!r}")
         self.latent_action, self.video_bonus = latent_action, video_bonus
         self.bonus_scale = bonus_scale
+        check_choice("clip_rewards", clip_rewards, CLIP_REWARDS)
+        self.clip_rewards = CLIP_REWARDS[clip_rewards]
         self._set_in_keys()
         terms = [*self.weights, *(["bonus"] if video_bonus is not None else [])]
         own_keys = [] if latent_action is None else latent_action.out_keys
@@ -137,6 +160,8 @@ class RSSMWorldModelLoss(LossModule):
         if "is_first" in self.world_model.in_keys:
             first = tensordict["is_first"]
             check_entry("is_first", first, "bool", first.shape[:2])
+            if "action" in self.world_model.in_keys:
+                check_entry("action", tensordict["action"], "float", first.shape[:2], size=None)
         out = self.world_model(tensordict.copy())
         batch = out[keys.stoch].shape[:2]
         if "reward" in self.weights or "aux_reward" in self.weights:
@@ -166,7 +191,7 @@ class RSSMWorldModelLoss(LossModule):
             prediction = self._prediction(out, "vector")
             values["vector"] = gaussian_nll(prediction, out[keys.vector], 1).mean()
         if "reward" in self.weights:
-            target = out[keys.reward]
+            target = self.clip_rewards(out[keys.reward])
             if self.video_bonus is not None:
                 bonus = self.video_bonus(out[keys.bonus_embed]).unsqueeze(-1)
                 values["bonus"] = bonus.mean()
@@ -175,7 +200,8 @@ class RSSMWorldModelLoss(LossModule):
             values["reward"] = gaussian_nll(prediction, target).mean()
         if "aux_reward" in self.weights:
             prediction = self._prediction(out, "aux_reward")
-            values["aux_reward"] = gaussian_nll(prediction, out[keys.reward]).mean()
+            target = self.clip_rewards(out[keys.reward])
+            values["aux_reward"] = gaussian_nll(prediction, target).mean()
         if "discount" in self.weights:
             logits = self._prediction(out, "discount")
             target = self.discount * (~out[keys.terminated]).to(logits.dtype)

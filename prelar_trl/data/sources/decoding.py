@@ -27,6 +27,7 @@ DECODER = (
 )
 DAMAGED = "damaged frames left out"
 BREAKS_OFF = "breaks off before its end"
+JUMPS = "jumps in time: frames are lost there, or none were recorded"
 REORDERED = 16  # B-frames in a row, at most; streams of nothing but B-frames exist
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 
@@ -62,8 +63,9 @@ def video_clip(path: Path, options: FrameOptions, section: Section | None = None
 def _video(
     path: Path, options: FrameOptions, notes: Counter[str], section: Section | None
 ) -> Iterator[Sizes]:
-    if not path.stat().st_size:
-        raise ClipError("the file is empty")
+    with path.open("rb") as file:  # says why if it cannot be read, which av does not
+        if not file.read(1):
+            raise ClipError("the file is empty")
     try:
         # absolute: "12:30.mp4" is no protocol; a playlist in disguise must not reach the network
         container = av.open(str(path.absolute()), options={"protocol_whitelist": "file"})
@@ -88,9 +90,13 @@ def picture_stream(container: InputContainer) -> VideoStream:
     """The stream to show: of those marked as default, else of all, the largest; no cover picture.
 
     Raises:
-        ClipError: there is none.
+        ClipError: there is none, or none that can be decoded.
     """
     streams = [s for s in container.streams.video if not s.disposition & COVERS]
+    known = [s for s in streams if s.codec_context is not None]  # damage invents streams
+    if streams and not known:
+        raise ClipError("no decoder for its pictures")
+    streams = known
     if not streams:
         raise ClipError("no picture in it (audio only?)")
     return max(
@@ -109,6 +115,7 @@ class _Decoding:
     def __init__(self, container: InputContainer, stream: VideoStream, notes: Counter[str]) -> None:
         self.container, self.stream, self.notes = container, stream, notes
         self.end = 0.0  # seconds, of the last frame
+        self.longest = 0.0  # between two frames, jumps aside
 
     def __iter__(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
         self.stream.codec_context.copy_opaque = True
@@ -117,12 +124,22 @@ class _Decoding:
             if frames is None:
                 yield number, None
             for frame in frames or ():
-                self.end = (frame.time or 0.0) + float(
-                    (frame.duration or 0) * (frame.time_base or 0)
-                )
+                self._note_time(frame)
                 yield (number if frame.opaque is None else cast(int, frame.opaque)), frame
         if self._promised() > 1.05 * self.end + 0.5:
             self.notes[BREAKS_OFF] = 1
+        if self.notes[DAMAGED]:  # which is why
+            del self.notes[JUMPS]
+
+    def _note_time(self, frame: av.VideoFrame) -> None:
+        """Demuxers that look for the next sound data (Matroska's) do not tell what they skip."""
+        start, duration = (frame.time or 0.0), (frame.duration or 0) * (frame.time_base or 0)
+        gap = start - self.end if self.end else 0.0
+        self.end = start + float(duration)
+        if gap > max(0.4, 5 * self.longest):
+            self.notes[JUMPS] += 1
+        else:
+            self.longest = max(self.longest, gap, float(duration))
 
     def _packets(self) -> Iterator[av.Packet | None]:
         """The stream's packets, then what makes the decoder hand out its last frames."""

@@ -129,7 +129,7 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 def _readable() -> Iterator[None]:
     try:
         yield
-    except (ClipError, MemoryError):
+    except (ClipError, MemoryError, PermissionError):
         raise
     except Exception:  # ZIP, deflate and NumPy fail on damage in many ways
         raise ClipError("not readable as .npz") from None

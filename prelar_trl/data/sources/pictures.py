@@ -19,8 +19,8 @@ from prelar_trl.data.sources.frames import FrameOptions, Sizes, sized_clip
 PICTURE_DECODER = f"Pillow {PIL.__version__}"
 ANIMATED = (".gif", ".webp", ".png", ".apng", ".avif", ".tif", ".tiff")
 PICTURES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".jp2", ".tga"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", *ANIMATED),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".jp2", ".j2k", ".jpx", ".tga"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".qoi", ".pcx", ".sgi", *ANIMATED),
 )
 DARK = "16-bit pictures that stay below an eighth of 65535: dark, set white=<largest value>"
 

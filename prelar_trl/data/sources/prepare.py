@@ -57,6 +57,12 @@ def prepare(
     """
     if min_frames < 1 or workers < 1:
         raise ValueError(f"min_frames={min_frames} and workers={workers} must be at least 1")
+    longest = source.options.max_frames
+    if longest is not None and longest < min_frames:
+        raise ValueError(
+            f"max_frames={longest} cuts every clip off below min_frames={min_frames}: nothing "
+            "would be left"
+        )
     items = source.items()
     if not items:
         raise ValueError(

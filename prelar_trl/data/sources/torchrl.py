@@ -197,7 +197,7 @@ def _find(folder: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
             yield from _find(folder / key, f"{prefix}{key}/")
         elif "dtype" in about and not about.get("is_nested"):
             dtype = about["dtype"].removeprefix("torch.")
-            if dtype in np.sctypeDict:
+            if dtype in np.sctypeDict and not np.dtype(dtype).hasobject:  # they are addresses
                 yield (
                     f"{prefix}{key}",
                     Entry(folder / f"{key}.memmap", tuple(about["shape"]), dtype),

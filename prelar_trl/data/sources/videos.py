@@ -134,8 +134,9 @@ def contents(folder: Path, names: list[str]) -> Contents:
 
 def _named_like_videos(folder: Path, names: list[str]) -> set[str]:
     """The names, with and without suffix, of the videos that a folder's pictures may show."""
-    if "thumb" in folder.name.lower():
-        names = names + os.listdir(folder.parent)
+    if "thumb" in folder.name.lower():  # of videos above it, or in a folder beside it
+        near = (path for pattern in ("*", "*/*") for path in folder.parent.glob(pattern))
+        names = [*names, *(path.name for path in near)]
     videos = {name for name in names if name.lower().endswith(VIDEOS)}
     return videos | {Path(name).stem for name in videos}
 

@@ -1,0 +1,69 @@
+"""What the settings of the recipes may be: named types with their bounds."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+from prelar_trl.bounds import Rule, at_least, one_of
+from prelar_trl.config import METHODS, PRETRAINED_PARTS, SIZES
+from prelar_trl.schedules import FORMS, is_schedule
+from prelar_trl.types import Backend, RenderQuality
+
+
+def as_names(value: Any) -> list[str] | None:
+    """A list of names, which may be written ``a,b``; None stays None."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+def are_names(value: Any) -> bool:
+    """Whether it is None, or names: different, none empty."""
+    names = as_names(value)
+    if names is None:
+        return True
+    good = isinstance(names, list | tuple) and all(isinstance(x, str) and x for x in names)
+    return good and 0 < len(names) == len(set(names))
+
+
+def are_loggers(value: Any) -> bool:
+    """Whether it is the name of a logger, or a list of them."""
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, list | tuple) and all(name in get_args(Backend) for name in names)
+
+
+# One of a few words: text to Hydra, which knows no ``Literal``; to a type checker it fits anywhere.
+if TYPE_CHECKING:
+    from typing import Any as Choice
+else:
+    Choice = str
+
+Compile = Annotated[Choice, one_of(("auto", "on", "off"))]
+Device = Annotated[
+    str,
+    Rule(
+        lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None,
+        "is unknown; choose auto, cpu, cuda or cuda:<n>",
+    ),
+]
+Export = Annotated[Choice, one_of(("npz", "jpeg"))]
+Gradient = Annotated[Choice, one_of(("dynamics", "reinforce", "both"))]
+SOURCES = ("videos", "something", "frames", "episodes", "lerobot", "torchrl")
+Kind = Annotated[Choice, one_of(("auto", *SOURCES))]
+Loggers = Annotated[
+    Any, Rule(are_loggers, f"is unknown; choose {', '.join(get_args(Backend))}, or a list of them")
+]
+Names = Annotated[Any, Rule(are_names, "must be a list of names")]
+Parts = Annotated[
+    Any,
+    Rule(
+        lambda x: are_names(x) and all(part in PRETRAINED_PARTS for part in as_names(x) or ()),
+        f"is unknown; choose of {', '.join(PRETRAINED_PARTS)}",
+    ),
+]
+Scheduled = Annotated[Any, Rule(is_schedule, f"must be at least 0: {FORMS}")]
+Method = Annotated[Choice, one_of(METHODS)]
+Pixels = Annotated[int, at_least(8)]
+Precision = Annotated[Choice, one_of(("32", "bf16"))]
+Quality = Annotated[Choice, one_of(get_args(RenderQuality))]
+Resize = Annotated[Choice, one_of(("squeeze", "crop"))]
+Size = Annotated[Choice, one_of(SIZES)]
