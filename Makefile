@@ -3,13 +3,16 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= runs/demo
+WHEELS ?= wheels
+DEVICE ?= cuda
+GPU ?= runs/gpu
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 RENDERING := scripts/with_rendering.sh $(PY)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test lint learn soak install clean clean-demo
+.PHONY: help demo test lint docs learn soak gpu wheels install clean clean-demo
 
 help:
 	@echo "make demo    videos -> pre-training -> fine-tuning -> evaluation -> report, in $(DEMO)"
@@ -17,6 +20,9 @@ help:
 	@echo "make learn   learning check on the toy env, results in results/ (15 minutes)"
 	@echo "make soak    two hours in which workers are killed and hang, results in results/soak"
 	@echo "make lint    ruff (rules, format) and pyright (types)"
+	@echo "make docs    the pages of docs/ and the API as a site, build/site/index.html"
+	@echo "make gpu     what a GPU gives: tests, times, rendering, in $(GPU), 9 minutes; DEVICE=cpu rehearses"
+	@echo "make wheels  collect what make gpu needs on a machine with torch and no network, in $(WHEELS)"
 	@echo "make clean   remove $(VENV), $(DEMO) and caches"
 	@echo "Each sets up $(VENV) first if needed. Another interpreter: make PYTHON=python3.12 ..."
 
@@ -29,7 +35,7 @@ $(PY):
 $(STAMP): setup.cfg pyproject.toml constraints.txt | $(PY)
 	@echo "installing into $(VENV) (a minute or two)"
 	$(PY) -m pip install --quiet -c constraints.txt setuptools "$(TORCH)"
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,loggers,flow]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,docs,loggers,flow]'
 	@touch $(STAMP)
 
 install: $(STAMP)
@@ -43,6 +49,10 @@ lint: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "build/site/index.html"
+
 demo: install
 	@$(RENDERING) scripts/demo.sh $(PY) $(DEMO)
 
@@ -51,6 +61,13 @@ soak: install
 
 learn: install
 	@$(RENDERING) $(PY) benchmarks/learn_toy.py
+
+# Not by `install`: the machine may have no network, and its torch is to be used.
+gpu:
+	@scripts/gpu.sh "$(if $(wildcard $(PY)),$(PY),$(PYTHON))" "$(WHEELS)" "$(DEVICE)" "$(GPU)"
+
+wheels: install
+	@scripts/wheels.sh $(PY) "$(WHEELS)"
 
 clean-demo:
 	rm -rf $(DEMO)

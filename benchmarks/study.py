@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def parse_arguments() -> argparse.Namespace:
-    summary = __doc__.partition("\n")[0]
+    summary = str(__doc__).partition("\n")[0]
     parser = argparse.ArgumentParser(prog="benchmarks/study.py", description=summary)
     parser.add_argument("data", nargs="*", metavar="DATA", help="experts, toy; default: both")
     parser.add_argument("--updates", type=int, help="of pre-training; default: as in study.yaml")

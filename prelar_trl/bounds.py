@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from math import isinf
 from numbers import Integral, Real
 from pathlib import PurePath
 from types import NoneType, UnionType
@@ -128,7 +127,7 @@ def _fault(hint: Any, value: Any) -> str | None:
     if flag or not isinstance(value, classes):
         choices = get_args(parts[0]) if parts and get_origin(parts[0]) is Literal else ()
         return f"must be {words}{f' of {listed(choices)}' if choices else ''}"
-    if origin is float and isinf(value):
+    if origin is float and math.isinf(value):
         return "must be finite"
     if not parts:
         return None

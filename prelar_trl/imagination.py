@@ -31,10 +31,11 @@ class ImaginationEnv(ModelBasedEnvBase):
 
     A reset and a step give ``feat`` ``[F]``, ``stoch`` ``[S, K]`` and ``deter`` ``[D]`` (the state
     itself, from which the next step goes on), with a head of the discount ``discount`` ``[1]``, and
-    on request ``pixels`` uint8 ``[3, H, W]``. It takes ``action``: the real one ``[A]`` in [-1, 1],
-    or, of a model that was pre-trained with latent actions, a latent one ``[U]``, any numbers:
-    ``env.rand_action`` draws from N(0, 1), the prior of Gaussian ones. The gradient flows through a
-    step, into the policy and into the model; freeze the model where only a policy is trained.
+    on request ``pixels`` uint8 ``[3 V, H, W]`` of V views. It takes ``action``: the real one
+    ``[A]``, or, of a model that was pre-trained with latent actions, a latent one ``[U]``, any
+    numbers: ``env.rand_action`` draws from N(0, 1), the prior of Gaussian ones. The gradient flows
+    through a step, into the policy and into the model; freeze the model where only a policy is
+    trained.
 
     Rewards are the ``reward`` head's, zero without one. An episode ends, as ``terminated``, where
     the predicted discount falls below half of gamma, never without such a head.
@@ -44,8 +45,9 @@ class ImaginationEnv(ModelBasedEnvBase):
 
     Args:
         world_model: put into evaluation mode.
-        action_dim: size A of the real action; unused with latent ones. Default: that of the action
-            encoder, or the width of the RSSM's input, which may be padded.
+        action_spec: that of the environment that the model knows, ``env.action_spec``, unbatched:
+            numbers or one-hot. Not with latent actions. Default: numbers in [-1, 1], as many as the
+            action encoder or the RSSM takes; stacked models take more than there are.
         starts: states ``[M]`` (``stoch, deter``, and ``action_history`` with an action window) that
             a reset draws from; the attribute can be set anew. Default: the zero state before the
             first frame.
@@ -62,7 +64,7 @@ class ImaginationEnv(ModelBasedEnvBase):
         self,
         world_model: RSSMWorldModel,
         *,
-        action_dim: int | None = None,
+        action_spec: TensorSpec | None = None,
         starts: TensorDictBase | None = None,
         decode: bool = False,
         sample: bool = True,
@@ -82,11 +84,12 @@ class ImaginationEnv(ModelBasedEnvBase):
         rssm, encoder = world_model.rssm, world_model.action_encoder
         latent = world_model.latent_action_encoder
         if latent is not None:
-            action_dim = latent.latent_actions.dim
-        elif action_dim is None:
-            action_dim = rssm.action_dim if encoder is None else encoder.action_dim
+            action_spec = Unbounded(torch.Size([latent.latent_actions.dim]))
+        elif action_spec is None:
+            size = rssm.action_dim if encoder is None else encoder.action_dim
+            action_spec = Bounded(-1, 1, torch.Size([size]))
         window = 1 if encoder is None else encoder.window
-        self.history_shape = torch.Size([window - 1, action_dim])
+        self.history_shape = torch.Size([window - 1, action_spec.shape[-1]])
         state: dict[str, TensorSpec] = {
             "stoch": Unbounded(torch.Size(rssm.latent.shape)),
             "deter": Unbounded(torch.Size([rssm.deter])),
@@ -100,26 +103,24 @@ class ImaginationEnv(ModelBasedEnvBase):
         if decode:
             drawn = self._draw(torch.zeros(1, rssm.feat_dim, device=self.device)).shape[1:]
             observation["pixels"] = Bounded(0, 255, drawn, dtype=torch.uint8)
-        size = torch.Size([action_dim])
-        action = Bounded(-1, 1, size) if latent is None else Unbounded(size)
 
         def batched(specs: dict[str, TensorSpec]) -> Composite:
             return Composite(specs, device=self.device).expand(batch)
 
         self.observation_spec, self.state_spec = batched(observation), batched(state)
-        self.full_action_spec = batched({"action": action})
+        self.full_action_spec = batched({"action": action_spec})
         self.full_reward_spec = batched({"reward": Unbounded(one)})
 
     @property
     def starts(self) -> TensorDictBase | None:
         """The states that a reset draws from, ``[M]``."""
-        return self.__dict__["_starts"]
+        return cast(TensorDictBase | None, self._starts)
 
     @starts.setter
     def starts(self, states: TensorDictBase | None) -> None:
         if states is not None and states.ndim != 1:
             raise ValueError(f"starts has the batch shape {list(states.shape)}: flatten it to [M]")
-        self.__dict__["_starts"] = None if states is None else states.detach()
+        self._starts = None if states is None else states.detach()
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
         batch = self.batch_size if tensordict is None else tensordict.batch_size
@@ -133,7 +134,8 @@ class ImaginationEnv(ModelBasedEnvBase):
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         model, flat = self.world_model, tensordict.reshape(-1)
         history = flat.get("action_history", None)
-        latent, history = model.next_latent_action(flat["action"], history, self.sample)
+        action = flat["action"].to(flat["deter"].dtype)  # a one-hot one may be bool
+        latent, history = model.next_latent_action(action, history, self.sample)
         state, _ = model.rssm.step(State(flat["stoch"], flat["deter"]), latent, self.sample)
         states = TensorDict(state._asdict(), flat.batch_size)
         if history is not None:
@@ -160,9 +162,11 @@ class ImaginationEnv(ModelBasedEnvBase):
         return out
 
     def _draw(self, feat: Tensor) -> Tensor:
-        """Features ``[N, F]`` -> pictures uint8 ``[N, 3, H, W]``."""
+        """Features ``[N, F]`` -> pictures uint8 ``[N, 3 V, H, W]``."""
         with torch.no_grad():
-            image = self.world_model.decoder(feat).float()
+            image = self.world_model.decode(feat.unsqueeze(1))[:, 0].float()
+        if self.world_model.gray:
+            image = image.repeat_interleave(3, 1)
         return ((image + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
     def _draw_starts(self, count: int) -> TensorDictBase:
@@ -186,7 +190,7 @@ def posterior_states(world_model: RSSMWorldModel, frames: TensorDictBase) -> Ten
     Args:
         world_model: put into evaluation mode.
         frames: a batch ``[B, T]`` as the losses read it: ``pixels``, ``is_first`` and, of a model
-            with real actions, ``action``.
+            with real actions, ``action``; ``vector`` of one that reads vectors.
 
     Returns:
         ``stoch, deter`` ``[B, T]``, and ``action_history`` with an action window; and, of a model
@@ -196,7 +200,8 @@ def posterior_states(world_model: RSSMWorldModel, frames: TensorDictBase) -> Ten
     model = world_model.eval()
     images = model.preprocess(frames["pixels"])
     action, _ = model.dynamics_actions(frames, images)
-    states = model.observe(model.encode(images), action, frames["is_first"])
+    embed = model.encode(images, frames.get("vector", None))
+    states = model.observe(embed, action, frames["is_first"])
     states = states.select("stoch", "deter")
     if model.latent_action_encoder is not None:
         states["latent_action"] = action

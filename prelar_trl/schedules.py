@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 __all__ = ["Schedule", "is_schedule"]
 
+Kind = Literal["constant", "linear", "exponential"]
 FORMS = "a number, linear(start,end,updates) or exponential(start,end,half-life)"
 
 
@@ -23,7 +23,7 @@ class Schedule:
     start: float
     end: float
     duration: float
-    kind: Literal["constant", "linear", "exponential"] = "constant"
+    kind: Kind = "constant"
 
     @classmethod
     def parse(cls, value: float | str) -> Schedule:
@@ -35,11 +35,12 @@ class Schedule:
         number = _number(value)
         if number is not None:
             return cls(number, number, 1.0)
-        found = re.fullmatch(r"\s*(linear|exponential)\((.*)\)\s*", str(value))
-        numbers = [_number(x) for x in found[2].split(",")] if found else []
-        if len(numbers) != 3 or None in numbers or numbers[2] <= 0:
+        kind, _, rest = str(value).strip().partition("(")
+        numbers = [x for x in map(_number, rest.removesuffix(")").split(",")) if x is not None]
+        good = kind in ("linear", "exponential") and rest.endswith(")") and rest.count(",") == 2
+        if not good or len(numbers) != 3 or numbers[2] <= 0:
             raise ValueError(f"{value!r} is no schedule: write {FORMS}")
-        return cls(*numbers, kind=found[1])
+        return cls(*numbers, kind=cast(Kind, kind))
 
     @property
     def is_constant(self) -> bool:

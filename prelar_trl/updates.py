@@ -61,7 +61,7 @@ def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
         # Where a GradScaler says so to the kernel, which reads a float32.
         vars(optimizer)["found_inf"] = skip.to(torch.float32)
         optimizer.step()
-    elif not skip:
+    elif skip.is_meta or not skip:  # without values: as if all were well
         optimizer.step()
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 __all__ = ["STOPPED", "atomic_write", "check_choice", "git_state", "listed", "lock_folder"]
 
-STOPPED = 75  # exit code of a run that was told to stop and has saved: EX_TEMPFAIL, run me again
+STOPPED = 75
+"""Exit code of a run that was told to stop and has saved: ``EX_TEMPFAIL``, run me again."""
 
 
 @contextmanager

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from tensordict import TensorDict
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from tensordict import TensorDict, TensorDictBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from prelar_trl.config import Phase
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
 from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.entry import CONFIGS, settings
 from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig, SweepConfig, overrides
 from prelar_trl.sweep import Job
-from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
+from prelar_trl.types import Inputs
+from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate, frozen
 
 ACTION_DIM = 4  # Meta-world's
 EPISODE = 500  # steps, where nothing else is set
@@ -71,49 +73,79 @@ def resolve(job: Job) -> Any:
 
 
 def update_of(cfg: PretrainConfig | FinetuneConfig) -> Update:
-    """The cost of one update: counted on the meta device, which has shapes and computes nothing."""
-    names = ("method", "size", "model", "loss", "batch_size")
+    """The cost of one update: counted on the meta device, which has shapes and computes nothing.
+
+    Of the operations those forward and backward, without the optimizer's.
+    """
+    names = ("method", "size", "model", "loss", "batch_size", "pixels")
     names += ("clip_len",) if isinstance(cfg, PretrainConfig) else ("batch_length",)
     if isinstance(cfg, FinetuneConfig):
         names += ("horizon", "imag_batch")
     return _count(cfg.phase, json.dumps({name: asdict(cfg)[name] for name in names}))
 
 
+class FlopCounter(TorchDispatchMode):
+    """Counts operations as torch's ``FlopCounterMode``, which also tracks modules and fails there.
+
+    Its hooks want a gradient where a loss runs the dynamics once more without one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if out is NotImplemented else out
+        out = func(*args, **kwargs)
+        self.total += count(*args, **kwargs, out_val=out)
+        return out
+
+
 @cache
-def _count(phase: str, text: str) -> Update:
+def _count(phase: Phase, text: str) -> Update:
     given: dict[str, Any] = json.loads(text)
     method, loss_settings = given["method"], overrides(given["loss"])
-    options = {"size": given["size"], **overrides(given["model"])}
-    length = given.get("clip_len") or given["batch_length"]
-    batch = meta_batch(given["batch_size"], length)
+    inputs = Inputs(given["pixels"])
+    options = {"size": given["size"], "inputs": inputs, **overrides(given["model"])}
+    batch = meta_batch(given["batch_size"], given.get("clip_len") or given["batch_length"], inputs)
+    behavior_update = bonus = None
     with torch.device("meta"):
         if phase == "pretrain":
-            module: nn.Module = make_world_model(method, phase, action_dim=0, **options)
-            loss = make_world_model_loss(method, phase, module, **loss_settings)
-            behavior_update = None
+            module = world_model = make_world_model(method, phase, action_dim=0, **options)
         else:
             module = agent = make_agent(method, action_dim=ACTION_DIM, **options)
-            loss = make_world_model_loss(
-                method, phase, agent.world_model, video_bonus=agent.video_bonus, **loss_settings
-            )
+            world_model, bonus = agent.world_model, agent.video_bonus
             behavior_update = BehaviorUpdate(
                 agent, horizon=given["horizon"], imag_batch=given["imag_batch"]
             )
+        loss = make_world_model_loss(method, phase, world_model, video_bonus=bonus, **loss_settings)
         update = WorldModelUpdate(loss)
-        with FlopCounterMode(display=False) as counter:
-            losses = update(batch)
+        with FlopCounter() as counter:
+            state = update.forward_backward(batch, None)["state"]
             if behavior_update is not None:
-                state = losses["state"].update(batch.select("terminated", "action"))
-                behavior_update(state)
+                assert isinstance(state, TensorDictBase)
+                starts = world_model.flatten_start_states(
+                    state.update(batch.select("terminated", "action"))
+                )
+                with frozen(world_model):
+                    behavior_update.forward_backward(starts[: given["imag_batch"]], True)
     state_bytes = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-    return Update(float(counter.get_total_flops()), state_bytes)
+    return Update(float(counter.total), state_bytes)
 
 
-def meta_batch(sequences: int, steps: int) -> TensorDict:
+def meta_batch(sequences: int, steps: int, inputs: Inputs) -> TensorDict:
     """Shapes of a training batch ``[B, T]``."""
     shape, meta = (sequences, steps), torch.device("meta")
+    picture = (3, inputs.size, inputs.size)
     entries = {
-        "pixels": torch.empty(*shape, 3, 64, 64, dtype=torch.uint8, device=meta),
+        "pixels": torch.empty(*shape, *picture, dtype=torch.uint8, device=meta),
         "action": torch.empty(*shape, ACTION_DIM, device=meta),
         "reward": torch.empty(*shape, 1, device=meta),
         "is_first": torch.empty(*shape, 1, dtype=torch.bool, device=meta),
@@ -202,8 +234,7 @@ def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate]
 def work_of(cfg: FinetuneConfig) -> tuple[int, int]:
     """Updates of a run, and environment steps with those of its evaluations."""
     updates = cfg.pretrain_updates + int((cfg.env_steps - cfg.prefill) / cfg.train_every)
-    first = cfg.eval_from or (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
-    evaluations = max(0, cfg.env_steps - first) // cfg.eval_every + 1
+    evaluations = max(0, cfg.env_steps - cfg.first_evaluation) // cfg.eval_every + 1
     episode = (cfg.max_steps or EPISODE) * cfg.action_repeat
     return updates, cfg.env_steps + evaluations * cfg.eval_episodes * episode
 

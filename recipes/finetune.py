@@ -128,7 +128,7 @@ def finetune(
         return processes.any(interruption.requested)
 
     guard = UpdateGuard(run, learner.updates, cfg.max_skipped, processes.rank)
-    first = first_evaluation(cfg)
+    first = cfg.first_evaluation
     # Environment steps a call, those of all processes.
     per_step = processes.size * cfg.action_repeat * max(1, env.batch_size.numel())
     bar = Progress(
@@ -253,13 +253,6 @@ def saved_first(save: Callable[[], None]) -> Iterator[None]:
     except WorkerError as error:
         save()
         raise WorkerError(f"{error}; the run is saved, resume=auto continues it") from error
-
-
-def first_evaluation(cfg: FinetuneConfig) -> int:
-    """The step of the first evaluation: after the random actions."""
-    if cfg.eval_from is not None:
-        return cfg.eval_from
-    return (cfg.prefill // cfg.eval_every + 1) * cfg.eval_every
 
 
 class FinetuneState:

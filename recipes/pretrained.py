@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -106,7 +106,7 @@ def make_rehearsal(
     if not cfg.rehearse:
         return None
     assert pretrained is not None, "the configuration requires it"
-    if added_inputs(loss.world_model):
+    if added_inputs(cast(RSSMWorldModel, loss.world_model)):
         raise ValueError(
             f"rehearse={cfg.rehearse}: videos show neither further cameras nor vectors; use "
             "rehearse=0, or one picture"

@@ -192,6 +192,13 @@ class FinetuneConfig(RunConfig):
             if schedule.is_constant:
                 setattr(self, name, schedule.start)
 
+    @property
+    def first_evaluation(self) -> int:
+        """The environment step of the first evaluation: after the random actions."""
+        if self.eval_from is not None:
+            return self.eval_from
+        return (self.prefill // self.eval_every + 1) * self.eval_every
+
 
 @dataclass
 class EvaluateConfig(Config):
@@ -300,7 +307,7 @@ class SweepConfig(Config):
     launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
     slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
     root: str = "runs/sweep"  # runs, logs and states; also the code that runs
-    results: str = "results/sweep"  # of finished runs: curves, tables, pictures
+    results: str = "results/curves"  # of finished runs: curves, tables, pictures
     copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout
     update_code: bool = False  # take the present commit for unfinished runs
     status: bool = False  # show the state of all, run nothing

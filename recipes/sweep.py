@@ -140,9 +140,9 @@ def check_settings(jobs: Iterable[Job]) -> None:
     Raises:
         ValueError: naming the first such job.
     """
-    checked = []
+    checked, apart = [], ("seed", "pretrained")
     for job in jobs:
-        settings = [job.recipe, {k: x for k, x in job.settings.items() if k != "seed"}]
+        settings = [job.recipe, {k: x for k, x in job.settings.items() if k not in apart}]
         if settings in checked:
             continue
         checked.append(settings)

@@ -69,7 +69,10 @@ def test_the_three_recipes_take_a_users_function_by_its_name(module, tmp_path, m
     calls = sys.modules[module].calls
     assert (0, 64) in calls and (10_000, 64) in calls  # training, evaluation
     assert checkpoint(tmp_path / "fine")["action_dim"] == 2
-    run(monkeypatch, "evaluate", "run=fine", "episodes=1", "device=cpu", "seed=3")
+    arguments = ("run=fine", "episodes=1", "device=cpu", "seed=3")
+    with pytest.raises(SystemExit, match="add trust_code=true"):
+        run(monkeypatch, "evaluate", *arguments)
+    run(monkeypatch, "evaluate", *arguments, "trust_code=true")
     assert calls[-1] == (3, 64)
     run(monkeypatch, "collect_videos", "env=my_maze:make", "data=clips", "episodes=1", "pixels=16")
     store = ClipStore(tmp_path / "clips")

@@ -73,8 +73,9 @@ def test_robodesk_is_seen_as_the_package_draws_it(monkeypatch):
         sim = env.base_env._env.unwrapped.sim
         sim.image_size = size
         theirs = torch.from_numpy(sim.render().copy()).permute(2, 0, 1).float()
-        assert (ours - theirs).abs().mean() < 6
-        assert (ours - theirs.roll(3, 1)).abs().mean() > 6
+        # Another filter makes the smaller picture: edges differ, not where they lie.
+        coarse = [torch.nn.functional.avg_pool2d(x, 4) for x in (ours, theirs, theirs.roll(4, 1))]
+        assert (coarse[0] - coarse[1]).abs().mean() < (coarse[0] - coarse[2]).abs().mean() / 3
 
 
 @robodesk

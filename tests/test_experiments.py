@@ -26,7 +26,7 @@ PRIOR = {"prior_std": 1.2449187}
 
 
 def recipe_of(name: str) -> str:
-    return "finetune" if name.endswith("_metaworld") else "pretrain"
+    return "finetune" if name.endswith(("_metaworld", "_atari")) else "pretrain"
 
 
 def composed(name: str, *given: str) -> Any:

@@ -153,6 +153,7 @@ for name in (sys.argv[2], "hf://" + sys.argv[2]):
 """
 
 
+@pytest.mark.timeout(900)  # two programs are started
 def test_push_and_pull_speak_with_a_hub(made, tmp_path):
     with hub() as (address, files):
         known = {"HF_ENDPOINT": address, "HF_TOKEN": "secret", "HF_HOME": str(tmp_path)}

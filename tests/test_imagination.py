@@ -12,6 +12,7 @@ from tensordict.nn import (
 )
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.data import OneHot
 from torchrl.envs import StepCounter
 from torchrl.envs.utils import check_env_specs, step_mdp
 from torchrl.modules import MLP, TanhNormal
@@ -20,6 +21,7 @@ from torchrl.objectives.utils import hold_out_net
 
 from prelar_trl.imagination import ImaginationEnv, posterior_states
 from prelar_trl.modules import RSSMWorldModel, TruncatedNormal
+from prelar_trl.types import Inputs
 from tests.tiny import ACTION_DIM, batch, has_gradient, tiny_world_model
 
 KINDS = {
@@ -42,7 +44,7 @@ def model_of(kind: str) -> RSSMWorldModel:
 def test_it_keeps_its_specs(kind: str, batch_size: tuple[int, ...]) -> None:
     model = model_of(kind)
     decode = model.context_encoder is None
-    env = ImaginationEnv(model, action_dim=None, decode=decode, batch_size=batch_size)
+    env = ImaginationEnv(model, decode=decode, batch_size=batch_size)
     check_env_specs(env)
     rollout = env.rollout(3)
     assert rollout.shape == (*batch_size, 3)
@@ -81,6 +83,24 @@ class _Scripted(nn.Module):
     def forward(self, feat: torch.Tensor):
         action = next(self.actions)
         return TruncatedNormal(action, torch.ones_like(action))
+
+
+def test_one_of_several_actions_is_one_hot() -> None:
+    env = ImaginationEnv(model_of("encoded"), action_spec=OneHot(ACTION_DIM))
+    check_env_specs(env)
+    assert (env.rollout(4)["action"].sum(-1) == 1).all()
+
+
+def test_a_model_of_several_inputs_is_imagined() -> None:
+    model = tiny_world_model("dreamerv2", "finetune", inputs=Inputs(views=2, vector=3), gray=True)
+    frames = batch(2, 3, vector=torch.randn(2, 3, 3))
+    frames["pixels"] = frames["pixels"].repeat(1, 1, 2, 1, 1)
+    states = posterior_states(model, frames)
+    env = ImaginationEnv(model, decode=True)
+    check_env_specs(env)
+    pixels = env.reset(states)["pixels"]
+    assert pixels.shape == (2, 3, 6, 64, 64)
+    assert torch.equal(pixels[:, :, 0], pixels[:, :, 2])  # gray
 
 
 def test_the_latent_moves_on() -> None:

@@ -393,7 +393,8 @@ def test_the_recipes_add_a_camera_and_a_vector_to_what_video_has_taught(tmp_path
     ("options", "message"),
     [
         ({"pixels": 100}, "pixels=100 is unknown; choose 64, 84, 96 or 128"),
-        ({"cameras": "eye"}, "cameras='eye' must be a list of names"),
+        ({"cameras": 3}, "cameras=3 must be a list of names"),
+        ({"cameras": "eye,eye"}, "cameras='eye,eye' must be a list of names"),
         ({"vectors": [3]}, r"vectors=\[3\] must be a list of names"),
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prelar_trl.official import (
     PARTS,
@@ -18,7 +18,9 @@ from prelar_trl.official import (
 )
 from prelar_trl.recipes.import_official import import_official
 from prelar_trl.recipes.schema import ImportOfficialConfig
-from tests.tiny import TINY, tiny
+from tests.test_official import assert_loads
+from tests.tiny import ACTION_DIM, TINY, batch, tiny
+from tests.toy_runs import checkpoint, different
 
 # As their modules are registered: wmlib/nets and wmlib/agents. Ours -> theirs.
 NAMES = {
@@ -46,17 +48,6 @@ NAMES = {
     "slow_critic.out.weight": "_task_behavior._target_critic.out.out.weight",
     "video_bonus.projection": "wm.intr_bonus.random_projection_matrix",
 }
-
-
-def scramble(model: nn.Module) -> None:
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.normal_()
-
-
-def assert_equal_states(first: nn.Module, second: nn.Module) -> None:
-    for name, tensor in first.state_dict().items():
-        torch.testing.assert_close(second.state_dict()[name], tensor, rtol=0, atol=0)
 
 
 def contextwm_name(name: str) -> str:
@@ -90,38 +81,28 @@ def test_the_names_are_those_of_the_release() -> None:
 
 @pytest.mark.parametrize("method", ["contextwm", "apv", "dreamerv2"])
 def test_an_agent_is_loaded(method: str, tmp_path: Path) -> None:
-    model, _ = tiny(method, "finetune")
-    scramble(model)
+    model, loss = tiny(method, "finetune")
+    loss(batch())  # fills the bonus memory and the statistics of batch norm
     save_official_checkpoint(tmp_path, model)
     rename_files(tmp_path)
-    other, _ = tiny(method, "finetune")
-    load_official_checkpoint(tmp_path, other)
-    for name in ("world_model", "actor", "critic", "slow_critic"):
-        assert_equal_states(getattr(model, name), getattr(other, name))
-    assert official_action_dim(tmp_path) == 2
+    assert_loads(tmp_path, model, tiny(method, "finetune")[0])
+    assert official_action_dim(tmp_path) == ACTION_DIM
 
 
 @pytest.mark.parametrize("method", ["contextwm", "apv"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_pretraining_run_is_imported(method: str, whole: bool, tmp_path: Path) -> None:
-    model, _ = tiny(method, "pretrain")
-    scramble(model)
-    save_official_checkpoint(tmp_path / "theirs", model)
-    rename_files(tmp_path / "theirs")
+    model, theirs = tiny(method, "pretrain")[0], tmp_path / "theirs"
+    save_official_checkpoint(theirs, model)
+    rename_files(theirs)
     if not whole:
-        (tmp_path / "theirs" / "variables.pt").unlink()
-    other, _ = tiny(method, "pretrain")
-    load_official_checkpoint(tmp_path / "theirs", other)
-    assert_equal_states(model, other)
-    run = str(tmp_path / "run")
+        (theirs / "variables.pt").unlink()
+    assert_loads(theirs, model, tiny(method, "pretrain")[0])
+    settings = {"method": method, "size": "tiny", "model": TINY}
     import_official(
-        ImportOfficialConfig(
-            official=str(tmp_path / "theirs"), method=method, run=run, size="tiny", model=TINY
-        )
+        ImportOfficialConfig(official=str(theirs), run=str(tmp_path / "run"), **settings)
     )
-    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)["model"]
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(state[name], tensor, rtol=0, atol=0)
+    assert different(dict(model.state_dict()), checkpoint(tmp_path / "run")["model"]) == []
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def killed(tmp_path_factory) -> SimpleNamespace:
 def continued(killed) -> SimpleNamespace:
     """The same sweep, started again, to its end."""
     done = sweep(killed.repository)
-    return SimpleNamespace(**vars(killed), done=done, results=killed.repository / "results/sweep")
+    return SimpleNamespace(**vars(killed), done=done, results=killed.repository / "results/curves")
 
 
 def test_a_stopped_process_group_pauses_all_runs(killed):
@@ -342,14 +342,14 @@ def test_a_later_commit_counts_only_when_asked_for(continued, tmp_path):
     recipe.write_text(recipe.read_text().replace("finetune(cfg)", "finetune(cfg); print('new')"))
     git(repository, "commit", "--quiet", "--all", "-m", "mended")
     log = repository / "runs" / "sweep" / "trial" / "finetune" / "broken-toy-0.log"
-    before = contents(repository / "results" / "sweep" / "trial" / "runs")
+    before = contents(repository / "results" / "curves" / "trial" / "runs")
     old = sweep(repository, "only=nothing|apv")  # takes what is there
     assert old.returncode == 0 and "update_code=true" in old.stdout
     new = sweep(repository, "update_code=true")
     assert new.returncode == 0, new.stdout + new.stderr
     assert new.stdout.count("starts: ") == 1 and "continues" not in new.stdout
     assert log.read_text().splitlines()[-1] == "new"
-    after = contents(repository / "results" / "sweep" / "trial" / "runs")
+    after = contents(repository / "results" / "curves" / "trial" / "runs")
     made = json.loads(after.pop("broken-toy-0.json"))
     del after["broken-toy-0.csv"]
     assert made["commit"] == git(repository, "rev-parse", "HEAD") != continued.commit

@@ -196,8 +196,11 @@ def test_without_submitit_one_line_says_what_to_install(tmp_path, monkeypatch):
         SlurmLauncher(tmp_path, {})
 
 
-def test_a_run_that_was_stopped_from_outside_has_not_failed(tmp_path):
+@pytest.mark.parametrize("code", [STOPPED, "'stopped after 5 steps; to continue: ...'"])
+def test_a_run_that_was_stopped_from_outside_has_not_failed(tmp_path, code):
     engine, job = make_engine(tmp_path)
+    command, program = engine.command, PROGRAM.replace("sys.exit(75)", f"sys.exit({code})")
+    engine.command = lambda *given: [program if x == PROGRAM else x for x in command(*given)]
     pids = tmp_path / "suite" / "finetune" / "a-0.log"
     with open(tmp_path / "lock", "w") as lock:
         launcher = LocalLauncher(lock)
@@ -208,7 +211,7 @@ def test_a_run_that_was_stopped_from_outside_has_not_failed(tmp_path):
         wait_for(lambda: pids.exists() and "resume" in pids.read_text(), seconds=60)
         handles[0].terminate()
         thread.join(60)
-    assert handles[0].returncode == STOPPED
+    assert handles[0].returncode == (code if code == STOPPED else 1)
     assert engine.state(job, alive=False)[0] == "stopped"
     record = json.loads((tmp_path / "suite" / "finetune" / "a-0.json").read_text())
     assert "error" not in record

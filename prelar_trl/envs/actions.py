@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec
@@ -36,7 +38,7 @@ class OneHotAction(Transform):
         action_spec = action_spec.clone()
         batch = action_spec.shape if isinstance(action_spec, Composite) else ()
         count = self._spec.space.n
-        new = OneHot(count, (*batch, count), dtype=torch.float32)
+        new = OneHot(count, torch.Size([*batch, count]), dtype=torch.float32)
         if not isinstance(action_spec, Composite):
             return new
         action_spec["action"] = new
@@ -61,8 +63,10 @@ def action_transforms(env: EnvBase) -> list[Transform]:
     if _is_choice(spec, shape):
         if getattr(spec, "mask", None) is not None:
             raise ValueError(f"the environment masks its actions ({given}), which does not work")
-        done = isinstance(spec, OneHot) and spec.dtype == torch.float32
-        return [] if done else [OneHotAction(spec)]
+        if isinstance(spec, OneHot) and spec.dtype == torch.float32:
+            return []
+        transforms: list[Transform] = [OneHotAction(cast(OneHot, spec))]
+        return transforms
     if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
         kind = "unbounded" if spec.dtype.is_floating_point else "discrete"
         raise ValueError(
@@ -71,9 +75,9 @@ def action_transforms(env: EnvBase) -> list[Transform]:
         )
     if len(shape) != 1:
         raise ValueError(f"actions must be one vector [A]; the environment takes action: {given}")
-    if not (spec.space.low.isfinite() & spec.space.high.isfinite()).all():
+    if not (spec.low.isfinite() & spec.high.isfinite()).all():
         raise ValueError(f"the environment's actions have no bounds ({given}): they must be finite")
-    scaled = (spec.space.low == -1).all() and (spec.space.high == 1).all()
+    scaled = (spec.low == -1).all() and (spec.high == 1).all()
     return [] if scaled else [ActionScaling()]
 
 

@@ -24,7 +24,7 @@ from prelar_trl.envs.pictures import (
     looks_like_picture,
     white_of,
 )
-from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels
+from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels, ToSuccess
 
 NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
 
@@ -39,14 +39,25 @@ def wrap_env(
         transforms += pixels_transform(env, pixels, cameras)
     base = env
     if isinstance(env, TransformedEnv):  # taken apart, so that the action repeat comes first
-        own = env.transform if isinstance(env.transform, Compose) else [env.transform]
-        base, transforms = env.base_env, [*(each.clone() for each in own), *transforms]
-    if "success" not in given:
-        if isinstance(base, GymLikeEnv):
-            base.set_info_dict_reader(SuccessReader(base.batch_size))
-        else:
-            transforms.append(NoSuccess())
+        own = [each.clone() for each in _flat(env.transform)]
+        base, transforms = env.base_env, [*own, *transforms]
+    # TorchRL reads the info of vector environments by itself, but not that of the last step.
+    if isinstance(base, GymLikeEnv) and ("success" not in given or base.batch_size):
+        base.set_info_dict_reader(SuccessReader(base.batch_size))
+    elif "success" not in given:
+        transforms.append(NoSuccess())
+    else:
+        spec = env.observation_spec["success"]
+        if spec.dtype != torch.bool or spec.shape != (*env.batch_size, 1):
+            transforms.append(ToSuccess())
     return base, transforms
+
+
+def _flat(transform: Transform) -> list[Transform]:
+    """The transforms of a composition, however deep."""
+    if not isinstance(transform, Compose):
+        return [transform]
+    return [each for part in transform for each in _flat(part)]
 
 
 def find_pictures(env: EnvBase) -> list[NestedKey]:
@@ -92,7 +103,7 @@ def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> li
     for name in cameras or names:
         spec = env.observation_spec[names[name]]
         check_picture(name, spec.shape[len(batch) :], spec.dtype)
-        white = white_of(spec.space.high) if isinstance(spec, Bounded) else None
+        white = white_of(spec.high) if isinstance(spec, Bounded) else None
         converters[names[name]] = PictureConverter(
             size, white=white, batch_dims=len(batch), source=name
         )

@@ -190,7 +190,8 @@ def _from_name(
         raise
     except (ImportError, AttributeError) as error:  # OpenGL's library is missing or broken
         raise rendering_error(error) from error
-    made = suite.make(name.partition("/")[2], **view, **kwargs)
+    make = cast(Callable[..., Any], suite.make)
+    made = make(name.partition("/")[2], **view, **kwargs)
     base, transforms = made if isinstance(made, tuple) else _from_object(made, **view)
     return base, transforms, suite.max_steps
 

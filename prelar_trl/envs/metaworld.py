@@ -101,7 +101,7 @@ class Proprioception(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        observation_spec["proprio"] = Unbounded((4,))
+        observation_spec["proprio"] = Unbounded(torch.Size([4]))
         return observation_spec
 
 

@@ -209,7 +209,7 @@ class Vector(Transform):
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         batch = observation_spec.shape
         size = sum(observation_spec[key].shape[len(batch) :].numel() for key in self.in_keys)
-        observation_spec["vector"] = Unbounded((*batch, size))
+        observation_spec["vector"] = Unbounded(torch.Size([*batch, size]))
         return observation_spec
 
 
@@ -269,6 +269,27 @@ class SuccessReader(BaseInfoDictReader):
     @property
     def info_spec(self) -> dict[str, TensorSpec]:
         return {"success": Binary(1, torch.Size([*self._batch, 1]), dtype=torch.bool)}
+
+
+class ToSuccess(Transform):
+    """Turn ``success`` of any number type and shape into bool [*batch, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__(in_keys=["success"], out_keys=["success"])
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        flags = next_tensordict["success"].reshape(*next_tensordict.batch_size, -1) > 0
+        return next_tensordict.exclude("success").set("success", flags.any(-1, keepdim=True))
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        shape = torch.Size([*observation_spec.shape, 1])
+        observation_spec["success"] = Binary(1, shape, dtype=torch.bool)
+        return observation_spec
 
 
 class NoSuccess(Transform):

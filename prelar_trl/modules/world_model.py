@@ -37,7 +37,7 @@ def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tens
 def to_gray(images: Tensor) -> Tensor:
     """Colored images ``[..., 3 V, H, W]`` of V views -> their brightness ``[..., V, H, W]``."""
     colors = images.unflatten(-3, (-1, 3)).unbind(-3)
-    return sum(weight * color for weight, color in zip(LUMA, colors, strict=True))
+    return torch.stack([x * weight for x, weight in zip(colors, LUMA, strict=True)]).sum(0)
 
 
 class RSSMWorldModel(TensorDictModuleBase):
@@ -171,6 +171,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         embeds = [self.encoder(views[0])]
         embeds += [e(view) for e, view in zip(self.view_encoders, views[1:], strict=True)]
         if self.vector_encoder is not None:
+            assert vector is not None, "the model sees a vector"
             embeds.append(self.vector_encoder(vector.flatten(0, 1)))
         embed = torch.cat(embeds, -1) if len(embeds) > 1 else embeds[0]
         return embed.unflatten(0, batch)

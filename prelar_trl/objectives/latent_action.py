@@ -256,7 +256,7 @@ class LatentActionLoss(LossModule):
         order, itself = own_rows(order, group), own_rows(itself, group)  # [B]
         other = everyone[order]
         with torch.no_grad():  # the state divergence is never differentiated
-            shuffled = self.dynamics(stoch, deter, other.flatten(0, 1))
+            shuffled = self.dynamics(stoch, deter, other.detach().flatten(0, 1))
             p = self.latent_divergence(prior, shuffled).unflatten(0, action.shape[:2])
             # Exchanged for itself an action changes nothing: zero, without rounding noise,
             # whose signs would count as an ordering.

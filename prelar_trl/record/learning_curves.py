@@ -182,7 +182,7 @@ def _collect(runs: Sequence[EvaluatedRun], score: str) -> dict[str, dict[str, _C
             if len(steps):
                 values = [[x.values[np.isin(x.steps, steps)] for x in task] for task in series]
                 shared = np.array(values).swapaxes(0, 1)
-                bands = {statistic: _band(steps, shared, statistic) for statistic in STATISTICS}
+                bands: dict[Statistic, Band] = {x: _band(steps, shared, x) for x in STATISTICS}
                 own = _Curves(steps, shared, bands, group in reference)
                 curves.setdefault(name, {})[group] = own
     return curves

@@ -18,6 +18,7 @@ from prelar_trl.sweep.source import Source
 from prelar_trl.utils import STOPPED, atomic_write
 
 GRACE = 10.0  # seconds from a signal to this process until those that did not get it are told
+TOLD = "stopped after"  # so begins the last line of a run that was told to stop, and has saved
 PROGRESS = re.compile(r"(\d+)/(\d+) (\w+) after .*?([\d.]+) \3/s")
 
 
@@ -26,6 +27,7 @@ class Results(Protocol):
 
     def path(self, job: Job) -> Path:
         """The JSON file that says that a run is finished and with which inputs."""
+        ...
 
     def publish(self, job: Job, root: Path, facts: Mapping[str, Any]) -> None:
         """Write it and what belongs to it; ``facts``: suite, run, inputs and commits."""
@@ -214,7 +216,8 @@ class Engine:
                 self.results.publish(job, self.root, self._facts(job))
             except (OSError, KeyError, ValueError) as problem:
                 error = f"its results cannot be published: {problem!r}"
-        if error is not None and (self.stopping is not None or code == STOPPED):
+        told = code == STOPPED or (error or "").startswith(TOLD)
+        if error is not None and (self.stopping is not None or told):
             record["state"] = "stopped"
         elif error is not None:
             record |= {"state": "failed", "error": error}

@@ -114,6 +114,7 @@ class Launcher(Protocol):
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
         """The started program, and what :meth:`attach` needs of it."""
+        ...
 
     def attach(self, record: Mapping[str, Any]) -> Handle | None:
         """A program that an earlier process started, if it can still be asked after."""

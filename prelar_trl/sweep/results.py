@@ -93,7 +93,7 @@ class CurveResults:
 
     def _summarize(self) -> None:
         with open(self.folder / "summary.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, SUMMARY, extrasaction="ignore")
+            writer = csv.DictWriter(file, list[str](SUMMARY), extrasaction="ignore")
             writer.writeheader()
             for table in sorted(self.folder.glob("*/table.csv")):
                 with open(table, newline="", encoding="utf-8") as rows:

@@ -136,7 +136,7 @@ class _Decoding:
         start, duration = (frame.time or 0.0), (frame.duration or 0) * (frame.time_base or 0)
         gap = start - self.end if self.end else 0.0
         self.end = start + float(duration)
-        if gap > max(0.4, 5 * self.longest):
+        if gap > max(0.4, 3 * self.longest):
             self.notes[JUMPS] += 1
         else:
             self.longest = max(self.longest, gap, float(duration))

@@ -1,0 +1,301 @@
+"""All that a GPU has to tell about this package, in one call of less than ten minutes.
+
+python -m benchmarks.gpu --out results/gpu                     # make gpu
+python -m benchmarks.gpu --out runs/gpu --device cpu           # a rehearsal, on tiny batches
+
+Every part runs in processes of its own and within its own time, so that one that fails or hangs
+leaves the others. What was not reached when the time was up is named, never left out. Writes
+``gpu.json`` after each part, and ``gpu.md``, a page of it.
+
+    device      what it is, and the versions
+    waits       does an update of a method and phase wait for the GPU (``set_sync_debug_mode``)?
+    times       ms and peak memory of updates at full size, eager, float32 (TF32) and bf16
+    tests       those marked ``gpu``; on a CPU the others of the same file
+    rendering   frames a second of MuJoCo, 64x64, by EGL
+    compiled    eager = compiled with CUDA graphs? ms of the compiled update
+    baseline    another program's update, see benchmarks/train.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.train import make_updates, measure, random_batch
+from prelar_trl.config import METHODS
+from prelar_trl.fast import use_tensor_cores
+
+ROOT = Path(__file__).parents[1]
+PHASES = [
+    (method, phase)
+    for phase in ("pretrain", "finetune")
+    for method, preset in METHODS.items()
+    if getattr(preset, phase) is not None
+]
+FIRST = [("prelar", "pretrain"), ("prelar", "finetune"), ("apv", "finetune")]
+FIRST += [("dreamerv2", "finetune"), ("contextwm", "finetune")]  # each has a part of its own
+CASES = FIRST + [case for case in PHASES if case not in FIRST]
+BATCH = {"pretrain": (16, 25), "finetune": (50, 50)}  # as published
+FRAMES = 200  # drawn
+SCENE = """<mujoco><worldbody>
+<light pos="0 0 3"/><camera name="c" pos="0 -3 1" xyaxes="1 0 0 0 0 1"/>
+<geom type="plane" size="3 3 .1"/><geom type="box" size=".2 .2 .2" pos="0 0 .3"/>
+</worldbody></mujoco>"""
+Result = dict[str, Any]
+
+
+def settings(method: str, phase: str, precision: str, device: str) -> Result:
+    """A configuration of benchmarks/train.py; on a CPU the smallest."""
+    batch, length = BATCH[phase] if device == "cuda" else (2, 6)
+    return {
+        "method": method,
+        "phase": phase,
+        "precision": precision,
+        "device": device,
+        "size": "full" if device == "cuda" else "mini",
+        "batch": batch,
+        "length": length,
+        "threads": torch.get_num_threads(),
+        "warmup": 3 if device == "cuda" else 1,
+        "updates": 5 if device == "cuda" else 1,
+        "compile": False,
+        "plain": False,
+    }
+
+
+# ------------------------------------------------------------------ parts, each a process
+
+
+def look_at_waits(device: str) -> Iterator[Result]:
+    """Updates during which asking for a value is an error; the first two may ask."""
+    for method, phase in CASES:
+        config = settings(method, phase, "32", device) | {"batch": 2, "length": 6}
+        update, behavior = make_updates(config)
+        batch = random_batch(2, 6, device)
+
+        def step(batch=batch, update=update, behavior=behavior) -> None:  # noqa: ANN001
+            losses = update(batch)
+            if behavior is not None:
+                behavior(losses["state"].update(batch.select("terminated", "action")))
+
+        result = {"method": method, "phase": phase, "waits": False}
+        for _ in range(2):
+            step()
+        try:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            step()
+        except RuntimeError as error:
+            result |= {"waits": True, "error": one_line(error)}
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        yield result
+
+
+def take_times(device: str) -> Iterator[Result]:
+    for method, phase in CASES:
+        for precision in ("32", "bf16"):
+            yield guarded(measure, settings(method, phase, precision, device))
+
+
+def take_compiled_times(device: str) -> Iterator[Result]:
+    """Compiled updates: their time, and whether they give what eager ones give."""
+    for method, phase in FIRST:
+        for precision in ("32", "bf16"):
+            config = settings(method, phase, precision, device)
+            yield guarded(compare_compiled, config)
+
+
+def compare_compiled(config: Result) -> Result:
+    """Losses of five eager and five compiled updates from the same weights and draws."""
+    losses = []
+    start = time.perf_counter()
+    small = config | {"batch": 2, "length": 6}
+    can_compile = config["device"] == "cuda"  # minutes on a CPU
+    for compiled in (False, can_compile):
+        torch.manual_seed(0)
+        update, _ = make_updates(small | {"compile": compiled})
+        losses.append([])
+        for _ in range(5):
+            out = update(random_batch(2, 6, config["device"]))
+            losses[-1].append({k: float(x) for k, x in out.items() if k.startswith("loss_")})
+    worst = max(
+        abs(b[name] - a[name]) / max(abs(a[name]), 1e-3)
+        for a, b in zip(*losses, strict=True)
+        for name in a
+    )
+    result = {"compiled": can_compile, "largest_difference": worst}
+    timed = measure(config | {"compile": can_compile, "warmup": 4})
+    return timed | result | {"seconds_in_all": time.perf_counter() - start}
+
+
+def render(_: str) -> Iterator[Result]:
+    from prelar_trl.envs.rendering import check_rendering
+
+    check_rendering()  # chooses the backend
+    import mujoco
+
+    model = mujoco.MjModel.from_xml_string(SCENE)
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    with mujoco.Renderer(model, 64, 64) as renderer:
+        start = time.perf_counter()
+        for _frame in range(FRAMES):
+            renderer.update_scene(data, "c")
+            picture = renderer.render()
+    seconds = time.perf_counter() - start
+    backend = os.environ.get("MUJOCO_GL")
+    yield {"backend": backend, "frames_s": FRAMES / seconds, "black": bool(picture.max() == 0)}
+
+
+PARTS: dict[str, Callable[[str], Iterator[Result]]] = {
+    "waits": look_at_waits,
+    "times": take_times,
+    "rendering": render,
+    "compiled": take_compiled_times,
+}
+
+
+def run_part(name: str, device: str) -> None:
+    """A part in this process: a line of JSON for each result."""
+    use_tensor_cores(torch.device(device))
+    torch.manual_seed(0)
+    for result in PARTS[name](device):
+        print(json.dumps(result), flush=True)
+
+
+def guarded(function: Callable[[Result], Result], config: Result) -> Result:
+    """The result, or the configuration with an ``error``."""
+    try:
+        if config["device"] == "cuda":
+            torch.cuda.empty_cache()
+        return function(config)
+    except Exception as error:  # the others go on
+        return config | {"error": one_line(error)}
+
+
+def one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+# ------------------------------------------------------------------ the whole
+
+
+def describe(device: str) -> Result:
+    about: Result = {"python": platform.python_version(), "torch": torch.__version__}
+    about |= {"device": device, "cores": os.cpu_count(), "tf32": device == "cuda"}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        about |= {"name": properties.name, "memory_gib": properties.total_memory / 2**30}
+        about |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return about
+
+
+def collect(command: list[str], seconds: float) -> Result:
+    """Run a command for so long at most.
+
+    Returns:
+        ``results``, the JSON of its lines; ``seconds``; ``error`` if it failed or was cut off.
+    """
+    start = time.perf_counter()
+    error, environment = None, os.environ | {"PRELAR_MALLOC": "system"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=environment
+        )
+        out = done.stdout
+        if done.returncode:
+            error = f"exit code {done.returncode}: {' '.join(done.stderr.split())[-300:]}"
+    except subprocess.TimeoutExpired as expired:
+        out, error = (expired.stdout or b"").decode(), f"cut off after {seconds:.0f} s"
+    results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    took = time.perf_counter() - start
+    last = out.strip().splitlines()[-1:]  # of pytest, how many passed
+    return {"results": results, "last_line": last, "seconds": took} | (
+        {"error": error} if error else {}
+    )
+
+
+def page(report: Result) -> str:
+    """The report as a page of Markdown."""
+    about = report["device"]
+    lines = ["# A GPU", "", ", ".join(f"{key} {value}" for key, value in about.items()), ""]
+    for name, part in report.items():
+        if name == "device":
+            continue
+        lines += [f"## {name}", ""]
+        if "error" in part:
+            lines += [f"**{part['error']}**", ""]
+        if "not_reached" in part:
+            lines += ["**not reached: the time was up**", ""]
+        rows = part.get("results", [])
+        hidden = ("updates_ms", "device", "plain", "threads", "warmup", "updates")
+        columns = [
+            key for key in dict.fromkeys(k for row in rows for k in row) if key not in hidden
+        ]
+        if columns:
+            lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+            for row in rows:
+                cells = [row.get(key, "") for key in columns]
+                shown = [f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells]
+                lines.append(f"| {' | '.join(shown)} |")
+            lines.append("")
+        elif part.get("last_line"):
+            lines += [*part["last_line"], ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("results/gpu"))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--seconds", type=float, default=520, help="for everything")
+    parser.add_argument("--baseline", help="a command, see benchmarks/train.py")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU here; --device cpu rehearses")
+    if options.part:
+        run_part(options.part, options.device)
+        return
+    end = time.perf_counter() + options.seconds
+    me = [sys.executable, "-m", "benchmarks.gpu", "--device", options.device, "--part"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    marked = "gpu" if options.device == "cuda" else "not gpu"
+    commands = {name: [*me, name] for name in ("waits", "times")}
+    commands["tests"] = [*pytest, "tests/test_devices.py", "-m", marked]
+    commands["rendering"] = [*me, "rendering"]
+    if options.baseline:
+        commands["baseline"] = shlex.split(options.baseline)
+    commands["compiled"] = [*me, "compiled"]  # last, because it takes what is left
+    shares = {"waits": 0.2, "times": 0.5, "tests": 0.4, "baseline": 0.4}  # of what is left
+    options.out.mkdir(parents=True, exist_ok=True)
+    report: Result = {"device": describe(options.device)}
+    for name, command in commands.items():
+        left = end - time.perf_counter()
+        print(f"{name}: {left:.0f} s are left", flush=True)
+        if left < 5:
+            report[name] = {"not_reached": True}
+        else:
+            report[name] = collect(command, shares.get(name, 1.0) * left)
+        (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "gpu.md").write_text(page(report))
+    print(options.out / "gpu.md")
+
+
+if __name__ == "__main__":
+    main()

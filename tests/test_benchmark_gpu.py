@@ -1,0 +1,54 @@
+"""The GPU's one call: every part reports, whatever happens to the others."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu
+
+
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, *options: str) -> dict[str, Any]:
+    arguments = ["gpu", "--device", "cpu", "--out", str(tmp_path), *options]
+    monkeypatch.setattr(sys, "argv", arguments)
+    gpu.main()
+    return json.loads((tmp_path / "gpu.json").read_text())
+
+
+def test_a_part_that_fails_or_hangs_leaves_the_others(monkeypatch, tmp_path) -> None:
+    def collect(command: list[str], seconds: float) -> dict[str, Any]:
+        code = {"waits": "raise SystemExit('broken')", "times": "import time; time.sleep(60)"}
+        code |= {"rendering": "print('{\"frames_s\": 5.0}')"}
+        return real([sys.executable, "-c", code.get(command[-1], "print('2 passed')")], 2.0)
+
+    real = gpu.collect
+    monkeypatch.setattr(gpu, "collect", collect)
+    report = run(monkeypatch, tmp_path, "--seconds", "60")
+    assert list(report) == ["device", "waits", "times", "tests", "rendering", "compiled"]
+    assert report["waits"]["error"] == "exit code 1: broken"
+    assert report["times"]["error"] == "cut off after 2 s"
+    assert report["rendering"]["results"] == [{"frames_s": 5.0}]
+    page = (tmp_path / "gpu.md").read_text()
+    assert "**exit code 1: broken**" in page and "**cut off after 2 s**" in page
+    assert "| frames_s |\n|---|\n| 5 |" in page and "2 passed" in page
+
+
+def test_what_the_time_did_not_reach_is_named(monkeypatch, tmp_path) -> None:
+    report = run(monkeypatch, tmp_path, "--seconds", "1")
+    assert all(report[name] == {"not_reached": True} for name in report if name != "device")
+    assert (tmp_path / "gpu.md").read_text().count("**not reached: the time was up**") == 5
+
+
+def test_every_method_and_phase_is_measured() -> None:
+    assert sorted(gpu.CASES) == sorted(gpu.PHASES) and len(gpu.CASES) == len(set(gpu.CASES))
+
+
+def test_a_configuration_that_fails_says_so_beside_the_others() -> None:
+    def fail(config: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("no\nmemory")
+
+    config = gpu.settings("prelar", "pretrain", "32", "cpu")
+    assert gpu.guarded(fail, config) == config | {"error": "RuntimeError: no memory"}
