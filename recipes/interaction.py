@@ -254,8 +254,11 @@ class Evaluation:
         cfg, device, seed = self.cfg, self.device, self.cfg.seed + EVAL_SEED
         if not cfg.eval_episodes:
             return None
+        if self._env is None:
+            with kept_rng():  # so that the first evaluation draws as a later one would
+                self._env = self._make_env(seed)
+        env = self._env
         with kept_rng():  # the training's
-            env = self._env = self._make_env(seed) if self._env is None else self._env
             with hold_signals():
                 env.set_seed(seed)
             policy = partial(act, self.policy, device=device)

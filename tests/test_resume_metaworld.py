@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torchrl.envs.utils import step_mdp
 
 from prelar_trl.envs import make_env
 from prelar_trl.envs.episodes import begin_episode, repeat_episode
@@ -16,9 +17,9 @@ STEPS = {"env": "metaworld/drawer-open", "max_steps": 35, "prefill": 40, "env_st
 def test_an_episode_is_repeated_exactly_in_another_environment():
     first = make_env("metaworld/drawer-open", seed=0)
     for seed in (1, 2):  # nothing of an episode stays for the next
-        begin_episode(first, seed)
+        now = begin_episode(first, seed)
         for _ in range(20):
-            first.step(first.rand_action())
+            now = step_mdp(first.step(first.rand_action(now)))
     actions = torch.rand(60, 4) * 2 - 1
     now, frames = repeat_episode(first, 3, actions)
     again, other = repeat_episode(make_env("metaworld/drawer-open", seed=9), 3, actions)
