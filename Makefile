@@ -12,13 +12,14 @@ STAMP := $(VENV)/.installed
 RENDERING := scripts/with_rendering.sh $(PY)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test lint learn gpu wheels install clean clean-demo
+.PHONY: help demo test lint docs learn gpu wheels install clean clean-demo
 
 help:
 	@echo "make demo    videos -> pre-training -> fine-tuning -> evaluation -> report, in $(DEMO)"
 	@echo "make test    run the tests"
 	@echo "make learn   learning check on the toy env, results in results/ (15 minutes)"
 	@echo "make lint    ruff (rules, format) and pyright (types)"
+	@echo "make docs    the pages of docs/ and the API as a site, build/site/index.html"
 	@echo "make gpu     what a GPU gives: tests, times, rendering, in $(GPU), 9 minutes; DEVICE=cpu rehearses"
 	@echo "make wheels  collect what make gpu needs on a machine with torch and no network, in $(WHEELS)"
 	@echo "make clean   remove $(VENV), $(DEMO) and caches"
@@ -33,7 +34,7 @@ $(PY):
 $(STAMP): setup.cfg pyproject.toml constraints.txt | $(PY)
 	@echo "installing into $(VENV) (a minute or two)"
 	$(PY) -m pip install --quiet -c constraints.txt setuptools "$(TORCH)"
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,loggers,flow]'
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[test,docs,loggers,flow]'
 	@touch $(STAMP)
 
 install: $(STAMP)
@@ -46,6 +47,10 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "build/site/index.html"
 
 demo: install
 	@$(RENDERING) scripts/demo.sh $(PY) $(DEMO)

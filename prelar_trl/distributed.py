@@ -53,7 +53,7 @@ def distribute(update: U, group: ProcessGroup | None, *, overlap: bool = True) -
         if type(part) in (nn.BatchNorm2d, CheckpointedBatchNorm2d):
             part.__class__ = SyncBatchNorm2d
         if hasattr(part, "process_group"):
-            part.process_group = group
+            vars(part)["process_group"] = group
     update.process_group = group
     for module in modules:
         for x in module.state_dict(keep_vars=True).values():
@@ -64,7 +64,8 @@ def distribute(update: U, group: ProcessGroup | None, *, overlap: bool = True) -
         def forward_backward_then_average(*inputs: Any) -> TensorDict:
             losses = forward_backward_here(*inputs)
             for parameter in trained_parameters(update):
-                parameter.grad = joint_mean(parameter.grad, group)
+                if parameter.grad is not None:
+                    parameter.grad = joint_mean(parameter.grad, group)
             return joint_losses(losses, group)
 
         update.forward_backward = forward_backward_then_average
@@ -126,6 +127,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     """
 
     process_group: ProcessGroup | None = None
+    running_mean: Tensor  # [C]
+    running_var: Tensor  # [C]
+    num_batches_tracked: Tensor
+    momentum: float
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.process_group is None:

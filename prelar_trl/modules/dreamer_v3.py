@@ -21,13 +21,13 @@ from prelar_trl.modules.world_model import normalize_pixels
 
 __all__ = ["V3_KEYS", "InferredActions", "PriorV3Logits"]
 
-# For LatentActionLoss.set_keys.
 V3_KEYS: dict[str, NestedKey] = {
     "stoch": ("next", "state"),
     "deter": ("next", "belief"),
     "posterior": ("next", "posterior_logits"),
     "prior": ("next", "prior_logits"),
 }
+"""For ``LatentActionLoss.set_keys``: what TorchRL's ``RSSMRolloutV3`` calls its entries."""
 
 
 class PriorV3Logits(nn.Module):

@@ -29,8 +29,11 @@ from prelar_trl.record.statistics import (
 )
 
 ALL_TASKS = "all"
-SUMMARY = ("suite", "task", "method", "seeds", "threshold", "steps")
-SUMMARY += ("ratio_to_dreamerv2", "ratio_low", "ratio_high")
+SUMMARY = (
+    *("suite", "task", "method", "seeds", "threshold", "steps"),
+    *("ratio_to_dreamerv2", "ratio_low", "ratio_high"),
+)
+"""The columns of ``summary.csv``."""
 
 
 class MethodStyle(NamedTuple):

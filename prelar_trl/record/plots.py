@@ -15,8 +15,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from prelar_trl.record.table import read_rows
 
-# Okabe and Ito's colors, told apart by color-blind readers; yellow left out.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
+"""Okabe and Ito's colors, told apart by color-blind readers; yellow left out."""
 STYLE = ("-", "--", ":", "-.")
 FEW_POINTS = 12  # up to here points are shown as they are, unsmoothed
 PANEL = (3.6, 2.5)  # inches
