@@ -1,4 +1,4 @@
-"""What users bring besides: batches, any success, compositions, what is no environment."""
+"""What users bring besides: batches, any form of success, what is no environment."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Tuple
 from torchrl.data import Binary, TensorSpec, Unbounded
-from torchrl.envs import Compose, GymWrapper, RewardSum, StepCounter, TransformedEnv
+from torchrl.envs import GymWrapper
 from torchrl.envs.utils import check_env_specs
 
 from prelar_trl.envs import ToyEnv, make_env
 from prelar_trl.recipes.environments import build_env
-from tests.test_envs import Counter
 from tests.test_envs_own import BYTES, Gym, Walkers
 
 MODES = gymnasium.vector.AutoresetMode
@@ -70,13 +69,6 @@ def test_success_of_any_type_and_shape_becomes_one_flag(spec: TensorSpec) -> Non
     env = make_env(Succeeds(), max_steps=4)
     check_env_specs(env)
     assert env.reset()["success"].tolist() == [[False], [True]]
-
-
-def test_compositions_of_compositions_are_taken_apart() -> None:
-    own = Compose(Compose(StepCounter(), RewardSum()), Compose())
-    env = make_env(TransformedEnv(Counter(), own), max_steps=3)
-    check_env_specs(env)
-    assert len(env.rollout(9)) == 3
 
 
 class Undrawn(Gym):
