@@ -1,4 +1,4 @@
-"""What users bring besides: batches, any success, compositions, what is no environment."""
+"""What users bring besides: batches, any form of success, what is no environment."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Tuple
 from torchrl.data import Binary, TensorSpec, Unbounded
-from torchrl.envs import Compose, GymWrapper, RewardSum, StepCounter, TransformedEnv
+from torchrl.envs import GymWrapper
 from torchrl.envs.utils import check_env_specs
 
 from prelar_trl.envs import ToyEnv, make_env
 from prelar_trl.recipes.environments import build_env
-from tests.test_envs import Counter
 from tests.test_envs_own import BYTES, Gym, Walkers
 
 MODES = gymnasium.vector.AutoresetMode
@@ -72,13 +71,6 @@ def test_success_of_any_type_and_shape_becomes_one_flag(spec: TensorSpec) -> Non
     assert env.reset()["success"].tolist() == [[False], [True]]
 
 
-def test_compositions_of_compositions_are_taken_apart() -> None:
-    own = Compose(Compose(StepCounter(), RewardSum()), Compose())
-    env = make_env(TransformedEnv(Counter(), own), max_steps=3)
-    check_env_specs(env)
-    assert len(env.rollout(9)) == 3
-
-
 class Undrawn(Gym):
     def render(self):
         raise NotImplementedError
@@ -87,7 +79,7 @@ class Undrawn(Gym):
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (Undrawn(), "Undrawn gives no picture: neither its observations nor render"),
+        (Undrawn(), "Undrawn gives no picture: no observation is"),
         (Gym(picture=[BYTES, None]), "gives list, which is no picture"),
         (Gym(Tuple((PICTURE, Box(-1, 1, (3,))))), "TorchRL cannot read the observations of Gym"),
         (Gym(Box(0, 9, (64, 64, 3), np.uint16)), "TorchRL cannot read .* uint16"),
