@@ -44,8 +44,8 @@ def check_weights(weights: Mapping[str, float], terms: Iterable[str]) -> dict[st
     return {name: float(weights[name]) for name in terms if name in weights}
 
 
-def check_range(low: float, high: float = inf, **numbers: float) -> None:
-    """Raise ValueError for a number outside [``low``, ``high``] or not finite."""
+def check_range(low: float, high: float = inf, **numbers: float | Tensor) -> None:
+    """Raise ValueError for a number or scalar tensor outside [``low``, ``high``] or not finite."""
     for name, number in numbers.items():
         if not (low <= number <= high and number < inf):
             words = f"be at least {low}" if high == inf else f"lie in [{low}, {high}]"
