@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -120,7 +120,7 @@ class Collection:
         """``now`` with a new episode wherever one is over; None: everywhere."""
         over = torch.ones(self._workers, dtype=torch.bool)
         if now is not None:
-            over = now["done"].flatten()
+            over = cast(torch.Tensor, now["done"]).flatten()
             if not over.any():
                 return now
         begun = [count + int(it) for count, it in zip(self._begun, over, strict=True)]
@@ -199,7 +199,7 @@ class Collection:
         elif self._processes is None:
             return "an environment with a batch size cannot be rebuilt"
         else:
-            now = now[worker]
+            now = cast(TensorDict, now[worker])
             try:
                 reached, frames = self._processes.repeat(worker, *episode)
             except WorkerError as error:

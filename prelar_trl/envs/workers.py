@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 import cloudpickle
 import torch
@@ -70,7 +70,7 @@ class WorkerEnv(EnvBase):
         timeout: float = 120.0,
         max_failures: int = 5,
     ) -> None:
-        super().__init__(device="cpu", batch_size=[num_workers])
+        super().__init__(device="cpu", batch_size=torch.Size([num_workers]))
         self._make, self._seed = cloudpickle.dumps(make), seed
         self._timeout, self._max_failures = timeout, max_failures
         self.failures = 0
@@ -115,7 +115,7 @@ class WorkerEnv(EnvBase):
             if bool(step["done"]):
                 self._in_a_row[worker] = 0
         found |= {worker: self._lost[worker] for worker in failed}
-        return torch.stack([found[i] for i in range(len(actions))])
+        return cast(TensorDictBase, torch.stack([found[i] for i in range(len(actions))]))
 
     def _reset(
         self,
@@ -132,7 +132,7 @@ class WorkerEnv(EnvBase):
         """
         chosen = [True] * len(self._workers)
         if tensordict is not None and "_reset" in tensordict.keys():
-            chosen = tensordict["_reset"].flatten().tolist()
+            chosen = cast(Tensor, tensordict["_reset"]).flatten().tolist()
         todo = {
             i: ("reset", None if seeds is None else seeds[i]) for i, it in enumerate(chosen) if it
         }
@@ -141,11 +141,12 @@ class WorkerEnv(EnvBase):
             answers, failed = self._ask(todo)
             found |= answers
             todo = {worker: todo[worker] for worker in failed}
-        return torch.stack([found.get(i, self._blank[i]) for i in range(len(chosen))])
+        begun: list[Any] = [found.get(i, self._blank[i]) for i in range(len(chosen))]
+        return cast(TensorDictBase, torch.stack(begun))
 
     def _set_seed(self, seed: int | None) -> None:
-        self._seed = seed
-        self._ask({i: ("seed", seed + i) for i in range(len(self._workers))})
+        self._seed = 0 if seed is None else seed
+        self._ask({i: ("seed", self._seed + i) for i in range(len(self._workers))})
 
     def _ask(
         self, questions: dict[int, tuple[Any, ...]], seconds: float | None = None
@@ -308,7 +309,7 @@ def _described(problem: Exception) -> str:
 
 def _specs(env: EnvBase) -> dict[str, Any]:
     observation = env.observation_spec.clone()
-    observation["dropped"] = Binary(1, (1,), dtype=torch.bool)
+    observation["dropped"] = Binary(1, torch.Size([1]), dtype=torch.bool)
     return {
         "observation_spec": observation,
         "action_spec": env.action_spec,
