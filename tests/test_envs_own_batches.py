@@ -79,7 +79,7 @@ class Undrawn(Gym):
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (Undrawn(), "Undrawn gives no picture: no observation is"),
+        (Undrawn(), "Undrawn gives no picture: neither its observations nor render"),
         (Gym(picture=[BYTES, None]), "gives list, which is no picture"),
         (Gym(Tuple((PICTURE, Box(-1, 1, (3,))))), "TorchRL cannot read the observations of Gym"),
         (Gym(Box(0, 9, (64, 64, 3), np.uint16)), "TorchRL cannot read .* uint16"),
