@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -122,10 +123,10 @@ def make_run(
         )
     if exists:
         run = RunFolder.load(cfg.run)
-        run.lock()
-        if run.config:  # empty: killed while it was written
-            changed_settings(run, cfg)
-        run.restart(plain(asdict(cfg)))
+        with locked(run):
+            if run.config:  # empty: killed while it was written
+                changed_settings(run, cfg)
+            run.restart(plain(asdict(cfg)))
         return run, None
     state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
     need = (cfg.keep + 2) * 3 * state + data_bytes + MARGIN_BYTES
@@ -135,16 +136,27 @@ def make_run(
 def continue_run(cfg: RunConfig) -> tuple[RunFolder, dict[str, Any]]:
     """The run in the folder, and its checkpoint."""
     run = RunFolder.load(cfg.run)
-    run.lock()
-    changed = changed_settings(run, cfg)
-    if not (run.checkpoints / CHECKPOINT).is_file():
-        raise FileNotFoundError(
-            f"the run in {cfg.run} was stopped before its first checkpoint: start it anew with "
-            "resume=auto"
-        )
-    checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
-    run.note_continuation(checkpoint["step"], changed)
+    with locked(run):
+        changed = changed_settings(run, cfg)
+        if not (run.checkpoints / CHECKPOINT).is_file():
+            raise FileNotFoundError(
+                f"the run in {cfg.run} was stopped before its first checkpoint: start it anew "
+                "with resume=auto"
+            )
+        checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
+        run.note_continuation(checkpoint["step"], changed)
     return run, checkpoint
+
+
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Locks a run, which stays locked unless what is inside fails."""
+    run.lock()
+    try:
+        yield
+    except BaseException:
+        run.unlock()
+        raise
 
 
 def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
