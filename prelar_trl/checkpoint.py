@@ -110,8 +110,12 @@ def _is_whole(path: Path) -> bool:
 
 
 def first_not_finite(state: Mapping[str, Any]) -> str | None:
-    """The name of a tensor with NaN or infinity; one reduction where there is none."""
-    tensors = {name: x for name, x in _floating(state) if x.numel()}
+    """The name of a tensor with NaN or infinity; one reduction where there is none.
+
+    ``losses`` may be: those of an update that was skipped, to be shown again.
+    """
+    kept = {key: value for key, value in state.items() if key != "losses"}
+    tensors = {name: x for name, x in _floating(kept) if x.numel()}
     if not tensors or get_total_norm(tensors.values(), norm_type=math.inf).isfinite():
         return None
     return next(name for name, x in tensors.items() if not x.isfinite().all())
