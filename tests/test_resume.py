@@ -76,10 +76,10 @@ def test_a_run_that_was_stopped_within_each_evaluation_goes_on_bit_for_bit(
 
     def cut(self, logger, step):
         self.interruption.requested = True
-        real(self, logger, step)
+        return real(self, logger, step)
 
     def cut_at_60(self, logger, step):
-        (cut if step == 60 else real)(self, logger, step)
+        return (cut if step == 60 else real)(self, logger, step)
 
     for step, call in ((40, cut), (60, cut_at_60)):
         with monkeypatch.context() as patch:
@@ -115,7 +115,7 @@ def killed_at(step):
     def call(self, logger, now):
         if now == step:
             killed()
-        real(self, logger, now)
+        return real(self, logger, now)
 
     return call
 
