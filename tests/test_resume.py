@@ -115,7 +115,7 @@ def killed_at(step):
     def call(self, logger, now):
         if now == step:
             killed()
-        real(self, logger, now)
+        return real(self, logger, now)
 
     return call
 

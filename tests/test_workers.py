@@ -88,7 +88,7 @@ def test_a_worker_that_fails_is_replaced_and_its_episode_dropped(env, told, said
 
 def test_a_worker_that_fails_again_and_again_is_an_error(env):
     now = env.reset()
-    with pytest.raises(WorkerError, match="worker 0 has failed 5 times in a row.* exit code 3"):
+    with pytest.raises(WorkerError, match="worker 0 has failed 5 times in a row.*exit code 3"):
         for _ in range(6):
             _, now = act(env, now, DIE, GOOD)
 
