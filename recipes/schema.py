@@ -44,6 +44,8 @@ from prelar_trl.recipes.values import (
     Export,
     Gradient,
     Kind,
+    Labels,
+    Lists,
     Loggers,
     Method,
     Names,
@@ -273,8 +275,8 @@ class PrepareVideosConfig(Config):
     min_frames: PositiveInt = 2  # skip shorter clips
     white: Positive | None = None  # in pictures of more than 8 bits; null: 65535 (integers), 1
     flow: bool = False  # also store optical flow (needs opencv-python-headless)
-    labels: list[Any] | None = None  # something, frames: only these, by number or template
-    lists: Any = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
+    labels: Labels = None  # something, frames: only these, by number or template
+    lists: Lists = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
     actions: bool = False  # episodes, lerobot, torchrl: also keep the true actions, for probes
     camera: str | None = None  # lerobot, torchrl: which picture; null: the only one
     export: str | None = None  # afterwards write the store into this folder as well

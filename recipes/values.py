@@ -84,6 +84,20 @@ ScheduledFraction = Annotated[
 Stores = Annotated[
     Any, Rule(are_stores, "must be a folder, a list of them, or {folder: weight above 0}")
 ]
+Lists = Annotated[
+    Any,
+    Rule(
+        lambda x: x is None or (isinstance(x, Mapping) and are_texts([*x, *x.values()])),
+        "must be {train: <file>, heldout: <file>}",
+    ),
+]
+Labels = Annotated[
+    list[Any] | None,
+    Rule(
+        lambda x: x is None or all(type(label) in (int, str) and label != "" for label in x),
+        "must be a list of numbers and templates",
+    ),
+]
 Texts = Annotated[Any, Rule(are_texts, "must be text, or a list of texts")]
 Method = Annotated[Choice, one_of(METHODS)]
 Pixels = Annotated[int, at_least(8), at_most(4096)]
