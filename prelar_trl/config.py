@@ -19,6 +19,7 @@ from prelar_trl.bounds import (
     NonNegativeMediumInt,
     NonNegativeSmallInt,
     Positive,
+    PositiveInt,
     Rule,
     SmallInt,
     above,
@@ -93,8 +94,8 @@ class ModelSettings:
     action_window: SmallInt = 1
     # video bonus
     bonus_embed: Literal["embed", "feat", "lower"] | None = None
-    bonus_neighbors: Annotated[int, between(1, 10**7)] = 16
-    bonus_memory: Annotated[int, between(1, 10**7)] = 4096
+    bonus_neighbors: Annotated[PositiveInt, at_most(10**7)] = 16
+    bonus_memory: Annotated[PositiveInt, at_most(10**7)] = 4096
     bonus_projection: MediumInt = 128
     bonus_window: SmallInt = 5
     discount: Fraction = 0.99

@@ -86,7 +86,7 @@ def test_functions_of_tensors(name: str, budget: Any) -> None:
         got = answer(lambda: call(x, number))
         if got is None:
             return
-        assert all(t.is_floating_point() for t in x[:2]), "integers were taken"
+        assert name == "one_hot" or all(t.is_floating_point() for t in x[:2]), "integers were taken"
         if shape is not None:
             assert got.shape == (x[0].shape if shape == "same" else shape)
         if got.device.type == "cpu":

@@ -90,6 +90,14 @@ def check_width(name: str, x: Tensor, width: int) -> None:
         raise ValueError(f"{name} {list(x.shape)}: its last dimension must be {width}")
 
 
+def _check_value(value: Tensor, params: Tensor) -> None:
+    """Raise ValueError where a value is not of that width, or cannot be broadcast to the others."""
+    check_width("value", value, params.shape[-1])
+    pairs = zip(reversed(value.shape), reversed(params.shape), strict=False)
+    if not all(a == b or 1 in (a, b) for a, b in pairs):
+        raise ValueError(f"value {list(value.shape)} does not fit {list(params.shape)}")
+
+
 class Categorical:
     """``size`` one-hot variables of ``classes`` classes with straight-through gradients.
 
@@ -217,7 +225,7 @@ class TruncatedNormal:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of ``value`` in [-1, 1], summed over the action, ``[...]``."""
-        check_equal_shapes(value=value, mean=self.mean)
+        _check_value(value, self.mean)
         z = (value - self.mean) / self.std
         log_density = -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
         return (log_density - self.std.log() - self._mass.log()).sum(-1)
@@ -269,7 +277,7 @@ class OneHot:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of a one-hot ``value`` ``[..., A]``, in nats, ``[...]``."""
-        check_equal_shapes(value=value, logits=self.logits)
+        _check_value(value, self.logits)
         return (value * self.logits.log_softmax(-1)).sum(-1)
 
     def entropy(self) -> Tensor:

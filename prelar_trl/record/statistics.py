@@ -272,6 +272,8 @@ def _curves(curves: ArrayLike) -> np.ndarray:
 def _check_bootstrap(confidence: float, samples: int) -> None:
     check_integers(samples=samples)
     check_range(0, 1, confidence=confidence)
+    if confidence in (0, 1):
+        raise ValueError(f"bootstrap: confidence={confidence} must lie between 0 and 1")
 
 
 def _table(scores: ArrayLike) -> np.ndarray:
