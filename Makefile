@@ -12,12 +12,13 @@ STAMP := $(VENV)/.installed
 RENDERING := scripts/with_rendering.sh $(PY)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: help demo test lint docs learn gpu wheels install clean clean-demo
+.PHONY: help demo test lint docs learn soak gpu wheels install clean clean-demo
 
 help:
 	@echo "make demo    videos -> pre-training -> fine-tuning -> evaluation -> report, in $(DEMO)"
 	@echo "make test    run the tests"
 	@echo "make learn   learning check on the toy env, results in results/ (15 minutes)"
+	@echo "make soak    two hours in which workers are killed and hang, results in results/soak"
 	@echo "make lint    ruff (rules, format) and pyright (types)"
 	@echo "make docs    the pages of docs/ and the API as a site, build/site/index.html"
 	@echo "make gpu     what a GPU gives: tests, times, rendering, in $(GPU), 9 minutes; DEVICE=cpu rehearses"
@@ -54,6 +55,9 @@ docs: install
 
 demo: install
 	@$(RENDERING) scripts/demo.sh $(PY) $(DEMO)
+
+soak: install
+	@$(RENDERING) $(PY) benchmarks/soak.py
 
 learn: install
 	@$(RENDERING) $(PY) benchmarks/learn_toy.py

@@ -85,7 +85,7 @@ def action_path(folder: Path) -> tuple[list[str], list[str]]:
     policy = WorldModelPolicy(agent.world_model, agent.actor)
     env = make_env("toy", max_steps=12).append_transform(policy.make_primer())
     replay = EpisodeReplay(folder / "replay", window=8, batch_size=2, capacity=100)
-    collection = Collection(env, policy, replay, torch.device("cpu"), Stopwatch())
+    collection = Collection(env, policy, replay, torch.device("cpu"), Stopwatch(), seed=0)
     collection.reset()
     to_replay: list[str] = []
     with traced(to_replay):

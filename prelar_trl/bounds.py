@@ -140,9 +140,9 @@ def _fault(hint: Any, value: Any) -> str | None:
     if origin is Annotated:
         broken = (rule.text for rule in hint.__metadata__ if not rule.holds(value))
         return _fault(hint.__origin__, value) or next(broken, None)
-    if origin in (Union, UnionType):  # of one type with None
-        (kind,) = (x for x in parts if x is not NoneType)
-        return None if value is None else _fault(kind, value)
+    if origin in (Union, UnionType):
+        faults = [_fault(x, value) for x in parts if x is not NoneType]
+        return None if value is None or None in faults else faults[0]
     if origin is Literal:
         return None if value in parts else f"is unknown; choose {listed(parts)}"
     classes, words = KINDS[origin]

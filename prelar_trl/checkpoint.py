@@ -14,6 +14,7 @@ import random
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from prelar_trl.utils import atomic_write
 
 __all__ = [
     "DamagedFileError",
+    "kept_rng",
     "load_checkpoint",
     "load_newest_checkpoint",
     "read_tensors",
@@ -215,3 +217,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
     python_version, python_keys, python_gauss = state["python"]
     random.setstate((python_version, tuple(python_keys), python_gauss))
+
+
+@contextmanager
+def kept_rng() -> Iterator[None]:
+    """What is drawn inside does not move the global random generators."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)

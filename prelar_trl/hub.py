@@ -145,7 +145,7 @@ def read_export(
         )
     file = folder / WEIGHTS
     if file.is_file() and config.get("sha256") not in (None, _sha256(file)):  # safetensors has none
-        raise ValueError(f"{name} is damaged: {WEIGHTS} or {CONFIG} differs from what was written")
+        raise ValueError(f"{name} is no exported model: {WEIGHTS}: its checksum differs")
     try:
         weights = load_file(file)
     except Exception as error:  # safetensors has an error of its own

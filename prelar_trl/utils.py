@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "STOPPED",
     "atomic_write",
     "check_choice",
     "check_integers",
@@ -22,6 +23,9 @@ __all__ = [
     "listed",
     "lock_folder",
 ]
+
+STOPPED = 75
+"""Exit code of a run that was told to stop and has saved: ``EX_TEMPFAIL``, run me again."""
 
 
 @contextmanager

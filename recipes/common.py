@@ -1,18 +1,15 @@
-"""What the recipes share: devices, seeds, run folders, interruption, evaluation episodes."""
+"""What the recipes share: devices, seeds, run folders, evaluation episodes."""
 
 from __future__ import annotations
 
 import os
 import random
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +21,8 @@ from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_
 from prelar_trl.distributed import distribute
 from prelar_trl.fast import CompileMode, compile_update, use_tensor_cores
 from prelar_trl.recipes.processes import ALONE, Processes
+from prelar_trl.recipes.schema import RunConfig
+from prelar_trl.recipes.signals import hold_signals
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 from prelar_trl.types import Backend
 from prelar_trl.updates import Update
@@ -32,6 +31,14 @@ from prelar_trl.utils import atomic_write
 CHECKPOINT = "last.pt"
 BEST = "best.pt"  # evaluated, while fine-tuning
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
+# What a run may continue with another value of: it changes no number that was not to come.
+CHANGEABLE = {
+    *("run", "updates", "env_steps", "device", "threads", "compile", "num_workers", "prefetch"),
+    *("worker_timeout", "worker_failures", "logger", "log_every", "video_every", "usage_every"),
+    *("checkpoint_every", "eval_every", "eval_from", "eval_episodes"),
+    *("keep", "keep_every", "max_skipped", "trust_code"),
+}
+MOVABLE = {"data", "pretrained"}  # the clip stores' contents are compared with the checkpoint
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
 
@@ -70,55 +77,110 @@ def chosen_loggers(logger: str | Sequence[str]) -> tuple[Backend, ...]:
     return cast(tuple[Backend, ...], loggers)
 
 
+Run = TypeVar("Run", bound=RunConfig)
+
+
+def settle_resume(cfg: Run) -> tuple[Run, bool]:
+    """The configuration with ``resume`` true or false, and whether ``auto`` decided that."""
+    if cfg.resume != "auto":
+        return cfg, False
+    checkpoint = Path(cfg.run).expanduser() / "checkpoints" / CHECKPOINT
+    return replace(cfg, resume=checkpoint.is_file()), True
+
+
 def open_run(
-    cfg: Any, module: nn.Module, data_bytes: int = 0, processes: Processes = ALONE
+    cfg: RunConfig,
+    module: nn.Module,
+    data_bytes: int = 0,
+    restart: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[RunFolder, dict[str, Any] | None]:
     """The run folder, and the checkpoint to continue from (``resume=true``), or None.
 
     The folder is locked. There must be space for the checkpoints of ``module`` with Adam's two
     moments, the best and one that is being written among them, and for ``data_bytes`` of a replay.
+    With ``restart`` a run that was stopped before its first checkpoint starts anew.
     The first of several processes makes or checks it, then the others follow.
     """
     if not processes.first:
         processes.wait()
         run = RunFolder.load(cfg.run)
         return run, load_newest_checkpoint(run.checkpoints / CHECKPOINT) if cfg.resume else None
-    opened = continue_run(cfg) if cfg.resume else make_run(cfg, module, data_bytes)
+    opened = continue_run(cfg) if cfg.resume else make_run(cfg, module, data_bytes, restart)
     processes.wait()
     return opened
 
 
-def make_run(cfg: Any, module: nn.Module, data_bytes: int) -> tuple[RunFolder, None]:
+def make_run(
+    cfg: RunConfig, module: nn.Module, data_bytes: int, restart: bool
+) -> tuple[RunFolder, None]:
     """A new run folder, with space for what it will hold."""
-    if (Path(cfg.run).expanduser() / "config.yaml").exists():
+    exists = (Path(cfg.run).expanduser() / "config.yaml").exists()
+    if exists and not restart:
         raise FileExistsError(
             f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
             "choose another folder"
         )
+    if exists:
+        run = RunFolder.load(cfg.run)
+        with locked(run):
+            if run.config:  # empty: killed while it was written
+                changed_settings(run, cfg)
+            run.restart(plain(asdict(cfg)))
+        return run, None
     state = sum(x.numel() * x.element_size() for x in module.state_dict().values())
     need = (cfg.keep + 2) * 3 * state + data_bytes + MARGIN_BYTES
     return RunFolder.create(cfg.run, plain(asdict(cfg)), need_bytes=need), None
 
 
-def continue_run(cfg: Any) -> tuple[RunFolder, dict[str, Any]]:
+def continue_run(cfg: RunConfig) -> tuple[RunFolder, dict[str, Any]]:
     """The run in the folder, and its checkpoint."""
     run = RunFolder.load(cfg.run)
+    with locked(run):
+        changed = changed_settings(run, cfg)
+        if not (run.checkpoints / CHECKPOINT).is_file():
+            raise FileNotFoundError(
+                f"the run in {cfg.run} was stopped before its first checkpoint: start it anew "
+                "with resume=auto"
+            )
+        checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
+        run.note_continuation(checkpoint["step"], changed)
+    return run, checkpoint
+
+
+@contextmanager
+def locked(run: RunFolder) -> Iterator[None]:
+    """Locks a run, which stays locked unless what is inside fails."""
     run.lock()
-    changeable = ("resume", "updates", "env_steps", "device", "threads", "logger", "num_workers")
-    changeable += ("compile", "keep", "keep_every", "max_skipped", "trust_code")
+    try:
+        yield
+    except BaseException:
+        run.unlock()
+        raise
+
+
+def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
+    """Settings that differ from those that the run was started with.
+
+    Raises:
+        ValueError: one of them changes what the run computes.
+    """
     defaults = {field.name: field.default for field in fields(cfg)}
+    changed = {}
     for name, value in plain(asdict(cfg)).items():
-        began = run.config.get(name, defaults[name])  # it may be older than an option
+        given, began = value, run.config.get(name, defaults[name])  # older than an option
         if isinstance(value, dict) and isinstance(began, dict):
-            value, began = ({k: x for k, x in y.items() if x is not None} for y in (value, began))
-        if name not in changeable and began != value:
+            given, began = ({k: x for k, x in y.items() if x is not None} for y in (value, began))
+        if name == "resume" or began == given:
+            continue
+        moved = name in MOVABLE and None not in (given, began)
+        if name not in CHANGEABLE and not moved:
             raise ValueError(
-                f"resume: {name}={value} but the run in {cfg.run} was started with "
+                f"resume: {name}={given} but the run in {cfg.run} was started with "
                 f"{name}={began}; repeat its command with resume=true"
             )
-    checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
-    run.note_continuation(checkpoint["step"])
-    return run, checkpoint
+        changed[name] = value
+    return changed
 
 
 def read_run(
@@ -225,49 +287,6 @@ def plain(value: Any) -> Any:
     return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
-class Interruption:
-    """Ctrl-C or SIGTERM is noted and acted on between two updates, never within one.
-
-    A second Ctrl-C stops at once. Outside the main thread, where Python allows no handlers (agents
-    of sweeps run there), nothing is noted.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> Interruption:
-        numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread() else ()
-        self._before = {s: signal.signal(s, self._note) for s in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-def in_main_thread() -> bool:
-    """Whether signal handlers can be set here."""
-    return threading.current_thread() is threading.main_thread()
-
-
-@contextmanager
-def ignore_sigint() -> Iterator[None]:
-    """Processes that start inside ignore Ctrl-C, which reaches all: their parent ends them."""
-    if not in_main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def drop_unweighted(losses: TensorDictBase) -> dict[str, Tensor]:
     """The losses to log: ``loss_<term>`` once, without its unweighted copy ``<term>``.
 
@@ -289,23 +308,30 @@ class EpisodeTracker:
     """
 
     def __init__(self, workers: int) -> None:
-        self._success = [False] * workers
+        self.success = [False] * workers
 
     def update(self, after: TensorDictBase) -> list[dict[str, Any]]:
-        """``after`` is the ``next`` entry of a step; one record for each episode that ended."""
+        """One record for each episode that ended.
+
+        Args:
+            after: the ``next`` entry of a step. An episode that is ``dropped`` does not count.
+        """
         ended = []
         for worker, step in enumerate(after.reshape(-1)):
-            self._success[worker] |= bool(step["success"])
+            if bool(step.get("dropped", False)):  # its worker has failed
+                self.success[worker] = False
+                continue
+            self.success[worker] |= bool(step["success"])
             if bool(step["done"]):
                 ended.append(
                     {
                         "worker": worker,
                         "return": float(step["episode_reward"]),
-                        "success": self._success[worker],
+                        "success": self.success[worker],
                         "length": int(step["step_count"]),
                     }
                 )
-                self._success[worker] = False
+                self.success[worker] = False
         return ended
 
 
@@ -326,7 +352,7 @@ def play(
         A record of each episode (return, success, length), and the frames of the first
         ``videos``, uint8 ``[T, 3, H, W]`` each, :data:`FILM_FRAMES` at most.
     """
-    with ignore_sigint():
+    with hold_signals():
         td = env.reset()
     workers = td.numel()
     quota = [episodes // workers + (i < episodes % workers) for i in range(workers)]
@@ -347,6 +373,7 @@ def play(
                 records.append(record)
                 if len(clips) < videos:
                     clips.append(torch.stack(frames[worker]))
+        for worker in td["next", "done"].flatten().nonzero().flatten().tolist():
             frames[worker] = [first[worker]]
         td = following
     return records, clips

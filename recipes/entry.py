@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -21,13 +22,24 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.recipes.command_line import as_typed
 from prelar_trl.recipes.schema import RunConfig, register
-from prelar_trl.utils import listed
+from prelar_trl.utils import STOPPED, listed
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, under Windows
 
 register()
+
+
+class Stopped(SystemExit):
+    """A run that was asked to stop, and that the same command continues.
+
+    Exit codes are those that schedulers know: 0 done, 1 failed, 75 stopped: start it again.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = STOPPED
 
 
 def start(name: str) -> None:
@@ -47,7 +59,8 @@ def start(name: str) -> None:
             cfg = settings(config)
             if isinstance(cfg, RunConfig) and is_cpu(cfg.device):
                 with_tcmalloc()  # starts the program anew: before the imports, not after them
-            importlib.import_module(f"prelar_trl.recipes.{name}").main(cfg)
+            with stoppable() if isinstance(cfg, RunConfig) else nullcontext():
+                importlib.import_module(f"prelar_trl.recipes.{name}").main(cfg)
 
     job.__module__ = f"prelar_trl.recipes.{name}"  # Hydra names the job by it
     run = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=name)(job)
@@ -79,13 +92,35 @@ def one_line_errors(full: bool) -> Iterator[None]:
     """Expected errors end the program with one line, unless ``full``."""
     try:
         yield
+    except Stopped as stopped:
+        with suppress(OSError):  # a terminal that is gone
+            print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
-        sys.exit("stopped at once; what was saved before is kept")
+        print("stopped at once; what was saved before is kept", file=sys.stderr)
+        sys.exit(STOPPED)
     except Exception as error:
         line = describe(error)
         if full or line is None:
             raise
         sys.exit(f"error: {line}")
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """What asks a run to stop ends it; once it has begun, it listens itself and saves first."""
+
+    def stop(*_: object) -> None:
+        raise Stopped("stopped while it was starting; the same command with resume=auto goes on")
+
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    asked = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in asked}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe(error: Exception) -> str | None:

@@ -78,6 +78,9 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
     given = {key: options[key] for key in ("seed", "pixels") if key in options} | left
     if "num_workers" not in taken:
         return make_env(make, **given)
+    for key in ("worker_timeout", "worker_failures"):  # it makes the processes itself
+        left.pop(key, None)
+        given.pop(key, None)
     env = make()
     if not left and isinstance(env, EnvBase) and KEYS <= {*env.observation_spec.keys()}:
         return env.append_transform(StepCheck(f"environment {name}"))

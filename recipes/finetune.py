@@ -13,39 +13,41 @@ from prelar_trl.recipes.entry import start
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("finetune"))
 
-from contextlib import ExitStack, closing
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prelar_trl.allocator import with_tcmalloc
-from prelar_trl.checkpoint import rng_state, save_checkpoint, set_rng_state
+from prelar_trl.checkpoint import save_checkpoint
 from prelar_trl.envs import make_env
+from prelar_trl.envs.workers import WorkerError
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
     BEST,
-    Interruption,
     choose_device,
     chosen_loggers,
-    crossed,
     drop_unweighted,
-    ignore_sigint,
     open_logger,
     open_run,
     progress_metrics,
-    save_run,
     seed_everything,
+    settle_resume,
 )
 from prelar_trl.recipes.environments import interface
+from prelar_trl.recipes.finetune_state import FinetuneState
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
-from prelar_trl.recipes.learner import Learner, make_learner
+from prelar_trl.recipes.learner import make_learner
 from prelar_trl.recipes.processes import ALONE, Processes, joined
-from prelar_trl.recipes.replays import open_replay, share_replays
-from prelar_trl.recipes.schema import FinetuneConfig, overrides
-from prelar_trl.record import Progress
+from prelar_trl.recipes.replays import open_replay, replay_bytes
+from prelar_trl.recipes.schema import FinetuneConfig
+from prelar_trl.recipes.signals import Interruption
+from prelar_trl.record import Logger, Progress, RunFolder
 from prelar_trl.stopwatch import Stopwatch
+from prelar_trl.types import Backend
 
 
 def finetune(
@@ -64,145 +66,55 @@ def finetune(
     tells where the time goes. In a thread other than the main one Ctrl-C is not handled.
     """
     check(cfg)
+    cfg, restart = settle_resume(cfg)
     watch = watch or Stopwatch()
     loggers = chosen_loggers(cfg.logger)
-    device = choose_device(cfg.device)
-    seed = processes.seed(cfg.seed)
-    seed_everything(seed)
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-
-    env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
-    known = interface(env)
-    learner = make_learner(cfg, known, device, watch, processes)
-    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor, noise=cfg.expl_noise)
-    env = env.append_transform(policy.make_primer())
-    frames = min(processes.size * cfg.capacity, cfg.env_steps // cfg.action_repeat)
-    frame_bytes = env.observation_spec["pixels"].shape[-3:].numel()
-    run, checkpoint = open_run(cfg, learner.agent, frames * frame_bytes, processes)
-    replay = open_replay(cfg, run.path, learner.video_clips, device, processes, checkpoint)
-    collection = Collection(env, policy, replay, device, watch)
-    state = FinetuneState(cfg, known, learner, collection, processes)
-    if checkpoint is not None:
-        state.load_state_dict(checkpoint)
-        share_replays(replay, checkpoint, processes)
-        if state.step >= cfg.env_steps and not state.evaluation_due:
-            processes.say(
-                f"{run.path} has its {state.step} steps already; raise env_steps to continue"
-            )
-            return
-
-    saved = state.step
-
-    def save() -> None:
-        nonlocal saved
-        state.evaluation_due = evaluation.cut_off
-        whole = state.state_dict()
-        if processes.first:
-            save_run(cfg, run, whole, saved)
-        saved = state.step
-
-    def evaluate() -> None:  # by the first; the others wait
-        with watch("evaluation"):
-            score = evaluation(logger, state.step) if processes.first else None
-            better = score is not None and (state.best is None or score > state.best)
-            if processes.any(better):
-                state.best = score
-                whole = state.state_dict()
-                if processes.first:
-                    save_checkpoint(run.checkpoints / BEST, whole)
-
-    def stopping() -> bool:
-        return processes.any(interruption.requested)
-
-    guard = UpdateGuard(run, learner.updates, cfg.max_skipped, processes.rank)
-    model_update = learner.model_update
-    first = cfg.first_evaluation
-    # Environment steps a call, those of all processes.
-    per_step = processes.size * cfg.action_repeat * max(1, env.batch_size.numel())
-    bar = Progress(
-        cfg.env_steps,
-        initial=state.step,
-        name="finetune",
-        unit="steps",
-        hidden=not processes.first,
-    )
-    with (
-        ExitStack() as opened,
-        run,
-        open_logger(run, loggers, checkpoint, processes) as logger,
-        Interruption() as interruption,
-        bar,
-    ):
-        opened.enter_context(closing(collection))
-        evaluation = Evaluation(cfg, env_factory, learner.agent, device, interruption)
-        opened.enter_context(closing(evaluation))
-        collection.reset()
-        losses, ready = None, False
-        logger.log_times({"startup_s": watch.summary(state.step)["seconds"]}, state.step)
+    state, run, checkpoint = build(cfg, env_factory, watch, processes, restart)
+    if checkpoint is not None and state.is_finished(checkpoint):
+        done = f"its {checkpoint['step']} steps already; raise env_steps to continue"
+        processes.say(f"finished: {run.path} has {done}")
+        return
+    learner, collection = state.learner, state.collection
+    with opened(state, run, checkpoint, loggers, env_factory) as session:
+        logger, guard = session.logger, session.guard
         if state.evaluation_due:
-            evaluate()
-        while state.step < cfg.env_steps and not stopping():
-            random_phase = state.step < cfg.prefill
-            ended = collection.step(random=random_phase)
-            before, state.step, updates = state.step, state.step + per_step, model_update.count
-            step = state.step
-            with watch("logging"):
-                for episode in ended:
-                    names = ("return", "success", "length")
-                    logger.log({f"train/{name}": episode[name] for name in names}, step)
-            ready = ready or processes.all(bool(replay.num_episodes))
-            looked_at = cfg.prefill or first  # an evaluation may have no end either
-            if before < looked_at <= step and not ready and not cfg.max_steps:
-                where = "the prefill of " if cfg.prefill else ""
-                raise ValueError(
-                    f"no episode has ended in {where}{looked_at} steps, and nothing can be learned "
-                    "before: give max_steps, or a longer prefill"
-                )
-            if step >= cfg.prefill and ready:
-                while learner.unaligned and not stopping():
+            session.evaluate()
+        while state.step < cfg.env_steps or state.training_due:
+            if not state.training_due:
+                if session.stopping():
+                    break
+                ended = collection.step(random=state.step < cfg.prefill)
+                state.advance()
+                session.log_episodes(ended)
+            state.check_episodes()
+            if state.can_train:
+                while learner.unaligned and not session.stopping():
                     aligned = learner.align(collection.sample())
                     if not learner.unaligned:
-                        logger.log(aligned, step)
-                state.updates_due += per_step / cfg.train_every
-                while state.updates_due >= 1 and not stopping():
-                    losses = learner.update(collection.sample(), guard.watch)
+                        logger.log(aligned, state.step)
+                while state.updates_due >= 1 and not session.stopping():
+                    state.losses = learner.update(collection.sample(), guard.watch)
                     state.updates_due -= 1
-                    guard.check(losses, step)
-            metrics = (
-                {}
-                if losses is None
-                else {"updates": model_update.count, **progress_metrics(losses), **guard.shown()}
-            )
-            trained = (model_update.count - updates) * cfg.batch_size * cfg.batch_length
-            with watch("logging"):
-                bar.update(per_step, frames=trained, metrics=metrics)
-                if losses is not None and crossed(before, step, cfg.log_every):
-                    logger.log({**drop_unweighted(losses), **guard.metrics()}, step)
-            if step >= first and crossed(before - first, step - first, cfg.eval_every):
-                evaluate()
-            if step >= cfg.env_steps:
+                    guard.check(state.losses, state.step)
+                if learner.unaligned or state.updates_due >= 1:
+                    break  # interrupted: the run goes on with the rest of the updates
+            state.training_due = False
+            session.log_losses()
+            if state.at_evaluation:
+                state.evaluation_due = True
+                if not session.stopping():
+                    session.evaluate()
+            if state.step >= cfg.env_steps:
                 break
             # After the evaluation: a run that is killed within it comes back to it.
-            if losses is not None and crossed(before, step, cfg.checkpoint_every):
-                with watch("logging"):
-                    save()
-            if crossed(before, step, cfg.log_every):
-                logger.log_times(watch.summary(step), step)
-        stopped = stopping()
-        if not stopped and ready:
-            if processes.any(processes.first and evaluation.last != state.step):
-                evaluate()
-            stopped = stopping()
-        with watch("logging"):
-            save()
-        if losses is not None and not stopped:
-            guard.check(losses, state.step, last=True)
-        if not stopped and not ready:
-            raise ValueError(
-                f"no episode was finished in {state.step} steps, so nothing was learned: raise "
-                "env_steps, or lower max_steps"
-            )
+            if state.losses is not None and state.crossed(cfg.checkpoint_every):
+                state.save(run)
+            if state.crossed(cfg.log_every):
+                logger.log_times(watch.summary(state.step), state.step)
+        stopped = session.stopping()
+        state.save(run)
+        if not stopped:
+            session.check_learned()
         logger.log_times(watch.summary(state.step), state.step)
     if stopped:
         processes.stop(
@@ -228,57 +140,156 @@ def check(cfg: FinetuneConfig) -> None:
         raise ValueError(f"capacity={cfg.capacity} is less than batch_length={cfg.batch_length}")
 
 
-class FinetuneState:
-    """What a checkpoint holds of a fine-tuning run."""
+def build(
+    cfg: FinetuneConfig, env_factory: Any, watch: Stopwatch, processes: Processes, restart: bool
+) -> tuple[FinetuneState, RunFolder, dict[str, Any] | None]:
+    """The run before its first step: environment, agent, run folder, replay.
 
-    def __init__(
-        self,
-        cfg: FinetuneConfig,
-        known: dict[str, Any],
-        learner: Learner,
-        collection: Collection,
-        processes: Processes,
-    ) -> None:
-        self.processes = processes
-        self.cfg, self.known = cfg, known  # of the environment, see `interface`
-        self.learner, self.collection = learner, collection
-        self.step = 0  # of the environment
-        self.updates_due = float(cfg.pretrain_updates)
-        self.evaluation_due = False  # an interruption has cut the last one off
-        self.best: list[float] | None = None  # success and return of the best evaluation
+    Returns:
+        All that is saved of the run, its folder, and the checkpoint to continue from, if any.
+    """
+    device = choose_device(cfg.device)
+    seed = processes.seed(cfg.seed)
+    seed_everything(seed)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The whole run's, in each of its processes: all must ask for it."""
-        own, *others = self.processes.gather({**self.collection.state_dict(), "rng": rng_state()})
-        return {
-            "phase": "finetune",
-            "method": self.cfg.method,
-            "size": self.cfg.size,
-            "overrides": overrides(self.cfg.model),
-            **self.known,
-            "inputs": asdict(self.known["inputs"]),
-            "step": self.step,
-            "updates_due": self.updates_due,
-            "evaluation_due": self.evaluation_due,
-            "best": self.best,
-            **self.learner.state_dict(),
-            **own,
-            "others": others,
-        }
+    env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
+    known = interface(env)
+    learner = make_learner(cfg, known, device, watch, processes)
+    policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor, noise=cfg.expl_noise)
+    env = env.append_transform(policy.make_primer())
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.updates_due = state["step"], state["updates_due"]
-        self.evaluation_due, self.best = state["evaluation_due"], state.get("best")
-        seed = self.processes.seed(self.cfg.seed) + self.step  # not the first episodes again
-        with ignore_sigint():
-            self.collection.env.set_seed(seed)
-        self.learner.load_state_dict(state)
-        states, rank = [state, *state.get("others", [])], self.processes.rank
-        if rank < len(states):
-            self.collection.load_state_dict(states[rank])
-            set_rng_state(states[rank]["rng"])
-        else:  # the run had fewer processes
-            seed_everything(seed)
+    data_bytes = replay_bytes(cfg, env.observation_spec["pixels"].shape, processes)
+    run, checkpoint = open_run(cfg, learner.agent, data_bytes, restart, processes)
+    replay = open_replay(cfg, run.path, learner.video_clips, device, processes, checkpoint)
+    collection = Collection(env, policy, replay, device, watch, seed)
+    if checkpoint is not None and "collection" not in checkpoint:
+        raise ValueError(
+            f"the run in {cfg.run} is of an older version, which kept no running episodes: "
+            "continue it with that version, or start a new run"
+        )
+    return FinetuneState(cfg, known, learner, collection, processes), run, checkpoint
+
+
+@contextmanager
+def opened(
+    state: FinetuneState,
+    run: RunFolder,
+    checkpoint: dict[str, Any] | None,
+    loggers: tuple[Backend, ...],
+    env_factory: Any,
+) -> Iterator[Session]:
+    """The run, started or continued. When it ends or fails, all of it is closed.
+
+    Workers that fail again and again stop it, but it is saved.
+    """
+    cfg, collection, processes = state.cfg, state.collection, state.processes
+    guard = UpdateGuard(run, state.learner.updates, cfg.max_skipped, processes.rank)
+    bar = Progress(
+        cfg.env_steps,
+        initial=checkpoint["step"] if checkpoint else 0,
+        name="finetune",
+        unit="steps",
+        hidden=not processes.first,
+    )
+    interruption = Interruption()
+    evaluation = Evaluation(cfg, env_factory, state.learner.agent, collection.device, interruption)
+    with (
+        closing(collection),
+        closing(evaluation),
+        run,
+        open_logger(run, loggers, checkpoint, processes) as logger,
+        interruption,
+        bar,
+    ):
+        state.start(checkpoint)
+        startup = state.learner.watch.summary(state.step)["seconds"]
+        logger.log_times({"startup_s": startup}, state.step)
+        dropped = checkpoint["collection"]["dropped"] if checkpoint else 0
+        updates = state.learner.model_update.count
+        try:
+            yield Session(
+                state, run, logger, bar, guard, interruption, evaluation, dropped, updates
+            )
+        except WorkerError as error:
+            if processes.group is not None:  # the others would wait for one that has failed
+                raise
+            state.save(run)
+            raise WorkerError(f"{error}; the run is saved, resume=auto continues it") from error
+
+
+@dataclass
+class Session:
+    """A run between its start, or a continuation, and its end: what watches, logs and shows it."""
+
+    state: FinetuneState
+    run: RunFolder
+    logger: Logger
+    bar: Progress
+    guard: UpdateGuard
+    interruption: Interruption
+    evaluation: Evaluation
+    dropped: int  # episodes, as far as it was logged
+    updates: int  # as far as they were shown
+
+    def stopping(self) -> bool:
+        """Whether a process was asked to stop; all must ask."""
+        return self.state.processes.any(self.interruption.requested)
+
+    def evaluate(self) -> None:
+        """By the first process, while the others wait; the best agent is saved."""
+        state, processes = self.state, self.state.processes
+        with state.learner.watch("evaluation"):
+            score = self.evaluation(self.logger, state.step) if processes.first else None
+            state.evaluation_due = processes.any(processes.first and self.evaluation.cut_off)
+            better = score is not None and (state.best is None or score > state.best)
+            if processes.any(better):
+                state.best = score
+                whole = state.state_dict()
+                if processes.first:
+                    save_checkpoint(self.run.checkpoints / BEST, whole)
+
+    def log_episodes(self, ended: list[dict[str, Any]]) -> None:
+        """Log the episodes that have ended, and how many were lost if more were."""
+        state = self.state
+        with state.learner.watch("logging"):
+            for episode in ended:
+                names = ("return", "success", "length")
+                self.logger.log({f"train/{name}": episode[name] for name in names}, state.step)
+            if state.collection.dropped > self.dropped:
+                self.dropped = state.collection.dropped
+                self.logger.log({"train/dropped": self.dropped}, state.step)
+
+    def log_losses(self) -> None:
+        """Show the losses of the last update, if there was one; log them every ``log_every``."""
+        state, cfg, losses = self.state, self.state.cfg, self.state.losses
+        count = state.learner.model_update.count
+        metrics = {}
+        if losses is not None:
+            metrics = {"updates": count, **progress_metrics(losses), **self.guard.shown()}
+        trained = (count - self.updates) * cfg.batch_size * cfg.batch_length
+        self.updates = count
+        with state.learner.watch("logging"):
+            self.bar.update(state.step - self.bar.count, frames=trained, metrics=metrics)
+            if losses is not None and state.crossed(cfg.log_every):
+                self.logger.log({**drop_unweighted(losses), **self.guard.metrics()}, state.step)
+
+    def check_learned(self) -> None:
+        """At the end of the run.
+
+        Raises:
+            RuntimeError: the last update was skipped.
+            ValueError: there was nothing to learn from.
+        """
+        state = self.state
+        if state.losses is not None:
+            self.guard.check(state.losses, state.step, last=True)
+        if not state.ready:
+            raise ValueError(
+                f"no episode was finished in {state.step} steps, so nothing was learned: raise "
+                "env_steps, or lower max_steps"
+            )
 
 
 def main(cfg: FinetuneConfig) -> None:

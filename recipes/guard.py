@@ -33,6 +33,8 @@ class UpdateGuard:
         self.updates, self.most = updates, most
         self.on_cpu = not next(updates[0].module.parameters()).is_cuda
         self.skipped = self._count()
+        self._batches: Sequence[TensorDictBase] = ()
+        self._rng = rng_state()
 
     def watch(self, *batches: TensorDictBase) -> None:
         """Before an update: note what goes into it."""

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
+from torchrl.envs.utils import step_mdp
 
+from prelar_trl.checkpoint import kept_rng
 from prelar_trl.data import EpisodeReplay
+from prelar_trl.envs.episodes import begin_episode, episode_seed, repeat_episode
+from prelar_trl.envs.workers import WorkerError, worker_env
 from prelar_trl.models import Agent
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import (
     EpisodeTracker,
-    Interruption,
-    ignore_sigint,
     play,
     summarize,
 )
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import FinetuneConfig
+from prelar_trl.recipes.signals import Interruption, hold_signals
 from prelar_trl.record import Logger
 from prelar_trl.stopwatch import Stopwatch
 
@@ -42,6 +46,8 @@ def make_training_env(
         action_repeat=cfg.action_repeat,
         max_steps=cfg.max_steps,
         num_workers=num_workers,
+        worker_timeout=cfg.worker_timeout,
+        worker_failures=cfg.worker_failures,
     )
 
 
@@ -60,7 +66,14 @@ def evaluation_policy(agent: Agent, noise: float, state_mean: bool) -> WorldMode
 
 
 class Collection:
-    """Steps in the training environment, which end in the replay."""
+    """Steps in the training environment, which end in the replay.
+
+    Every episode begins from a seed of its own, so that one that is running when the run stops can
+    be repeated when it goes on. Environments with a batch size that are no `WorkerEnv` cannot.
+
+    Attributes:
+        dropped: episodes that are lost: they could not be repeated, or their worker has failed.
+    """
 
     def __init__(
         self,
@@ -69,15 +82,19 @@ class Collection:
         replay: EpisodeReplay,
         device: torch.device,
         watch: Stopwatch,
+        seed: int,
     ) -> None:
         self.env, self.policy, self.replay = env, policy, replay
-        self.device, self.watch = device, watch
+        self.device, self.watch, self.seed = device, watch, seed
+        self.dropped = 0
+        self._processes = worker_env(env)
+        self._workers = max(1, env.batch_size.numel())
+        self._begun = [0] * self._workers  # episodes of each
+        self._tracker = EpisodeTracker(self._workers)
 
     def reset(self) -> None:
         """The first frame of new episodes."""
-        with ignore_sigint():
-            self._now = self.env.reset()
-        self._tracker = EpisodeTracker(self._now.numel())
+        self._now = self._begin(None)
 
     def step(self, random: bool) -> list[dict[str, Any]]:
         """One step of every environment, by random actions or the policy's.
@@ -91,10 +108,34 @@ class Collection:
             else:
                 td = act(self.policy, self._now, self.device)
         with self.watch("env"):
-            td, self._now = self.env.step_and_maybe_reset(td)
+            td = self.env.step(td)
+            self._now = self._begin(step_mdp(td))
         with self.watch("replay"):
             self.replay.add(td.exclude("belief", ("next", "belief")))
+        if "dropped" in td["next"].keys():
+            self.dropped += int(td["next", "dropped"].sum())
         return self._tracker.update(td["next"])
+
+    def _begin(self, now: TensorDictBase | None) -> TensorDictBase:
+        """``now`` with a new episode wherever one is over; None: everywhere."""
+        over = torch.ones(self._workers, dtype=torch.bool)
+        if now is not None:
+            over = cast(torch.Tensor, now["done"]).flatten()
+            if not over.any():
+                return now
+        begun = [count + int(it) for count, it in zip(self._begun, over, strict=True)]
+        seeds = [episode_seed(self.seed, worker, n - 1) for worker, n in enumerate(begun)]
+        with hold_signals():
+            if not self.env.batch_size:
+                first = begin_episode(self.env, seeds[0])
+            elif self._processes is None:
+                first = self.env.reset() if now is None else self.env.maybe_reset(now)
+            else:
+                if now is not None:
+                    now = now.set("_reset", over.unsqueeze(-1))
+                first = self.env.reset(now, seeds=seeds)
+        self._begun = begun
+        return first
 
     def sample(self) -> TensorDictBase:
         """A batch of the replay's windows, ``[batch_size, batch_length]``."""
@@ -102,12 +143,86 @@ class Collection:
             return self.replay.sample()
 
     def state_dict(self) -> dict[str, Any]:
+        """The replay with the running episodes, and what is known now."""
         replay = self.replay.state_dict()
-        replay.pop("pending")  # the simulator cannot be saved: an episode starts anew
-        return {"replay": replay}
+        pending = {worker: rows.to_dict() for worker, rows in replay["pending"].items()}
+        return {
+            "replay": replay | {"pending": pending},
+            "collection": {
+                "now": self._now.exclude("action", "next").to_dict(),
+                "begun": list(self._begun),
+                "success": list(self._tracker.success),
+                "dropped": self.dropped,
+            },
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.replay.load_state_dict({**state["replay"], "pending": {}})
+        """Goes on with the running episodes, as far as they can be repeated."""
+        pending = {
+            worker: TensorDict(rows, [len(rows["pixels"])])
+            for worker, rows in state["replay"]["pending"].items()
+        }
+        self.replay.load_state_dict(state["replay"] | {"pending": pending})
+        state = state["collection"]
+        self.dropped = state["dropped"]
+        now: TensorDict | None = None
+        faults: dict[int, str | None]
+        if len(state["begun"]) == self._workers:
+            self._begun = list(state["begun"])
+            self._tracker.success = list(state["success"])
+            now = TensorDict(state["now"], self.env.batch_size)
+            faults = {i: self._repeat(i, now, pending.get(i)) for i in range(self._workers)}
+        else:
+            self._begun = [max(state["begun"])] * self._workers  # no episode a second time
+            faults = dict.fromkeys(pending, "another number of environments")
+        lost = {worker: why for worker, why in faults.items() if why is not None}
+        if now is not None and len(lost) < self._workers:
+            now["done"].view(-1)[list(lost)] = True
+            self._now = self._begin(now)
+        else:
+            if self.env.batch_size and self._processes is None:  # not its first episodes again
+                self.env.set_seed(episode_seed(self.seed, self._workers, max(self._begun)))
+            self._now = self._begin(None)
+        for worker in lost.keys() & pending.keys():
+            self._drop(worker, len(pending[worker]) - 1, lost[worker])
+
+    def _repeat(self, worker: int, now: TensorDict, rows: TensorDict | None) -> str | None:
+        """Bring an environment to where ``now`` was taken; returns why that is impossible.
+
+        Args:
+            rows: of the replay, of the episode that runs there; None: no step was made.
+        """
+        actions = torch.zeros(0) if rows is None else rows["action"][1:]
+        episode = (episode_seed(self.seed, worker, self._begun[worker] - 1), actions)
+        if not self.env.batch_size:
+            reached, frames = repeat_episode(self.env, *episode)
+        elif self._processes is None:
+            return "an environment with a batch size cannot be rebuilt"
+        else:
+            now = cast(TensorDict, now[worker])
+            try:
+                reached, frames = self._processes.repeat(worker, *episode)
+            except WorkerError as error:
+                return f"its worker {error}"
+        if rows is not None:
+            differs = (frames != rows["pixels"]).flatten(1).any(1).nonzero()
+            if len(differs):
+                return f"repeated with the same actions, its frame {int(differs[0])} is another one"
+        for key in reached.exclude("belief").keys(True, True):
+            if key in now.keys(True, True) and not torch.equal(reached[key], now[key]):
+                return f"repeated with the same actions, it ends with another {key}"
+        return None
+
+    def _drop(self, worker: int, steps: int, why: str) -> None:
+        """The running episode is lost."""
+        self.replay.drop(worker)
+        self._tracker.success[worker] = False
+        self.dropped += 1
+        print(
+            f"warning: the running episode of environment {worker} ({steps} steps) is dropped: "
+            f"{why}",
+            file=sys.stderr,
+        )
 
     def close(self) -> None:
         self.replay.close()
@@ -130,7 +245,6 @@ class Evaluation:
     ) -> None:
         self.cfg, self.env_factory, self.device = cfg, env_factory, device
         self.interruption = interruption
-        self.last: int | None = None  # the step of the last whole evaluation
         self.cut_off = False  # an interruption has cut the last one off: nothing was logged
         self.policy = evaluation_policy(agent, cfg.eval_noise, cfg.eval_state_mean)
         self._env: EnvBase | None = None
@@ -140,17 +254,19 @@ class Evaluation:
         cfg, device, seed = self.cfg, self.device, self.cfg.seed + EVAL_SEED
         if not cfg.eval_episodes:
             return None
-        env = self._env = self._make_env(seed) if self._env is None else self._env
-        with ignore_sigint():
-            env.set_seed(seed)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if self._env is None:
+            with kept_rng():  # so that the first evaluation draws as a later one would
+                self._env = self._make_env(seed)
+        env = self._env
+        with kept_rng():  # the training's
+            with hold_signals():
+                env.set_seed(seed)
             policy = partial(act, self.policy, device=device)
             stopped = partial(getattr, self.interruption, "requested")
             records, films = play(env, policy, cfg.eval_episodes, stopped=stopped)
         self.cut_off = len(records) < cfg.eval_episodes
         if self.cut_off:
             return None
-        self.last = step
         total = summarize(records)
         logger.log({f"eval/{name}": value for name, value in total.items()}, step)
         logger.log_video("eval", films[0], step, fps=30)

@@ -29,7 +29,6 @@ from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss, total_loss
 from prelar_trl.probes import action_usage
 from prelar_trl.recipes.common import (
-    Interruption,
     choose_device,
     chosen_loggers,
     drop_unweighted,
@@ -39,13 +38,16 @@ from prelar_trl.recipes.common import (
     progress_metrics,
     save_run,
     seed_everything,
+    settle_resume,
 )
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.processes import ALONE, Processes, joined
 from prelar_trl.recipes.schema import PretrainConfig, overrides
+from prelar_trl.recipes.signals import Interruption
 from prelar_trl.record import (
     Logger,
     Progress,
+    RunFolder,
     frame_strip,
     plot_psnr_by_step,
     psnr,
@@ -58,58 +60,21 @@ from prelar_trl.updates import WorldModelUpdate
 
 def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
     """The whole run: data, model, loop. Several processes share each batch."""
+    cfg, restart = settle_resume(cfg)
     loggers = chosen_loggers(cfg.logger)
-    device = choose_device(cfg.device)
-    seed_everything(processes.seed(cfg.seed))
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-
-    world_model = make_world_model(
-        cfg.method,
-        "pretrain",
-        action_dim=0,
-        inputs=Inputs(cfg.pixels),
-        size=cfg.size,
-        **overrides(cfg.model),
-    )
-    clips, heldout = open_clips(cfg, world_model, device, processes)
-    loss = accelerate(make_loss(cfg, world_model, clips).to(device))
-    update = WorldModelUpdate(loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision)
-    prepare_update(update, cfg.compile, processes)
-
-    run, checkpoint = open_run(cfg, world_model, processes=processes)
+    state, heldout = build(cfg, processes)
+    world_model, update = state.world_model, state.update
+    run, checkpoint = open_run(cfg, world_model, restart=restart, processes=processes)
     if checkpoint is not None:
-        load_state(cfg, checkpoint, world_model, update, clips, processes)
+        state.load_state_dict(checkpoint)
         if update.count >= cfg.updates:
-            processes.say(
-                f"{run.path} has its {update.count} updates already; raise updates to continue"
-            )
+            done = f"its {update.count} updates already; raise updates to continue"
+            processes.say(f"finished: {run.path} has {done}")
             return
     fixed = heldout.sample()  # the same held-out clips throughout
     usage = UsageGuard(cfg, world_model, fixed)
     guard = UpdateGuard(run, [update], cfg.max_skipped, processes.rank)
-    losses, saved, stopped = None, update.count, False
-
-    def save() -> None:
-        nonlocal saved
-        rng, *others = processes.gather(rng_state())
-        state = {
-            "phase": "pretrain",
-            "method": cfg.method,
-            "size": cfg.size,
-            "overrides": overrides(cfg.model),
-            "inputs": {"size": cfg.pixels},
-            "step": update.count,
-            "model": world_model.state_dict(),
-            "update": update.state_dict(),
-            "clips": clips.state_dict(),
-            "rng": rng,
-            "others": [{"rng": each} for each in others],
-        }
-        if processes.first:
-            save_run(cfg, run, state, saved)
-        saved = update.count
-
+    losses, stopped = None, False
     frames = cfg.batch_size * cfg.clip_len
     bar = Progress(
         cfg.updates,
@@ -127,7 +92,7 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
         while update.count < cfg.updates:
             if stopped := processes.any(interruption.requested):
                 break
-            batch = clips.sample()
+            batch = state.clips.sample()
             guard.watch(batch)
             losses = update(batch)
             losses.pop("state")
@@ -142,11 +107,11 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
             if processes.first and (step % cfg.video_every == 0 or step == 1 or last):
                 predict(world_model, fixed, logger, step, cfg.context)
             if step % cfg.checkpoint_every == 0:
-                save()
+                state.save(run)
             metrics = {**progress_metrics(losses), **guard.shown(), **usage.latest}
             bar.update(frames=frames, metrics=metrics)
         if losses is not None:
-            save()
+            state.save(run)
             if not stopped:
                 guard.check(losses, update.count, last=True)
     if stopped:
@@ -154,6 +119,91 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
             f"stopped after {update.count} updates; to continue: the same command with resume=true"
         )
     processes.say(f"pre-trained world model: {run.path}")
+
+
+def build(cfg: PretrainConfig, processes: Processes) -> tuple[PretrainState, VideoClips]:
+    """The run before its first update: data, model, loss, optimizer; and held-out clips."""
+    device = choose_device(cfg.device)
+    seed_everything(processes.seed(cfg.seed))
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+
+    world_model = make_world_model(
+        cfg.method,
+        "pretrain",
+        action_dim=0,
+        inputs=Inputs(cfg.pixels),
+        size=cfg.size,
+        **overrides(cfg.model),
+    )
+    clips, heldout = open_clips(cfg, world_model, device, processes)
+    loss = accelerate(make_loss(cfg, world_model, clips).to(device))
+    update = WorldModelUpdate(loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision)
+    prepare_update(update, cfg.compile, processes)
+    return PretrainState(cfg, world_model, update, clips, processes), heldout
+
+
+class PretrainState:
+    """All that is saved of a pre-training run, and restored.
+
+    Args:
+        cfg: the run's.
+        world_model: what is trained.
+        update: with the optimizer.
+        clips: where the training clips are drawn from.
+        processes: those that share each batch.
+
+    Attributes:
+        saved: updates at the newest checkpoint.
+    """
+
+    def __init__(
+        self,
+        cfg: PretrainConfig,
+        world_model: RSSMWorldModel,
+        update: WorldModelUpdate,
+        clips: VideoClips,
+        processes: Processes,
+    ) -> None:
+        self.cfg, self.processes = cfg, processes
+        self.world_model, self.update, self.clips = world_model, update, clips
+        self.saved = 0
+
+    def save(self, run: RunFolder) -> None:
+        """Write the newest checkpoint; all processes must come here."""
+        whole = self.state_dict()
+        if self.processes.first:
+            save_run(self.cfg, run, whole, self.saved)
+        self.saved = self.update.count
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole run's, in each of its processes: all must ask for it."""
+        rng, *others = self.processes.gather(rng_state())
+        return {
+            "phase": "pretrain",
+            "method": self.cfg.method,
+            "size": self.cfg.size,
+            "overrides": overrides(self.cfg.model),
+            "inputs": {"size": self.cfg.pixels},
+            "step": self.update.count,
+            "model": self.world_model.state_dict(),
+            "update": self.update.state_dict(),
+            "clips": self.clips.state_dict(),
+            "rng": rng,
+            "others": [{"rng": each} for each in others],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the checkpoint was written; a process that is new starts at that step."""
+        self.world_model.load_state_dict(state["model"])
+        self.update.load_state_dict(state["update"])
+        self.clips.load_state_dict(state["clips"])
+        self.saved = self.update.count
+        states, rank = [state, *state.get("others", [])], self.processes.rank
+        if rank < len(states):
+            set_rng_state(states[rank]["rng"])
+        else:  # the run had fewer processes
+            seed_everything(self.processes.seed(self.cfg.seed) + self.update.count)
 
 
 def make_loss(
@@ -245,25 +295,6 @@ def open_clips(
             "train with its pixels="
         )
     return clips, heldout
-
-
-def load_state(
-    cfg: PretrainConfig,
-    checkpoint: dict[str, Any],
-    world_model: RSSMWorldModel,
-    update: WorldModelUpdate,
-    clips: VideoClips,
-    processes: Processes,
-) -> None:
-    """Continue where the checkpoint was written."""
-    world_model.load_state_dict(checkpoint["model"])
-    update.load_state_dict(checkpoint["update"])
-    clips.load_state_dict(checkpoint["clips"])
-    states = [checkpoint, *checkpoint.get("others", [])]
-    if processes.rank < len(states):
-        set_rng_state(states[processes.rank]["rng"])
-    else:  # the run had fewer processes
-        seed_everything(processes.seed(cfg.seed) + update.count)
 
 
 def predict(

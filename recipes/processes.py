@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from prelar_trl.recipes.entry import Stopped
+from prelar_trl.utils import STOPPED
+
 PATIENCE = timedelta(hours=6)  # of the others, while the first evaluates
 SEED_STRIDE = 1_000_003  # from process to process; beyond what a run adds to its seed
 
@@ -80,7 +83,9 @@ class Processes:
 
     def stop(self, text: str) -> None:
         """Ends the program by an interruption; says so once."""
-        sys.exit(text if self.first else 1)
+        if self.first:
+            raise Stopped(text)
+        sys.exit(STOPPED)
 
 
 ALONE = Processes()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,16 @@ from prelar_trl.recipes.schema import FinetuneConfig
 
 def replay_folder(run: Path, rank: int) -> Path:
     return run / (f"replay-{rank}" if rank else "replay")
+
+
+def replay_bytes(cfg: FinetuneConfig, frame: Sequence[int], processes: Processes) -> int:
+    """What the replays of all processes need on disk, with what the last checkpoints need of them.
+
+    Args:
+        frame: shape of an observation's pixels, ``[..., C, H, W]``.
+    """
+    capacity = processes.size * cfg.capacity + (cfg.keep + 1) * cfg.checkpoint_every
+    return min(capacity, cfg.env_steps // cfg.action_repeat) * prod(frame[-3:])
 
 
 def open_replay(

@@ -54,6 +54,7 @@ from prelar_trl.recipes.values import (
     Precision,
     Quality,
     Resize,
+    Resume,
     Scheduled,
     ScheduledFraction,
     Size,
@@ -96,7 +97,7 @@ class RunConfig(Config):
     method: Method = "prelar"
     size: Size = "full"
     run: str = MISSING  # run folder
-    resume: bool = False  # continue the run in that folder
+    resume: Resume = False  # continue the run in that folder; auto: start it, or continue it
     seed: Seed = 0
     device: Device = "auto"  # auto, cpu, cuda, cuda:1
     precision: Precision = "32"
@@ -169,6 +170,8 @@ class FinetuneConfig(RunConfig):
     vectors: Names = None  # numbers that are seen too, by name or pattern: [proprio,joint*]
     render_quality: Quality = "fast"
     num_workers: SmallInt = 1
+    worker_timeout: Positive = 120.0  # seconds without an answer: the worker hangs, is replaced
+    worker_failures: PositiveInt = 5  # of one worker in a row: the run saves and stops
     horizon: Annotated[MediumInt, at_least(2)] = 15
     lmbda: Fraction = 0.95
     actor_lr: Fraction = 8e-5

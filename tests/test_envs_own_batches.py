@@ -1,22 +1,25 @@
-"""Batched environments of users, and what is given in place of a function that makes one."""
+"""What users bring besides: batches, any form of success, what is no environment."""
 
 from __future__ import annotations
 
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.spaces import Box
+import torch
+from gymnasium.spaces import Box, Tuple
+from torchrl.data import Binary, TensorSpec, Unbounded
 from torchrl.envs import GymWrapper
 from torchrl.envs.utils import check_env_specs
 
 from prelar_trl.envs import ToyEnv, make_env
 from prelar_trl.recipes.environments import build_env
-from tests.test_envs_own import BYTES, Gym
+from tests.test_envs_own import BYTES, Gym, Walkers
 
+MODES = gymnasium.vector.AutoresetMode
 PICTURE = Box(0, 255, (64, 64, 3), np.uint8)
 
 
-@pytest.mark.parametrize("mode", list(gymnasium.vector.AutoresetMode)[:2])
+@pytest.mark.parametrize("mode", [MODES.SAME_STEP, MODES.DISABLED])  # those that TorchRL wraps
 @pytest.mark.parametrize("key", ["success", "is_success"])
 def test_success_is_read_from_the_info_of_a_vector_environment(key: str, mode) -> None:
     infos = [{key: True}, {key: False}, {}]
@@ -36,7 +39,7 @@ def test_success_at_the_end_of_an_episode_that_was_reset_at_once() -> None:
 
     vector = gymnasium.vector.SyncVectorEnv(
         [lambda: Ends(PICTURE, BYTES)] * 2,
-        autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
+        autoreset_mode=MODES.SAME_STEP,
     )
     env = make_env(GymWrapper(vector))
     step = env.rand_step(env.reset())["next"]
@@ -47,4 +50,42 @@ def test_success_at_the_end_of_an_episode_that_was_reset_at_once() -> None:
 def test_what_makes_no_environment_is_told_in_one_line(given) -> None:
     with pytest.raises(ValueError, match="env_factory must be a function .* got") as error:
         build_env(given, "mine", seed=0, num_workers=1)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "spec", [Unbounded((2, 1)), Binary(2, (2,), dtype=torch.bool), Unbounded((2, 3))]
+)
+def test_success_of_any_type_and_shape_becomes_one_flag(spec: TensorSpec) -> None:
+    class Succeeds(Walkers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.observation_spec["success"] = spec
+
+        def _observe(self):
+            success = torch.tensor([0, 1]).reshape(2, *[1] * (len(spec.shape) - 1))
+            return {**super()._observe(), "success": success.expand(spec.shape).to(spec.dtype)}
+
+    env = make_env(Succeeds(), max_steps=4)
+    check_env_specs(env)
+    assert env.reset()["success"].tolist() == [[False], [True]]
+
+
+class Undrawn(Gym):
+    def render(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (Undrawn(), "Undrawn gives no picture: neither its observations nor render"),
+        (Gym(picture=[BYTES, None]), "gives list, which is no picture"),
+        (Gym(Tuple((PICTURE, Box(-1, 1, (3,))))), "TorchRL cannot read the observations of Gym"),
+        (Gym(Box(0, 9, (64, 64, 3), np.uint16)), "TorchRL cannot read .* uint16"),
+    ],
+)
+def test_observations_and_pictures_that_cannot_be_read_are_told_in_one_line(env, message) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        make_env(env)
     assert "\n" not in str(error.value)

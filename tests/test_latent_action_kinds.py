@@ -77,6 +77,7 @@ def outside(tmp_path, monkeypatch):
 def fine(run, pre, code, model, **changes):
     """Fine-tunes from ``pre`` with the given code of actions; returns the checkpoint."""
     options = {"env_steps": 40, "eval_episodes": 0, "pretrained": str(pre), "align_updates": 2}
+    options |= {"trust_code": True}
     finetune(finetune_config(run, model={**model, "action_code": code}, **{**options, **changes}))
     return checkpoint(run)["agent"]
 
@@ -99,7 +100,7 @@ def test_a_kind_from_outside_pretrains_is_probed_and_is_finetuned(outside, clips
     first = float(rows(pre)[0]["loss_magnitude"])
     assert 0 < weighted and first == pytest.approx(2.5 * last(plain, "loss_magnitude"), rel=1e-4)
 
-    result = probe(ProbeConfig(run=str(pre), clips=5, batch_size=5, device="cpu"))
+    result = probe(ProbeConfig(run=str(pre), clips=5, batch_size=5, device="cpu", trust_code=True))
     assert "contrast/accuracy" in result["values"] and "action_r2/latent_action" in result["values"]
 
     agent = fine(tmp_path / "same", pre, f"{outside}:Bounded", model)

@@ -94,7 +94,7 @@ def finetune_fails(fails, tmp_path):
         ("+model.foo=1", ["unknown setting 'model.foo'", "images, actions"]),
         ("updates=abc", ["updates=abc", "Integer"]),
         ("updates", ["updates", "EQUAL"]),
-        ("resume=maybe", ["maybe", "bool"]),
+        ("resume=maybe", ["resume='maybe' is unknown", "auto"]),
         ("model.depth=deep", ["model.depth='deep'", "a whole number"]),
         ("model.norm=instance", ["norm='instance'", "batch, layer, group or none"]),
         ("loss.consistency=hard", ["consistency='hard'", "soft, sign, soft_rank"]),
@@ -465,13 +465,15 @@ def test_checkpoint_that_cannot_be_written_keeps_the_one_before(made, tmp_path, 
     assert checkpoint(run)["step"] == 2
 
 
-def test_ctrl_c_twice_stops_at_once_with_one_line(made, tmp_path, monkeypatch):
+def test_ctrl_c_twice_stops_at_once_with_one_line(made, tmp_path, monkeypatch, capsys):
     interrupt_after(monkeypatch, 1)
     interrupt_after(monkeypatch, 1)
     arguments = [f"data={made.clips}", f"run={tmp_path / 'a'}", *PRETRAIN_ARGS]
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments])
-    with pytest.raises(SystemExit, match="stopped at once"):
+    with pytest.raises(SystemExit) as stop:
         start("pretrain")
+    assert stop.value.code == 75
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped at once")
 
 
 def test_full_error_shows_where_it_came_from(made, tmp_path, monkeypatch):

@@ -323,3 +323,35 @@ def test_a_finished_replay_is_a_store_of_clips(tmp_path) -> None:
     time = batch["pixels"][..., 0, 0, 0].float()
     assert torch.equal(batch["action"][..., 0], (time - 1) * (time != 10))
     assert replay.path.joinpath("store.json").read_text().count("sha256") == 1
+
+
+def first_frames(replay: EpisodeReplay) -> list[int]:
+    return [int(replay.episode(i)["pixels"][0, 0, 0, 0]) for i in range(replay.num_episodes)]
+
+
+def test_a_full_ring_goes_back_to_each_of_the_last_states(tmp_path) -> None:
+    replay = opened(tmp_path, capacity=40)  # four episodes
+    for number in range(6):
+        replay.extend(steps(9, base=20 * number))
+    states = []
+    for number in range(6, 12):
+        state = replay.state_dict()
+        replay.hold(state, 3)
+        states.append((state, first_frames(replay)))
+        for each in (0, 100):
+            replay.extend(steps(9, base=10 * number + each))
+    for state, frames in reversed(states[-3:]):
+        replay.load_state_dict(state)
+        assert len(frames) == 4 and first_frames(replay) == frames
+    size = sum(file.stat().st_size for file in (replay.path / "pixels").iterdir())
+    assert size / (3 * 4 * 4) <= 40 + 3 * 20 + 20
+
+
+def test_a_dropped_episode_is_forgotten_and_the_next_one_whole(tmp_path) -> None:
+    replay = opened(tmp_path)
+    replay.extend(steps(5, base=10, done=False))
+    lost = steps(2, base=15)
+    lost["next", "dropped"] = lost["next", "done"].clone()
+    assert finished(replay, lost) == 0
+    assert finished(replay, steps(6, base=90)) == 1
+    expect(replay.episode(0), 6, base=90)

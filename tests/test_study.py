@@ -214,9 +214,7 @@ def finished(tmp_path_factory) -> SimpleNamespace:
         line = command(repository, PROGRAM, "--jobs", "1")
         process = subprocess.Popen(line, env=environment(repository), stdout=log, stderr=log)
     try:
-        wait_for(
-            lambda: (first / "checkpoints" / "last.pt").is_file() or process.poll() is not None
-        )
+        wait_for(lambda: first.is_file() or process.poll() is not None)
         assert process.poll() is None, (repository / "runs.log").read_text()
     finally:
         process.kill()

@@ -102,9 +102,9 @@ def interrupt_after(
     monkeypatch.setattr(WorldModelUpdate, "__call__", call)
 
 
-def checkpoint(run: Path) -> dict[str, Any]:
+def checkpoint(run: str | Path) -> dict[str, Any]:
     """The last checkpoint of a run."""
-    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    return torch.load(Path(run, "checkpoints", "last.pt"), weights_only=True)
 
 
 def rows(run: Path, name: str = "metrics.csv") -> list[dict[str, str]]:

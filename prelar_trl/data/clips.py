@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -75,12 +76,12 @@ class VideoClips:
     ) -> None:
         check_integers(clip_len=clip_len, batch_size=batch_size)
         check_integers(0, prefetch=prefetch)
-        self.stores, weights = _open(path)
+        self.stores, self._weights = _open(path)
         self.clip_len, self.batch_size = clip_len, batch_size
         self.device = torch.device(device)
         self.streams = tuple(streams)
         self._check_streams()
-        self.storage = self._select(split, heldout, weights)
+        self.storage = self._select(split, heldout)
         make_sampler = partial(
             WindowSampler, clip_len, strategy=strategy, rank=rank, world_size=world_size
         )
@@ -130,6 +131,13 @@ class VideoClips:
     def num_frames(self) -> int:
         """Frames of the clips that are long enough."""
         return int(self._lengths[self._lengths >= self.clip_len].sum())
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the stores' contents and weights, wherever they lie; 64 hexadecimal digits."""
+        shards = [store.meta["shards"] for store in self.stores]  # with the SHA-256 of each file
+        weights = None if self._weights is None else self._weights.tolist()
+        return _digest(json.dumps([shards, weights], sort_keys=True)).hex()
 
     @property
     def action_dim(self) -> int:
@@ -194,10 +202,22 @@ class VideoClips:
     def state_dict(self) -> dict[str, Any]:
         """The state from which the next `sample` follows."""
         state = self._pending[0].result()[0] if self._pending else self._sampler_state()
-        return {**state, "probe": self._probe_sampler.state_dict()}
+        probe = self._probe_sampler.state_dict()
+        return {**state, "probe": probe, "fingerprint": self.fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, over the same stores and settings."""
+        """Continues where `state_dict` was taken, over the same stores and settings.
+
+        Raises:
+            ValueError: the stores hold other clips than then.
+        """
+        before = state_dict.get("fingerprint", self.fingerprint)  # older states have none
+        if before != self.fingerprint:
+            raise ValueError(
+                f"the clips in {self._where()} are others than when this run was stopped "
+                f"(fingerprint {self.fingerprint[:12]}, not {before[:12]}): bring the store back "
+                "as it was, or start a new run"
+            )
         while self._pending:
             self._pending.popleft().result()  # its thread draws until then
         sampler = self.buffer.sampler
@@ -251,7 +271,7 @@ class VideoClips:
                         f"it has {', '.join(images)}"
                     )
 
-    def _select(self, split: Split, heldout: float, weights: Tensor | None) -> FrameStorage:
+    def _select(self, split: Split, heldout: float) -> FrameStorage:
         """The frames of the clips of the split, one behind the other."""
         clips = [_clips_of(store, split, heldout) for store in self.stores]
         pairs = list(zip(self.stores, clips, strict=True))
@@ -270,7 +290,7 @@ class VideoClips:
             frames.cumsum() - frames,
             frames,
             np.concatenate(where),
-            weights=weights,
+            weights=self._weights,
         )
         self._lengths = torch.from_numpy(frames)
         return storage

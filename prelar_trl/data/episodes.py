@@ -65,6 +65,7 @@ class EpisodeStorage(FrameStorage):
         super().__init__(capacity, pin_memory=pin_memory)
         self.path = path
         self._store: ClipWriter | None = None
+        self._held: list[int] = []  # first episodes of states, see `hold`
         self._open()
 
     def _open(self) -> None:
@@ -148,6 +149,8 @@ class EpisodeStorage(FrameStorage):
         self._sync_clips()
         kept = self._end - self.max_size  # places below are overwritten
         before = int(np.searchsorted(self._start + self._frames, kept, side="right"))
+        if self._held:
+            before = min(before, max(0, min(self._held) - self._first))
         if store.evict(before):
             self._shards = ()  # a deleted file keeps its space while it is mapped
             self._sync_clips()
@@ -174,7 +177,12 @@ class EpisodeStorage(FrameStorage):
         """How many episodes were written; these are on the disk then."""
         if self._store is not None:
             self._store.sync()
-        return {"end": self.num_written}
+        first = self._first + self.whole.start
+        return {"end": self.num_written, "first": first, "held": list(self._held)}
+
+    def hold(self, state_dict: dict[str, Any], count: int) -> None:
+        """Deletes nothing that this state or the ``count - 1`` that were held before it know."""
+        self._held = [*self._held, state_dict["first"]][-count:]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`.
@@ -195,6 +203,13 @@ class EpisodeStorage(FrameStorage):
             self._store.truncate(sum(int(clip.name) < end for clip in clips))
             self.num_written, self._shards = end, ()
             self._sync_clips()
+        if self._first > state_dict["first"]:
+            logger.warning(
+                "%d episodes that the state knew are deleted from the replay in %s",
+                self._first - state_dict["first"],
+                self.path,
+            )
+        self._held = [*state_dict["held"], state_dict["first"]]
 
     def dumps(self, path: str | Path) -> None:
         """Copies the clip store to the folder ``path``; what was there is deleted."""
@@ -251,12 +266,17 @@ class EpisodeWriter(Writer):
         done = data["next", "done"].reshape(data.shape).cpu()  # [N, T]
         first = data.get("is_first", None)
         first = torch.zeros_like(done) if first is None else first.reshape(done.shape).cpu()
+        lost = data.get(("next", "dropped"), None)
+        lost = torch.zeros_like(done) if lost is None else lost.reshape(done.shape).cpu()
         ids = data.get(_TRAJECTORY, None)
         ids = None if ids is None else ids.reshape(done.shape).cpu()
         for worker in range(data.shape[0]):
             number = None if ids is None else ids[worker]
             for begin, end in _pieces(done[worker], first[worker], number):
                 key = worker if ids is None else ("trajectory", int(ids[worker, begin]))
+                if bool(lost[worker, end - 1]):
+                    self.pending.pop(key, None)
+                    continue
                 if bool(first[worker, begin]) and key in self.pending:
                     written.append(self._finish(key))
                 rows = _rows(data[worker, begin:end], new=key not in self.pending)

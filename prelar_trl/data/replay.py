@@ -111,7 +111,8 @@ class EpisodeReplay:
             data: ``pixels`` uint8, ``action`` float32, ``next`` with ``pixels``, ``reward``,
                 ``done`` and (else False) ``terminated``; ``vector`` in both places, or in none;
                 ``is_first`` at the root (optional) breaks an unfinished episode off, which is then
-                kept as truncated.
+                kept as truncated. An episode whose last step is ``dropped`` (under ``next``,
+                optional) is forgotten.
 
         Returns:
             Indices int64 ``[M]`` of the frames of the episodes that were finished by this call.
@@ -126,6 +127,10 @@ class EpisodeReplay:
     def add(self, data: TensorDictBase) -> Tensor:
         """Takes one step, batch ``[]`` or ``[N]``, of as many environments. Otherwise `extend`."""
         return self.buffer.extend(data.reshape(-1, 1))  # [N, 1]
+
+    def drop(self, environment: int) -> None:
+        """Forgets the unfinished episode of an environment, if there is one."""
+        self._writer.pending.pop(environment, None)
 
     def sample(self) -> TensorDict:
         """Draws a batch.
@@ -168,12 +173,24 @@ class EpisodeReplay:
             **self._writer.state_dict(),
         }
 
+    def hold(self, state_dict: dict[str, Any], count: int = 1) -> None:
+        """Keeps what a state of `state_dict` knows on the disk, so that one can go back to it.
+
+        Call it when the state is saved. It takes space beyond the capacity: for the frames that
+        were written since the oldest state that is held.
+
+        Args:
+            state_dict: the state.
+            count: how many states are held, this one and those before it. Default: 1.
+        """
+        self.storage.hold(state_dict, count)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was taken, over the same folder.
 
-        Episodes that were finished later are dropped. Those that have been overwritten since are
-        gone, which happens only when the ring was full. So are, with a warning, those that the
-        folder has lost by damage.
+        Episodes that were finished later are dropped. Of those that have been overwritten since,
+        which happens only when the ring was full, the ones of states that are held (`hold`) are
+        still there. What else is gone, by damage too, a warning says.
 
         Raises:
             ValueError: the folder holds no episode, and the state tells of some.

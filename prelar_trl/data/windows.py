@@ -101,7 +101,9 @@ class WindowSampler(StatefulSampler):
         world_size: int = 1,
     ) -> None:
         check_choice("strategy", strategy, get_args(Strategy))
-        check_integers(**{"window length": length})
+        check_integers(-(2**63), length=length)
+        if length < 1:
+            raise ValueError(f"window length {length} must be at least 1 frame")
         check_integers(1, 2**16, world_size=world_size)
         check_integers(0, rank=rank)
         check_integers(-(2**63), 2**63 - 1, seed=seed)

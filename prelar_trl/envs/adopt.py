@@ -39,8 +39,8 @@ def wrap_env(
         transforms += pixels_transform(env, pixels, cameras)
     base = env
     if isinstance(env, TransformedEnv):  # taken apart, so that the action repeat comes first
-        own = [each.clone() for each in _flat(env.transform)]
-        base, transforms = env.base_env, [*own, *transforms]
+        own = env.transform if isinstance(env.transform, Compose) else [env.transform]
+        base, transforms = env.base_env, [*(each.clone() for each in own), *transforms]
     # TorchRL reads the info of vector environments by itself, but not that of the last step.
     if isinstance(base, GymLikeEnv) and ("success" not in given or base.batch_size):
         base.set_info_dict_reader(SuccessReader(base.batch_size))
@@ -51,13 +51,6 @@ def wrap_env(
         if spec.dtype != torch.bool or spec.shape != (*env.batch_size, 1):
             transforms.append(ToSuccess())
     return base, transforms
-
-
-def _flat(transform: Transform) -> list[Transform]:
-    """The transforms of a composition, however deep."""
-    if not isinstance(transform, Compose):
-        return [transform]
-    return [each for part in transform for each in _flat(part)]
 
 
 def find_pictures(env: EnvBase) -> list[NestedKey]:

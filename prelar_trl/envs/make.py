@@ -11,9 +11,9 @@ import gymnasium
 import torch
 from torchrl.envs import (
     Compose,
+    DeviceCastTransform,
     EnvBase,
     InitTracker,
-    ParallelEnv,
     RewardSum,
     StepCounter,
     Transform,
@@ -25,6 +25,7 @@ from prelar_trl.envs.adopt import as_float32, check_env, vector_keys, wrap_env
 from prelar_trl.envs.backend import rendering_error
 from prelar_trl.envs.registry import find_suite, import_factory, is_import_path
 from prelar_trl.envs.transforms import ActionRepeat, State, StepCheck, Vector
+from prelar_trl.envs.workers import WorkerEnv
 
 Env = EnvBase | gymnasium.Env
 
@@ -41,6 +42,8 @@ def make_env(
     action_repeat: int = 1,
     max_steps: int | None = None,
     num_workers: int = 1,
+    worker_timeout: float = 120.0,
+    worker_failures: int = 5,
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> EnvBase:
@@ -84,7 +87,10 @@ def make_env(
         action_repeat: apply each action this many times; rewards are summed, success is any.
         max_steps: truncate episodes after this many steps, counted after ``action_repeat``.
             Default: the environment's own limit; 50 for ``toy``.
-        num_workers: more than 1 gives a ``ParallelEnv`` of that many processes.
+        num_workers: more than 1 gives a :class:`~prelar_trl.envs.workers.WorkerEnv` of that many
+            processes, which are replaced when they die or hang.
+        worker_timeout: seconds after which a worker that gives no answer hangs.
+        worker_failures: so many of one worker in a row are an error.
         device: where the tensors are put.
         **kwargs: passed on to ``gymnasium.make`` or ``dm_control.suite.load``.
 
@@ -113,13 +119,12 @@ def make_env(
         return build(seed=seed).append_transform(check).to(device)
     if not isinstance(name_or_env, str) and _is_env(name_or_env):
         raise ValueError("num_workers > 1 needs a function that makes the environment, not one env")
-    seeds = [{"seed": seed + worker} for worker in range(num_workers)]
-    # Not TorchRL's default, which takes num_workers threads away from this process for good: its
-    # updates run while the workers wait.
-    threads = torch.get_num_threads()
-    return ParallelEnv(
-        num_workers, build, create_env_kwargs=seeds, device=device, num_threads=threads
+    env = WorkerEnv(
+        build, num_workers, seed=seed, timeout=worker_timeout, max_failures=worker_failures
     ).append_transform(check)
+    if torch.device(device).type == "cpu":
+        return env
+    return env.append_transform(DeviceCastTransform(device, orig_device="cpu"))
 
 
 def _make_one(

@@ -59,7 +59,10 @@ class PictureConverter:
             picture = picture[-1]
         if isinstance(picture, Tensor):
             return picture
-        array = np.asarray(picture)
+        try:
+            array = np.asarray(picture)
+        except ValueError:  # lists of unlike lengths
+            array = np.asarray(None)
         if array.dtype.kind not in "buif":
             raise ValueError(
                 f"{self.source} gives {type(picture).__name__}, which is no picture: make the "

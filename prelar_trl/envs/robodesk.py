@@ -45,6 +45,7 @@ class RoboDeskTask(gymnasium.Env):
     """
 
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (5,), np.float32)
+    observation_space: gymnasium.spaces.Dict
 
     def __init__(self, task: str, *, reward: str = "dense") -> None:
         if reward not in ("dense", "sparse", "success"):

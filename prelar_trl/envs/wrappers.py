@@ -65,7 +65,11 @@ def wrap_gym(
         first, choices = space.start, gymnasium.spaces.Discrete(space.n)
         env = gymnasium.wrappers.TransformAction(env, lambda choice: choice + first, choices)
     simulation: Any = env.unwrapped
-    base = GymWrapper(_of_numbers(env))
+    try:
+        base = GymWrapper(_of_numbers(env))
+    except (KeyError, NotImplementedError, RuntimeError) as error:  # a kind that TorchRL lacks
+        seen = " ".join(str(env.observation_space).split())[:200]
+        raise ValueError(f"TorchRL cannot read the observations of {name}, {seen}") from error
     pictures = find_pictures(base)
     simulated = isinstance(getattr(simulation, "model", None), mujoco.MjModel)
     if cameras and not pictures and not simulated:
@@ -90,6 +94,10 @@ def wrap_gym(
         picture.draw()
     except gymnasium.error.DependencyNotInstalled as error:
         raise ImportError(f"{name} needs another package: {error}") from error
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{name} gives no picture: neither its observations nor render()"
+        ) from error
     return base, [*transforms, picture]
 
 

@@ -70,12 +70,11 @@ def compile_update(update: U, mode: CompileMode = "auto") -> U:
         # Only here the failed call's tensors are free.
         for parameter in update.module.parameters():
             parameter.grad = None  # as each update leaves them
-        compiled = None
-        if cuda:  # the graphs' memory goes back for what follows
-            torch.cuda.empty_cache()
         losses = eager(*inputs)  # an error of the inputs comes again, and is raised
         warnings.warn(f"compile=auto failed ({failure}); goes on as compile=off", stacklevel=3)
-        update.forward_backward = eager
+        update.forward_backward, compiled = eager, None
+        if cuda:  # the graphs' memory goes back for what follows
+            torch.cuda.empty_cache()
         return losses
 
     update.forward_backward = forward_backward

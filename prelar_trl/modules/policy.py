@@ -19,8 +19,6 @@ from prelar_trl.utils import check_choice
 
 __all__ = ["WorldModelPolicy"]
 
-_GREEDY = frozenset(ExplorationType) - {ExplorationType.RANDOM}
-
 
 class WorldModelPolicy(TensorDictModuleBase):
     """Filters the frames into a latent state and acts on it.
@@ -104,7 +102,7 @@ class WorldModelPolicy(TensorDictModuleBase):
         out = cast(TensorDictBase, out[:, 0])
 
         policy = self.actor(out["feat"])
-        greedy = self.mode == "mode" or exploration_type() in _GREEDY
+        greedy = self.mode == "mode" or exploration_type() not in (None, ExplorationType.RANDOM)
         action = policy.rsample(not greedy)
         if self.noise:
             action = policy.perturb(action, self.noise)

@@ -78,6 +78,8 @@ class RewardNorm(nn.Module):
             Default: 1.
     """
 
+    magnitude: Tensor  # [1]
+
     def __init__(self, momentum: float = 1.0) -> None:
         super().__init__()
         if not 0 <= momentum <= 1:

@@ -32,6 +32,9 @@ PACKAGES = (
     "wandb",
 )
 MEBIBYTE = 2**20
+# Of a run folder; config.yaml last, by which it is known as one.
+CONTENTS = ("checkpoints", "videos", "pictures", "replay", "tensorboard", "wandb")
+CONTENTS += ("metrics.csv", "times.csv", "not_finite.pt", "versions.json", "config.yaml")
 
 
 class RunFolder:
@@ -106,14 +109,31 @@ class RunFolder:
         path = Path(path).expanduser()
         _check_free(path)
         check_space(path, need_bytes)
-        config = dict(config)
+        run = cls(path, {})
+        run._write(config, seed)
+        run.lock()
+        return run
+
+    def restart(self, config: Mapping[str, Any]) -> None:
+        """Make this folder that of a new run: what the run has put into it is deleted.
+
+        What else lies there, such as a scheduler's log, stays.
+        """
+        for name in CONTENTS:
+            place = self.path / name
+            shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
+        self._write(config)
+
+    def _write(self, config: Mapping[str, Any], seed: int | None = None) -> None:
+        """What identifies a run; see `create`."""
+        path, self.config = self.path, dict(config)
         try:
-            text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
         except yaml.YAMLError as error:
             raise ValueError(
                 f"config of run {path} holds a value that is not plain: {_one_line(error)}"
             ) from None
-        record = describe_session(config.get("seed") if seed is None else seed)
+        record = describe_session(self.config.get("seed") if seed is None else seed)
         try:
             path.mkdir(parents=True, exist_ok=True)
             with open(path / "config.yaml", "x", encoding="utf-8") as file:
@@ -129,9 +149,6 @@ class RunFolder:
             raise type(error)(
                 f"run folder {path} cannot be written ({error.strerror}): choose another folder"
             ) from None
-        run = cls(path, config)
-        run.lock()
-        return run
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -154,11 +171,22 @@ class RunFolder:
             raise ValueError(f"{path / 'config.yaml'} is no configuration: it must be a mapping")
         return cls(path, config)
 
-    def note_continuation(self, step: int) -> None:
-        """Add to ``versions.json`` that a session continues this run after ``step`` steps."""
+    def note_continuation(self, step: int, changed: Mapping[str, Any] | None = None) -> None:
+        """Add to ``versions.json`` that a session continues this run after ``step`` steps.
+
+        Args:
+            step: of the checkpoint.
+            changed: settings that the session changes; ``config.yaml`` gets them too.
+        """
         record = self.versions
-        session = describe_session(record.get("seed"))
-        record.setdefault("continued", []).append({"step": step, **session})
+        session = {"step": step, **describe_session(record.get("seed"))}
+        if changed:
+            session["changed"] = dict(changed)
+            self.config = {**self.config, **changed}
+            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+            with atomic_write(self.path / "config.yaml") as part:
+                part.write_text(text, encoding="utf-8")
+        record.setdefault("continued", []).append(session)
         _write_json(self.path / "versions.json", record)
 
     @property

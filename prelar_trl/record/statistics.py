@@ -250,9 +250,9 @@ def wilson_interval(
     successes: int, episodes: int, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
     """Wilson's score interval of a success rate; meaningful at 0 and 1 and for few episodes."""
-    check_integers(0, successes=successes, episodes=episodes)
+    check_integers(-(2**31), successes=successes, episodes=episodes)
     _check_bootstrap(confidence, 1)
-    if not successes <= episodes or episodes < 1:
+    if not 0 <= successes <= episodes or episodes < 1:
         raise ValueError(
             f"wilson_interval: 0 <= successes <= episodes and episodes >= 1 are needed, got "
             f"successes={successes}, episodes={episodes}"

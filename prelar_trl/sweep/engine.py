@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prelar_trl.sweep.jobs import Job
-from prelar_trl.sweep.launchers import STOPPED, Handle, Launcher, Program
+from prelar_trl.sweep.launchers import Handle, Launcher, Program
 from prelar_trl.sweep.source import Source
-from prelar_trl.utils import atomic_write
+from prelar_trl.utils import STOPPED, atomic_write
 
 GRACE = 10.0  # seconds from a signal to this process until those that did not get it are told
 TOLD = "stopped after"  # so begins the last line of a run that was told to stop, and has saved

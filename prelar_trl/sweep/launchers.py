@@ -17,8 +17,6 @@ from typing import IO, Any, Protocol
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
 SAVE_S = 60  # seconds that a program gets to save when its SLURM job must end
-STOPPED = 75
-"""Exit code of a run that was told to stop and has saved: ``EX_TEMPFAIL``, run me again."""
 
 
 @dataclass

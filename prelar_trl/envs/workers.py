@@ -1,0 +1,343 @@
+"""`WorkerEnv`: environments in processes of their own, which may die or hang."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, cast
+
+import cloudpickle
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Binary
+from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs.utils import step_mdp
+
+from prelar_trl.envs.episodes import begin_episode, repeat_episode
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 600.0  # imports, and what an environment loads, on a busy machine
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class WorkerError(RuntimeError):
+    """A worker has failed; the message says how."""
+
+
+class WorkerEnv(EnvBase):
+    """N environments of one kind, each in its own process; batch size [N].
+
+    A worker that dies, raises an error or gives no answer in time is replaced. Its episode ends
+    there, and the step says so: ``dropped``, bool [N, 1], beside ``done`` and ``truncated``; the
+    other entries of that step are zero there. What has failed is logged as a warning.
+
+    Signals that ask the program to stop do not reach the workers: they end with their parent.
+
+    Args:
+        make: makes one environment without batch size: ``make(seed=...)``. Any function; it is
+            called in the workers.
+        num_workers: N.
+        seed: worker ``i`` gets ``seed + i``, one that replaces it a seed of its own.
+        timeout: seconds after which a worker without an answer hangs.
+        max_failures: so many of one worker, without an episode that ends between them, are an
+            error.
+
+    Attributes:
+        failures: how many there were.
+
+    Raises:
+        WorkerError: a worker does not start, or (any method) has failed ``max_failures`` times.
+    """
+
+    def __init__(
+        self,
+        make: Callable[..., EnvBase],
+        num_workers: int,
+        *,
+        seed: int = 0,
+        timeout: float = 120.0,
+        max_failures: int = 5,
+    ) -> None:
+        super().__init__(device="cpu", batch_size=torch.Size([num_workers]))
+        self._make, self._seed = cloudpickle.dumps(make), seed
+        self._timeout, self._max_failures = timeout, max_failures
+        self.failures = 0
+        self._in_a_row = [0] * num_workers
+        self._workers = [_Worker(self._make, seed + i) for i in range(num_workers)]
+        # They ignore what multiprocessing sends at the program's end, and that would be waited for.
+        self._at_exit = partial(_end, self._workers)
+        atexit.register(self._at_exit)
+        try:
+            specs = [worker.answer(START_SECONDS) for worker in self._workers][0]
+        except WorkerError as error:
+            _end(self._workers)
+            raise WorkerError(
+                f"an environment could not be made in its process: it {error}"
+            ) from None
+        for name, spec in specs.items():
+            setattr(self, name, spec.expand(num_workers, *spec.shape))
+        self._blank = TensorDict(
+            {**self.observation_spec.zero(), **self.full_done_spec.zero()}, [num_workers]
+        )
+        # Of a step whose worker has failed.
+        self._lost = self._blank.clone().update(self.full_reward_spec.zero())
+        for key in {*self.done_keys, "dropped"} - {"terminated"}:
+            self._lost[key] = torch.ones(num_workers, 1, dtype=torch.bool)
+
+    def repeat(self, worker: int, seed: int, actions: Tensor) -> tuple[TensorDictBase, Tensor]:
+        """As `repeat_episode`, in one worker.
+
+        Raises:
+            WorkerError: the worker has failed and was replaced.
+        """
+        seconds = self._timeout * (1 + len(actions))
+        found, failed = self._ask({worker: ("repeat", seed, actions)}, seconds)
+        if failed:
+            raise WorkerError(failed[worker])
+        return found[worker]
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        actions = tensordict["action"].unbind(0)
+        found, failed = self._ask({i: ("step", action) for i, action in enumerate(actions)})
+        for worker, step in found.items():
+            if bool(step["done"]):
+                self._in_a_row[worker] = 0
+        found |= {worker: self._lost[worker] for worker in failed}
+        return cast(TensorDictBase, torch.stack([found[i] for i in range(len(actions))]))
+
+    def _reset(
+        self,
+        tensordict: TensorDictBase | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        **_: Any,
+    ) -> TensorDictBase:
+        """Begin episodes.
+
+        Args:
+            tensordict: ``_reset``, bool [N, 1], says which begin an episode. Default: all.
+            seeds: of each worker's episode, see `begin_episode`. Default: what comes next.
+        """
+        chosen = [True] * len(self._workers)
+        if tensordict is not None and "_reset" in tensordict.keys():
+            chosen = cast(Tensor, tensordict["_reset"]).flatten().tolist()
+        todo = {
+            i: ("reset", None if seeds is None else seeds[i]) for i, it in enumerate(chosen) if it
+        }
+        found: dict[int, Any] = {}
+        while todo:  # none is over before it began: again, with a new worker
+            answers, failed = self._ask(todo)
+            found |= answers
+            todo = {worker: todo[worker] for worker in failed}
+        begun: list[Any] = [found.get(i, self._blank[i]) for i in range(len(chosen))]
+        return cast(TensorDictBase, torch.stack(begun))
+
+    def _set_seed(self, seed: int | None) -> None:
+        self._seed = 0 if seed is None else seed
+        self._ask({i: ("seed", self._seed + i) for i in range(len(self._workers))})
+
+    def _ask(
+        self, questions: dict[int, tuple[Any, ...]], seconds: float | None = None
+    ) -> tuple[dict[int, Any], dict[int, str]]:
+        """Send a command to each of these workers.
+
+        Args:
+            questions: by worker.
+            seconds: until a worker hangs. Default: the timeout.
+
+        Returns:
+            The answers, and of those workers that have failed and were replaced, why.
+        """
+        failed: dict[int, str] = {}
+        for worker, question in questions.items():
+            try:
+                self._workers[worker].send(*question)
+            except WorkerError as error:
+                failed[worker] = str(error)
+        found: dict[int, Any] = {}
+        deadline = time.monotonic() + (seconds or self._timeout)
+        for worker in questions.keys() - failed.keys():
+            try:
+                found[worker] = self._workers[worker].answer(deadline - time.monotonic())
+            except WorkerError as error:
+                failed[worker] = str(error)
+        for worker, why in failed.items():
+            self._replace(worker, why)
+        return found, failed
+
+    def _replace(self, worker: int, why: str) -> None:
+        """A new process for a worker that has failed."""
+        old = self._workers[worker]
+        self.failures += 1
+        self._in_a_row[worker] += 1
+        logger.warning("worker %d (process %s) %s: it is replaced", worker, old.process.pid, why)
+        old.kill()
+        if self._in_a_row[worker] >= self._max_failures:
+            raise WorkerError(
+                f"worker {worker} has failed {self._in_a_row[worker]} times in a row; the last "
+                f"time it {why}"
+            )
+        seed = self._seed + worker + self.failures * len(self._workers)
+        self._workers[worker] = _Worker(self._make, seed)
+        try:
+            self._workers[worker].answer(START_SECONDS)
+        except WorkerError as error:
+            self._replace(worker, f"{error}, at its start")
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Ends the workers."""
+        atexit.unregister(self._at_exit)
+        _end(self._workers)
+        super().close(raise_if_closed=raise_if_closed)
+
+
+def worker_env(env: EnvBase) -> WorkerEnv | None:
+    """The `WorkerEnv` under the transforms of an environment, if it is one."""
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    return env if isinstance(env, WorkerEnv) else None
+
+
+def _end(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.kill(patience=5.0)
+    workers.clear()
+
+
+class _Worker:
+    """The parent's side of one process."""
+
+    def __init__(self, make: bytes, seed: int) -> None:
+        # Threads and OpenGL do not survive a fork: it is one of a process that has only imported.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", __name__])
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, make, seed), daemon=True)
+        with _held_signals():
+            self.process.start()
+        theirs.close()
+
+    def send(self, *question: Any) -> None:
+        try:
+            self._connection.send_bytes(pickle.dumps(question))
+        except OSError:
+            raise WorkerError(self._death()) from None
+
+    def answer(self, seconds: float) -> Any:
+        """What it gives within that time."""
+        begin = time.monotonic()
+        try:
+            if not self._connection.poll(max(0.0, seconds)):
+                raise WorkerError(f"gave no answer for {time.monotonic() - begin:.0f} s")
+            error, answer = pickle.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            raise WorkerError(self._death()) from None
+        if error is not None:
+            raise WorkerError(f"raised {error}")
+        return answer
+
+    def _death(self) -> str:
+        self.process.join(5.0)
+        return f"died (exit code {self.process.exitcode})"
+
+    def kill(self, patience: float = 0.0) -> None:
+        """Ends it, at once or after that many seconds."""
+        self._connection.close()  # it ends by itself when it reads that
+        self.process.join(patience)
+        self.process.kill()
+        self.process.join()
+
+
+def _work(connection: Connection, make: bytes, seed: int) -> None:
+    """The process: answers questions until its parent closes the connection."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        env: EnvBase = pickle.loads(make)(seed=seed)
+        connection.send_bytes(pickle.dumps((None, _specs(env))))
+    except Exception as problem:
+        connection.send_bytes(pickle.dumps((_described(problem), None)))
+        return
+    now: TensorDictBase = TensorDict()
+    while True:
+        try:
+            question = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            break
+        error, answer = None, None
+        try:
+            match question:
+                case ("seed", number):
+                    env.set_seed(number)
+                case ("reset", number):
+                    now = env.reset() if number is None else begin_episode(env, number)
+                    answer = _observed(env, now)
+                case ("step", action):
+                    step = env.step(now.set("action", action))
+                    now, answer = step_mdp(step), _observed(env, step["next"])
+                case ("repeat", number, actions):
+                    now, frames = repeat_episode(env, number, actions)
+                    answer = _observed(env, now), frames
+        except Exception as problem:
+            error = _described(problem)
+        try:
+            connection.send_bytes(pickle.dumps((error, answer)))
+        except OSError:
+            break
+    env.close(raise_if_closed=False)
+
+
+def _described(problem: Exception) -> str:
+    """An error in one line; where it came from is logged."""
+    logger.exception("an environment has raised an error")
+    return " ".join(f"{type(problem).__name__}: {problem}".split())
+
+
+def _specs(env: EnvBase) -> dict[str, Any]:
+    observation = env.observation_spec.clone()
+    observation["dropped"] = Binary(1, torch.Size([1]), dtype=torch.bool)
+    return {
+        "observation_spec": observation,
+        "action_spec": env.action_spec,
+        "reward_spec": env.reward_spec,
+        "done_spec": env.full_done_spec,
+    }
+
+
+def _observed(env: EnvBase, now: TensorDictBase) -> TensorDictBase:
+    """What the parent is told."""
+    keys = [*env.observation_spec.keys(True, True), *env.reward_keys, *env.done_keys]
+    told = now.select(*keys, strict=False).clone()
+    return told.set("dropped", torch.zeros(1, dtype=torch.bool))
+
+
+def _end_with_parent() -> None:
+    """Where the parent is killed while the environment hangs, nothing else would end this."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    """A process that starts inside gets none of the signals until it ignores them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

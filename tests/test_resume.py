@@ -1,0 +1,222 @@
+"""A run that was stopped or killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import yaml
+
+from prelar_trl.envs import ToyEnv
+from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.interaction import Collection, Evaluation
+from prelar_trl.recipes.pretrain import pretrain
+from tests.test_recipes import two_at_once
+from tests.toy_runs import (
+    checkpoint,
+    different,
+    finetune_config,
+    interrupt_after,
+    make_clips,
+    pretrain_config,
+)
+
+# Episodes of 13 steps: none ends where an update, a checkpoint or an evaluation is due.
+STEPS = {"max_steps": 13, "prefill": 15, "pretrain_updates": 3, "train_every": 4}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing has stopped."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    finetune(finetune_config(run, **STEPS))
+    return run
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    return make_clips(tmp_path_factory.mktemp("clips") / "store")
+
+
+def same(run, other):
+    states = [checkpoint(run), checkpoint(other)]
+    for state in states:  # which tells of the saves before
+        state.get("replay", {}).pop("held", None)
+    assert different(*states) == []
+    assert (run / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+
+
+def stopped(cfg, monkeypatch, update, **options):
+    """The run until the end of an update."""
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, update)
+        with pytest.raises(SystemExit, match="stopped after .* steps") as stop:
+            finetune(cfg, **options)
+    assert stop.value.code == 75
+    assert checkpoint(cfg.run)["model_update"]["count"] == update
+    cfg.resume = True
+
+
+# ---------------------------------------------------------------- the same numbers
+
+
+@pytest.mark.parametrize("update", [2, 5, 9])
+def test_interrupted_finetuning_goes_on_bit_for_bit(update, whole, tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "run", **STEPS)
+    stopped(cfg, monkeypatch, update)
+    finetune(cfg)
+    same(tmp_path / "run", whole)
+
+
+def test_a_run_that_was_stopped_within_each_evaluation_goes_on_bit_for_bit(
+    whole, tmp_path, monkeypatch
+):
+    cfg = finetune_config(tmp_path / "run", **STEPS)
+    real = Evaluation.__call__
+
+    def cut(self, logger, step):
+        self.interruption.requested = True
+        real(self, logger, step)
+
+    def cut_at_60(self, logger, step):
+        (cut if step == 60 else real)(self, logger, step)
+
+    for step, call in ((40, cut), (60, cut_at_60)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Evaluation, "__call__", call)
+            with pytest.raises(SystemExit, match=f"stopped after {step} steps"):
+                finetune(cfg)
+        cfg.resume = True
+    finetune(cfg)
+    same(tmp_path / "run", whole)
+
+
+def test_a_full_ring_keeps_what_the_checkpoint_needs(tmp_path, monkeypatch):
+    options = STEPS | {"capacity": 40, "env_steps": 120, "checkpoint_every": 50, "eval_every": 100}
+    finetune(finetune_config(tmp_path / "whole", **options))
+    cfg = finetune_config(tmp_path / "run", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "__call__", killed_at(100))
+        with pytest.raises(MemoryError):
+            finetune(cfg)
+    assert checkpoint(cfg.run)["step"] == 50
+    cfg.resume = True
+    finetune(cfg)
+    same(tmp_path / "run", tmp_path / "whole")
+
+
+def killed(*_):
+    raise MemoryError  # nothing is saved
+
+
+def killed_at(step):
+    real = Evaluation.__call__
+
+    def call(self, logger, now):
+        if now == step:
+            killed()
+        real(self, logger, now)
+
+    return call
+
+
+# ---------------------------------------------------------------- what cannot be repeated
+
+
+def test_an_environment_that_cannot_be_repeated_loses_the_episode_and_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    cfg = finetune_config(tmp_path / "run", **STEPS)
+    stopped(cfg, monkeypatch, 5)
+    drift = iter(range(1, 1000))
+    real = ToyEnv._reset
+
+    def reset(self, tensordict, **kwargs):
+        out = real(self, tensordict, **kwargs)
+        self._position = self._position * 0.9 ** next(drift)
+        return out.update(self._observe())
+
+    monkeypatch.setattr(ToyEnv, "_reset", reset)
+    finetune(cfg)
+    said = capsys.readouterr().err
+    assert "episode of environment 0 (" in said and "its frame 0 is another one" in said
+    assert checkpoint(cfg.run)["collection"]["dropped"] == 1
+
+
+def test_environments_with_a_batch_size_lose_their_episodes_and_say_so(
+    tmp_path, monkeypatch, capsys
+):
+    cfg = finetune_config(tmp_path / "run", **STEPS)
+    stopped(cfg, monkeypatch, 5, env_factory=two_at_once)
+    finetune(cfg, env_factory=two_at_once)
+    said = capsys.readouterr().err
+    assert said.count("cannot be rebuilt") == 2
+    assert checkpoint(cfg.run)["collection"]["dropped"] == 2
+
+
+# ---------------------------------------------------------------- one command
+
+
+def test_auto_starts_continues_and_says_finished(whole, tmp_path, monkeypatch, capsys):
+    cfg = finetune_config(tmp_path / "run", **STEPS, resume="auto")
+    stopped(cfg, monkeypatch, 5)
+    cfg.resume = "auto"
+    finetune(cfg)
+    same(tmp_path / "run", whole)
+    finetune(cfg)
+    assert "finished: " in capsys.readouterr().out
+
+
+def test_auto_starts_anew_what_was_killed_before_its_first_checkpoint(whole, tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "run", **STEPS, resume="auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(Collection, "sample", killed)
+        with pytest.raises(MemoryError):
+            finetune(cfg)
+    assert (tmp_path / "run" / "metrics.csv").exists()
+    (tmp_path / "run" / "job.out").write_text("a scheduler's")
+    cfg.resume = True
+    with pytest.raises(FileNotFoundError, match="before its first checkpoint.*resume=auto"):
+        finetune(cfg)
+    other = finetune_config(tmp_path / "run", **STEPS | {"prefill": 16}, resume="auto")
+    with pytest.raises(ValueError, match="prefill=16.*prefill=15"):
+        finetune(other)
+    cfg.resume = "auto"
+    finetune(cfg)
+    same(tmp_path / "run", whole)
+    assert (tmp_path / "run" / "job.out").read_text() == "a scheduler's"
+
+
+def test_auto_after_a_kill_within_the_first_write(whole, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    finetune(finetune_config(tmp_path / "run", **STEPS, resume="auto"))
+    same(tmp_path / "run", whole)
+
+
+def test_a_moved_run_continues_with_settings_that_change_no_number(whole, tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "run", **STEPS)
+    stopped(cfg, monkeypatch, 5)
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    changes = {"checkpoint_every": 7, "eval_episodes": 2, "eval_every": 35, "log_every": 5}
+    finetune(finetune_config("elsewhere", **STEPS | changes, resume="auto"))
+    names = ("agent", "model_update", "behavior_update", "collection", "rng")
+    ours, theirs = checkpoint(tmp_path / "elsewhere"), checkpoint(whole)
+    assert different({k: ours[k] for k in names}, {k: theirs[k] for k in names}) == []
+    assert yaml.safe_load((tmp_path / "elsewhere/config.yaml").read_text())["log_every"] == 5
+
+
+def test_moved_data_is_known_and_other_data_refused(clips, tmp_path, monkeypatch):
+    pretrain(pretrain_config(clips, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(SystemExit, match="stopped after 2 updates"):
+            pretrain(pretrain_config(clips, tmp_path / "run", resume="auto"))
+    moved = shutil.copytree(clips, tmp_path / "moved")
+    other = make_clips(tmp_path / "other", seed=1)
+    cfg = pretrain_config(other, tmp_path / "run", resume="auto")
+    with pytest.raises(ValueError, match="clips in .*other.* are others than when"):
+        pretrain(cfg)
+    pretrain(pretrain_config(moved, tmp_path / "run", resume="auto"))
+    same(tmp_path / "run", tmp_path / "whole")
