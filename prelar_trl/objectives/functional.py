@@ -6,7 +6,6 @@ Shape legend: B batch, T time, S stochastic variables, K classes, N transitions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf
 from typing import get_args
 
 import torch
@@ -246,6 +245,8 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
 
 
 def check_temperature(temperature: float | Tensor) -> None:
-    """Raise ValueError for a number that is not positive and finite."""
-    if not isinstance(temperature, Tensor) and not 0 < temperature < inf:
-        raise ValueError(f"temperature={temperature} must be above 0, and finite")
+    """Raise ValueError for a number that is not positive, or too large; TypeError for none."""
+    if not isinstance(temperature, Tensor):
+        check_range(-1e12, 1e12, temperature=temperature)
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} must be above 0")
