@@ -91,7 +91,9 @@ def check_width(name: str, x: Tensor, width: int) -> None:
 
 
 def _check_value(value: Tensor, params: Tensor) -> None:
-    """Raise ValueError where a value is not of that width, or cannot be broadcast to the others."""
+    """Raise where a value is not floating point, of another width, or cannot be broadcast."""
+    if not value.is_floating_point():
+        raise TypeError(f"value is {value.dtype}; it must be floating point")
     check_width("value", value, params.shape[-1])
     pairs = zip(reversed(value.shape), reversed(params.shape), strict=False)
     if not all(a == b or 1 in (a, b) for a, b in pairs):

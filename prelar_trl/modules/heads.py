@@ -20,7 +20,7 @@ class MLP(nn.Module):
     def __init__(self, in_features: int, out_features: int, layers: int = 4, units: int = 400):
         super().__init__()
         check_integers(in_features=in_features, units=units)
-        check_integers(0, layers=layers)
+        check_integers(0, layers=layers, out_features=out_features)
         sizes = [in_features] + [units] * layers
         self.layers = nn.ModuleList(
             nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
