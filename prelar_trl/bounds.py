@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
@@ -24,14 +25,20 @@ from prelar_trl.utils import listed
 __all__ = [
     "Finite",
     "Fraction",
+    "MediumInt",
     "NonNegative",
     "NonNegativeInt",
+    "NonNegativeMediumInt",
+    "NonNegativeSmallInt",
     "PictureSize",
     "Positive",
     "PositiveInt",
     "Rule",
+    "Seed",
+    "SmallInt",
     "above",
     "at_least",
+    "at_most",
     "between",
     "check_settings",
     "one_of",
@@ -50,6 +57,11 @@ def at_least(low: float) -> Rule:
     return Rule(lambda x: x >= low, f"must be at least {low}")
 
 
+def at_most(high: float) -> Rule:
+    """Numbers up to ``high``."""
+    return Rule(lambda x: x <= high, f"must be at most {high}")
+
+
 def above(low: float) -> Rule:
     """Numbers above ``low``."""
     return Rule(lambda x: x > low, f"must be above {low}")
@@ -65,11 +77,17 @@ def one_of(choices: Iterable[str]) -> Rule:
     return Rule(lambda x: x in choices, f"is unknown; choose {listed(choices)}")
 
 
-PositiveInt = Annotated[int, at_least(1)]
-NonNegativeInt = Annotated[int, at_least(0)]
-Positive = Annotated[float, above(0)]
-NonNegative = Annotated[float, at_least(0)]
-Finite = Annotated[float, Rule(math.isfinite, "must be finite")]
+LARGEST = 10**12  # of any number; more would overflow, or never end
+PositiveInt = Annotated[int, at_least(1), at_most(LARGEST)]
+NonNegativeInt = Annotated[int, at_least(0), at_most(LARGEST)]
+SmallInt = Annotated[int, at_least(1), at_most(1024)]  # layers, threads, processes
+NonNegativeSmallInt = Annotated[int, at_least(0), at_most(1024)]
+MediumInt = Annotated[int, at_least(1), at_most(2**16)]  # widths, batches
+NonNegativeMediumInt = Annotated[int, at_least(0), at_most(2**16)]
+Seed = Annotated[int, at_least(0), at_most(2**31 - 1)]  # NumPy's end at 2**32, counts are added
+Positive = Annotated[float, above(0), at_most(LARGEST)]
+NonNegative = Annotated[float, at_least(0), at_most(LARGEST)]
+Finite = Annotated[float, Rule(lambda x: abs(x) <= LARGEST, f"must be finite, up to {LARGEST}")]
 Fraction = Annotated[float, between(0, 1)]
 PictureSize = Annotated[
     int, Rule(lambda x: x in (64, 84, 96, 128), "is unknown; choose 64, 84, 96 or 128")
@@ -100,13 +118,18 @@ def check_settings(settings: type, values: Mapping[str, Any], prefix: str = "") 
     Raises:
         ValueError: a name that is no field, or a value that its type does not allow; in one line.
     """
-    hints = get_type_hints(settings, include_extras=True)
+    hints = _hints(settings)
     for name, value in values.items():
         if name not in hints:
-            raise ValueError(f"unknown setting {prefix + name!r}; choose {listed(hints)}")
+            raise ValueError(f"unknown setting {f'{prefix}{name}'!r}; choose {listed(hints)}")
         fault = _fault(hints[name], value)
         if fault:
             raise ValueError(f"{prefix}{name}={value!r} {fault}")
+
+
+@functools.cache
+def _hints(settings: type) -> dict[str, Any]:
+    return get_type_hints(settings, include_extras=True)
 
 
 def _fault(hint: Any, value: Any) -> str | None:
@@ -127,7 +150,7 @@ def _fault(hint: Any, value: Any) -> str | None:
     if flag or not isinstance(value, classes):
         choices = get_args(parts[0]) if parts and get_origin(parts[0]) is Literal else ()
         return f"must be {words}{f' of {listed(choices)}' if choices else ''}"
-    if origin is float and math.isinf(value):
+    if origin is float and abs(cast(float, value)) == math.inf:
         return "must be finite"
     if not parts:
         return None

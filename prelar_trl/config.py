@@ -13,12 +13,17 @@ from typing import Annotated, Any, Literal, get_args
 
 from prelar_trl.bounds import (
     Fraction,
+    MediumInt,
     NonNegative,
     NonNegativeInt,
+    NonNegativeMediumInt,
+    NonNegativeSmallInt,
     Positive,
     PositiveInt,
     Rule,
+    SmallInt,
     above,
+    at_most,
     between,
     check_settings,
 )
@@ -41,7 +46,9 @@ __all__ = [
 PRETRAINED_PARTS = ("encoder", "decoder", "rssm", "context_encoder", "latent_actions")
 Phase = Literal["pretrain", "finetune"]
 Head = Literal["reward", "aux_reward", "discount"]
-Classes = Annotated[int, Rule(lambda k: k == 0 or k > 1, "must be 0 (Gaussian) or at least 2")]
+Classes = Annotated[
+    int, Rule(lambda k: k == 0 or k > 1, "must be 0 (Gaussian) or at least 2"), at_most(2**16)
+]
 
 
 @dataclass(frozen=True)
@@ -50,17 +57,17 @@ class ModelSettings:
 
     images: Literal["resnet", "cnn", "context"] = "resnet"
     actions: Literal["latent", "encoded", "real", "none"] = "latent"
-    action_width: PositiveInt | None = None  # the RSSM's action input; None: that of the action
+    action_width: MediumInt | None = None  # the RSSM's action input; None: that of the action
     stacked: bool = False  # an action-free RSSM below the imagined one (APV)
     concat_embed: bool = False  # the upper RSSM of a stack also reads the image embedding
     heads: tuple[Head, ...] = ()
     grad_heads: tuple[Head, ...] = ("reward", "aux_reward")
-    head_layers: NonNegativeInt = 4
-    head_units: PositiveInt = 400
+    head_layers: NonNegativeSmallInt = 4
+    head_units: MediumInt = 400
     # image networks
-    depth: PositiveInt = 48
+    depth: MediumInt = 48
     stages: Annotated[int, between(1, 5)] = 3  # from 32x32 down to 1x1 at most
-    layers: PositiveInt = 2
+    layers: SmallInt = 2
     norm: Norm = "batch"
     patches: bool = False  # cnn: 4x4 kernels that do not overlap
     gray: bool = False  # networks see and predict brightness alone
@@ -68,29 +75,29 @@ class ModelSettings:
     context_mask: Annotated[float, between(0, 0.98)] = 0.75  # leaves at least one of 8x8
     context_dropout: Fraction = 0.1
     # dynamics
-    stoch: PositiveInt = 32
+    stoch: MediumInt = 32
     classes: Classes = 32
-    deter: PositiveInt = 1024
-    hidden: PositiveInt = 1024
-    ensemble: PositiveInt = 1
+    deter: MediumInt = 1024
+    hidden: MediumInt = 1024
+    ensemble: SmallInt = 1
     # latent actions
     frames: FrameInput = "concat"
     latent_action: str = "gaussian"  # a registered kind, or package.module:Class
-    latent_action_size: PositiveInt = 64
-    latent_action_classes: NonNegativeInt = 0  # of kinds that have classes
-    latent_action_deter: NonNegativeInt = 64  # of kinds with a deterministic part
+    latent_action_size: MediumInt = 64
+    latent_action_classes: NonNegativeMediumInt = 0  # of kinds that have classes
+    latent_action_deter: NonNegativeMediumInt = 64  # of kinds with a deterministic part
     latent_action_options: Mapping[str, Any] = field(default_factory=dict)  # further ones
-    latent_action_hidden: PositiveInt = 1024
-    latent_action_shift: NonNegativeInt = 0  # pixels by which its frames are moved in training
+    latent_action_hidden: MediumInt = 1024
+    latent_action_shift: NonNegativeSmallInt = 0  # pixels by which its frames are moved in training
     # action encoder, into the same space
     action_code: str = "deterministic"  # kind of latent action that it gives
-    action_window: PositiveInt = 1
+    action_window: SmallInt = 1
     # video bonus
     bonus_embed: Literal["embed", "feat", "lower"] | None = None
-    bonus_neighbors: PositiveInt = 16
-    bonus_memory: PositiveInt = 4096
-    bonus_projection: PositiveInt = 128
-    bonus_window: PositiveInt = 5
+    bonus_neighbors: Annotated[PositiveInt, at_most(10**7)] = 16
+    bonus_memory: Annotated[PositiveInt, at_most(10**7)] = 4096
+    bonus_projection: MediumInt = 128
+    bonus_window: SmallInt = 5
     discount: Fraction = 0.99
 
     def __post_init__(self) -> None:
@@ -115,7 +122,7 @@ class LossSettings:
     latent_free_nats: NonNegative = 0.0  # of latent_kl
     latent_warmup: NonNegativeInt = 0  # updates over which latent_kl rises to its weight
     latent_warmup_start: Annotated[Fraction, above(0)] = 0.01  # share of the weight at the start
-    negatives: PositiveInt = 4
+    negatives: SmallInt = 4
     temperature: Positive | None = 1.0
     contrast_dynamics: bool = True
     bonus_scale: NonNegative = 1.0

@@ -6,6 +6,7 @@ trained, ``README.md`` the card. Reading runs no code of the folder's, unless it
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -53,10 +54,10 @@ def load_pretrained(
         ValueError: damage, a newer format, weights that do not fit, or code that is not trusted.
     """
     state = read_export(name, revision=revision, trust_code=trust_code)
-    model = make_model(state)
     try:
+        model = make_model(state)
         model.load_state_dict(state[STATE[state["phase"]]])
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     return model.eval()
 
@@ -114,6 +115,7 @@ def write_export(
         whole = {name: x.detach().cpu().contiguous().clone() for name, x in weights.items()}
         save_file(whole, part / WEIGHTS, metadata={"format": "pt"})
         (part / WEIGHTS).chmod(0o644)  # it makes a file for its owner alone
+        config["sha256"] = _sha256(part / WEIGHTS)
         text = json.dumps(config | {"training": dict(training)}, indent=2)
         (part / CONFIG).write_text(text + "\n", encoding="utf-8")
         (part / CARD).write_text(card, encoding="utf-8")
@@ -141,8 +143,11 @@ def read_export(
             f"{name} has latent_action={kind}, which runs the code of that module: if you trust "
             "it, add trust_code=true"
         )
+    file = folder / WEIGHTS
+    if file.is_file() and config.get("sha256") not in (None, _sha256(file)):  # safetensors has none
+        raise ValueError(f"{name} is no exported model: {WEIGHTS}: its checksum differs")
     try:
-        weights = load_file(folder / WEIGHTS)
+        weights = load_file(file)
     except Exception as error:  # safetensors has an error of its own
         raise ValueError(f"{name} is no exported model: {WEIGHTS}: {error}") from None
     return {**config, STATE[config["phase"]]: weights}
@@ -183,6 +188,11 @@ def _pull(repository: str, revision: str | None) -> Path:
     except Exception as error:  # of many kinds: no such repository, no network, no cache
         text = str(error).splitlines()[0]
         raise FileNotFoundError(f"{repository} is no folder, and not on the hub: {text}") from None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _import(name: str) -> ModuleType:

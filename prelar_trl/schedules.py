@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, cast
@@ -55,19 +56,21 @@ class Schedule:
         return self.end + share * (self.start - self.end)
 
 
-def is_schedule(value: Any) -> bool:
-    """Whether :meth:`Schedule.parse` takes the value, and it never falls below 0."""
+def is_schedule(value: Any, high: float = math.inf) -> bool:
+    """Whether :meth:`Schedule.parse` takes the value, and it stays within 0 and ``high``."""
     try:
         schedule = Schedule.parse(value)
     except ValueError:
         return False
-    return min(schedule.start, schedule.end) >= 0
+    return 0 <= min(schedule.start, schedule.end) <= max(schedule.start, schedule.end) <= high
 
 
 def _number(value: Any) -> float | None:
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
-    try:
-        return float(value) if isinstance(value, str) else None
-    except ValueError:
+    """A finite number, or text of one, as a float; None for anything else."""
+    if not isinstance(value, Real | str) or isinstance(value, bool):
         return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

@@ -8,10 +8,21 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import inf
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-__all__ = ["STOPPED", "atomic_write", "check_choice", "git_state", "listed", "lock_folder"]
+__all__ = [
+    "STOPPED",
+    "atomic_write",
+    "check_choice",
+    "check_integers",
+    "check_range",
+    "git_state",
+    "listed",
+    "lock_folder",
+]
 
 STOPPED = 75
 """Exit code of a run that was told to stop and has saved: ``EX_TEMPFAIL``, run me again."""
@@ -72,6 +83,29 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose {listed(map(str, choices))}")
+
+
+def check_integers(low: int = 1, high: int = 2**31 - 1, **numbers: object) -> None:
+    """Raises TypeError for what is no whole number, ValueError outside [``low``, ``high``]."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or isinstance(number, bool):
+            raise TypeError(f"{name}={number!r} must be a whole number")
+        if number < low:
+            raise ValueError(f"{name}={number} must be at least {low}")
+        if number > high:
+            raise ValueError(f"{name}={number} must be at most {high}")
+
+
+def check_range(low: float, high: float = inf, **numbers: Any) -> None:
+    """Raises ValueError for a number outside [``low``, ``high``] or infinite, TypeError else."""
+    for name, number in numbers.items():
+        try:
+            good = low <= number <= high and number < inf
+        except TypeError:
+            raise TypeError(f"{name}={number!r} must be a number") from None
+        if not good:
+            words = f"be at least {low}" if high == inf else f"lie in [{low}, {high}]"
+            raise ValueError(f"{name}={number} must {words}")
 
 
 def listed(words: Iterable[str]) -> str:

@@ -17,11 +17,15 @@ from omegaconf import MISSING
 from prelar_trl.bounds import (
     Finite,
     Fraction,
+    MediumInt,
     NonNegative,
     NonNegativeInt,
+    NonNegativeSmallInt,
     PictureSize,
     Positive,
     PositiveInt,
+    Seed,
+    SmallInt,
     above,
     at_least,
     check_settings,
@@ -40,6 +44,8 @@ from prelar_trl.recipes.values import (
     Export,
     Gradient,
     Kind,
+    Labels,
+    Lists,
     Loggers,
     Method,
     Names,
@@ -50,7 +56,10 @@ from prelar_trl.recipes.values import (
     Resize,
     Resume,
     Scheduled,
+    ScheduledFraction,
     Size,
+    Stores,
+    Texts,
     as_names,
 )
 from prelar_trl.schedules import Schedule
@@ -89,16 +98,16 @@ class RunConfig(Config):
     size: Size = "full"
     run: str = MISSING  # run folder
     resume: Resume = False  # continue the run in that folder; auto: start it, or continue it
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     device: Device = "auto"  # auto, cpu, cuda, cuda:1
     precision: Precision = "32"
     compile: Compile = "auto"  # auto: on CUDA; eager where that fails
-    threads: PositiveInt | None = None  # CPU threads; null: torch's choice
+    threads: SmallInt | None = None  # CPU threads; null: torch's choice
     logger: Loggers = "csv"  # csv, tensorboard, wandb, or a list
     model: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     pixels: PictureSize = 64  # height and width of the pictures
-    lr: NonNegative = 3e-4
+    lr: Fraction = 3e-4
     clip: Positive = 100.0  # largest gradient norm
     max_skipped: PositiveInt = 10  # updates in a row that are not finite before the run stops
     keep: PositiveInt = 2  # newest checkpoints that are kept
@@ -115,13 +124,13 @@ class PretrainConfig(RunConfig):
 
     phase = "pretrain"
 
-    data: Any = MISSING  # clip store folder, a list of them, or a mapping folder: weight
+    data: Stores = MISSING  # clip store folder, a list of them, or a mapping folder: weight
     updates: PositiveInt = 600_000
-    batch_size: PositiveInt = 16
-    clip_len: PositiveInt = 25
+    batch_size: MediumInt = 16
+    clip_len: MediumInt = 25
     heldout: Fraction = 0.1  # share of clips kept for the predictions; 0: predict training clips
-    prefetch: NonNegativeInt = 2  # batches prepared ahead
-    context: PositiveInt = 5  # frames seen before the open-loop prediction
+    prefetch: NonNegativeSmallInt = 2  # batches prepared ahead
+    context: MediumInt = 5  # frames seen before the open-loop prediction
     labels: NonNegative = 0.0  # share (below 1) or number of clips whose true actions are told
     usage_every: PositiveInt = 1_000  # updates between two looks at whether latent actions are used
     log_every: PositiveInt = 100
@@ -144,14 +153,14 @@ class FinetuneConfig(RunConfig):
     pretrain_updates: NonNegativeInt = 100  # before the first policy step
     load: Parts = None  # parts taken from it: encoder,rssm; null: all that it has
     frozen_updates: NonNegativeInt | None = 100  # pre-trained parts wait; null: one optimizer
-    pretrained_lr: NonNegative | None = None  # of pre-trained encoder and RSSM; null: lr
+    pretrained_lr: Fraction | None = None  # of pre-trained encoder and RSSM; null: lr
     align_updates: NonNegativeInt | None = None  # of the action encoder; null: the method's
-    align_lr: NonNegative = 1e-3
+    align_lr: Fraction = 1e-3
     rehearse: Fraction = 0.0  # share of each model batch that is pre-training video
     behavior_after: NonNegativeInt = 0  # model updates before actor and critic learn too
     train_every: Positive = 5  # environment steps an update; below 1: several updates a step
-    batch_size: PositiveInt = 50
-    batch_length: Annotated[int, at_least(2)] = 50
+    batch_size: MediumInt = 50
+    batch_length: Annotated[MediumInt, at_least(2)] = 50
     min_length: PositiveInt | None = None  # shortest window; null: batch_length
     capacity: PositiveInt = 1_000_000  # frames of the replay
     action_repeat: PositiveInt = 1
@@ -160,21 +169,21 @@ class FinetuneConfig(RunConfig):
     cameras: Names = None  # instead: several pictures, [corner,gripperPOV]
     vectors: Names = None  # numbers that are seen too, by name or pattern: [proprio,joint*]
     render_quality: Quality = "fast"
-    num_workers: PositiveInt = 1
+    num_workers: SmallInt = 1
     worker_timeout: Positive = 120.0  # seconds without an answer: the worker hangs, is replaced
     worker_failures: PositiveInt = 5  # of one worker in a row: the run saves and stops
-    horizon: Annotated[int, at_least(2)] = 15
+    horizon: Annotated[MediumInt, at_least(2)] = 15
     lmbda: Fraction = 0.95
-    actor_lr: NonNegative = 8e-5
-    critic_lr: NonNegative = 8e-5
+    actor_lr: Fraction = 8e-5
+    critic_lr: Fraction = 8e-5
     entropy_scale: Scheduled = 1e-4  # also linear(start,end,updates)
     actor_gradient: Gradient = "dynamics"
-    actor_gradient_mix: Scheduled = 0.1  # share of dynamics in both; also a schedule
+    actor_gradient_mix: ScheduledFraction = 0.1  # share of dynamics in both; also a schedule
     reward_norm_momentum: Fraction = 1.0  # of the imagined rewards' magnitude; 1: not normalized
     expl_noise: NonNegative = 0.0  # on the policy's actions while collecting
     eval_noise: NonNegative = 0.0
     eval_state_mean: bool = False  # evaluate with the latents' mode
-    imag_batch: PositiveInt | None = None
+    imag_batch: MediumInt | None = None
     slow_every: PositiveInt = 100
     slow_target_fraction: Annotated[Fraction, above(0)] = 1.0  # below 1: soft target updates
     eval_every: PositiveInt = 10_000
@@ -206,10 +215,10 @@ class EvaluateConfig(Config):
 
     run: str = MISSING
     episodes: PositiveInt = 10
-    seed: NonNegativeInt = 1_000
+    seed: Seed = 1_000
     device: Device = "auto"
     env: str | None = None  # null: the run's own
-    num_workers: PositiveInt = 1
+    num_workers: SmallInt = 1
     render_quality: Quality | None = None
     video_episodes: NonNegativeInt = 3
     checkpoint: str = "last"  # or best, or step_<number>
@@ -221,16 +230,16 @@ class ProbeConfig(Config):
     """``probe.py``: what a pre-training run has learned."""
 
     run: str = MISSING  # run folder of pretrain.py
-    data: Any = None  # clip store, as in pretrain.py; null: the run's own
-    clips: PositiveInt = 128  # windows of held-out clips, and as many of training clips to fit on
-    batch_size: PositiveInt = 16
-    clip_len: PositiveInt | None = None  # null: the run's own, as in context and heldout
-    context: PositiveInt | None = None
+    data: Stores = None  # clip store, as in pretrain.py; null: the run's own
+    clips: MediumInt = 128  # windows of held-out clips, and as many of training clips to fit on
+    batch_size: MediumInt = 16
+    clip_len: MediumInt | None = None  # null: the run's own, as in context and heldout
+    context: MediumInt | None = None
     heldout: Fraction | None = None
     transfers: NonNegativeInt = 2  # pictures of transferred latent actions
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     device: Device = "auto"
-    threads: PositiveInt | None = None
+    threads: SmallInt | None = None
     trust_code: bool = False  # may run modules that the run folder names
 
 
@@ -241,7 +250,7 @@ class CollectVideosConfig(Config):
     data: str = MISSING  # clip store folder; if it exists, collecting continues
     episodes: PositiveInt = 100  # how many the store holds in the end
     env: str = "metaworld"  # the tasks below, or one env: toy/shifted, <module>:<callable>, ...
-    tasks: Any = "evaluation"  # the six of the papers, all, or a list of Meta-world tasks
+    tasks: Texts = "evaluation"  # the six of the papers, all, or a list of Meta-world tasks
     random_tasks: bool = False  # draw the task of each episode, instead of one after the other
     noise: NonNegative = 0.3  # standard deviation of the Gaussian noise on the expert's actions
     random_fraction: Fraction = 0.0  # share of episodes with uniformly random actions instead
@@ -251,8 +260,8 @@ class CollectVideosConfig(Config):
     camera: str | None = None  # null: corner in Meta-world, else the env's first camera
     render_quality: Quality = "fast"  # fast or full
     pixels: Pixels = 64
-    workers: PositiveInt = 1  # processes
-    seed: NonNegativeInt = 0
+    workers: SmallInt = 1  # processes
+    seed: Seed = 0
 
 
 @dataclass
@@ -269,13 +278,13 @@ class PrepareVideosConfig(Config):
     min_frames: PositiveInt = 2  # skip shorter clips
     white: Positive | None = None  # in pictures of more than 8 bits; null: 65535 (integers), 1
     flow: bool = False  # also store optical flow (needs opencv-python-headless)
-    labels: list[Any] | None = None  # something, frames: only these, by number or template
-    lists: Any = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
+    labels: Labels = None  # something, frames: only these, by number or template
+    lists: Lists = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
     actions: bool = False  # episodes, lerobot, torchrl: also keep the true actions, for probes
     camera: str | None = None  # lerobot, torchrl: which picture; null: the only one
     export: str | None = None  # afterwards write the store into this folder as well
     export_as: Export = "npz"  # npz (DreamerV2 episodes) or jpeg (official folders and lists)
-    workers: NonNegativeInt | None = None  # decoding processes; null or 0: one a core
+    workers: NonNegativeSmallInt | None = None  # decoding processes; null or 0: one a core
     shard_mib: PositiveInt = 256  # size of one file of the store
 
 
@@ -303,7 +312,7 @@ class SweepConfig(Config):
     threshold: Finite = 0.8  # of the score: learned
     runtime: dict[str, Any] = free()  # device, threads, ... of all programs
     only: str = ""  # runs whose path this regular expression matches
-    jobs: PositiveInt = 2  # programs at a time
+    jobs: SmallInt = 2  # programs at a time
     launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
     slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
     root: str = "runs/sweep"  # runs, logs and states; also the code that runs
@@ -322,7 +331,7 @@ class SweepConfig(Config):
 class PlotConfig(Config):
     """``plot.py``: a report from run folders, or a comparison of groups of them."""
 
-    runs: Any = MISSING  # run folders, or folders in which such lie; one or a list
+    runs: Texts = MISSING  # run folders, or folders in which such lie; one or a list
     out: str = "report.html"
     title: str | None = None  # null: Training report, or Learning curves
     # A config key, e.g. method or model.latent_action: its values are compared, with statistics.

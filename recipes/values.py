@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from prelar_trl.bounds import Rule, at_least, one_of
+from prelar_trl.bounds import LARGEST, Rule, at_least, at_most, one_of
 from prelar_trl.config import METHODS, PRETRAINED_PARTS, SIZES
 from prelar_trl.schedules import FORMS, is_schedule
 from prelar_trl.types import Backend, RenderQuality
@@ -25,6 +28,20 @@ def are_names(value: Any) -> bool:
     return good and 0 < len(names) == len(set(names))
 
 
+def are_texts(value: Any) -> bool:
+    """Whether it is text, or a list of texts; none empty."""
+    texts = value if isinstance(value, list | tuple) and value else [value]
+    return all(isinstance(text, str | PurePath) and str(text) for text in texts)
+
+
+def are_stores(value: Any) -> bool:
+    """Whether it is None, a folder, a list of them, or a mapping of folders to weights."""
+    if not isinstance(value, Mapping):
+        return value is None or are_texts(value)
+    good = (isinstance(x, Real) and not isinstance(x, bool) for x in value.values())
+    return all(good) and are_texts(list(value)) and all(0 < x <= LARGEST for x in value.values())
+
+
 def are_loggers(value: Any) -> bool:
     """Whether it is the name of a logger, or a list of them."""
     names = [value] if isinstance(value, str) else value
@@ -41,7 +58,7 @@ Compile = Annotated[Choice, one_of(("auto", "on", "off"))]
 Device = Annotated[
     str,
     Rule(
-        lambda name: re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None,
+        lambda name: re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", name) is not None,
         "is unknown; choose auto, cpu, cuda or cuda:<n>",
     ),
 ]
@@ -60,9 +77,30 @@ Parts = Annotated[
         f"is unknown; choose of {', '.join(PRETRAINED_PARTS)}",
     ),
 ]
-Scheduled = Annotated[Any, Rule(is_schedule, f"must be at least 0: {FORMS}")]
+Scheduled = Annotated[Any, Rule(lambda x: is_schedule(x, LARGEST), f"must be at least 0: {FORMS}")]
+ScheduledFraction = Annotated[
+    Any, Rule(lambda x: is_schedule(x, 1.0), f"must lie between 0 and 1: {FORMS}")
+]
+Stores = Annotated[
+    Any, Rule(are_stores, "must be a folder, a list of them, or {folder: weight above 0}")
+]
+Lists = Annotated[
+    Any,
+    Rule(
+        lambda x: x is None or (isinstance(x, Mapping) and are_texts([*x, *x.values()])),
+        "must be {train: <file>, heldout: <file>}",
+    ),
+]
+Labels = Annotated[
+    list[Any] | None,
+    Rule(
+        lambda x: x is None or all(type(label) in (int, str) and label != "" for label in x),
+        "must be a list of numbers and templates",
+    ),
+]
+Texts = Annotated[Any, Rule(are_texts, "must be text, or a list of texts")]
 Method = Annotated[Choice, one_of(METHODS)]
-Pixels = Annotated[int, at_least(8)]
+Pixels = Annotated[int, at_least(8), at_most(4096)]
 Precision = Annotated[Choice, one_of(("32", "bf16"))]
 Quality = Annotated[Choice, one_of(get_args(RenderQuality))]
 Resize = Annotated[Choice, one_of(("squeeze", "crop"))]

@@ -21,7 +21,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from prelar_trl.data.storage import FrameStorage, sample_rows
 from prelar_trl.data.store import ACTIONS, ClipStore
 from prelar_trl.data.windows import FixedShareSampler, Strategy, WindowSampler
-from prelar_trl.utils import check_choice
+from prelar_trl.utils import check_choice, check_integers
 
 Split = Literal["all", "train", "heldout"]
 Paths = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
@@ -74,6 +74,8 @@ class VideoClips:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        check_integers(clip_len=clip_len, batch_size=batch_size)
+        check_integers(0, prefetch=prefetch)
         self.stores, self._weights = _open(path)
         self.clip_len, self.batch_size = clip_len, batch_size
         self.device = torch.device(device)
@@ -232,8 +234,10 @@ class VideoClips:
         """The clips whose actions are told, bool ``[E]``."""
         self._need_actions(" for labels")
         eligible = (self._lengths >= self.clip_len).nonzero().flatten().tolist()
+        if not 0 <= labels < float("inf"):
+            raise ValueError(f"labels={labels} must be a share below 1 or a number of clips")
         count = round(labels * len(eligible)) if labels < 1 else int(labels)
-        if labels < 0 or count > len(eligible):
+        if count > len(eligible):
             raise ValueError(f"labels={labels}: there are {len(eligible)} clips to label")
         if labels > 1 and labels != count:
             raise ValueError(f"labels={labels} is neither a share below 1 nor a number of clips")
@@ -295,7 +299,7 @@ class VideoClips:
 def _open(path: Paths) -> tuple[list[ClipStore], Tensor | None]:
     if isinstance(path, Mapping):
         weights = torch.tensor([float(w) for w in path.values()], dtype=torch.float64)
-        if not len(path) or not bool((weights > 0).all()):
+        if not len(path) or not bool(((weights > 0) & weights.isfinite()).all()):
             raise ValueError(f"the weights of a mixture must be positive, got {dict(path)}")
         return [ClipStore(p) for p in path], weights
     paths = [path] if isinstance(path, str | Path) else list(path)

@@ -258,6 +258,8 @@ class EpisodeWriter(Writer):
             raise ValueError("extend needs a time dimension: use add for a single step")
         if isinstance(data, LazyStackedTensorDict):  # a collector's
             data = data.contiguous()
+        if not data.numel():
+            raise ValueError(f"data of batch {list(data.shape)} hold no step")
         data = data.reshape(-1, data.shape[-1])  # [N, T]
         self._check(data)
         written = [torch.zeros(0, dtype=torch.int64)]
@@ -300,6 +302,17 @@ class EpisodeWriter(Writer):
                     f"{key} must be uint8 [3, H, W] per step (or 3 channels a picture), got "
                     f"{pixels.dtype} {list(pixels.shape[2:])}"
                 )
+        if data["pixels"].shape != data["next", "pixels"].shape:
+            shapes = [list(data[key].shape[2:]) for key in ("pixels", ("next", "pixels"))]
+            raise ValueError(f"pixels is {shapes[0]} per step, but {shapes[1]} in next")
+        if data["action"].ndim != 3:
+            raise ValueError(f"action must be [A] per step, got {list(data['action'].shape[2:])}")
+        for key in (("next", "reward"), ("next", "done"), ("next", "terminated"), "is_first"):
+            value = data.get(key, None)
+            if value is not None and value.numel() != data.numel():
+                raise ValueError(f"{key} must be [1] per step, got {list(value.shape[2:])}")
+            if value is not None and key != ("next", "reward") and value.dtype != torch.bool:
+                raise ValueError(f"{key} must be bool, got {value.dtype}")
         for key in ("action", ("next", "reward"), "vector", ("next", "vector")):
             if (value := data.get(key, None)) is None:
                 continue

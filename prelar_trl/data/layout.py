@@ -35,8 +35,11 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
         changed.
 
     Raises:
-        ValueError: an episode ends before the last step; cut there first.
+        KeyError: an entry is missing.
+        TypeError, ValueError: one has another dtype or shape than a step has; there is no step; an
+            episode ends before the last one: cut there first.
     """
+    _check_steps(steps)
     time, following = steps.ndim - 1, cast(TensorDictBase, steps["next"])
     shape = (*steps.shape, 1)
     no = torch.zeros(shape, dtype=torch.bool, device=following["reward"].device)
@@ -61,6 +64,36 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
             before[key] = steps[key].narrow(time, 0, 1)
     before["is_first"] = ~before["is_first"]
     return cast(TensorDict, TensorDict.cat([before, after], time))
+
+
+def _check_steps(steps: TensorDictBase) -> None:
+    """Refuse steps whose entries are missing, or are not those of one step each."""
+    if not steps.ndim or not steps.numel():
+        raise ValueError(f"steps of batch {list(steps.shape)}: time must be last, and not empty")
+    keys = set(steps.keys(include_nested=True, leaves_only=True))
+    needed = ["pixels", "action", ("next", "pixels"), ("next", "reward")]
+    needed += [x for pair in [("vector", ("next", "vector"))] if keys & set(pair) for x in pair]
+    for key in needed:
+        if key not in keys:
+            raise KeyError(f"the steps lack {key}")
+    for key in ("pixels", "vector"):
+        if key in keys and steps[key].shape != steps["next", key].shape:
+            now, then = list(steps[key].shape), list(steps["next", key].shape)
+            raise ValueError(f"{key} is {now}, but {then} in next")
+        if key in keys and steps[key].dtype != steps["next", key].dtype:
+            now, then = steps[key].dtype, steps["next", key].dtype
+            raise TypeError(f"{key} is {now}, but {then} in next")
+    if steps["action"].dim() != steps.ndim + 1:
+        raise ValueError(f"action {list(steps['action'].shape)} must be {[*steps.shape, 'A']}")
+    for name in ("reward", "done", "terminated"):
+        value = steps.get(("next", name), None)
+        if value is None:
+            continue
+        if value.is_floating_point() != (name == "reward") or value.is_complex():
+            asked = "floating point" if name == "reward" else "bool"
+            raise TypeError(f"next {name} is {value.dtype}; it must be {asked}")
+        if value.numel() != steps.numel():
+            raise ValueError(f"next {name} {list(value.shape)} must be {[*steps.shape, 1]}")
 
 
 def to_dreamer_v3(frames: TensorDictBase, *, state_dim: int, belief_dim: int) -> TensorDict:

@@ -13,6 +13,7 @@ from torchrl.data import ReplayBuffer
 from prelar_trl.data.episodes import EpisodeStorage, EpisodeWriter
 from prelar_trl.data.storage import sample_rows
 from prelar_trl.data.windows import Strategy, WindowSampler
+from prelar_trl.utils import check_integers
 
 
 class EpisodeReplay:
@@ -56,6 +57,7 @@ class EpisodeReplay:
         min_length: int | None = None,
         pack: bool = False,
     ) -> None:
+        check_integers(window=window, batch_size=batch_size, capacity=capacity)
         if capacity < window:
             raise ValueError(f"capacity={capacity} frames is less than one window of {window}")
         self.path = Path(path)

@@ -234,6 +234,14 @@ class ClipStore:
     def __init__(self, path: str | Path) -> None:
         self.path = store_folder(Path(path))
         self.meta = read_meta(self.path)
+        try:
+            self._open(path)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise StoreError(
+                f"{str(self.path / 'store.json')!r} is damaged ({error!r}): make the store again"
+            ) from None
+
+    def _open(self, path: str | Path) -> None:
         if not self.meta["complete"]:
             source = self.meta["source"]
             how = "finetune, with resume=true" if source == "replay" else source

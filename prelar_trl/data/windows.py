@@ -32,7 +32,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
 from prelar_trl.data.storage import FrameStorage
-from prelar_trl.utils import check_choice
+from prelar_trl.utils import check_choice, check_integers
 
 Strategy = Literal["episodes", "frames", "epoch", "prioritize_ends"]
 
@@ -101,8 +101,12 @@ class WindowSampler(StatefulSampler):
         world_size: int = 1,
     ) -> None:
         check_choice("strategy", strategy, get_args(Strategy))
+        check_integers(-(2**63), length=length)
         if length < 1:
             raise ValueError(f"window length {length} must be at least 1 frame")
+        check_integers(1, 2**16, world_size=world_size)
+        check_integers(0, rank=rank)
+        check_integers(-(2**63), 2**63 - 1, seed=seed)
         given = min_length is not None or max_length is not None or pack
         if strategy != "prioritize_ends" and given:
             raise ValueError(
@@ -118,6 +122,7 @@ class WindowSampler(StatefulSampler):
             raise ValueError(
                 f"min_length={self.min_length} must lie in 1..max_length={self.max_length}"
             )
+        check_integers(min_length=self.min_length, max_length=self.max_length)
         self.pack = pack
         self.rank, self.world_size = rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
@@ -146,6 +151,18 @@ class WindowSampler(StatefulSampler):
             groups: int64 ``[E]`` group of each episode, e.g. its store.
             group_weights: ``[G]`` how often each group is drawn, in any unit; not for ``epoch``.
         """
+        if lengths.dtype != torch.int64 or lengths.dim() != 1 or bool((lengths < 0).any()):
+            raise ValueError(
+                f"lengths {lengths.dtype} {list(lengths.shape)} must be int64 [E], none negative"
+            )
+        for name, x in (("starts", starts), ("groups", groups)):
+            if x is not None and (x.dtype != torch.int64 or x.shape != lengths.shape):
+                raise ValueError(f"{name} {x.dtype} {list(x.shape)} must be int64 {len(lengths)}")
+        if group_weights is not None and groups is not None:
+            if not bool((group_weights >= 0).all() & group_weights.isfinite().all()):
+                raise ValueError("group_weights must be finite, none negative")
+            if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < len(group_weights):
+                raise ValueError(f"groups must lie in 0..{len(group_weights) - 1}")
         counts = (lengths - self.length + 1).clamp(min=0)
         if self.strategy == "frames":
             weights = counts.double()
@@ -187,6 +204,7 @@ class WindowSampler(StatefulSampler):
         Raises:
             RuntimeError: when no episode is long enough.
         """
+        check_integers(rows=rows)
         if not len(self._eligible):
             longest = int(self._lengths.max()) if len(self._lengths) else 0
             raise RuntimeError(
@@ -206,11 +224,13 @@ class WindowSampler(StatefulSampler):
         Returns:
             Storage indices int64 ``[batch_size]`` and ``{"is_first": bool [batch_size, 1]}``.
         """
+        check_integers(batch_size=batch_size)
         if batch_size % self.length:
             raise ValueError(f"batch_size={batch_size} is no multiple of the window {self.length}")
         self.sync(storage)
         windows = self.draw(batch_size // self.length)
-        assert self._starts is not None, "draw has found episodes"
+        if self._starts is None:
+            raise ValueError("set_episodes was not told the starts of the episodes")
         first = self._starts[windows.episode] + windows.start - windows.offset
         index = first.repeat_interleave(windows.frames) + torch.arange(batch_size)
         if self._capacity is not None:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prelar_trl.utils import check_integers
+
 __all__ = [
     "Categorical",
     "Gaussian",
@@ -43,7 +45,7 @@ def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         ``[...]``, in nats, computed in float32 (or float64).
     """
-    check_equal_shapes(p=p, q=q)
+    check_equal_shapes(2, p=p, q=q)
     log_p, log_q = to_float32(p).log_softmax(-1), to_float32(q).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
@@ -57,18 +59,45 @@ def gaussian_kl(p: Tensor, q: Tensor) -> Tensor:
     Returns:
         ``[...]``, in nats, computed in float32 (or float64).
     """
-    check_equal_shapes(p=p, q=q)
+    check_equal_shapes(2, p=p, q=q)
+    if p.shape[-1] != 2:
+        raise ValueError(f"p, q {list(p.shape)} must be mean and standard deviation, [..., S, 2]")
     (mean_p, std_p), (mean_q, std_q) = (to_float32(x).unbind(-1) for x in (p, q))
     ratio = (std_p / std_q).square()
     distance = ((mean_p - mean_q) / std_q).square()
     return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
 
 
-def check_equal_shapes(**tensors: Tensor) -> None:
-    """Raise ValueError where the shapes differ: they would broadcast silently, or are empty."""
+def check_equal_shapes(dims: int = 0, **tensors: Tensor) -> None:
+    """Raise ValueError where the shapes differ: they would broadcast silently, or are empty.
+
+    So it does where there are fewer than ``dims`` dimensions; TypeError where one is not floating
+    point.
+    """
+    for name, x in tensors.items():
+        if not x.is_floating_point():
+            raise TypeError(f"{name} is {x.dtype}; it must be floating point")
+        if x.dim() < dims:
+            raise ValueError(f"{name} {list(x.shape)} must have {dims} dimensions at least")
     if len({x.shape for x in tensors.values()}) > 1 or not all(x.numel() for x in tensors.values()):
         given = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
         raise ValueError(f"{given}: the shapes must be equal, and not empty")
+
+
+def check_width(name: str, x: Tensor, width: int) -> None:
+    """Raise ValueError where the last dimension is not ``width``."""
+    if x.shape[-1:] != (width,):
+        raise ValueError(f"{name} {list(x.shape)}: its last dimension must be {width}")
+
+
+def _check_value(value: Tensor, params: Tensor) -> None:
+    """Raise where a value is not floating point, of another width, or cannot be broadcast."""
+    if not value.is_floating_point():
+        raise TypeError(f"value is {value.dtype}; it must be floating point")
+    check_width("value", value, params.shape[-1])
+    pairs = zip(reversed(value.shape), reversed(params.shape), strict=False)
+    if not all(a == b or 1 in (a, b) for a, b in pairs):
+        raise ValueError(f"value {list(value.shape)} does not fit {list(params.shape)}")
 
 
 class Categorical:
@@ -80,12 +109,14 @@ class Categorical:
     kind: ClassVar[Literal["categorical"]] = "categorical"
 
     def __init__(self, size: int, classes: int) -> None:
+        check_integers(size=size, classes=classes)
         self.size, self.classes = size, classes
         self.num_outputs = self.flat_size = size * classes
         self.shape = (size, classes)
 
     def params(self, raw: Tensor) -> Tensor:
         """Network output ``[..., S*K]`` -> logits ``[..., S, K]``."""
+        check_width("raw", raw, self.num_outputs)
         return raw.unflatten(-1, self.shape)
 
     def rsample(self, params: Tensor, sample: bool = True) -> Tensor:
@@ -120,12 +151,14 @@ class Gaussian:
     kind: ClassVar[Literal["gaussian"]] = "gaussian"
 
     def __init__(self, size: int, min_std: float = 0.1) -> None:
+        check_integers(size=size)
         self.size, self.min_std = size, min_std
         self.num_outputs, self.flat_size = 2 * size, size
         self.shape = (size,)
 
     def params(self, raw: Tensor) -> Tensor:
         """Network output ``[..., 2*S]`` (means, then raw stds) -> ``[..., S, 2]``."""
+        check_width("raw", raw, self.num_outputs)
         mean, std = to_float32(raw).chunk(2, -1)
         return torch.stack([mean, 2 * torch.sigmoid(std / 2) + self.min_std], -1)
 
@@ -157,6 +190,7 @@ class TruncatedNormal:
     EDGE = 1 - 1e-6
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
+        check_equal_shapes(1, mean=mean, std=std)
         self.mean, self.std = to_float32(mean), to_float32(std)
         self._low, self._high = (-1 - self.mean) / self.std, (1 - self.mean) / self.std
         self._cdf_low = torch.special.ndtr(self._low)
@@ -193,6 +227,7 @@ class TruncatedNormal:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of ``value`` in [-1, 1], summed over the action, ``[...]``."""
+        _check_value(value, self.mean)
         z = (value - self.mean) / self.std
         log_density = -0.5 * z.square() - 0.5 * math.log(2 * math.pi)
         return (log_density - self.std.log() - self._mass.log()).sum(-1)
@@ -220,6 +255,7 @@ class OneHot:
     """
 
     def __init__(self, logits: Tensor) -> None:
+        check_equal_shapes(1, logits=logits)
         self.logits = to_float32(logits)
         self._choice = Categorical(1, logits.shape[-1])
 
@@ -243,6 +279,7 @@ class OneHot:
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of a one-hot ``value`` ``[..., A]``, in nats, ``[...]``."""
+        _check_value(value, self.logits)
         return (value * self.logits.log_softmax(-1)).sum(-1)
 
     def entropy(self) -> Tensor:

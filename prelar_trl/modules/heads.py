@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules.distributions import OneHot, TruncatedNormal, to_float32
+from prelar_trl.utils import check_integers
 
 __all__ = ["MLP", "Actor", "OneHotActor", "VectorEncoder"]
 
@@ -18,6 +19,8 @@ class MLP(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, layers: int = 4, units: int = 400):
         super().__init__()
+        check_integers(in_features=in_features, units=units)
+        check_integers(0, layers=layers, out_features=out_features)
         sizes = [in_features] + [units] * layers
         self.layers = nn.ModuleList(
             nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
@@ -43,6 +46,8 @@ class VectorEncoder(nn.Module):
 
     def __init__(self, in_features: int, layers: int = 4, units: int = 400) -> None:
         super().__init__()
+        check_integers(in_features=in_features, units=units)
+        check_integers(0, layers=layers)
         sizes = [in_features] + [units] * layers
         self.layers = nn.ModuleList(
             nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prelar_trl.modules.distributions import Categorical, Gaussian
+from prelar_trl.modules.distributions import Categorical, Gaussian, check_width
+from prelar_trl.utils import check_integers
 
 __all__ = ["RSSM", "State"]
 
@@ -71,6 +72,10 @@ class RSSM(nn.Module):
         ensemble: int = 1,
     ) -> None:
         super().__init__()
+        check_integers(0, action_dim=action_dim, classes=classes)
+        check_integers(
+            embed_dim=embed_dim, stoch=stoch, deter=deter, hidden=hidden, ensemble=ensemble
+        )
         self.latent = Categorical(stoch, classes) if classes else Gaussian(stoch)
         self.action_dim, self.embed_dim, self.deter = action_dim, embed_dim, deter
         self.feat_dim = self.latent.flat_size + deter
@@ -189,8 +194,17 @@ class RSSM(nn.Module):
             Posterior states ``[B, T, ...]``, parameters of the posterior and of the prior, each
             ``[B, T, S, K]`` (Gaussian: ``[B, T, S, 2]``).
         """
+        if embed.dim() != 3 or is_first.shape != embed.shape[:2] or not is_first.numel():
+            raise ValueError(
+                f"embed {list(embed.shape)} and is_first {list(is_first.shape)} must be [B, T, E] "
+                "and [B, T], and not empty"
+            )
+        check_width("embed", embed, self.embed_dim)
+        if is_first.dtype != torch.bool:
+            raise TypeError(f"is_first is {is_first.dtype}; it must be bool")
         batch, steps = embed.shape[:2]
         state = state or self.initial_state(batch)
+        self._check_actions(action, (batch, steps))
         states, posteriors = [], []
         for t, a in enumerate(_steps(action, steps)):
             state, posterior = self.observe_step(state, a, embed[:, t], is_first[:, t], sample)
@@ -213,12 +227,22 @@ class RSSM(nn.Module):
         Returns:
             Prior states ``[B, T, ...]`` and the prior's parameters ``[B, T, S, K]``.
         """
+        if action is None:
+            check_integers(steps=steps)
+        self._check_actions(action, (len(state.deter),))
         states, priors = [], []
         for a in _steps(action, steps):
             state, prior = self.step(state, a, sample)
             states.append(state)
             priors.append(prior)
         return _stack(states), torch.stack(priors, 1)
+
+    def _check_actions(self, action: Tensor | None, batch: tuple[int, ...]) -> None:
+        """Raise ValueError where they are not ``[B, T, A]`` of the batch; they would broadcast."""
+        if action is None:
+            return
+        if action.dim() != 3 or action.shape[: len(batch)] != batch or not action.shape[1]:
+            raise ValueError(f"action {list(action.shape)} must be [B, T, A] of batch {batch}")
 
     def forward(self, stoch: Tensor, deter: Tensor, action: Tensor | None) -> Tensor:
         """The prior's parameters ``[..., S, K]`` one step after the state under ``action``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import inf
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
+
+from prelar_trl.utils import check_range
 
 __all__ = [
     "check_entry",
@@ -42,14 +43,6 @@ def check_weights(weights: Mapping[str, float], terms: Iterable[str]) -> dict[st
             raise ValueError(f"unknown loss weight {name!r}; the terms are {', '.join(terms)}")
     check_range(0, **weights)
     return {name: float(weights[name]) for name in terms if name in weights}
-
-
-def check_range(low: float, high: float = inf, **numbers: float | Tensor) -> None:
-    """Raise ValueError for a number or scalar tensor outside [``low``, ``high``] or not finite."""
-    for name, number in numbers.items():
-        if not (low <= number <= high and number < inf):
-            words = f"be at least {low}" if high == inf else f"lie in [{low}, {high}]"
-            raise ValueError(f"{name}={number} must {words}")
 
 
 def check_entry(

@@ -19,7 +19,7 @@ from prelar_trl.modules.distributions import (
     to_float32,
 )
 from prelar_trl.types import ConsistencyMode
-from prelar_trl.utils import check_choice
+from prelar_trl.utils import check_choice, check_integers, check_range
 
 __all__ = [
     "action_contrast",
@@ -41,7 +41,8 @@ def gaussian_nll(mean: Tensor, target: Tensor, event_dims: int = 1) -> Tensor:
 
     ``(target - mean)^2 / 2``, summed over the last ``event_dims`` dimensions, in float32.
     """
-    check_equal_shapes(mean=mean, target=target)
+    check_integers(0, event_dims=event_dims)
+    check_equal_shapes(event_dims, mean=mean, target=target)
     mean, target = to_float32(mean), to_float32(target)
     error = F.mse_loss(mean, target, reduction="none")
     return 0.5 * (error.flatten(-event_dims).sum(-1) if event_dims else error)
@@ -73,6 +74,8 @@ def balanced_kl(
         Scalar, in nats.
     """
     check_equal_shapes(posterior=posterior, prior=prior)
+    check_range(0, 1, balance=balance)
+    check_range(0, free_nats=free_nats)
     to_prior = kl(posterior.detach(), prior)
     to_posterior = kl(posterior, prior.detach())
     if free_avg:
@@ -94,7 +97,8 @@ def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lmbda: float 
     Returns:
         ``[N, H+1, ...]``; the last entry is the last value.
     """
-    check_equal_shapes(reward=reward, value=value, discount=discount)
+    check_equal_shapes(2, reward=reward, value=value, discount=discount)
+    check_range(0, 1, lmbda=lmbda)
     one_step = reward[:, :-1] + discount[:, :-1] * (1 - lmbda) * value[:, 1:]
     decay = lmbda * discount[:, :-1]
     targets = [value[:, -1]]
@@ -136,6 +140,7 @@ def action_state_consistency(
         raise ValueError(
             f"p {tuple(p.shape)} and q {tuple(q.shape)} must both have shape [N], and not be empty"
         )
+    check_equal_shapes(p=p, q=q)
     check_temperature(temperature)
     check_choice("mode", mode, get_args(ConsistencyMode))
     p, q = to_float32(p.detach()), to_float32(q)
@@ -187,14 +192,15 @@ def action_contrast(kl: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         raise ValueError(
             f"kl has shape {tuple(kl.shape)}; it must be [N, 1+K] with K >= 1, and not empty"
         )
+    check_equal_shapes(kl=kl)
     check_temperature(temperature)
     return -(-to_float32(kl) / temperature).log_softmax(-1)[:, 0].mean()
 
 
 def sliding_mean(x: Tensor, window: int) -> Tensor:
     """Mean of each ``window`` steps along dimension 1: ``[B, T, E]`` -> ``[B, T-w+1, E]``."""
-    if window < 1:
-        raise ValueError(f"window={window} must be at least 1")
+    check_integers(window=window)
+    check_equal_shapes(2, x=x)
     if x.shape[1] < window:
         raise ValueError(f"sequences of {x.shape[1]} steps are shorter than the window of {window}")
     return x.unfold(1, window, 1).mean(-1)
@@ -213,8 +219,10 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
     Returns:
         ``[N]``.
     """
-    if k < 1:
-        raise ValueError(f"k={k} must be at least 1")
+    check_integers(k=k)
+    for name, points in (("x", x), ("memory", memory)):
+        if not points.is_floating_point():
+            raise TypeError(f"{name} is {points.dtype}; it must be floating point")
     matching = x.shape[1:] == memory.shape[1:] and valid.shape == memory.shape[:1]
     if x.dim() != 2 or not matching or valid.dtype != torch.bool:
         raise ValueError(
@@ -237,6 +245,8 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
 
 
 def check_temperature(temperature: float | Tensor) -> None:
-    """Raise ValueError for a number that is not positive."""
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be above 0")
+    """Raise ValueError for a number that is not positive, or too large; TypeError for none."""
+    if not isinstance(temperature, Tensor):
+        check_range(-1e12, 1e12, temperature=temperature)
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} must be above 0")

@@ -298,7 +298,7 @@ class LatentActionLoss(LossModule):
         true, known = tensordict[keys.action][:, 1:], tensordict[keys.labeled][:, 1:]
         check_equal_shapes(predicted=predicted, **{str(keys.action): true})
         error = (predicted - true).square().mean(-1, keepdim=True)  # [B, T-1, 1]
-        check_equal_shapes(error=error, **{str(keys.labeled): known})
+        check_equal_shapes(error=error, **{str(keys.labeled): known.to(error.dtype)})
         count = joint_mean(known.sum().to(error.dtype), self.process_group)
         return (error * known).sum() / count.clamp_min(1e-6)
 

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest, trim_mean
 
+from prelar_trl.utils import check_choice, check_integers, check_range
+
 SAMPLES = 2000  # redrawn tables of a bootstrap
 CONFIDENCE = 0.95
 
@@ -60,6 +62,7 @@ def bootstrap_interval(
         samples: number of redrawn tables. Default: 2000.
         seed: of the draws. Default: 0.
     """
+    _check_bootstrap(confidence, samples)
     redrawn = _redraw(_table(scores), samples, np.random.default_rng(seed))
     low, high = _interval(np.array([statistic(table) for table in redrawn]), confidence)
     return float(low), float(high)
@@ -83,9 +86,8 @@ def bootstrap_band(
     Returns:
         lower and upper ends, [points] each.
     """
-    curves = np.asarray(curves, dtype=float)
-    if curves.ndim not in (2, 3) or curves.size == 0:
-        raise ValueError(f"bootstrap: curves [runs, points] are needed, got {list(curves.shape)}")
+    curves = _curves(curves)
+    _check_bootstrap(confidence, samples)
     tasks = curves[:, None] if curves.ndim == 2 else curves
     rows = np.random.default_rng(seed).integers(len(tasks), size=(samples, *tasks.shape[:2]))
     values = np.empty((samples, tasks.shape[2]))
@@ -106,7 +108,7 @@ def aggregate_curve(curves: ArrayLike, statistic: Literal["mean", "iqm"] = "mean
     Returns:
         [points].
     """
-    curves = np.asarray(curves, dtype=float)
+    curves = _curves(curves)
     return _aggregate(curves.reshape(-1, curves.shape[-1]).T, statistic)
 
 
@@ -134,6 +136,10 @@ def performance_profile(
         the profile and the ends of its pointwise interval, [points] each.
     """
     table, thresholds = _table(scores), np.asarray(thresholds, dtype=float)
+    if thresholds.ndim != 1 or not np.isfinite(thresholds).all() or not thresholds.size:
+        raise ValueError(
+            f"profile: finite thresholds [points] are needed, got {thresholds.tolist()}"
+        )
     above = table[..., None] > thresholds
     low, high = bootstrap_band(
         above, confidence=confidence, samples=samples, seed=seed, statistic="mean"
@@ -166,8 +172,11 @@ def steps_to_threshold(
         raise ValueError(
             f"steps to a threshold: {list(scores.shape)} scores for {list(steps.shape)} steps"
         )
+    check_integers(confirm=confirm)
+    if np.isnan(scores).any() or not np.isfinite(threshold):
+        raise ValueError(f"steps to a threshold: NaN among the scores, or threshold={threshold}")
     intervals = np.diff(steps, prepend=0)
-    if not (intervals > 0).all():
+    if not (intervals > 0).all() or not np.isfinite(steps).all():
         raise ValueError(f"steps to a threshold: steps must increase, got {steps.tolist()}")
     if len(scores) >= confirm:
         windows = np.lib.stride_tricks.sliding_window_view(scores >= threshold, confirm)
@@ -195,6 +204,7 @@ def ratio_of_means(
     Raises:
         ValueError: tasks differ, or a baseline that is not positive.
     """
+    _check_bootstrap(confidence, samples)
     x, y = _pair(scores, baseline)
     if not (y > 0).all():
         raise ValueError(f"ratio of means: the baseline must be positive, got {y.tolist()}")
@@ -228,6 +238,7 @@ def probability_of_improvement(
     Raises:
         ValueError: tasks differ.
     """
+    _check_bootstrap(confidence, samples)
     x, y = _pair(scores, baseline)
     rng = np.random.default_rng(seed)
     redrawn = _wins(_redraw(x, samples, rng), _redraw(y, samples, rng))
@@ -239,6 +250,8 @@ def wilson_interval(
     successes: int, episodes: int, confidence: float = CONFIDENCE
 ) -> tuple[float, float]:
     """Wilson's score interval of a success rate; meaningful at 0 and 1 and for few episodes."""
+    check_integers(-(2**31), successes=successes, episodes=episodes)
+    _check_bootstrap(confidence, 1)
     if not 0 <= successes <= episodes or episodes < 1:
         raise ValueError(
             f"wilson_interval: 0 <= successes <= episodes and episodes >= 1 are needed, got "
@@ -248,12 +261,29 @@ def wilson_interval(
     return float(interval.low), float(interval.high)
 
 
+def _curves(curves: ArrayLike) -> np.ndarray:
+    """Curves as [runs, points] or [runs, tasks, points]."""
+    curves = np.asarray(curves, dtype=float)
+    if curves.ndim not in (2, 3) or curves.size == 0:
+        raise ValueError(f"bootstrap: curves [runs, points] are needed, got {list(curves.shape)}")
+    return curves
+
+
+def _check_bootstrap(confidence: float, samples: int) -> None:
+    check_integers(samples=samples)
+    check_range(0, 1, confidence=confidence)
+    if confidence in (0, 1):
+        raise ValueError(f"bootstrap: confidence={confidence} must lie between 0 and 1")
+
+
 def _table(scores: ArrayLike) -> np.ndarray:
     """Scores as [runs, tasks]."""
     table = np.asarray(scores, dtype=float)
     table = table[:, None] if table.ndim == 1 else table
     if table.ndim != 2 or table.size == 0:
         raise ValueError(f"bootstrap: scores [runs, tasks] are needed, got {list(table.shape)}")
+    if not np.isfinite(table).all():
+        raise ValueError(f"bootstrap: finite scores are needed, got {table.tolist()}")
     return table
 
 
@@ -272,6 +302,7 @@ def _redraw(table: np.ndarray, samples: int, rng: np.random.Generator) -> np.nda
 
 def _aggregate(values: np.ndarray, statistic: Literal["mean", "iqm"]) -> np.ndarray:
     """Over the last axis [..., n]; the interquartile mean cuts ``floor(n / 4)`` at either end."""
+    check_choice("statistic", statistic, ("mean", "iqm"))
     if statistic == "mean":
         return values.mean(axis=-1)
     cut = values.shape[-1] // 4
