@@ -90,9 +90,9 @@ def check_integers(low: int = 1, high: int = 2**31 - 1, **numbers: object) -> No
     for name, number in numbers.items():
         if not isinstance(number, Integral) or isinstance(number, bool):
             raise TypeError(f"{name}={number!r} must be a whole number")
-        if number < low:
+        if int(number) < low:
             raise ValueError(f"{name}={number} must be at least {low}")
-        if number > high:
+        if int(number) > high:
             raise ValueError(f"{name}={number} must be at most {high}")
 
 
