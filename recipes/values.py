@@ -98,7 +98,7 @@ Labels = Annotated[
         "must be a list of numbers and templates",
     ),
 ]
-Texts = Annotated[Any, Rule(are_texts, "must be text, or a list of texts")]
+Texts = Annotated[Any, Rule(are_texts, "must be text, or a list of at least one")]
 Method = Annotated[Choice, one_of(METHODS)]
 Pixels = Annotated[int, at_least(8), at_most(4096)]
 Precision = Annotated[Choice, one_of(("32", "bf16"))]

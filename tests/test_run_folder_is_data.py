@@ -49,6 +49,8 @@ IMPORTS = {
     "recipes/entry.py": "the recipe",
 }
 
+PIPES = {"envs/workers.py"}  # what a program sends to its own processes; no file
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -176,7 +178,8 @@ def test_every_place_that_reads_a_file_reads_data_only():
             names = [x.name for x in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             banned = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-            assert not banned & {name.split(".")[0] for name in names}, place
+            found = banned & {name.split(".")[0] for name in names}
+            assert not found or place in PIPES, place
         for name, call in calls(tree):
             where = f"{place}:{call.lineno}: {name}"
             options = {x.arg: ast.unparse(x.value) for x in call.keywords}

@@ -18,6 +18,15 @@ from prelar_trl.recipes.signals import Interruption
 from tests.test_resume import STEPS, clips, same, whole  # noqa: F401
 from tests.toy_runs import PRETRAIN_ARGS, ROOT, checkpoint, finetune_config
 
+
+@pytest.fixture(autouse=True)
+def hangups_are_heard():
+    """Also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 

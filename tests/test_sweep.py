@@ -339,9 +339,9 @@ def test_a_later_commit_counts_only_when_asked_for(continued, tmp_path):
     table.write_text(table.read_text().replace("prefill: 1000", "prefill: 20"))
     recipe = repository / "recipes" / "finetune.py"
     git(repository, "checkout", "recipes")
-    recipe.write_text(
-        recipe.read_text().replace("finetune(cfg, proc", "print('new'); finetune(cfg, proc")
-    )
+    call = "finetune(cfg, processes=processes)"
+    assert call in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(call, f"{call}; print('new')"))
     git(repository, "commit", "--quiet", "--all", "-m", "mended")
     log = repository / "runs" / "sweep" / "trial" / "finetune" / "broken-toy-0.log"
     before = contents(repository / "results" / "curves" / "trial" / "runs")
