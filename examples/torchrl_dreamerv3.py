@@ -1,6 +1,6 @@
 """PreLAR's losses on TorchRL's own DreamerV3: pre-training on video, then fine-tuning.
 
-python examples/torchrl_dreamerv3.py     (an hour on two cores; main() takes smaller numbers)
+python examples/torchrl_dreamerv3.py
 
 Video phase: an inverse-dynamics model infers the actions that the prior takes; its losses stand
 beside TorchRL's model loss. Fine-tuning: an action encoder takes its place, and TorchRL's actor and

@@ -1,16 +1,7 @@
 """Whole episodes in a clip store: `EpisodeWriter` makes them of steps, `EpisodeStorage` keeps them.
 
-The shift between the two layouts lives here and nowhere else (`_rows`)::
-
-    TorchRL, one step a column            DreamerV2, one frame a column
-    step        0      1      2           frame         0      1      2      3
-    pixels      x0     x1     x2          pixels        x0     x1     x2     x3
-    action      a0     a1     a2          action        0      a0     a1     a2
-    next:                                 reward        0      r1     r2     r3
-      pixels    x1     x2     x3          is_first      1      0      0      0
-      reward    r1     r2     r3          terminated    0      0      0      d3
-      terminated 0     0      d3
-                                          L steps give L + 1 frames, each stored once
+L steps in TorchRL's layout give L + 1 frames in DreamerV2's, each stored once: see
+:func:`prelar_trl.data.to_frames`.
 """
 
 from __future__ import annotations
@@ -27,6 +18,7 @@ from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Writer
 
+from prelar_trl.data.layout import to_frames
 from prelar_trl.data.storage import FrameStorage
 from prelar_trl.data.store import MappedShards, read_meta
 from prelar_trl.data.writer import ClipWriter
@@ -368,32 +360,9 @@ def _pieces(done: Tensor, first: Tensor, number: Tensor | None) -> list[tuple[in
 
 
 def _rows(steps: TensorDictBase, new: bool) -> TensorDict:
-    """TorchRL's ``[L]`` steps as DreamerV2's rows: ``[L + 1]`` if an episode begins, else ``[L]``.
-
-    See the drawing at the top of this module.
-    """
-    following = cast(TensorDictBase, steps["next"])
-    count = len(steps)
-    flag = torch.zeros(count, 1, dtype=torch.bool)
-    terminated = following.get("terminated", None)
-    rows = TensorDict(
-        {
-            "pixels": following["pixels"],
-            "action": steps["action"].float(),
-            "reward": following["reward"].reshape(count, 1).float(),
-            "is_first": flag,
-            "terminated": flag if terminated is None else terminated.reshape(count, 1),
-        },
-        batch_size=[count],
-    ).cpu()
-    has_vector = "vector" in steps.keys() and "vector" in following.keys()
-    if has_vector:
-        rows["vector"] = following["vector"].float().cpu()
-    if not new:
-        return rows.clone()
-    first = cast(TensorDict, torch.zeros_like(rows[:1]))
-    first["pixels"] = steps["pixels"][:1].cpu()
-    if has_vector:
-        first["vector"] = steps["vector"][:1].float().cpu()
-    first["is_first"] = torch.ones(1, 1, dtype=torch.bool)
-    return cast(TensorDict, TensorDict.cat([first, rows]))
+    """TorchRL's ``[L]`` steps as frames: ``[L + 1]`` if an episode begins, else ``[L]``."""
+    frames = to_frames(steps).cpu()
+    for key in ("action", "reward", "vector"):
+        if key in frames.keys():
+            frames[key] = frames[key].float()
+    return frames if new else frames[1:].clone()

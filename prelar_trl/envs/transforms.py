@@ -186,6 +186,18 @@ class ToPixels(Transform):
         return observation_spec
 
 
+def _joined(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> torch.Tensor:
+    """Entries of any shape and number type as one float32 vector, ``[*batch, S]``."""
+    batch = tensordict.batch_size
+    return torch.cat([tensordict[key].reshape(*batch, -1).float() for key in keys], -1)
+
+
+def _joined_spec(spec: Composite, keys: Sequence[NestedKey]) -> Unbounded:
+    """The spec of what `_joined` gives."""
+    size = sum(spec[key].shape[len(spec.shape) :].numel() for key in keys)
+    return Unbounded(torch.Size([*spec.shape, size]))
+
+
 class Vector(Transform):
     """Put observations, one behind the other, under ``vector``, float32 [*batch, size].
 
@@ -197,9 +209,7 @@ class Vector(Transform):
         super().__init__(in_keys=list(keys), out_keys=["vector"])
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        batch = next_tensordict.batch_size
-        parts = [next_tensordict[key].reshape(*batch, -1).float() for key in self.in_keys]
-        return next_tensordict.set("vector", torch.cat(parts, -1))
+        return next_tensordict.set("vector", _joined(next_tensordict, self.in_keys))
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
@@ -207,9 +217,7 @@ class Vector(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        batch = observation_spec.shape
-        size = sum(observation_spec[key].shape[len(batch) :].numel() for key in self.in_keys)
-        observation_spec["vector"] = Unbounded(torch.Size([*batch, size]))
+        observation_spec["vector"] = _joined_spec(observation_spec, self.in_keys)
         return observation_spec
 
 
@@ -226,10 +234,8 @@ class State(Transform):
         self._keys, self._drop = keys, list(drop)
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        batch = next_tensordict.batch_size
-        parts = [next_tensordict[key].reshape(*batch, -1).float() for key in self._keys]
-        next_tensordict = next_tensordict.exclude(*self._keys, *self._drop)
-        return next_tensordict.set("state", torch.cat(parts, -1)) if parts else next_tensordict
+        kept = next_tensordict.exclude(*self._keys, *self._drop)
+        return kept.set("state", _joined(next_tensordict, self._keys)) if self._keys else kept
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
@@ -237,12 +243,11 @@ class State(Transform):
         return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        batch = observation_spec.shape
-        size = sum(observation_spec[key].shape[len(batch) :].numel() for key in self._keys)
+        state = _joined_spec(observation_spec, self._keys)
         for key in (*self._keys, *self._drop):
             del observation_spec[key]
         if self._keys:
-            observation_spec["state"] = Unbounded(torch.Size([*batch, size]))
+            observation_spec["state"] = state
         return observation_spec
 
 
