@@ -246,7 +246,7 @@ def states_before(world_model: RSSMWorldModel, batch: TensorDictBase) -> Tensor:
 def action_usage(
     world_model: RSSMWorldModel, batch: TensorDictBase, context: int
 ) -> dict[str, float]:
-    """Does the dynamics use the latent actions? Two numbers to watch during pre-training.
+    """Does the dynamics use its actions? Two numbers to watch during pre-training.
 
     Args:
         batch: ``pixels, is_first``, ``[B, T]`` with B above 4; held-out clips.
@@ -276,31 +276,37 @@ def action_usage(
 def action_effects(
     world_model: RSSMWorldModel, batch: TensorDictBase, exchanges: int = 4
 ) -> dict[str, Tensor]:
-    """Exchange each transition's latent action for those of other sequences: what changes?
+    """Exchange each transition's action for those of other sequences: what changes?
 
-    Each is exchanged ``exchanges`` times, for the action at the same time in the sequences that
+    The action is the latent one, or what a model that is fine-tuned makes of the true one. Each is
+    exchanged ``exchanges`` times, for the action at the same time in the sequences that
     come before in the batch. The distances are those that the action-state consistency orders.
 
     Args:
-        batch: ``pixels, is_first``, ``[B, T]`` with B > ``exchanges``, and optionally ``action``.
+        batch: ``pixels, is_first``, ``[B, T]`` with B > ``exchanges``; ``action``, optional for a
+            model with latent actions.
         exchanges: number K. Default: 4.
 
     Returns:
         - ``state`` ``[N*K]``: KL of the next state's prior from the one under the other action;
         - ``latent`` ``[N*K]``: KL of the latent action from the other one, or the squared distance
-          of deterministic ones;
+          of deterministic ones; only of a model with latent actions;
         - ``true`` ``[N*K]``: distance of the true actions, where the batch has them;
         - ``explained`` bool ``[N]``: the own action predicts the posterior better than any other;
           in 1 / (1 + K) of the cases by chance, never where the dynamics ignores actions.
     """
-    if world_model.latent_action_encoder is None:
-        raise ValueError("this world model has no latent actions to exchange")
+    if world_model.action_free:
+        raise ValueError("this world model has no actions to exchange")
     if batch.shape[0] <= exchanges:
         raise ValueError(f"{exchanges} exchanges need more than {batch.shape[0]} sequences")
     out = world_model(batch.select(*world_model.in_keys))
-    rssm, kind = world_model.rssm, world_model.latent_action_encoder.latent_actions
+    rssm, encoder = world_model.rssm, world_model.latent_action_encoder
     stoch, deter = out["stoch"][:, :-1], out["deter"][:, :-1]
-    posterior, action = out["posterior"][:, 1:], out["latent_action"][:, 1:]  # [B, T-1, U]
+    if encoder is None:
+        action, _ = world_model.dynamics_actions(batch, batch["pixels"])
+    else:
+        action = out["latent_action"]
+    posterior, action = out["posterior"][:, 1:], cast(Tensor, action)[:, 1:]  # [B, T-1, U]
     params = out.get("latent_action_statistics", None)
     params = None if params is None else params[:, 1:]
     prior = rssm(stoch, deter, action)  # anew, so that a tie with another action is exact
@@ -312,8 +318,10 @@ def action_effects(
         shuffled = rssm(stoch, deter, other)
         explained &= own < rssm.latent.kl(posterior, shuffled)
         distances["state"].append(rssm.latent.kl(prior, shuffled))
-        other_params = None if params is None else params.roll(shift, 0)
-        distances["latent"].append(kind.distance(action, params, other, other_params))
+        if encoder is not None:
+            other_params = None if params is None else params.roll(shift, 0)
+            distance = encoder.latent_actions.distance(action, params, other, other_params)
+            distances["latent"].append(distance)
         if "action" in batch.keys():
             true = cast(Tensor, batch["action"])[:, 1:]
             distances["true"].append((true - true.roll(shift, 0)).norm(dim=-1))

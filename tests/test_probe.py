@@ -169,8 +169,19 @@ def test_the_own_action_explains_when_the_dynamics_depends_on_it():
     assert action_effects(model, batch())["explained"].float().mean() > 0.9
 
 
-def test_models_without_latent_actions_say_so():
-    with pytest.raises(ValueError, match="no latent actions"):
+def test_true_actions_are_exchanged_where_the_dynamics_gets_them():
+    model = make_world_model("dreamerv2", "finetune", action_dim=2, size="tiny", **TINY).eval()
+    model.rssm.input_layer.weight.data[:, model.rssm.latent.flat_size :] *= 100
+    td = batch()
+    effects = action_effects(model, td)
+    assert "latent" not in effects
+    assert effects["state"].min() > 0
+    td["action"] = torch.ones_like(td["action"])
+    assert action_effects(model, td)["state"].abs().max() < 1e-5
+
+
+def test_models_without_actions_say_so():
+    with pytest.raises(ValueError, match="no actions"):
         action_effects(world_model("apv"), batch())
     with pytest.raises(ValueError, match="no latent actions"):
         transfer(world_model("apv"), batch(), batch(), 2)
