@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from prelar_trl.data import VideoClips
+from prelar_trl.data.clips import Split
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model, make_world_model_loss
 from prelar_trl.probes import action_usage
@@ -36,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_clips(args: argparse.Namespace, split: str, batch_size: int | None = None) -> VideoClips:
+def open_clips(args: argparse.Namespace, split: Split, batch_size: int | None = None) -> VideoClips:
     """Clips whose actions are told, all of them; a batch of the whole split by default."""
     clips = VideoClips(args.data, args.clip_len, 1, split=split)
     count = clips.num_clips
