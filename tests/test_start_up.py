@@ -57,11 +57,9 @@ def test_an_answer_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_training_starts_without_what_draws_and_counts_at_its_end() -> None:
-    code = (
-        "import sys, prelar_trl.recipes.pretrain, prelar_trl.recipes.finetune; print(*{imported})"
-    )
+    imports = "import sys, prelar_trl.recipes.pretrain, prelar_trl.recipes.finetune"
     imported = "{'matplotlib', 'scipy.stats'} & set(sys.modules)"
-    assert run(code.format(imported=imported)) == "\n"
+    assert run(f"{imports}; print(*{imported})") == "\n"
 
 
 def test_a_value_out_of_bounds_imports_nothing_heavy() -> None:
