@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.allocator import keep_freed_memory, tcmalloc_environment
 from prelar_trl.config import METHODS, SIZES
-from prelar_trl.fast import accelerate, compile_update
+from prelar_trl.fast import accelerate, compile_update, skip_on_device
 from prelar_trl.fast.linear import linear
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
 from prelar_trl.stopwatch import Stopwatch
@@ -96,6 +96,7 @@ def make_updates(config: dict[str, Any]) -> tuple[WorldModelUpdate, BehaviorUpda
     for each in (update, behavior_update):
         if each is not None and not config["plain"]:
             accelerate(each.module)
+            skip_on_device(each)
             compile_update(each, "on" if config["compile"] else "off")
     return update, behavior_update
 

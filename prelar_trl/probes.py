@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import scipy  # which imports scipy.stats when it is used
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -333,7 +333,7 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
     """Spearman's rank correlation of two vectors ``[N]``; NaN if one of them is constant."""
     if (x == x[0]).all() or (y == y[0]).all():
         return float("nan")
-    return float(cast(Any, spearmanr(x.cpu().numpy(), y.cpu().numpy())).statistic)
+    return float(cast(Any, scipy.stats.spearmanr(x.cpu().numpy(), y.cpu().numpy())).statistic)
 
 
 def _switch(action: Tensor, other: Tensor, step: int) -> Tensor:

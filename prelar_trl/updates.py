@@ -55,13 +55,9 @@ def make_adam(parameters: Iterable[Tensor], lr: float) -> Adam:
     return Adam(trained, lr=lr, eps=1e-5, weight_decay=1e-6, fused=fused)
 
 
-def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
-    """Step unless ``skip``, bool []; without a host sync if the optimizer is fused."""
-    if optimizer.defaults["fused"]:
-        # Where a GradScaler says so to the kernel, which reads a float32.
-        vars(optimizer)["found_inf"] = skip.to(torch.float32)
-        optimizer.step()
-    elif skip.is_meta or not skip:  # without values: as if all were well
+def step_unless(skip: Tensor, optimizer: Optimizer) -> None:
+    """Step unless ``skip``, bool [], whose value the host waits for."""
+    if skip.is_meta or not skip:  # without values: as if all were well
         optimizer.step()
 
 
@@ -78,8 +74,10 @@ class Update:
     Attributes:
         count: updates so far, skipped ones among them.
         skipped, skipped_in_a_row: how many, on the loss's device: only who reads them waits.
+        step_unless: of an optimizer; see :func:`prelar_trl.fast.skip_on_device`.
     """
 
+    step_unless: Callable[[Tensor, Optimizer], None] = staticmethod(step_unless)
     process_group: ProcessGroup | None = None  # whose processes share the batch
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
@@ -113,7 +111,7 @@ class Update:
             norms[f"grad_norm_{name}"] = clip_grad_norm_(parameters, self.clip)
         skip = ~torch.stack([loss, *norms.values()]).isfinite().all()
         for optimizer in self.optimizers.values():
-            step_unless(optimizer, skip)
+            self.step_unless(skip, optimizer)
             optimizer.zero_grad(set_to_none=True)
         self.skipped = self.skipped.to(skip.device) + skip
         self.skipped_in_a_row = (self.skipped_in_a_row.to(skip.device) + 1) * skip

@@ -19,7 +19,7 @@ from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
 from prelar_trl.distributed import distribute
-from prelar_trl.fast import CompileMode, compile_update, use_tensor_cores
+from prelar_trl.fast import CompileMode, compile_update, skip_on_device, use_tensor_cores
 from prelar_trl.recipes.processes import ALONE, Processes
 from prelar_trl.recipes.schema import RunConfig
 from prelar_trl.recipes.signals import hold_signals
@@ -242,6 +242,7 @@ def prepare_update(
     Raises:
         ValueError: compiling is asked for with several processes, whose exchange is not traced.
     """
+    skip_on_device(update)
     if processes.group is None:
         compile_update(update, mode)
         if "forward_backward" in vars(update):  # a compiled one; the first Ctrl-C waits, too

@@ -14,8 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from tensordict import TensorDict, TensorDictBase
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.config import Phase
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
@@ -84,30 +83,6 @@ def update_of(cfg: PretrainConfig | FinetuneConfig) -> Update:
     return _count(cfg.phase, json.dumps({name: asdict(cfg)[name] for name in names}))
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts operations as torch's ``FlopCounterMode``, which also tracks modules and fails there.
-
-    Its hooks want a gradient where a loss runs the dynamics once more without one.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        count = flop_registry.get(func._overloadpacket)
-        if count is None:
-            with self:
-                out = func.decompose(*args, **kwargs)
-            return func(*args, **kwargs) if out is NotImplemented else out
-        out = func(*args, **kwargs)
-        self.total += count(*args, **kwargs, out_val=out)
-        return out
-
-
 @cache
 def _count(phase: Phase, text: str) -> Update:
     given: dict[str, Any] = json.loads(text)
@@ -127,7 +102,7 @@ def _count(phase: Phase, text: str) -> Update:
             )
         loss = make_world_model_loss(method, phase, world_model, video_bonus=bonus, **loss_settings)
         update = WorldModelUpdate(loss)
-        with FlopCounter() as counter:
+        with FlopCounterMode(display=False) as counter:
             state = update.forward_backward(batch, None)["state"]
             if behavior_update is not None:
                 assert isinstance(state, TensorDictBase)
@@ -137,7 +112,7 @@ def _count(phase: Phase, text: str) -> Update:
                 with frozen(world_model):
                     behavior_update.forward_backward(starts[: given["imag_batch"]], True)
     state_bytes = sum(x.numel() * x.element_size() for x in module.state_dict().values())
-    return Update(float(counter.total), state_bytes)
+    return Update(float(counter.get_total_flops()), state_bytes)
 
 
 def meta_batch(sequences: int, steps: int, inputs: Inputs) -> TensorDict:

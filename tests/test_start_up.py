@@ -56,6 +56,12 @@ def test_an_answer_imports_nothing_heavy(arguments: list[str]) -> None:
     assert said.count("error: ") == (len(RECIPES) if arguments == ["nonsense=1"] else 0)
 
 
+def test_training_starts_without_what_draws_and_counts_at_its_end() -> None:
+    imports = "import sys, prelar_trl.recipes.pretrain, prelar_trl.recipes.finetune"
+    imported = "{'matplotlib', 'scipy.stats'} & set(sys.modules)"
+    assert run(f"{imports}; print(*{imported})") == "\n"
+
+
 def test_a_value_out_of_bounds_imports_nothing_heavy() -> None:
     said = run(SCRIPT, "pretrain", "data=d", "run=r", "model.depth=0")
     assert said == "ended: error: model.depth=0 must be at least 1\nimported:\n"

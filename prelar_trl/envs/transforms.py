@@ -47,8 +47,7 @@ class ActionRepeat(Transform):
             )
             if isinstance(env, BatchedEnvBase):  # it can leave out those that are over
                 now.set("_step", ~over)
-            following = env._step(now)
-            env._complete_done(env.full_done_spec, following)
+            following = env.step(now).pop("next")
             for key in env.reward_keys:
                 following[key] = following[key] + next_tensordict[key]
             if "success" in following.keys():

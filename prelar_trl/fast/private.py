@@ -1,4 +1,4 @@
-"""torch's private and prototype functions, all that this package uses, and what to do without.
+"""torch's private and prototype interfaces, all that this package uses, and what to do without.
 
 ``tests/fast/test_private.py`` says which of them a new torch lacks, or has changed.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "functorch_is_active",
+    "fused_adam_skips",
     "layer_norm_ops",
     "onednn_linear",
     "selective_checkpointing",
@@ -45,6 +46,26 @@ def onednn_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
     except (AttributeError, RuntimeError, TypeError):
         return None
     return product if right and torch.backends.mkldnn.is_available() else None
+
+
+@cache
+def fused_adam_skips(kind: str) -> bool:
+    """Whether a fused Adam on devices of this kind leaves all as it is where ``found_inf`` is 1.
+
+    That attribute of the optimizer, float32 [], is how a GradScaler tells the kernel.
+    """
+    weight = torch.ones(1, device=kind, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    adam = torch.optim.Adam([weight], fused=True)
+    try:
+        for skip in (True, False):
+            vars(adam)["found_inf"] = torch.tensor(float(skip), device=kind)
+            adam.step()
+            if (weight.item() == 1) != skip:
+                return False
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
 
 
 def unsafe_view(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -6,17 +6,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from prelar_trl.record.plots import COLORS, STYLE, new_figure, save_figure
+from prelar_trl.record.plots import COLORS, STYLE, count_steps, new_figure, save_figure
 from prelar_trl.record.statistics import Estimate
+
+if TYPE_CHECKING:  # see plots.py
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Target = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -198,6 +198,8 @@ def _with_margin(limits: tuple[float, float]) -> tuple[float, float]:
 
 
 def _draw_threshold(axis: Axes, threshold: float) -> None:
+    from matplotlib.patheffects import withStroke
+
     axis.axhline(threshold, color="#666", lw=0.9, ls=(0, (4, 3)), zorder=1)
     axis.annotate(
         f"threshold {threshold:g}",
@@ -233,7 +235,6 @@ def _styles(
 
 
 def _count_steps(axis: Axes, label: str = "environment steps") -> None:
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    count_steps(axis, 6, [1, 2, 5, 10])
     axis.set_xlim(left=0)
     axis.set_xlabel(label, fontsize=9)

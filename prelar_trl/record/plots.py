@@ -6,14 +6,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from prelar_trl.record.table import read_rows
+
+# matplotlib is imported where it draws: a run trains before it draws, and starts half a second
+# sooner.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#333333")
 """Okabe and Ito's colors, told apart by color-blind readers; yellow left out."""
@@ -92,8 +95,7 @@ def plot_curves(
             if metric in run:
                 _draw(axis, run[metric], label, COLORS[i % 7], STYLE[i // 7 % 4])
         _scale(axis, metric, [run[metric].values for run in runs.values() if metric in run])
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        count_steps(axis, 5)
         axis.set_xlabel(step_name, fontsize=8)
     for axis in axes[len(metrics) :]:
         axis.set_axis_off()
@@ -124,7 +126,7 @@ def plot_psnr_by_step(
         frames = np.arange(1, len(values) + 1)
         axis.plot(frames, values, label=name, color=COLORS[i % 7], marker="o", ms=3, lw=1.5)
     axis.set_xlim(0.5, max(len(values) for values in curves.values()) + 0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    count_steps(axis, 10)
     axis.text(0.7, 1.02, "seen", transform=axis.get_xaxis_transform(), fontsize=8, color="#555")
     axis.text(
         context + 0.7,
@@ -195,6 +197,8 @@ def new_figure(
 
     Without pyplot: no global state, no display.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained", dpi=150)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
@@ -203,6 +207,14 @@ def new_figure(
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8, colors="#444", length=2)
     return figure, axes
+
+
+def count_steps(axis: Axes, ticks: int, steps: Sequence[int] | None = None) -> None:
+    """Whole numbers across, at most ``ticks`` of them, multiples of ``steps``; 20000 is 20k."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_major_locator(MaxNLocator(ticks, integer=True, steps=steps))
 
 
 def _draw(axis: Axes, series: Series, label: str, color: str, style: str) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
+import scipy  # which imports scipy.stats when it is used
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest, trim_mean
 
 from prelar_trl.utils import check_choice, check_integers, check_range
 
@@ -40,7 +40,7 @@ def interquartile_mean(scores: ArrayLike) -> float:
     scores = np.asarray(scores, dtype=float).reshape(-1)
     if scores.size == 0 or not np.isfinite(scores).all():
         raise ValueError(f"interquartile mean: finite scores are needed, got {scores.tolist()}")
-    return float(trim_mean(scores, 0.25))
+    return float(scipy.stats.trim_mean(scores, 0.25))
 
 
 def bootstrap_interval(
@@ -257,7 +257,7 @@ def wilson_interval(
             f"wilson_interval: 0 <= successes <= episodes and episodes >= 1 are needed, got "
             f"successes={successes}, episodes={episodes}"
         )
-    interval = binomtest(successes, episodes).proportion_ci(confidence, method="wilson")
+    interval = scipy.stats.binomtest(successes, episodes).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 

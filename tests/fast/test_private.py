@@ -1,4 +1,4 @@
-"""torch's private functions: which of them the installed torch has, and what happens without."""
+"""torch's private interfaces: which of them the installed torch has, and what happens without."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ def test_the_installed_torch_has_all_of_them() -> None:
         assert private.onednn_linear() is not None, broken(
             "torch.ops.mkldnn._linear_pointwise", "multiplies through MKL"
         )
+    assert private.fused_adam_skips("cpu"), broken(
+        "found_inf of the fused Adam", "waits for the GPU to know whether an update is skipped"
+    )
     assert hasattr(torch.ops.aten, "_unsafe_view"), broken(
         "torch.ops.aten._unsafe_view", "copies what a linear layer of three dimensions gives"
     )
