@@ -119,6 +119,10 @@ def test_weights_of_another_size_do_not_fit(made, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["overrides"]["deter"] = 24
     (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"damaged: the checksum of config.json differs"):
+        load_pretrained(folder)
+    del config["config_sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="size mismatch"):
         load_pretrained(folder)
 
