@@ -1,15 +1,18 @@
 """Hours of fine-tuning in which workers die and hang: does it grow, slow down, lose anything?
 
-``make soak``, or ``python benchmarks/soak.py --minutes 2`` as a rehearsal. For the toy and for
-Meta-world in turn, a run of size tiny with two workers; every few minutes one of them is killed, or
-stopped so that it hangs. Into ``results/soak/``: ``<env>.csv`` with memory, steps and lost episodes
-over time, ``soak.png``, and ``summary.csv``. Fails when the memory grows by more than 1% an hour,
-or more episodes are lost than workers were hurt.
+``make soak``, or ``python benchmarks/soak.py --minutes 2 --hurt-every 15`` as a rehearsal. For the
+toy and for Meta-world in turn, a run of size tiny with two workers; every few minutes one of them
+is killed, or stopped so that it hangs. Into ``results/soak/``: ``<env>.csv`` with memory, steps and
+lost episodes over time, row by row as they come, ``<env>.log`` with what the run said, and at the
+end, also after Ctrl-C or where a run fails, ``soak.png`` and ``summary.csv`` of what there is.
+Exits with 1 where a run fails, its memory grows by more than 1% an hour, or more episodes are lost
+than workers were hurt.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import signal
@@ -17,17 +20,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from prelar_trl.record import read_metrics
+from prelar_trl.record import Series, read_metrics
+from prelar_trl.utils import STOPPED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENVS = ("toy", "metaworld/drawer-open")
 SETTINGS = {
-    **{"method": "prelar", "size": "tiny", "num_workers": 2, "worker_timeout": 20},
+    **{"method": "prelar", "size": "tiny", "num_workers": 2, "worker_timeout": 30},
     **{"env_steps": 10**9, "prefill": 400, "train_every": 20, "pretrain_updates": 1},
     **{"batch_size": 8, "batch_length": 16, "max_steps": 100, "capacity": 5_000},
     **{"eval_every": 5_000, "eval_episodes": 2, "log_every": 100, "checkpoint_every": 1_000},
@@ -35,13 +41,19 @@ SETTINGS = {
 }
 WARM_UP = 0.25  # share of the time before the memory's slope counts
 MOST_AN_HOUR = 0.01  # growth of the memory
-COLUMNS = ("seconds", "memory_mib", "steps", "lost", "killed", "hung")
+COLUMNS = ("seconds", "memory_mib", "workers_mib", "steps", "lost", "killed", "hung")
+INTERRUPTED = "interrupted"
+LEAST_SECONDS = 600  # of a run whose slopes mean something
+START_SECONDS, STOP_SECONDS = 600, 120  # on a busy machine
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    text = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    return [int(child) for child in text.split()]
+    """The processes that a process has started; none where it has ended."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, path.read_text().split())
+    return found
 
 
 def workers(pid: int) -> list[int]:
@@ -50,63 +62,127 @@ def workers(pid: int) -> list[int]:
 
 
 def memory(pid: int) -> float:
-    """Memory of a run's own process without files that it has mapped, MiB."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    """Memory of a process without files that it has mapped, MiB; 0 where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
     return sum(int(x.split()[1]) for x in lines if x.startswith("RssAnon")) / 1024
 
 
-def latest(run: Path, file: str, name: str) -> float:
-    """The last value of a metric; 0 where there is none yet."""
-    path = run / file
-    series = read_metrics(path).get(name) if path.is_file() and path.stat().st_size else None
-    return float(series.values[-1]) if series is not None and len(series.values) else 0.0
+def metrics(file: Path) -> dict[str, Series]:
+    """What a run has logged so far; nothing before its first row."""
+    try:
+        return read_metrics(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def lost_by(run: Path) -> float:
+    """Episodes that a run has lost, as far as it has said."""
+    series = metrics(run / "metrics.csv").get("train/dropped")
+    return 0.0 if series is None else float(series.values[-1])
 
 
 def steps_of(run: Path) -> float:
     """Steps of the environment that a run has logged."""
-    path = run / "times.csv"
-    if not path.is_file() or not path.stat().st_size:
-        return 0.0
-    return max((float(x.steps[-1]) for x in read_metrics(path).values() if len(x.steps)), default=0)
+    return max((float(x.steps[-1]) for x in metrics(run / "times.csv").values()), default=0.0)
 
 
-def soak(env: str, run: Path, seconds: float, every: float, hurt_every: float) -> list[list[float]]:
-    """One run; a row of `COLUMNS` each ``every`` seconds."""
+def wait_for_start(env: str, process: subprocess.Popen, run: Path) -> None:
+    """Until a run makes its first steps: its time does not count from before."""
+    deadline = time.monotonic() + START_SECONDS
+    while not metrics(run / "times.csv"):
+        if process.poll() is not None:
+            raise RuntimeError(f"the run in {env} has ended with {process.returncode}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the run in {env} did not start within {START_SECONDS} s")
+        time.sleep(1)
+
+
+def soak(
+    env: str, run: Path, seconds: float, hurt_every: float, log: TextIO
+) -> Iterator[list[float]]:
+    """One run; gives a row of `COLUMNS` every few seconds.
+
+    Raises:
+        RuntimeError: the run has ended by itself, or did not stop as it should.
+    """
     settings = SETTINGS | {"env": env, "run": run}
     command = [sys.executable, str(REPOSITORY / "recipes" / "finetune.py")]
     command += [f"{name}={value}" for name, value in settings.items()]
     generator = np.random.default_rng(0)
-    rows, killed, hung = [], 0, 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    begin = time.monotonic()
-    hurt = begin + hurt_every
+    every = max(1.0, seconds / 400)
+    killed = hung = 0
+    process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
+        wait_for_start(env, process, run)
+        begin = time.monotonic()
+        hurt = begin + hurt_every
         while (now := time.monotonic()) < begin + seconds:
             if process.poll() is not None:
-                raise SystemExit(f"error: the run in {env} has ended with {process.returncode}")
+                raise RuntimeError(f"the run in {env} has ended with {process.returncode}")
             alive = workers(process.pid)
-            if now > hurt and alive and steps_of(run) > SETTINGS["prefill"]:
+            if now > hurt and alive:
                 kill = killed <= hung
                 killed, hung = killed + kill, hung + (not kill)
-                os.kill(int(generator.choice(alive)), signal.SIGKILL if kill else signal.SIGSTOP)
+                with contextlib.suppress(ProcessLookupError):
+                    chosen = int(generator.choice(alive))
+                    os.kill(chosen, signal.SIGKILL if kill else signal.SIGSTOP)
                 hurt = now + hurt_every
-            lost = latest(run, "metrics.csv", "train/dropped")
-            rows.append([now - begin, memory(process.pid), steps_of(run), lost, killed, hung])
+            used = [memory(process.pid), sum(map(memory, alive))]
+            yield [now - begin, *used, steps_of(run), lost_by(run), killed, hung]
             time.sleep(every)
         process.send_signal(signal.SIGTERM)
-        code = process.wait()
+        code = process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"the run in {env} did not stop within {STOP_SECONDS} s") from None
     finally:
-        process.kill()
-    if code != 75:
-        raise SystemExit(f"error: the run in {env} ended with {code}, not with 75 (stopped)")
-    return rows
+        if process.poll() is None:  # its workers end with it
+            process.kill()
+            process.wait()
+    if code != STOPPED:
+        raise RuntimeError(f"the run in {env} ended with {code}, not with {STOPPED} (stopped)")
 
 
-def slope(rows: np.ndarray) -> float:
-    """Growth of the memory an hour, as a share of its mean, by least squares."""
+def record(
+    env: str, out: Path, seconds: float, hurt_every: float
+) -> tuple[list[list[float]], str | None]:
+    """Soak and write down; the rows, and why it failed if it did."""
+    rows, name = [], env.replace("/", "_")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(out / f"{name}.log", "w", encoding="utf-8") as log,
+        open(out / f"{name}.csv", "w", newline="", encoding="utf-8", buffering=1) as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        try:
+            for row in soak(env, Path(folder, "run"), seconds, hurt_every, log):
+                rows.append(row)
+                writer.writerow([f"{x:.6g}" for x in row])
+        except RuntimeError as error:
+            return rows, f"{error}, see {log.name}"
+        except KeyboardInterrupt:
+            return rows, INTERRUPTED
+    return rows, None
+
+
+def slope(rows: np.ndarray, column: int) -> float:
+    """Growth of a column an hour, as a share of its mean, by least squares after the warm-up."""
     late = rows[rows[:, 0] >= WARM_UP * rows[-1, 0]]
-    growth = np.polyfit(late[:, 0], late[:, 1], 1)[0]
-    return float(growth * 3600 / late[:, 1].mean())
+    if len(late) < 2 or not late[:, column].any():
+        return 0.0
+    growth = np.polyfit(late[:, 0], late[:, column], 1)[0]
+    return float(growth * 3600 / late[:, column].mean())
+
+
+def speed(rows: np.ndarray) -> np.ndarray:
+    """Steps a second at each row: those of the last twentieth of the time."""
+    seconds, steps = rows[:, 0], rows[:, COLUMNS.index("steps")]
+    earlier = np.maximum(seconds - seconds[-1] / 20, 0)
+    made = steps - np.interp(earlier, seconds, steps)
+    return made / np.maximum(seconds - earlier, 1e-9)
 
 
 def draw(tables: dict[str, np.ndarray], path: Path) -> None:
@@ -114,18 +190,42 @@ def draw(tables: dict[str, np.ndarray], path: Path) -> None:
     figure = Figure(figsize=(5 * len(tables), 7), layout="constrained")
     axes = figure.subplots(3, len(tables), sharex="col", squeeze=False)
     for (env, rows), column in zip(tables.items(), axes.T, strict=True):
-        minutes = rows[:, 0] / 60
-        column[0].plot(minutes, rows[:, 1])
+        minutes, own, theirs, _, lost, killed, hung = rows.T
+        minutes = minutes / 60
+        column[0].plot(minutes, own, label="the run's own process")
+        column[0].plot(minutes, theirs, label="its workers")
         column[0].set(title=env, ylabel="memory, MiB", ylim=(0, None))
-        rate = np.gradient(rows[:, 2], rows[:, 0]) if len(rows) > 1 else rows[:, 2]
-        width = max(1, len(rate) // 20)
-        column[1].plot(minutes, np.convolve(rate, np.ones(width) / width, "same"))
+        column[1].plot(minutes, speed(rows))
         column[1].set(ylabel="steps a second", ylim=(0, None))
-        column[2].step(minutes, rows[:, 4] + rows[:, 5], label="workers killed or hung")
-        column[2].step(minutes, rows[:, 3], "--", label="episodes lost")
-        column[2].set(ylabel="count", xlabel="minutes")
-        column[2].legend()
+        column[2].step(minutes, killed + hung, where="post", label="workers killed or hung")
+        column[2].step(minutes, lost, "--", where="post", label="episodes lost")
+        column[2].set(ylabel="count", xlabel="minutes", ylim=(0, None))
+        for axis in (column[0], column[2]):
+            axis.legend()
     figure.savefig(path, dpi=120)
+
+
+def summarize(tables: dict[str, np.ndarray], out: Path) -> list[str]:
+    """Write and print ``summary.csv``; what is wrong."""
+    head = ["env", "minutes", "steps", "memory_slope_per_hour", "speed_slope_per_hour"]
+    lines, faults = [[*head, "lost", "killed", "hung"]], []
+    for env, rows in tables.items():
+        seconds, _, _, steps, lost, killed, hung = rows[-1]
+        growth = slope(rows, COLUMNS.index("memory_mib"))
+        slower = slope(np.column_stack([rows[:, 0], speed(rows)]), 1)
+        counts = [f"{x:.0f}" for x in (lost, killed, hung)]
+        judged = seconds >= LEAST_SECONDS
+        slopes = [f"{growth:.4f}", f"{slower:.3f}"] if judged else ["", ""]
+        lines.append([env, f"{seconds / 60:.1f}", f"{steps:.0f}", *slopes, *counts])
+        if judged and growth > MOST_AN_HOUR:
+            faults.append(f"the memory in {env} grows by {growth:.1%} an hour")
+        if lost > killed + hung:
+            faults.append(f"in {env} {lost:.0f} episodes are lost")
+    with open(out / "summary.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
+    for line in lines:
+        print(*line, sep="\t")
+    return faults
 
 
 def main() -> None:
@@ -138,25 +238,19 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     seconds = 60 * args.minutes / len(args.envs)
-    tables, summary = {}, []
+    tables, faults = {}, []
     for env in args.envs:
-        with tempfile.TemporaryDirectory() as folder:
-            rows = soak(env, Path(folder, "run"), seconds, seconds / 400, args.hurt_every)
-        table = tables[env] = np.array(rows)
-        with open(args.out / f"{env.replace('/', '_')}.csv", "w", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, *([f"{x:.6g}" for x in row] for row in rows)])
-        _, _, steps, lost, killed, hung = rows[-1]
-        summary.append([env, f"{seconds / 60:.1f}", int(steps), f"{slope(table):.4f}", int(lost)])
-        summary[-1] += [int(killed), int(hung)]
-    head = ["env", "minutes", "steps", "memory_slope_per_hour", "lost", "killed", "hung"]
-    with open(args.out / "summary.csv", "w", newline="") as file:
-        csv.writer(file).writerows([head, *summary])
-    draw(tables, args.out / "soak.png")
-    for line in (head, *summary):
-        print(*line, sep="\t")
-    faults = [x[0] for x in summary if float(x[3]) > MOST_AN_HOUR or x[4] > x[5] + x[6]]
+        rows, fault = record(env, args.out, seconds, args.hurt_every)
+        faults += [] if fault is None else [fault]
+        if len(rows) > 1:
+            tables[env] = np.array(rows)
+        if fault == INTERRUPTED:
+            break
+    if tables:
+        faults += summarize(tables, args.out)
+        draw(tables, args.out / "soak.png")
     if faults:
-        sys.exit(f"error: memory grows, or episodes are lost, in {', '.join(faults)}")
+        sys.exit(f"error: {'; '.join(faults)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from prelar_trl.sweep import Job, read_json, write_json
+from prelar_trl.sweep import Job, write_json
+from prelar_trl.utils import read_json
 
 TABLE = Path(__file__).with_name("study.yaml")
 OF_ONE_DIMENSION = re.compile(r"action_r2.*_\d+")
@@ -73,7 +74,7 @@ class ProbeResults:
 
     def publish(self, job: Job, root: Path, facts: Mapping[str, Any]) -> None:
         """Write a run's probed values, and what made it."""
-        probed = read_json(root / job.settings["run"] / "probe.json")
+        probed = read_json(root / job.settings["run"] / "probe.json", missing_ok=True)
         values = {
             name: None if math.isnan(value) else float(f"{value:.6g}")
             for name, value in probed["values"].items()

@@ -12,7 +12,6 @@ import math
 import os
 import random
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from prelar_trl.tensor_files import DamagedFileError, is_whole, read_tensors
 from prelar_trl.utils import atomic_write
 
 __all__ = [
@@ -38,10 +38,6 @@ __all__ = [
 
 FORMAT = 1
 logger = logging.getLogger(__name__)
-
-
-class DamagedFileError(ValueError):
-    """A file of tensors whose bytes are not those that were written, or that is something else."""
 
 
 def save_checkpoint(
@@ -84,7 +80,7 @@ def save_checkpoint(
 
 def _make_way(path: Path, keep: int) -> None:
     """The checkpoint at ``path`` is also ``<stem>_1``, those before it move on by one."""
-    if keep < 2 or not path.is_file() or not _is_whole(path):
+    if keep < 2 or not path.is_file() or not is_whole(path):
         return
     for number in range(keep - 1, 1, -1):
         if _before(path, number - 1).is_file():
@@ -98,15 +94,6 @@ def _make_way(path: Path, keep: int) -> None:
 
 def _before(path: Path, number: int) -> Path:
     return path.with_stem(f"{path.stem}_{number}")
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the checksums agree that the file's entries hold; torch does not look at them."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except Exception:  # damaged headers make it raise nearly anything
-        return False
 
 
 def first_not_finite(state: Mapping[str, Any]) -> str | None:
@@ -134,25 +121,6 @@ def _floating(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         items = enumerate(value)
     for key, item in items:
         yield from _floating(item, f"{name}.{key}" if name else str(key))
-
-
-def read_tensors(path: str | os.PathLike[str]) -> Any:
-    """Read onto the CPU what ``torch.save`` wrote: data only, and only as it was written.
-
-    ``torch.load`` compares no checksum: of a file with a flipped bit it gives other weights. Files
-    in the form of before torch 1.6, which have none, are read too.
-
-    Raises:
-        DamagedFileError: it is damaged, holds more than data, or is no file of tensors.
-    """
-    try:
-        if zipfile.is_zipfile(path) and not _is_whole(Path(path)):
-            raise DamagedFileError(f"{path} is damaged: a checksum in it differs")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except DamagedFileError:
-        raise
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        raise DamagedFileError(f"{path} is no file of tensors ({type(error).__name__})") from error
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -116,7 +116,9 @@ def write_export(
         save_file(whole, part / WEIGHTS, metadata={"format": "pt"})
         (part / WEIGHTS).chmod(0o644)  # it makes a file for its owner alone
         config["sha256"] = _sha256(part / WEIGHTS)
-        text = json.dumps(config | {"training": dict(training)}, indent=2)
+        config["training"] = dict(training)
+        config["config_sha256"] = _config_sha256(config)
+        text = json.dumps(config, indent=2)
         (part / CONFIG).write_text(text + "\n", encoding="utf-8")
         (part / CARD).write_text(card, encoding="utf-8")
     return folder
@@ -142,6 +144,11 @@ def read_export(
         raise ValueError(
             f"{name} has latent_action={kind}, which runs the code of that module: if you trust "
             "it, add trust_code=true"
+        )
+    if config.get("config_sha256") not in (None, _config_sha256(config)):  # older ones have none
+        raise ValueError(
+            f"{name} is damaged: the checksum of {CONFIG} differs (if you have changed it, remove "
+            "config_sha256)"
         )
     file = folder / WEIGHTS
     if file.is_file() and config.get("sha256") not in (None, _sha256(file)):  # safetensors has none
@@ -188,6 +195,12 @@ def _pull(repository: str, revision: str | None) -> Path:
     except Exception as error:  # of many kinds: no such repository, no network, no cache
         text = str(error).splitlines()[0]
         raise FileNotFoundError(f"{repository} is no folder, and not on the hub: {text}") from None
+
+
+def _config_sha256(config: Mapping[str, Any]) -> str:
+    """Of all that it holds beside this checksum, in any order."""
+    content = {name: value for name, value in config.items() if name != "config_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

@@ -164,6 +164,7 @@ def make_world_model(
         vector_decoder=vector_decoder,
         gray=s.gray,
         sample=sample,
+        action_dim=action_dim if s.actions in ("real", "encoded") else None,
     )
     return _initialize(world_model)
 

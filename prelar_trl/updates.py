@@ -353,9 +353,12 @@ class BehaviorUpdate(Update):
         for name, schedule in self.schedules.items():
             if not schedule.is_constant:
                 getattr(self.actor_loss, name).fill_(schedule(self.count))
+        before = self.reward_norm.magnitude.clone()
         with frozen(self.agent.world_model):
             losses = self.forward_backward(start, sample)
         losses.update(self.step_optimizers(total_loss(losses)))
+        magnitude = self.reward_norm.magnitude  # knows no skipped batch
+        magnitude.copy_(torch.where(self.skipped_in_a_row > 0, before, magnitude))
         if self.count % self.slow_every == 0:
             self.move_slow_critic(self.slow_target_fraction if self.count else 1.0)
         self.count += 1

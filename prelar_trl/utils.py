@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ __all__ = [
     "git_state",
     "listed",
     "lock_folder",
+    "read_json",
 ]
 
 STOPPED = 75
@@ -61,6 +63,24 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_json(path: str | os.PathLike[str], *, missing_ok: bool = False) -> dict[str, Any]:
+    """The mapping that a JSON file holds; nothing where there is none and ``missing_ok``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, or holds something else; the message names the file.
+    """
+    if missing_ok and not Path(path).is_file():
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no mapping, but {type(content).__name__}")
+    return content
 
 
 def lock_folder(path: str | os.PathLike[str]) -> int:

@@ -29,8 +29,7 @@ from prelar_trl.hub import HUB, push, write_export
 from prelar_trl.recipes.common import read_run
 from prelar_trl.recipes.schema import ExportConfig
 from prelar_trl.record import RunFolder, read_metrics
-from prelar_trl.sweep import read_json
-from prelar_trl.utils import without_null
+from prelar_trl.utils import read_json, without_null
 
 PLACES = ("run", "data", "pretrained", "resume")  # of the machine, and of no use elsewhere
 USE = """```python
@@ -97,7 +96,7 @@ def model_card(cfg: ExportConfig, run: RunFolder, checkpoint: Mapping[str, Any])
         metrics = read_metrics(run.metrics)
         last = [(f"`{k}`", f"{metrics[k].values[-1]:.4g}") for k in SHOWN if k in metrics]
         parts += ["## Last metrics", table(("metric", "value"), last)]
-    probed = read_json(run.path / "probe.json").get("values", {})
+    probed = read_json(run.path / "probe.json", missing_ok=True).get("values", {})
     values = [(f"`{k}`", f"{x:.4g}") for k, x in probed.items() if x == x and k[-2:-1] != "_"]
     if values:
         parts += ["## Probes", table(("probe", "value"), values)]

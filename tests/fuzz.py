@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -68,3 +68,19 @@ def check_numbers(value: Any, name: str = "") -> None:
             check_numbers(item, name)
     elif isinstance(value, int | float):
         assert math.isfinite(value) and abs(value) <= LARGEST, f"{name}={value} was accepted"
+
+
+OBSCURE = ("out of range", "size of tensor", "not enough values", "too many values", "NoneType")
+
+
+def answer(call: Callable[[], Any], names: Sequence[Any] = ()) -> Any:
+    """What a call gives; None where it says clearly what is wrong, by one of these names."""
+    try:
+        return call()
+    except (TypeError, ValueError, KeyError) as error:
+        text = str(error)
+        assert text and "\n" not in text, repr(error)
+        assert not any(part in text for part in OBSCURE), repr(error)
+        named = [name if isinstance(name, str) else name[-1] for name in names]
+        assert not named or any(name in text for name in named), repr(error)
+    return None

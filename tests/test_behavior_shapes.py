@@ -50,7 +50,7 @@ def test_labels_must_fit_the_actions() -> None:
     }
     assert loss(TensorDict(given, [3, 4]))["loss_action_label"].isfinite()
     for name, bad in (("action", torch.rand(3, 4, 1)), ("labeled", given["labeled"][..., 0])):
-        with pytest.raises(ValueError, match=f"{name} .*shapes must be equal"):
+        with pytest.raises(ValueError, match=f"{name} is .*its shape must be"):
             loss(TensorDict({**given, name: bad}, [3, 4]))
 
 

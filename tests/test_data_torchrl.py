@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from torchrl.collectors import Collector
 from torchrl.data import SliceSampler
 from torchrl.envs import DTypeCastTransform, SerialEnv
 
-from prelar_trl.data import ClipWriter, EpisodeReplay, VideoClips
+from prelar_trl.data import ClipWriter, EpisodeReplay, VideoClips, WindowSampler
 from prelar_trl.envs import make_env
 
 
@@ -100,3 +102,88 @@ def test_clips_take_transforms_and_samplers_too(tmp_path) -> None:
         assert torch.equal(batch["doubled"], batch["pixels"] * 2)
         seen |= set((number[:, 0] // 20).tolist())
     assert own <= seen and len(seen) == 4  # none that is held out
+
+
+@pytest.mark.parametrize("name", ["sampler/sampler.pt", "writer/pending.pt"])
+def test_a_flipped_bit_in_a_dump_is_noticed(name: str, tmp_path) -> None:
+    collected(tmp_path / "r").buffer.dumps(tmp_path / "copy")
+    file, generator = tmp_path / "copy" / name, random.Random(0)
+    whole, refused = file.read_bytes(), 0
+    for number in range(40):
+        other = EpisodeReplay(tmp_path / f"{number}", window=4, batch_size=8, capacity=500, seed=7)
+        damaged = bytearray(whole)
+        damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            other.buffer.loads(tmp_path / "copy")
+        except ValueError as error:
+            assert file.name in str(error) and "\n" not in str(error)
+            refused += 1
+        else:  # the bit means nothing
+            state = other.state_dict()
+            file.write_bytes(whole)
+            other.buffer.loads(tmp_path / "copy")
+            assert repr(other.state_dict()) == repr(state)
+            for key, rows in other.state_dict()["pending"].items():
+                assert bool((rows == state["pending"][key]).all())
+    assert refused > 25
+
+
+def frames(**changed: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Two frames of an unfinished episode."""
+    flag = torch.zeros(2, 1, dtype=torch.bool)
+    pixels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    rows = {"pixels": pixels, "action": torch.zeros(2, 2), "reward": torch.zeros(2, 1)}
+    return rows | {"is_first": flag, "terminated": flag} | changed
+
+
+@pytest.mark.parametrize(
+    "pending",
+    [
+        [1, 2],
+        {0: {}},
+        {0: {"pixels": frames()["pixels"]}},
+        {0: frames(action=torch.zeros(2))},
+        {0: frames(action=torch.zeros(3, 2))},
+        {0: frames(reward=torch.zeros(2, 1, dtype=torch.float64))},
+        {0: frames(terminated=torch.zeros(2, 2, dtype=torch.bool))},
+        {0: frames(other=torch.zeros(2, 2))},
+    ],
+)
+def test_what_is_no_unfinished_episode_is_not_read(pending, tmp_path) -> None:
+    replay = collected(tmp_path / "r")
+    before = replay.state_dict()["pending"]
+    replay.buffer.dumps(tmp_path / "copy")
+    torch.save(pending, tmp_path / "copy" / "writer" / "pending.pt")
+    with pytest.raises(ValueError, match=r"pending.pt holds no unfinished episodes \("):
+        replay.buffer.loads(tmp_path / "copy")
+    assert replay.state_dict()["pending"].keys() == before.keys()
+    torch.save({0: frames()}, tmp_path / "copy" / "writer" / "pending.pt")
+    replay.buffer.loads(tmp_path / "copy")
+    assert list(replay.state_dict()["pending"]) == [0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"position": -1}, {"position": 0.5}, {"rng": torch.zeros(7)}, {"order_rng": "x"}, {"rng": 1}],
+)
+def test_what_is_no_state_of_a_sampler_is_not_read(changed, tmp_path) -> None:
+    sampler = WindowSampler(4, strategy="epoch")
+    sampler.set_episodes(torch.tensor([4, 5, 6]))
+    sampler.draw(2)
+    state = sampler.state_dict()
+    sampler.dumps(tmp_path)
+    torch.save(state | changed, tmp_path / "sampler.pt")
+    with pytest.raises(ValueError, match="sampler.pt holds no state of a WindowSampler"):
+        sampler.loads(tmp_path)
+    assert torch.equal(sampler.state_dict()["rng"], state["rng"])
+
+
+def test_a_sampler_does_not_hang_where_fewer_episodes_are_left() -> None:
+    sampler = WindowSampler(4, strategy="epoch")
+    sampler.set_episodes(torch.tensor([4, 5, 6, 7, 8]))
+    sampler.draw(4)
+    other = WindowSampler(4, strategy="epoch")
+    other.set_episodes(torch.tensor([4, 5]))
+    other.load_state_dict(sampler.state_dict())
+    assert sorted(other.draw(2).episode.tolist()) == [0, 1]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from prelar_trl.checkpoint import load_checkpoint, save_checkpoint
 from prelar_trl.data import ClipStore, EpisodeReplay
-from prelar_trl.hub import load_pretrained, write_export
+from prelar_trl.hub import FACTS, load_pretrained, read_export, write_export
 from prelar_trl.record import read_metrics
 from tests.fuzz import fuzz, run
 from tests.test_data_clips import write
@@ -82,8 +82,10 @@ def export(path: Path) -> None:
     write_export(path, {**state, "model": model.state_dict()}, {}, "card")
 
 
-def read_export(path: Path) -> State:
-    return {name: x.double().sum().item() for name, x in load_pretrained(path).state_dict().items()}
+def read_all(path: Path) -> State:
+    weights = load_pretrained(path).state_dict()
+    sums = {name: x.double().sum().item() for name, x in weights.items()}
+    return {name: read_export(path).get(name) for name in FACTS} | sums
 
 
 MADE: dict[str, tuple[Callable[[Path], None], Callable[[Path], State]]] = {
@@ -91,7 +93,7 @@ MADE: dict[str, tuple[Callable[[Path], None], Callable[[Path], State]]] = {
     "store": (store, read_store),
     "replay": (replay, read_replay),
     "metrics": (metrics, read_csv),
-    "export": (export, read_export),
+    "export": (export, read_all),
 }
 
 

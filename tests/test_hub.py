@@ -119,6 +119,10 @@ def test_weights_of_another_size_do_not_fit(made, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["overrides"]["deter"] = 24
     (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"damaged: the checksum of config.json differs"):
+        load_pretrained(folder)
+    del config["config_sha256"]
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="size mismatch"):
         load_pretrained(folder)
 
@@ -127,6 +131,7 @@ def test_code_of_others_runs_only_when_it_is_trusted(made, tmp_path):
     folder = copy(made, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["overrides"]["latent_action"] = "no_such_module:Kind"
+    del config["config_sha256"]
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="runs the code of that module: if you trust"):
         load_pretrained(folder)

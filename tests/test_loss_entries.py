@@ -29,7 +29,7 @@ def test_the_action_must_be_one_vector_of_floats_a_frame() -> None:
     loss = RSSMWorldModelLoss(tiny_world_model("dreamerv2", "finetune"))
     given = batch()
     assert loss(given)["loss_kl"].isfinite()
-    with pytest.raises(ValueError, match=r"action is float32 \[2, 4\]; its shape must be .*4, A\]"):
+    with pytest.raises(ValueError, match=r"action is float32 \[2, 4\]; its shape must be .*4, 2\]"):
         loss(given.clone().set("action", torch.zeros(2, 4)))
     with pytest.raises(TypeError, match=r"action is int64 \[2, 4, 2\]; it must be float"):
         loss(given.clone().set("action", torch.zeros(2, 4, 2, dtype=torch.long)))

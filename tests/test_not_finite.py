@@ -72,6 +72,20 @@ def test_statistics_of_a_skipped_batch_are_forgotten() -> None:
     hooks[0].remove()
 
 
+def test_the_scale_of_rewards_knows_no_skipped_batch() -> None:
+    agent = tiny_agent()
+    update = BehaviorUpdate(agent, horizon=3, reward_norm_momentum=0.9)
+    update(start())
+    before = update.reward_norm.magnitude.clone()
+    bad = start()
+    bad["deter"][0, 0] = torch.nan
+    update(bad)
+    assert int(update.skipped_in_a_row) == 1
+    assert torch.equal(update.reward_norm.magnitude, before)
+    update(start())
+    assert int(update.skipped) == 1 and not torch.equal(update.reward_norm.magnitude, before)
+
+
 def test_the_actor_and_the_critic_skip_together() -> None:
     agent = tiny_agent()
     update = BehaviorUpdate(agent, horizon=3)

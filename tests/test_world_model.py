@@ -45,7 +45,7 @@ def test_real_actions_move_the_prediction(method: str) -> None:
 def test_float_pixels_are_an_error() -> None:
     data = batch()
     data["pixels"] = data["pixels"].float() / 255
-    with pytest.raises(TypeError, match="dtype torch.float32; store frames as uint8"):
+    with pytest.raises(TypeError, match=r"pixels is float32 \[2, 4, 3, 64, 64\]; it must be uint8"):
         tiny_world_model()(data)
 
 

@@ -18,10 +18,11 @@ from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Writer
 
-from prelar_trl.data.layout import to_frames
+from prelar_trl.data.layout import check_frames, to_frames
 from prelar_trl.data.storage import FrameStorage
 from prelar_trl.data.store import MappedShards, read_meta
 from prelar_trl.data.writer import ClipWriter
+from prelar_trl.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 _KEYS = ("pixels", "action", ("next", "pixels"), ("next", "reward"), ("next", "done"))
@@ -330,7 +331,13 @@ class EpisodeWriter(Writer):
         return {"pending": {key: TensorDict.cat(rows) for key, rows in self.pending.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the unfinished episodes."""
+        """Goes on with the unfinished episodes.
+
+        Raises:
+            ValueError: one is no episode; nothing has changed then.
+        """
+        for rows in state_dict["pending"].values():
+            check_frames(rows)
         self.pending = {key: [rows.clone()] for key, rows in state_dict["pending"].items()}
 
     def dumps(self, path: str | Path) -> None:
@@ -340,11 +347,19 @@ class EpisodeWriter(Writer):
         torch.save(pending, Path(path, "pending.pt"))
 
     def loads(self, path: str | Path) -> None:
-        """Reads what `dumps` wrote."""
-        pending = torch.load(Path(path, "pending.pt"), weights_only=True)
-        self.pending = {
-            key: [TensorDict(rows, [len(rows["pixels"])])] for key, rows in pending.items()
-        }
+        """Reads what `dumps` wrote.
+
+        Raises:
+            DamagedFileError: the file is damaged.
+            ValueError: it holds something else.
+        """
+        file = Path(path, "pending.pt")
+        pending = read_tensors(file)
+        try:
+            rows = {key: TensorDict(x, [len(x["pixels"])]) for key, x in pending.items()}
+            self.load_state_dict({"pending": rows})
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{file} holds no unfinished episodes ({error!r})") from error
 
 
 def _pieces(done: Tensor, first: Tensor, number: Tensor | None) -> list[tuple[int, int]]:

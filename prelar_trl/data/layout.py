@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-__all__ = ["to_dreamer_v3", "to_frames"]
+__all__ = ["check_frames", "to_dreamer_v3", "to_frames"]
 
 
 def to_frames(steps: TensorDictBase) -> TensorDict:
@@ -94,6 +94,24 @@ def _check_steps(steps: TensorDictBase) -> None:
             raise TypeError(f"next {name} is {value.dtype}; it must be {asked}")
         if value.numel() != steps.numel():
             raise ValueError(f"next {name} {list(value.shape)} must be {[*steps.shape, 1]}")
+
+
+def check_frames(frames: TensorDictBase) -> None:
+    """Raise ValueError for frames ``[L]`` that are none of one episode, as `to_frames` gives them.
+
+    ``action``, ``reward`` and ``vector`` must be float32.
+    """
+    float32, flag = (torch.float32, 2), (torch.bool, 2)
+    asked = {"pixels": (torch.uint8, 4), "action": float32, "reward": float32, "vector": float32}
+    asked |= {"is_first": flag, "terminated": flag}
+    for key in asked.keys() - {"vector"} - set(frames.keys()):
+        raise ValueError(f"the frames lack {key}")
+    for key, value in frames.items():
+        dtype, dims = asked.get(key, (None, 0))
+        if value.dtype != dtype or value.dim() != dims:
+            raise ValueError(f"{key} is {value.dtype} {list(value.shape)}, which is no frame's")
+        if value.shape[-1] != 1 and key in ("reward", "is_first", "terminated"):
+            raise ValueError(f"{key} {list(value.shape)} must be {[len(frames), 1]}")
 
 
 def to_dreamer_v3(frames: TensorDictBase, *, state_dim: int, belief_dim: int) -> TensorDict:

@@ -32,6 +32,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
 from prelar_trl.data.storage import FrameStorage
+from prelar_trl.tensor_files import read_tensors
 from prelar_trl.utils import check_choice, check_integers
 
 Strategy = Literal["episodes", "frames", "epoch", "prioritize_ends"]
@@ -65,8 +66,19 @@ class StatefulSampler(Sampler):
         torch.save(self.state_dict(), Path(path, "sampler.pt"))
 
     def loads(self, path: str | Path) -> None:
-        """Reads what `dumps` wrote."""
-        self.load_state_dict(torch.load(Path(path, "sampler.pt"), weights_only=True))
+        """Reads what `dumps` wrote.
+
+        Raises:
+            DamagedFileError: the file is damaged.
+            ValueError: it holds no state of such a sampler.
+        """
+        file = Path(path, "sampler.pt")
+        state = read_tensors(file)
+        try:
+            self.load_state_dict(state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            wrong = f"holds no state of a {type(self).__name__} ({error!r})"
+            raise ValueError(f"{file} {wrong}") from error
 
 
 class WindowSampler(StatefulSampler):
@@ -262,7 +274,7 @@ class WindowSampler(StatefulSampler):
         while rows:
             if self._order is None and self._order_rng is not None:  # a loaded state
                 self._order = self._shuffled(self._order_rng)
-            if self._order is None or self._position == len(self._order):
+            if self._order is None or self._position >= len(self._order):
                 self._order_rng, self._position = self.generator.get_state(), 0
                 self._order = self._shuffled(self._order_rng)
                 self.generator.set_state(self._shuffler.get_state())
@@ -320,10 +332,18 @@ class WindowSampler(StatefulSampler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken; the same episodes must be declared."""
-        self._order, self._order_rng = None, state_dict["order_rng"]
-        self._position = state_dict["position"]
-        self.generator.set_state(state_dict["rng"])
+        """Continues where `state_dict` was taken; the same episodes must be declared.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: it is no such state; the sampler stays
+                as it was.
+        """
+        rng, order_rng, position = (state_dict[name] for name in ("rng", "order_rng", "position"))
+        check_integers(0, position=position)
+        for state in (rng,) if order_rng is None else (rng, order_rng):
+            self._shuffler.set_state(state)  # raises for what is none
+        self.generator.set_state(rng)
+        self._order, self._order_rng, self._position = None, order_rng, position
 
     def _empty(self) -> None:
         self.set_episodes(torch.zeros(0, dtype=torch.int64))

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prelar_trl.modules.checks import check_equal_shapes, check_width
 from prelar_trl.utils import check_integers
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "TruncatedNormal",
     "to_float32",
     "categorical_kl",
-    "check_equal_shapes",
     "gaussian_kl",
 ]
 
@@ -66,28 +66,6 @@ def gaussian_kl(p: Tensor, q: Tensor) -> Tensor:
     ratio = (std_p / std_q).square()
     distance = ((mean_p - mean_q) / std_q).square()
     return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
-
-
-def check_equal_shapes(dims: int = 0, **tensors: Tensor) -> None:
-    """Raise ValueError where the shapes differ: they would broadcast silently, or are empty.
-
-    So it does where there are fewer than ``dims`` dimensions; TypeError where one is not floating
-    point.
-    """
-    for name, x in tensors.items():
-        if not x.is_floating_point():
-            raise TypeError(f"{name} is {x.dtype}; it must be floating point")
-        if x.dim() < dims:
-            raise ValueError(f"{name} {list(x.shape)} must have {dims} dimensions at least")
-    if len({x.shape for x in tensors.values()}) > 1 or not all(x.numel() for x in tensors.values()):
-        given = ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items())
-        raise ValueError(f"{given}: the shapes must be equal, and not empty")
-
-
-def check_width(name: str, x: Tensor, width: int) -> None:
-    """Raise ValueError where the last dimension is not ``width``."""
-    if x.shape[-1:] != (width,):
-        raise ValueError(f"{name} {list(x.shape)}: its last dimension must be {width}")
 
 
 def _check_value(value: Tensor, params: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prelar_trl.modules.checks import check_input
 from prelar_trl.modules.distributions import OneHot, TruncatedNormal, to_float32
 from prelar_trl.utils import check_integers
 
@@ -29,7 +30,13 @@ class MLP(nn.Module):
         self.out = nn.Linear(sizes[-1], out_features)
 
     def trunk(self, x: Tensor) -> Tensor:
-        """The hidden layers: ``[..., in_features]`` -> ``[..., units]``."""
+        """The hidden layers: ``[..., in_features]`` -> ``[..., units]``.
+
+        Raises:
+            TypeError, ValueError: the features are of another type, width or device.
+        """
+        first = self.layers[0] if len(self.layers) else self.out
+        check_input("feat", x, first.weight, first.in_features)
         for layer in self.layers:
             x = self.act(layer(x))
         return x
@@ -52,7 +59,7 @@ class VectorEncoder(nn.Module):
         self.layers = nn.ModuleList(
             nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
         )
-        self.embed_dim = sizes[-1]
+        self.in_features, self.embed_dim = in_features, sizes[-1]
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prelar_trl.modules.distributions import Categorical, Gaussian, check_width
+from prelar_trl.modules.checks import check_input
+from prelar_trl.modules.distributions import Categorical, Gaussian
 from prelar_trl.utils import check_integers
 
 __all__ = ["RSSM", "State"]
@@ -199,7 +200,7 @@ class RSSM(nn.Module):
                 f"embed {list(embed.shape)} and is_first {list(is_first.shape)} must be [B, T, E] "
                 "and [B, T], and not empty"
             )
-        check_width("embed", embed, self.embed_dim)
+        check_input("embed", embed, self.input_layer.weight, self.embed_dim)
         if is_first.dtype != torch.bool:
             raise TypeError(f"is_first is {is_first.dtype}; it must be bool")
         batch, steps = embed.shape[:2]
@@ -229,6 +230,7 @@ class RSSM(nn.Module):
         """
         if action is None:
             check_integers(steps=steps)
+        self._check_state(state)
         self._check_actions(action, (len(state.deter),))
         states, priors = [], []
         for a in _steps(action, steps):
@@ -238,14 +240,30 @@ class RSSM(nn.Module):
         return _stack(states), torch.stack(priors, 1)
 
     def _check_actions(self, action: Tensor | None, batch: tuple[int, ...]) -> None:
-        """Raise ValueError where they are not ``[B, T, A]`` of the batch; they would broadcast."""
+        """Raise where they are not ``[B, T, A]`` of the batch; they would broadcast."""
         if action is None:
             return
+        check_input("action", action, self.input_layer.weight)
         if action.dim() != 3 or action.shape[: len(batch)] != batch or not action.shape[1]:
             raise ValueError(f"action {list(action.shape)} must be [B, T, A] of batch {batch}")
 
+    def _check_state(self, state: State) -> None:
+        """Raise where it is not of this RSSM, or its two parts are of unlike batches."""
+        stoch, deter = state
+        check_input("deter", deter, self.input_layer.weight, self.deter)
+        check_input("stoch", stoch, self.input_layer.weight)
+        if stoch.shape != (*deter.shape[:-1], *self.latent.shape):
+            asked = [*deter.shape[:-1], *self.latent.shape]
+            raise ValueError(f"stoch {list(stoch.shape)} must be {asked}")
+
     def forward(self, stoch: Tensor, deter: Tensor, action: Tensor | None) -> Tensor:
         """The prior's parameters ``[..., S, K]`` one step after the state under ``action``."""
+        self._check_state(State(stoch, deter))
+        if action is not None:
+            check_input("action", action, self.input_layer.weight)
+            if action.shape[:-1] != deter.shape[:-1]:
+                batch = [*deter.shape[:-1], "A"]
+                raise ValueError(f"action {list(action.shape)} must be {batch}")
         return self.prior(self.transition(State(stoch, deter), action))
 
 

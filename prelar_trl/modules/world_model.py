@@ -16,6 +16,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
+from prelar_trl.modules.checks import check_entry
 from prelar_trl.modules.context import ContextEncoder
 from prelar_trl.modules.heads import Actor, OneHotActor
 from prelar_trl.modules.rssm import RSSM, State
@@ -72,6 +73,8 @@ class RSSMWorldModel(TensorDictModuleBase):
             ``embed_dim``, and features -> ``[N, size]``. Default: none.
         gray: networks see and predict brightness, C = 1. Default: False.
         sample: draw latents while observing; False takes modes. Default: True.
+        action_dim: size A of the real action. Default: the action encoder's, else any that the RSSM
+            takes.
     """
 
     def __init__(
@@ -95,8 +98,12 @@ class RSSMWorldModel(TensorDictModuleBase):
         vector_decoder: nn.Module | None = None,
         gray: bool = False,
         sample: bool = True,
+        action_dim: int | None = None,
     ) -> None:
         super().__init__()
+        if action_dim is None and action_encoder is not None:
+            action_dim = action_encoder.action_dim
+        self.action_dim = action_dim
         self.encoder, self.decoder, self.rssm = encoder, decoder, rssm
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.grad_heads = frozenset(grad_heads)
@@ -130,8 +137,30 @@ class RSSMWorldModel(TensorDictModuleBase):
 
     # ------------------------------------------------------------------ training
 
+    def check_batch(self, batch: TensorDictBase) -> None:
+        """Raise KeyError, TypeError or ValueError where a batch ``[B, T]`` cannot be read."""
+        weight = self.rssm.input_layer.weight
+        size = getattr(self.decoder, "image_size", "S")  # a user's decoder may not tell
+        pictures = (3 * (1 + len(self.view_encoders)), size, size)
+        check_entry("pixels", batch["pixels"], "uint8", ("B", "T", *pictures), weight)
+        entries: dict[str, tuple[Any, tuple[int | str, ...]]] = {
+            "is_first": ("bool", (1,)),
+            "action": ("float", (self.action_dim or "A",)),
+            "vector": ("float", (getattr(self.vector_encoder, "in_features", "V"),)),
+            "flow": ("uint8", (3, size, size)),
+        }
+        steps = cast(Tensor, batch["pixels"]).shape[:2]
+        for key, (dtype, shape) in entries.items():
+            if key in self.in_keys:
+                check_entry(key, batch[key], dtype, (*steps, *shape), weight, "pixels")
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Observe a batch ``[B, T]`` and predict; writes ``out_keys`` into ``tensordict``."""
+        """Observe a batch ``[B, T]`` and predict; writes ``out_keys`` into ``tensordict``.
+
+        Raises:
+            KeyError, TypeError, ValueError: see :meth:`check_batch`.
+        """
+        self.check_batch(tensordict)
         images = self.preprocess(tensordict["pixels"])
         embed = self.encode(images, tensordict.get("vector", None))
         action, statistics = self.dynamics_actions(tensordict, images)
@@ -172,7 +201,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         embeds += [e(view) for e, view in zip(self.view_encoders, views[1:], strict=True)]
         if self.vector_encoder is not None:
             assert vector is not None, "the model sees a vector"
-            embeds.append(self.vector_encoder(vector.flatten(0, 1)))
+            embeds.append(self.vector_encoder(vector.flatten(0, 1).to(images.dtype)))
         embed = torch.cat(embeds, -1) if len(embeds) > 1 else embeds[0]
         return embed.unflatten(0, batch)
 
@@ -195,7 +224,7 @@ class RSSMWorldModel(TensorDictModuleBase):
             if self.latent_action_encoder.frames == "flow":
                 flow = normalize_pixels(tensordict["flow"], images.dtype)
             return self.latent_action_encoder(self.first_view(images), flow, self.sample)
-        action = tensordict["action"]
+        action = cast(Tensor, tensordict["action"]).to(images.dtype)
         if self.action_encoder is not None:
             return self.action_encoder(action, self.sample)
         return action, None

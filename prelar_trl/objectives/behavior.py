@@ -13,7 +13,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.objectives import LossModule
 
-from prelar_trl.modules.distributions import check_equal_shapes
+from prelar_trl.modules.checks import check_device, check_entry, check_equal_shapes
 from prelar_trl.objectives.common import check_range, dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
 from prelar_trl.utils import check_choice
@@ -64,8 +64,11 @@ class LambdaTarget(nn.Module):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Reads ``feat, reward, discount``, ``[N, H+1, ...]``; adds ``value, value_target``."""
         keys = self.tensor_keys
-        value = self.critic(tensordict[keys.feat])
         reward, discount = tensordict[keys.reward], tensordict[keys.discount]
+        check_equal_shapes(2, **{str(keys.reward): reward, str(keys.discount): discount})
+        feat = tensordict[keys.feat]
+        check_entry(keys.feat, feat, "float", (*reward.shape[:2], "F"), reward, keys.reward)
+        value = self.critic(feat)
         target = lambda_return(reward, value, discount, self.lmbda)
         return tensordict.copy().set(keys.value, value).set(keys.value_target, target)
 
@@ -91,6 +94,8 @@ class RewardNorm(nn.Module):
         """Any shape; the batch counts in the mean by which it is divided."""
         if self.momentum == 1:
             return reward
+        check_equal_shapes(reward=reward)
+        check_device("reward", reward, self.magnitude)
         with torch.no_grad():
             magnitude = reward.detach().abs().mean().to(self.magnitude.dtype)
             self.magnitude.lerp_(magnitude.expand(1), 1 - self.momentum)
@@ -157,7 +162,7 @@ class ActorLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
-        check_equal_shapes(**{str(key): tensordict[key] for key in self.in_keys})
+        check_equal_shapes(2, **{str(key): tensordict[key] for key in self.in_keys})
         objective = target = tensordict[keys.value_target][:, 1:-1]  # [N, H-1, 1]
         if not target.numel():
             raise ValueError(f"{keys.value_target}: trajectories need 3 states at least, H >= 2")
@@ -234,11 +239,16 @@ class CriticLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
-        value = self.value(tensordict[keys.feat][:, :-1].detach())
-        target = tensordict[keys.value_target][:, :-1].detach()
-        weight = tensordict[keys.weight][:, :-1].detach()
-        given = {str(keys.value_target): target, str(keys.weight): weight}
-        check_equal_shapes(value=value, **given)
+        target, weight = tensordict[keys.value_target], tensordict[keys.weight]
+        check_equal_shapes(2, **{str(keys.value_target): target, str(keys.weight): weight})
+        feat = tensordict[keys.feat]
+        shape = (*target.shape[:2], "F")
+        check_entry(keys.feat, feat, "float", shape, target, keys.value_target)
+        if target.shape[1] < 2:
+            raise ValueError(f"{keys.value_target}: trajectories need 2 states at least, H >= 1")
+        target, weight = target[:, :-1].detach(), weight[:, :-1].detach()
+        value = self.value(feat[:, :-1].detach())
+        check_equal_shapes(**{"value": value, str(keys.value_target): target})
         nll = gaussian_nll(value, target, 0)  # [N, H, 1]
         return TensorDict({"loss_critic": (weight * nll).mean(), "value": value.detach().mean()})
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import TensorDict
 from torch import Tensor
 
 from prelar_trl.utils import check_range
 
 __all__ = [
-    "check_entry",
     "check_range",
     "check_weights",
     "dispatch",
@@ -43,26 +42,6 @@ def check_weights(weights: Mapping[str, float], terms: Iterable[str]) -> dict[st
             raise ValueError(f"unknown loss weight {name!r}; the terms are {', '.join(terms)}")
     check_range(0, **weights)
     return {name: float(weights[name]) for name in terms if name in weights}
-
-
-def check_entry(
-    key: NestedKey,
-    value: Tensor,
-    dtype: Literal["bool", "float"],
-    batch: Sequence[int],
-    size: int | None = 1,
-) -> None:
-    """Raise TypeError, or ValueError for the shape, where an entry is not ``dtype [*batch, size]``.
-
-    ``size`` None is any.
-    """
-    given = f"{key} is {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    if value.dtype != torch.bool if dtype == "bool" else not value.is_floating_point():
-        raise TypeError(f"{given}; it must be {dtype}")
-    shape = (*batch, *(value.shape[-1:] if size is None else [size]))
-    if value.shape != shape or not value.numel():
-        asked = ", ".join(map(str, [*batch, "A" if size is None else size]))
-        raise ValueError(f"{given}; its shape must be [{asked}], and not empty")
 
 
 def loss_keys(weights: Mapping[str, float]) -> list[str]:

@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prelar_trl.modules.distributions import (
-    categorical_kl,
-    check_equal_shapes,
-    gaussian_kl,
-    to_float32,
-)
+from prelar_trl.modules.checks import check_equal_shapes
+from prelar_trl.modules.distributions import categorical_kl, gaussian_kl, to_float32
 from prelar_trl.types import ConsistencyMode
 from prelar_trl.utils import check_choice, check_integers, check_range
 
@@ -240,8 +236,8 @@ def knn_distance(x: Tensor, memory: Tensor, valid: Tensor, k: int) -> Tensor:
         .masked_fill(~valid, torch.inf)
     )
     nearest = distance.topk(min(k, memory.shape[0]), largest=False).values  # [N, k]
-    found = nearest.isfinite()
-    return nearest.where(found, 0.0).sum(-1) / found.sum(-1).clamp_min(1)
+    found = torch.arange(nearest.shape[1], device=x.device) < valid.sum()  # the valid come first
+    return nearest.where(found, 0.0).sum(-1) / found.sum().clamp_min(1)
 
 
 def check_temperature(temperature: float | Tensor) -> None:

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torchrl.objectives import LossModule
 
 from prelar_trl.collectives import ProcessGroup, from_first, gather, joint_mean, own_rows
-from prelar_trl.modules.distributions import categorical_kl, check_equal_shapes, gaussian_kl
+from prelar_trl.modules.checks import check_entry, check_equal_shapes, check_input
+from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
 from prelar_trl.modules.latent_actions import GaussianActions, LatentActions
 from prelar_trl.objectives import functional as F
 from prelar_trl.objectives.common import check_weights, dispatch, loss_keys, weighted
@@ -67,6 +68,10 @@ class LatentActionLoss(LossModule):
 
     Raises:
         ValueError: a weight of an unknown term, a number out of its range.
+
+    Raises (forward):
+        KeyError, TypeError, ValueError: an entry is missing, of another type, or of another shape
+            or device than the others.
     """
 
     @dataclass
@@ -188,6 +193,7 @@ class LatentActionLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        self._check(tensordict)
         keys, weights = self.tensor_keys, self.weights
         values: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
@@ -208,6 +214,9 @@ class LatentActionLoss(LossModule):
             values["action_contrast"], metrics["contrast_accuracy"] = contrast, accuracy
             metrics["contrast_chance"] = torch.full_like(accuracy, math.log(1 + self.negatives))
         if self.label_head is not None:
+            check_input(
+                str(keys.latent_action), action, self.label_head.weight, self.label_head.in_features
+            )
             values["action_label"] = self._label(tensordict, self.label_head(action))
         if any(name in weights for name in self.own_terms):
             own = self.latent_actions.extra_losses(action, params)
@@ -221,6 +230,31 @@ class LatentActionLoss(LossModule):
         if self.training:
             self.calls.add_(1)
         return losses
+
+    def _check(self, tensordict: TensorDictBase) -> None:
+        """Raise where an entry that is read is missing, or of another type, shape or device."""
+        keys = self.tensor_keys
+        shapes: dict[NestedKey, tuple[int | str, ...]] = {
+            keys.latent_action: ("U",),
+            keys.latent_action_statistics: ("U", "..."),
+            keys.stoch: ("S", "..."),
+            keys.deter: ("D",),
+            keys.posterior: ("S", "K"),
+            keys.prior: ("S", "K"),
+            keys.action: ("A",) if self.label_head is None else (self.label_head.out_features,),
+            keys.labeled: (1,),
+        }
+        batch: tuple[int | str, ...] = ("B", "T")
+        first: Tensor | None = None
+        for key in self.in_keys:
+            value = cast(Tensor, tensordict[key])
+            kind = "bool" if key == keys.labeled else "float"
+            beside = None if first is None else self.in_keys[0]
+            check_entry(key, value, kind, (*batch, *shapes[key]), first, beside)
+            if first is None:
+                first, batch = value, tuple(value.shape[:2])
+        if first is not None and first.shape[1] < 2:
+            raise ValueError(f"{self.in_keys[0]} {list(first.shape)}: a transition needs 2 steps")
 
     def _warmup_factor(self) -> Tensor | float:
         """What the weight of ``latent_kl`` is multiplied by now."""
@@ -257,6 +291,7 @@ class LatentActionLoss(LossModule):
         other = everyone[order]
         with torch.no_grad():  # the state divergence is never differentiated
             shuffled = self.dynamics(stoch, deter, other.detach().flatten(0, 1))
+            check_equal_shapes(**{str(keys.prior): prior, "that of the dynamics": shuffled})
             p = self.latent_divergence(prior, shuffled).unflatten(0, action.shape[:2])
             # Exchanged for itself an action changes nothing: zero, without rounding noise,
             # whose signs would count as an ordering.
@@ -284,6 +319,8 @@ class LatentActionLoss(LossModule):
             stoch, deter = stoch.detach(), deter.detach()
         repeated = (x.repeat(count, *[1] * (x.dim() - 1)) for x in (stoch, deter))
         predicted = functional_call(self.dynamics, parameters, (*repeated, candidates))
+        like = predicted[: len(posterior)]
+        check_equal_shapes(**{str(keys.posterior): posterior, "that of the dynamics": like})
         kl = [self.latent_divergence(posterior, x) for x in predicted.chunk(count)]
         kl = torch.stack(kl, 1)  # [N, 1+K]
         temperature: Tensor | float = self.temperature
@@ -296,9 +333,7 @@ class LatentActionLoss(LossModule):
         """Mean squared error of the true actions, read linearly, where they are known."""
         keys = self.tensor_keys
         true, known = tensordict[keys.action][:, 1:], tensordict[keys.labeled][:, 1:]
-        check_equal_shapes(predicted=predicted, **{str(keys.action): true})
         error = (predicted - true).square().mean(-1, keepdim=True)  # [B, T-1, 1]
-        check_equal_shapes(error=error, **{str(keys.labeled): known.to(error.dtype)})
         count = joint_mean(known.sum().to(error.dtype), self.process_group)
         return (error * known).sum() / count.clamp_min(1e-6)
 

@@ -7,6 +7,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from prelar_trl.collectives import ProcessGroup, gather, joint_mean
+from prelar_trl.modules.checks import check_entry
 from prelar_trl.objectives.common import check_range
 from prelar_trl.objectives.functional import knn_distance, sliding_mean
 
@@ -62,6 +63,7 @@ class VideoBonus(nn.Module):
 
         In training mode the batch enters the memory and moves the magnitude.
         """
+        check_entry("embed", embed, "float", ("B", "T", len(self.projection)), self.projection)
         # Projected first, which is the same; in float64, which autocast leaves alone.
         steps = embed.double() @ self.projection.double()
         clips = sliding_mean(steps, self.window).to(self.projection.dtype)  # [B, T-window+1, P]

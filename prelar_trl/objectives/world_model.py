@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from torch import Tensor
 from torchrl.objectives import LossModule
 
 from prelar_trl.collectives import ProcessGroup, joint_mean
+from prelar_trl.modules.checks import check_entry
 from prelar_trl.modules.world_model import normalize_pixels, to_gray
 from prelar_trl.objectives.common import (
-    check_entry,
     check_range,
     check_weights,
     dispatch,
@@ -157,17 +157,13 @@ class RSSMWorldModelLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
-        if "is_first" in self.world_model.in_keys:
-            first = tensordict["is_first"]
-            check_entry("is_first", first, "bool", first.shape[:2])
-            if "action" in self.world_model.in_keys:
-                check_entry("action", tensordict["action"], "float", first.shape[:2], size=None)
         out = self.world_model(tensordict.copy())
-        batch = out[keys.stoch].shape[:2]
+        deter = cast(Tensor, out[keys.deter])
+        batch = deter.shape[:2]
         if "reward" in self.weights or "aux_reward" in self.weights:
-            check_entry(keys.reward, out[keys.reward], "float", batch)
+            check_entry(keys.reward, out[keys.reward], "float", (*batch, 1), deter)
         if "discount" in self.weights:
-            check_entry(keys.terminated, out[keys.terminated], "bool", batch)
+            check_entry(keys.terminated, out[keys.terminated], "bool", (*batch, 1), deter)
         values: dict[str, Tensor] = {}
         for name, prefix in (("kl", ""), ("af_kl", "lower_")):
             if name in self.weights:

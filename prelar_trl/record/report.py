@@ -6,7 +6,6 @@ The file holds everything itself, works offline and needs no script.
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from prelar_trl.record.learning_curves import EvaluatedRun, write_learning_curves
 from prelar_trl.record.plots import Series, plot_curves, read_metrics
 from prelar_trl.record.run import RunFolder
-from prelar_trl.utils import atomic_write
+from prelar_trl.utils import atomic_write, read_json
 
 MAX_EMBED_MEBIBYTES = 24
 # Metrics shown large at the top of a section, by the first name that a run has.
@@ -140,8 +139,7 @@ def _section(phase: str, members: list[tuple[str, RunFolder]], curves: Path) -> 
 
 def _run(label: str, folder: RunFolder) -> dict[str, Any]:
     metrics = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
-    file = folder.path / "evaluation.json"
-    evaluation = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    evaluation = read_json(folder.path / "evaluation.json", missing_ok=True)
     versions = folder.versions
     git = versions.pop("git", None)
     if git:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from prelar_trl.utils import atomic_write, git_state, lock_folder
+from prelar_trl.utils import atomic_write, git_state, lock_folder, read_json
 
 PACKAGES = (
     "prelar_trl",
@@ -192,11 +192,7 @@ class RunFolder:
     @property
     def versions(self) -> dict[str, Any]:
         """Package versions, git state, seed, command and start time of the run."""
-        file = self.path / "versions.json"
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged: {_one_line(error)}") from None
+        return read_json(self.path / "versions.json")
 
     @property
     def metrics(self) -> Path:

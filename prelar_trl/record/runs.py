@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from prelar_trl.record.learning_curves import EvaluatedRun
 from prelar_trl.record.plots import Series, read_metrics
 from prelar_trl.record.run import RunFolder
+from prelar_trl.utils import read_json
 
 SCORES = ("success", "return")
 
@@ -43,7 +43,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]], group: str) -> list[Evalu
                 scores = {x: metrics[f"eval/{x}"] for x in SCORES if f"eval/{x}" in metrics}
                 config = folder.config
             elif (made := file.with_suffix(".json")).is_file():
-                known = json.loads(made.read_text(encoding="utf-8"))
+                known = read_json(made)
                 config = {**known.get("config", {}), "variant": known.get("variant")}
                 scores = {x: y for x, y in read_metrics(file).items() if x in SCORES}
             else:

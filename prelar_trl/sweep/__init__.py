@@ -5,7 +5,7 @@ Needs no torch; what it keeps of a run, in :mod:`prelar_trl.sweep.results`, does
 
 from __future__ import annotations
 
-from prelar_trl.sweep.engine import Engine, Results, module_command, read_json, write_json
+from prelar_trl.sweep.engine import Engine, Results, module_command, write_json
 from prelar_trl.sweep.jobs import Job, Suite, Variant
 from prelar_trl.sweep.launchers import Launcher, LocalLauncher, Program, SlurmLauncher
 from prelar_trl.sweep.source import Source, lock_root, locked, prepare_source
@@ -27,6 +27,5 @@ __all__ = [
     "locked",
     "module_command",
     "prepare_source",
-    "read_json",
     "write_json",
 ]

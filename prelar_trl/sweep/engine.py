@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from prelar_trl.sweep.jobs import Job
 from prelar_trl.sweep.launchers import Handle, Launcher, Program
 from prelar_trl.sweep.source import Source
-from prelar_trl.utils import STOPPED, atomic_write
+from prelar_trl.utils import STOPPED, atomic_write, read_json
 
 GRACE = 10.0  # seconds from a signal to this process until those that did not get it are told
 TOLD = "stopped after"  # so begins the last line of a run that was told to stop, and has saved
@@ -68,13 +68,13 @@ class Engine:
 
     def record(self, job: Job) -> dict[str, Any]:
         """What is known of a job: state, inputs, commit; empty before its first start."""
-        return read_json(self.root / f"{job.path}.json")
+        return read_json(self.root / f"{job.path}.json", missing_ok=True)
 
     def finished(self, job: Job) -> bool:
         if job.run:
             return self.results.path(job).is_file()
         record = self.record(job)
-        return record.get("state") == "finished" and record["inputs"] == job.inputs
+        return record.get("state") == "finished" and record.get("inputs") == job.inputs
 
     def unfinished(self) -> list[Job]:
         """The jobs to do, each after what it needs and has not got."""
@@ -93,7 +93,9 @@ class Engine:
             ValueError: naming the first.
         """
         for job in self.jobs:
-            known = read_json(self.results.path(job)) or self.record(job) if job.run else {}
+            known = {}
+            if job.run:
+                known = read_json(self.results.path(job), missing_ok=True) or self.record(job)
             if job.suite != suite and known.get("inputs", job.inputs) != job.inputs:
                 raise ValueError(
                     f"from_scratch={job.suite}: {job.path} was run with other settings; leave "
@@ -259,7 +261,7 @@ class Engine:
         record = self.record(job)
         if self.finished(job):
             result = read_json(self.results.path(job)) if job.run else record
-            other = result["inputs"] != job.inputs
+            other = result.get("inputs") != job.inputs
             return "finished", "", "with other settings than now" if other else ""
         state = record.get("state", "waiting")
         if state == "running" and not alive and "slurm_job" not in record:
@@ -289,11 +291,6 @@ class Engine:
 def module_command(recipe: str, overrides: Iterable[str]) -> list[str]:
     """A recipe's program by this interpreter."""
     return [sys.executable, "-P", "-m", f"prelar_trl.recipes.{recipe}", *overrides]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What is in it; nothing where there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

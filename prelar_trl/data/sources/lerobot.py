@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from prelar_trl.data.sources.decoding import DECODER, Section, video_clip
 from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS
+from prelar_trl.utils import read_json
 
 __all__ = ["LeRobotDataset", "is_lerobot"]
 
@@ -188,7 +188,7 @@ def _label(episode: dict[str, Any]) -> str | None:
 
 
 def _read_info(root: Path) -> dict[str, Any]:
-    return json.loads((root / INFO).read_text(encoding="utf-8"))
+    return read_json(root / INFO)
 
 
 def _check_pyarrow() -> None:

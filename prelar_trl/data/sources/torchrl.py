@@ -12,7 +12,7 @@ A buffer's lies in ``storage/``, with the number of rows that are filled in
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from prelar_trl.data.sources.base import Clip, ClipError, Frame, Item, choose_ca
 from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS
+from prelar_trl.utils import read_json
 
 __all__ = ["TensorDictFolder", "is_tensordict"]
 
@@ -34,7 +35,7 @@ DONE = ("next/done", "done")
 def is_tensordict(root: Path) -> bool:
     """Whether a folder holds a memory-mapped TensorDict or a dumped replay buffer."""
     try:
-        return "tensordict" in _read_json(_td_folder(root) / "meta.json").get("_type", "")
+        return "tensordict" in read_json(_td_folder(root) / "meta.json").get("_type", "")
     except (OSError, ValueError):
         return False
 
@@ -48,7 +49,15 @@ class Entry:
     dtype: str
 
     def open(self) -> np.ndarray:
-        """The whole array, not yet read."""
+        """The whole array, not yet read.
+
+        Raises:
+            ValueError: the file has another size.
+        """
+        size = self.path.stat().st_size
+        needed = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        if size != needed:
+            raise ValueError(f"{str(self.path)!r} is damaged: {size} bytes, {needed} are declared")
         return np.memmap(self.path, self.dtype, "r", shape=self.shape)
 
 
@@ -89,7 +98,10 @@ class TensorDictFolder:
         folder = _td_folder(self.root)
         if not (folder / "meta.json").is_file():
             raise FileNotFoundError(f"{str(folder / 'meta.json')!r} is missing: no TensorDict")
-        self.batch = tuple(_read_json(folder / "meta.json")["shape"])
+        meta = read_json(folder / "meta.json")
+        if not _is_shape(meta.get("shape")):
+            raise ValueError(f"{str(folder / 'meta.json')!r} is damaged: shape={meta.get('shape')}")
+        self.batch = tuple(meta["shape"])
         self.entries = dict(_find(folder, ""))
         if len(self.batch) not in (1, 2):
             raise ValueError(
@@ -171,7 +183,7 @@ class TensorDictFolder:
 def _filled(folder: Path, count: int) -> np.ndarray:
     """The rows of a buffer that hold something, the oldest first."""
     try:
-        length = int(_read_json(folder / "storage_metadata.json")["len"])
+        length = int(read_json(folder / "storage_metadata.json")["len"])
     except OSError:
         return np.arange(count)
     if length < count:
@@ -179,7 +191,7 @@ def _filled(folder: Path, count: int) -> np.ndarray:
     cursor = 0
     writer = folder.parent / "writer" / "metadata.json"
     if writer.is_file():
-        cursor = int(_read_json(writer).get("cursor", 0))
+        cursor = int(read_json(writer).get("cursor", 0))
     return np.roll(np.arange(count), -cursor)
 
 
@@ -190,18 +202,22 @@ def _td_folder(root: Path) -> Path:
 
 def _find(folder: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
     """The leaves below a folder, by their names with slashes."""
-    for key, about in _read_json(folder / "meta.json").items():
+    for key, about in read_json(folder / "meta.json").items():
         if not isinstance(about, dict):
             continue
         if about.get("type") == "TensorDict" and (folder / key / "meta.json").is_file():
             yield from _find(folder / key, f"{prefix}{key}/")
-        elif "dtype" in about and not about.get("is_nested"):
-            dtype = about["dtype"].removeprefix("torch.")
+        elif _is_shape(about.get("shape")) and "dtype" in about and not about.get("is_nested"):
+            dtype = str(about["dtype"]).removeprefix("torch.")
             if dtype in np.sctypeDict and not np.dtype(dtype).hasobject:  # they are addresses
                 yield (
                     f"{prefix}{key}",
                     Entry(folder / f"{key}.memmap", tuple(about["shape"]), dtype),
                 )
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(x) is int and x >= 0 for x in value)
 
 
 def _is_picture(entry: Entry, batch_dims: int) -> bool:
@@ -219,7 +235,3 @@ def _as_rgb(picture: np.ndarray) -> np.ndarray:
     elif picture.shape[-1] not in (1, 3):
         picture = picture.transpose(1, 2, 0)
     return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -37,12 +37,18 @@ class GaussianActions(LatentActions):
 
     def kl(self, params: Tensor) -> Tensor:
         """KL from N(0, prior_std^2), summed over the variables."""
+        if params.dim() < 2 or params.shape[-1] != 2:
+            given = f"latent_action_statistics {list(params.shape)}"
+            raise ValueError(f"{given} must be mean and standard deviation, [..., U, 2]")
         prior = torch.zeros_like(params)
         prior[..., 1] = self.prior_std
         return gaussian_kl(params, prior)
 
     def distance(self, action_a: Tensor, params_a: Tensor, action_b: Tensor, params_b: Tensor):
         """KL of the first distribution from the second."""
+        if params_a.shape[:-1] != action_a.shape:
+            given = f"latent_action {list(action_a.shape)}, latent_action_statistics"
+            raise ValueError(f"{given} {list(params_a.shape)} must be [..., U] and [..., U, 2]")
         return gaussian_kl(params_a, params_b)
 
 
