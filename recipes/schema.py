@@ -163,6 +163,7 @@ class FinetuneConfig(RunConfig):
     batch_length: Annotated[MediumInt, at_least(2)] = 50
     min_length: PositiveInt | None = None  # shortest window; null: batch_length
     capacity: PositiveInt = 1_000_000  # frames of the replay
+    prefetch: NonNegativeSmallInt | None = None  # batches drawn ahead; null: 2 on a GPU, else 0
     action_repeat: PositiveInt = 1
     max_steps: PositiveInt | None = None  # an episode's; null: the environment's own
     camera: str | None = None  # null: corner in Meta-world, else the env's first camera

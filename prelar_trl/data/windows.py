@@ -129,6 +129,7 @@ class WindowSampler(StatefulSampler):
         self._shuffler = torch.Generator()
         self._order: Tensor | None = None  # of this epoch, shuffled by the generator in the state
         self._order_rng: Tensor | None = None
+        self._order_size: int | None = None
         self._position = 0
         self._revision = -1
         self._empty()
@@ -261,10 +262,12 @@ class WindowSampler(StatefulSampler):
         parts: list[Tensor] = []
         while rows:
             if self._order is None and self._order_rng is not None:  # a loaded state
-                self._order = self._shuffled(self._order_rng)
+                if self._order_size in (None, len(self._eligible)):  # older states have none
+                    self._order = self._shuffled(self._order_rng)
             if self._order is None or self._position == len(self._order):
                 self._order_rng, self._position = self.generator.get_state(), 0
                 self._order = self._shuffled(self._order_rng)
+                self._order_size = len(self._order)
                 self.generator.set_state(self._shuffler.get_state())
             part = self._order[self._position : self._position + rows]
             self._position += len(part)
@@ -316,12 +319,14 @@ class WindowSampler(StatefulSampler):
         return {
             "rng": self.generator.get_state(),
             "order_rng": self._order_rng,
+            "order_size": self._order_size,
             "position": self._position,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken; the same episodes must be declared."""
         self._order, self._order_rng = None, state_dict["order_rng"]
+        self._order_size = state_dict.get("order_size")
         self._position = state_dict["position"]
         self.generator.set_state(state_dict["rng"])
 
