@@ -35,7 +35,7 @@ from prelar_trl.recipes.environments import (
     interface,
     saved_interface,
 )
-from prelar_trl.recipes.interaction import act, evaluation_policy
+from prelar_trl.recipes.interaction import Acting, evaluation_policy
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import bootstrap_interval, write_video
 from prelar_trl.utils import atomic_write
@@ -80,8 +80,7 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
         num_workers=min(cfg.num_workers, cfg.episodes),
     )
     check_interface(cfg.env or trained["env"], interface(env), cfg.run, saved_interface(checkpoint))
-    env = env.append_transform(policy.make_primer())
-    records, clips = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
+    records, clips = play(env, Acting(policy, device), cfg.episodes, cfg.video_episodes)
     env.close(raise_if_closed=False)
 
     total = summarize(records)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Unbounded
@@ -69,6 +70,12 @@ class WorldModelPolicy(TensorDictModuleBase):
                 shapes[prefix + "stoch"] = rssm.latent.shape
                 shapes[prefix + "deter"] = (rssm.deter,)
         return shapes
+
+    def zero_belief(self, batch_size: Sequence[int] = ()) -> TensorDict:
+        """The belief before the first frame, on the CPU."""
+        shapes = self.belief_shapes().items()
+        zeros = {name: torch.zeros(*batch_size, *shape) for name, shape in shapes}
+        return TensorDict(zeros, batch_size)
 
     def make_primer(self) -> TensorDictPrimer:
         """The transform that puts a zero belief into the environment's reset."""
