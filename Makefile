@@ -6,6 +6,7 @@ DEMO ?= runs/demo
 WHEELS ?= wheels
 DEVICE ?= cuda
 GPU ?= runs/gpu
+BASELINE ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -64,7 +65,7 @@ learn: install
 
 # Not by `install`: the machine may have no network, and its torch is to be used.
 gpu:
-	@scripts/gpu.sh "$(if $(wildcard $(PY)),$(PY),$(PYTHON))" "$(WHEELS)" "$(DEVICE)" "$(GPU)"
+	@scripts/gpu.sh "$(if $(wildcard $(PY)),$(PY),$(PYTHON))" "$(WHEELS)" "$(DEVICE)" "$(GPU)" $(if $(BASELINE),--baseline '$(BASELINE)')
 
 wheels: install
 	@scripts/wheels.sh $(PY) "$(WHEELS)"

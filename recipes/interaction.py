@@ -16,7 +16,7 @@ from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs.episodes import begin_episode, episode_seed, repeat_episode
 from prelar_trl.envs.workers import WorkerError, worker_env
 from prelar_trl.models import Agent
-from prelar_trl.modules import WorldModelPolicy
+from prelar_trl.modules import StatefulPolicy, WorldModelPolicy
 from prelar_trl.recipes.common import (
     EpisodeTracker,
     play,
@@ -51,35 +51,6 @@ def make_training_env(
     )
 
 
-class Acting:
-    """A policy in its environments, step after step.
-
-    The belief stays on the policy's device; a step takes the frames there, and waits for the
-    actions.
-
-    Args:
-        policy: with its networks on ``device``.
-        device: theirs.
-
-    Attributes:
-        belief: after the last step, of each environment. None: no step was made.
-    """
-
-    def __init__(self, policy: WorldModelPolicy, device: torch.device) -> None:
-        self.policy, self.device = policy, device
-        self.belief: TensorDictBase | None = None
-
-    def __call__(self, td: TensorDictBase) -> TensorDictBase:
-        """``td``, which is on the CPU, with the action."""
-        seen = [key for key in self.policy.in_keys if key != "belief"]
-        here = td.select(*seen).to(self.device, non_blocking=True)
-        if self.belief is None:
-            self.belief = self.policy.zero_belief(td.batch_size).to(self.device)
-        out = self.policy(here.set("belief", self.belief))
-        self.belief = out["next", "belief"]
-        return td.set("action", out["action"].cpu())
-
-
 def evaluation_policy(agent: Agent, noise: float, state_mean: bool) -> WorldModelPolicy:
     """Takes the actions' mode, with ``noise``; with ``state_mean`` also that of the latents."""
     sample = agent.world_model.sample and not state_mean
@@ -108,7 +79,7 @@ class Collection:
         seed: int,
     ) -> None:
         self.env, self.replay, self.watch, self.seed = env, replay, watch, seed
-        self.act = Acting(policy, device)
+        self.act = StatefulPolicy(policy, device)
         self.dropped = 0
         self._processes = worker_env(env)
         self._workers = max(1, env.batch_size.numel())
@@ -290,7 +261,7 @@ class Evaluation:
             with hold_signals():
                 env.set_seed(seed)
             stopped = partial(getattr, self.interruption, "requested")
-            act = Acting(self.policy, self.device)
+            act = StatefulPolicy(self.policy, self.device)
             records, films = play(env, act, cfg.eval_episodes, stopped=stopped)
         self.cut_off = len(records) < cfg.eval_episodes
         if self.cut_off:

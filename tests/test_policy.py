@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.envs import EnvBase, SerialEnv
-from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate
-from prelar_trl.modules import WorldModelPolicy
-from prelar_trl.recipes.interaction import Acting
+from prelar_trl.modules import StatefulPolicy, WorldModelPolicy
 from tests.tiny import tiny_agent
 from tests.toy_runs import different
 
@@ -106,12 +104,12 @@ def test_is_first_resets_the_belief_by_itself_and_else_it_matters() -> None:
 
 
 @pytest.mark.parametrize("name", ["stacked", "window"])
-def test_recipes_act_as_a_rollout_of_torchrl_does(name: str) -> None:
+def test_a_policy_that_keeps_its_belief_acts_as_in_a_rollout_of_torchrl(name: str) -> None:
     policy = make_policy(name, sample=True)
     rollouts = []
     for env, act in (
         (toy(policy, seed=0, max_steps=3), policy),
-        (make_env("toy", seed=0, max_steps=3), Acting(policy, torch.device("cpu"))),
+        (make_env("toy", seed=0, max_steps=3), StatefulPolicy(policy, torch.device("cpu"))),
     ):
         torch.manual_seed(0)
         rollouts.append(env.rollout(7, act, break_when_any_done=False))
@@ -127,23 +125,6 @@ def test_the_policy_never_asks_for_a_value(name: str) -> None:
     seen["belief"] = policy.zero_belief()
     accelerate(policy.world_model), accelerate(policy.actor)
     assert policy.to("meta")(seen.to("meta"))["action"].is_meta
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", AGENTS)
-def test_a_step_of_acting_waits_for_the_gpu_once(name: str) -> None:
-    device = torch.device("cuda")
-    act = Acting(make_policy(name, sample=True).to(device), device)
-    env = make_env("toy")
-    now = step_mdp(env.step(act(env.reset())))  # the first step may load kernels
-    with warnings.catch_warnings(record=True) as waits:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            act(now)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) == 1
 
 
 def test_mode_gives_the_same_action_twice_and_sample_does_not() -> None:
