@@ -218,7 +218,9 @@ def collect(command: list[str], seconds: float) -> Result:
         ``results``, the JSON of its lines; ``seconds``; ``error`` if it failed or was cut off.
     """
     start = time.perf_counter()
-    error, environment = None, os.environ | {"PRELAR_MALLOC": "system"}
+    error, here = None, Path(sys.executable).parent  # its python is this one
+    path = f"{here}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | {"PRELAR_MALLOC": "system", "PATH": path}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=environment
