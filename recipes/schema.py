@@ -314,8 +314,9 @@ class SweepConfig(Config):
     runtime: dict[str, Any] = free()  # device, threads, ... of all programs
     only: str = ""  # runs whose path this regular expression matches
     jobs: SmallInt = 2  # programs at a time
-    launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
+    launcher: Annotated[str, one_of(("local", "slurm", "ray"))] = "local"
     slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
+    ray: dict[str, Any] = free()  # address of a cluster; of each program num_cpus, num_gpus, ...
     root: str = "runs/sweep"  # runs, logs and states; also the code that runs
     results: str = "results/curves"  # of finished runs: curves, tables, pictures
     copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout
