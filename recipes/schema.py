@@ -324,7 +324,7 @@ class SweepConfig(Config):
     status: bool = False  # show the state of all, run nothing
     report: bool = False  # only make tables and pictures anew
     dry_run: bool = False  # only show the runs, GPU hours and disk that are left
-    update_times: str | None = None  # dry_run: report of benchmarks/train.py --json on your GPU
+    update_times: str | None = None  # dry_run: gpu.json of make gpu, measured on your GPU
     tflops: Positive = 10.0  # dry_run: declared speed of the GPU where nothing is measured
     env_step_s: NonNegative = 0.01  # dry_run: declared, an environment step with rendering
 
