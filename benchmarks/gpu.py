@@ -232,7 +232,7 @@ def collect(command: list[str], seconds: float) -> Result:
         out, error = (expired.stdout or b"").decode(), f"cut off after {seconds:.0f} s"
     results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     took = time.perf_counter() - start
-    last = out.strip().splitlines()[-1:]  # of pytest, how many passed
+    last = [] if results else out.strip().splitlines()[-1:]  # of pytest, how many passed
     return {"results": results, "last_line": last, "seconds": took} | (
         {"error": error} if error else {}
     )
