@@ -2,10 +2,12 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
-DEMO ?= runs/demo
+FROM :=
+DEMO ?= $(if $(FROM),runs/demo_from,runs/demo)
 WHEELS ?= wheels
 DEVICE ?= cuda
 GPU ?= runs/gpu
+BASELINE ?=
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -15,7 +17,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 .PHONY: help demo test lint docs learn soak gpu wheels install clean clean-demo
 
 help:
-	@echo "make demo    videos -> pre-training -> fine-tuning -> evaluation -> report, in $(DEMO)"
+	@echo "make demo    videos -> pre-training -> fine-tuning -> evaluation -> report, in $(DEMO);"
+	@echo "             FROM=models/toy_prelar_plus begins with the world model that is shipped"
 	@echo "make test    run the tests"
 	@echo "make learn   learning check on the toy env, results in results/ (15 minutes)"
 	@echo "make soak    two hours in which workers are killed and hang, results in results/soak"
@@ -54,7 +57,7 @@ docs: install
 	@echo "build/site/index.html"
 
 demo: install
-	@$(RENDERING) scripts/demo.sh $(PY) $(DEMO)
+	@$(RENDERING) scripts/demo.sh $(PY) $(DEMO) $(FROM)
 
 soak: install
 	@$(RENDERING) $(PY) benchmarks/soak.py
@@ -64,7 +67,7 @@ learn: install
 
 # Not by `install`: the machine may have no network, and its torch is to be used.
 gpu:
-	@scripts/gpu.sh "$(if $(wildcard $(PY)),$(PY),$(PYTHON))" "$(WHEELS)" "$(DEVICE)" "$(GPU)"
+	@scripts/gpu.sh "$(if $(wildcard $(PY)),$(PY),$(PYTHON))" "$(WHEELS)" "$(DEVICE)" "$(GPU)" $(if $(BASELINE),--baseline '$(BASELINE)')
 
 wheels: install
 	@scripts/wheels.sh $(PY) "$(WHEELS)"

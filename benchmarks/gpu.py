@@ -3,17 +3,24 @@
 python -m benchmarks.gpu --out results/gpu                     # make gpu
 python -m benchmarks.gpu --out runs/gpu --device cpu           # a rehearsal, on tiny batches
 
-Every part runs in processes of its own and within its own time, so that one that fails or hangs
-leaves the others. What was not reached when the time was up is named, never left out. Writes
-``gpu.json`` after each part, and ``gpu.md``, a page of it.
+Every part runs in a process of its own and gets its share of the time, with what those before it
+have left, so that one that fails or hangs leaves the others. What was not reached when the time was
+up is named, never left out. Writes ``gpu.json`` after each part, and ``gpu.md``, a page of it.
 
     device      what it is, and the versions
     waits       does an update of a method and phase wait for the GPU (``set_sync_debug_mode``)?
     times       ms and peak memory of updates at full size, eager, float32 (TF32) and bf16
     tests       those marked ``gpu``; on a CPU the others of the same file
     rendering   frames a second of MuJoCo, 64x64, by EGL
+    baseline    another program's updates, against those above
     compiled    eager = compiled with CUDA graphs? ms of the compiled update
-    baseline    another program's update, see benchmarks/train.py
+
+A baseline is any shell command that prints lines of JSON with ``world_model_ms``, ``behavior_ms``
+and ``peak_mib``. Where it also says which ``method, phase, size, batch, length, precision`` a line
+is of, the ratios ours / baseline are given. An older state of this package is one:
+
+    git worktree add ../before <commit>
+    make gpu BASELINE='cd ../before && python -m benchmarks.gpu --part times'
 """
 
 from __future__ import annotations
@@ -22,7 +29,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import time
@@ -48,6 +54,8 @@ FIRST += [("dreamerv2", "finetune"), ("contextwm", "finetune")]  # each has a pa
 CASES = FIRST + [case for case in PHASES if case not in FIRST]
 BATCH = {"pretrain": (16, 25), "finetune": (50, 50)}  # as published
 FRAMES = 200  # drawn
+SHARES = {"waits": 3, "times": 8, "tests": 4, "rendering": 1, "baseline": 5, "compiled": 6}
+SAME = ("method", "phase", "size", "batch", "length", "precision")  # of two updates to compare
 SCENE = """<mujoco><worldbody>
 <light pos="0 0 3"/><camera name="c" pos="0 -3 1" xyaxes="1 0 0 0 0 1"/>
 <geom type="plane" size="3 3 .1"/><geom type="box" size=".2 .2 .2" pos="0 0 .3"/>
@@ -210,7 +218,9 @@ def collect(command: list[str], seconds: float) -> Result:
         ``results``, the JSON of its lines; ``seconds``; ``error`` if it failed or was cut off.
     """
     start = time.perf_counter()
-    error, environment = None, os.environ | {"PRELAR_MALLOC": "system"}
+    error, here = None, Path(sys.executable).parent  # its python is this one
+    path = f"{here}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = os.environ | {"PRELAR_MALLOC": "system", "PATH": path}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=environment
@@ -222,10 +232,27 @@ def collect(command: list[str], seconds: float) -> Result:
         out, error = (expired.stdout or b"").decode(), f"cut off after {seconds:.0f} s"
     results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     took = time.perf_counter() - start
-    last = out.strip().splitlines()[-1:]  # of pytest, how many passed
+    last = [] if results else out.strip().splitlines()[-1:]  # of pytest, how many passed
     return {"results": results, "last_line": last, "seconds": took} | (
         {"error": error} if error else {}
     )
+
+
+def add_ratios(baseline: list[Result], ours: list[Result]) -> None:
+    """Give a baseline's updates ``ratio`` and ``memory_ratio`` where ours were measured too."""
+
+    def which(row: Result) -> list[Any]:
+        return [row.get(name) for name in SAME]
+
+    def total(row: Result) -> float:
+        return row["world_model_ms"] + row["behavior_ms"]
+
+    measured = {str(which(row)): row for row in ours if "world_model_ms" in row}
+    for row in baseline:
+        our = measured.get(str(which(row)))
+        if our is not None and "world_model_ms" in row:
+            row["ratio"] = total(our) / total(row)
+            row["memory_ratio"] = our["peak_mib"] / row["peak_mib"]
 
 
 def page(report: Result) -> str:
@@ -264,8 +291,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/gpu"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seconds", type=float, default=520, help="for everything")
-    parser.add_argument("--baseline", help="a command, see benchmarks/train.py")
-    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--baseline", help="a shell command, see above")
+    parser.add_argument("--part", choices=list(PARTS), help="only it, here, as lines of JSON")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch sees no GPU here; --device cpu rehearses")
@@ -280,18 +307,22 @@ def main() -> None:
     commands["tests"] = [*pytest, "tests/test_devices.py", "-m", marked]
     commands["rendering"] = [*me, "rendering"]
     if options.baseline:
-        commands["baseline"] = shlex.split(options.baseline)
-    commands["compiled"] = [*me, "compiled"]  # last, because it takes what is left
-    shares = {"waits": 0.2, "times": 0.5, "tests": 0.4, "baseline": 0.4}  # of what is left
+        commands["baseline"] = ["bash", "-c", options.baseline]
+    commands["compiled"] = [*me, "compiled"]
     options.out.mkdir(parents=True, exist_ok=True)
     report: Result = {"device": describe(options.device)}
+    waiting = list(commands)
     for name, command in commands.items():
         left = end - time.perf_counter()
-        print(f"{name}: {left:.0f} s are left", flush=True)
+        seconds = left * SHARES[name] / sum(SHARES[each] for each in waiting)
+        waiting.remove(name)
+        print(f"{name}: up to {seconds:.0f} s of {left:.0f}", flush=True)
         if left < 5:
             report[name] = {"not_reached": True}
         else:
-            report[name] = collect(command, shares.get(name, 1.0) * left)
+            report[name] = collect(command, seconds)
+        if name == "baseline":
+            add_ratios(report[name].get("results", []), report["times"].get("results", []))
         (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
         (options.out / "gpu.md").write_text(page(report))
     print(options.out / "gpu.md")

@@ -83,7 +83,7 @@ def action_path(folder: Path) -> tuple[list[str], list[str]]:
         "prelar", "finetune", agent.world_model, video_bonus=agent.video_bonus
     )
     policy = WorldModelPolicy(agent.world_model, agent.actor)
-    env = make_env("toy", max_steps=12).append_transform(policy.make_primer())
+    env = make_env("toy", max_steps=12)
     replay = EpisodeReplay(folder / "replay", window=8, batch_size=2, capacity=100)
     collection = Collection(env, policy, replay, torch.device("cpu"), Stopwatch(), seed=0)
     collection.reset()

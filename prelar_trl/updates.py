@@ -27,6 +27,7 @@ from prelar_trl.objectives import (
 )
 from prelar_trl.objectives.behavior import RewardNorm
 from prelar_trl.rehearsal import Rehearsal
+from prelar_trl.rollback import Rollback
 from prelar_trl.schedules import Schedule
 from prelar_trl.utils import check_choice
 
@@ -188,11 +189,10 @@ class WorldModelUpdate(Update):
         self.loss.train()
         if self.rehearsal is not None:
             self.rehearsal.train()
-        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+        buffers = Rollback(self.module.buffers())
         losses = self.forward_backward(batch, video)
         losses.update(self.step_optimizers(total_loss(losses)))
-        for buffer, old in before:  # statistics know no skipped batch
-            buffer.copy_(torch.where(self.skipped_in_a_row > 0, old, buffer))
+        buffers.undo_if(self.skipped_in_a_row > 0)  # statistics know no skipped batch
         if self.scheduler is not None:
             self.scheduler.step()
         self.count += 1

@@ -21,6 +21,7 @@ import torch
 from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_agent
+from prelar_trl.modules import StatefulPolicy
 from prelar_trl.recipes.common import (
     check_trust,
     choose_device,
@@ -35,7 +36,7 @@ from prelar_trl.recipes.environments import (
     interface,
     saved_interface,
 )
-from prelar_trl.recipes.interaction import act, evaluation_policy
+from prelar_trl.recipes.interaction import evaluation_policy
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import bootstrap_interval, write_video
 from prelar_trl.utils import atomic_write
@@ -80,8 +81,7 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
         num_workers=min(cfg.num_workers, cfg.episodes),
     )
     check_interface(cfg.env or trained["env"], interface(env), cfg.run, saved_interface(checkpoint))
-    env = env.append_transform(policy.make_primer())
-    records, clips = play(env, lambda td: act(policy, td, device), cfg.episodes, cfg.video_episodes)
+    records, clips = play(env, StatefulPolicy(policy, device), cfg.episodes, cfg.video_episodes)
     env.close(raise_if_closed=False)
 
     total = summarize(records)

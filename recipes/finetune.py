@@ -158,7 +158,6 @@ def build(
     known = interface(env)
     learner = make_learner(cfg, known, device, watch, processes)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor, noise=cfg.expl_noise)
-    env = env.append_transform(policy.make_primer())
 
     data_bytes = replay_bytes(cfg, env.observation_spec["pixels"].shape, processes)
     run, checkpoint = open_run(cfg, learner.agent, data_bytes, restart, processes)
@@ -194,7 +193,9 @@ def opened(
         hidden=not processes.first,
     )
     interruption = Interruption()
-    evaluation = Evaluation(cfg, env_factory, state.learner.agent, collection.device, interruption)
+    evaluation = Evaluation(
+        cfg, env_factory, state.learner.agent, collection.act.device, interruption
+    )
     with (
         closing(collection),
         closing(evaluation),

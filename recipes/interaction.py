@@ -16,7 +16,7 @@ from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs.episodes import begin_episode, episode_seed, repeat_episode
 from prelar_trl.envs.workers import WorkerError, worker_env
 from prelar_trl.models import Agent
-from prelar_trl.modules import WorldModelPolicy
+from prelar_trl.modules import StatefulPolicy, WorldModelPolicy
 from prelar_trl.recipes.common import (
     EpisodeTracker,
     play,
@@ -51,12 +51,6 @@ def make_training_env(
     )
 
 
-def act(policy: WorldModelPolicy, td: TensorDictBase, device: torch.device) -> TensorDictBase:
-    """The policy's action, computed on its device."""
-    out = policy(td.select(*policy.in_keys).to(device))
-    return td.update(out.select(*policy.out_keys).to("cpu"))
-
-
 def evaluation_policy(agent: Agent, noise: float, state_mean: bool) -> WorldModelPolicy:
     """Takes the actions' mode, with ``noise``; with ``state_mean`` also that of the latents."""
     sample = agent.world_model.sample and not state_mean
@@ -84,8 +78,8 @@ class Collection:
         watch: Stopwatch,
         seed: int,
     ) -> None:
-        self.env, self.policy, self.replay = env, policy, replay
-        self.device, self.watch, self.seed = device, watch, seed
+        self.env, self.replay, self.watch, self.seed = env, replay, watch, seed
+        self.act = StatefulPolicy(policy, device)
         self.dropped = 0
         self._processes = worker_env(env)
         self._workers = max(1, env.batch_size.numel())
@@ -106,12 +100,12 @@ class Collection:
             if random:
                 td = self.env.rand_action(self._now)
             else:
-                td = act(self.policy, self._now, self.device)
+                td = self.act(self._now)
         with self.watch("env"):
             td = self.env.step(td)
             self._now = self._begin(step_mdp(td))
         with self.watch("replay"):
-            self.replay.add(td.exclude("belief", ("next", "belief")))
+            self.replay.add(td)
         if "dropped" in td["next"].keys():
             self.dropped += int(td["next", "dropped"].sum())
         return self._tracker.update(td["next"])
@@ -146,10 +140,12 @@ class Collection:
         """The replay with the running episodes, and what is known now."""
         replay = self.replay.state_dict()
         pending = {worker: rows.to_dict() for worker, rows in replay["pending"].items()}
+        belief = self.act.belief
         return {
             "replay": replay | {"pending": pending},
             "collection": {
                 "now": self._now.exclude("action", "next").to_dict(),
+                "belief": None if belief is None else belief.cpu().to_dict(),
                 "begun": list(self._begun),
                 "success": list(self._tracker.success),
                 "dropped": self.dropped,
@@ -171,6 +167,9 @@ class Collection:
             self._begun = list(state["begun"])
             self._tracker.success = list(state["success"])
             now = TensorDict(state["now"], self.env.batch_size)
+            belief = state.get("belief", now.pop("belief", None))  # of older runs
+            if belief is not None:
+                self.act.belief = TensorDict(belief, self.env.batch_size).to(self.act.device)
             faults = {i: self._repeat(i, now, pending.get(i)) for i in range(self._workers)}
         else:
             self._begun = [max(state["begun"])] * self._workers  # no episode a second time
@@ -208,7 +207,7 @@ class Collection:
             differs = (frames != rows["pixels"]).flatten(1).any(1).nonzero()
             if len(differs):
                 return f"repeated with the same actions, its frame {int(differs[0])} is another one"
-        for key in reached.exclude("belief").keys(True, True):
+        for key in reached.keys(True, True):
             if key in now.keys(True, True) and not torch.equal(reached[key], now[key]):
                 return f"repeated with the same actions, it ends with another {key}"
         return None
@@ -251,7 +250,7 @@ class Evaluation:
 
     def __call__(self, logger: Logger, step: int) -> list[float] | None:
         """Evaluate and log; success and return, or None if there was no whole evaluation."""
-        cfg, device, seed = self.cfg, self.device, self.cfg.seed + EVAL_SEED
+        cfg, seed = self.cfg, self.cfg.seed + EVAL_SEED
         if not cfg.eval_episodes:
             return None
         if self._env is None:
@@ -261,9 +260,9 @@ class Evaluation:
         with kept_rng():  # the training's
             with hold_signals():
                 env.set_seed(seed)
-            policy = partial(act, self.policy, device=device)
             stopped = partial(getattr, self.interruption, "requested")
-            records, films = play(env, policy, cfg.eval_episodes, stopped=stopped)
+            act = StatefulPolicy(self.policy, self.device)
+            records, films = play(env, act, cfg.eval_episodes, stopped=stopped)
         self.cut_off = len(records) < cfg.eval_episodes
         if self.cut_off:
             return None
@@ -274,8 +273,7 @@ class Evaluation:
 
     def _make_env(self, seed: int) -> EnvBase:
         workers = min(self.cfg.num_workers, self.cfg.eval_episodes)
-        env = make_training_env(self.cfg, self.env_factory, seed, workers)
-        return env.append_transform(self.policy.make_primer())
+        return make_training_env(self.cfg, self.env_factory, seed, workers)
 
     def close(self) -> None:
         if self._env is not None:

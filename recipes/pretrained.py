@@ -16,6 +16,7 @@ from prelar_trl.objectives import RSSMWorldModelLoss
 from prelar_trl.pretrained import added_inputs
 from prelar_trl.recipes.common import read_run
 from prelar_trl.recipes.processes import Processes
+from prelar_trl.recipes.replays import prefetched
 from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.updates import Alignment
@@ -152,6 +153,7 @@ def rehearsed_clips(
         device=device,
         streams=streams,
         split="train" if heldout else "all",
+        prefetch=prefetched(cfg, device),
         rank=processes.rank,
         world_size=processes.size,
         **({"heldout": heldout} if heldout else {}),

@@ -30,6 +30,13 @@ def replay_bytes(cfg: FinetuneConfig, frame: Sequence[int], processes: Processes
     return min(capacity, cfg.env_steps // cfg.action_repeat) * prod(frame[-3:])
 
 
+def prefetched(cfg: FinetuneConfig, device: torch.device) -> int:
+    """Batches drawn ahead; on a CPU the thread would only take time from the updates."""
+    if cfg.prefetch is not None:
+        return cfg.prefetch
+    return 2 if device.type == "cuda" else 0
+
+
 def open_replay(
     cfg: FinetuneConfig,
     run: Path,
@@ -57,6 +64,7 @@ def open_replay(
         device=device,
         min_length=cfg.min_length,
         pack=True,  # the official replay never trains on shorter episodes
+        prefetch=prefetched(cfg, device),
     )
 
 

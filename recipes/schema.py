@@ -163,6 +163,7 @@ class FinetuneConfig(RunConfig):
     batch_length: Annotated[MediumInt, at_least(2)] = 50
     min_length: PositiveInt | None = None  # shortest window; null: batch_length
     capacity: PositiveInt = 1_000_000  # frames of the replay
+    prefetch: NonNegativeSmallInt | None = None  # batches drawn ahead; null: 2 on a GPU, else 0
     action_repeat: PositiveInt = 1
     max_steps: PositiveInt | None = None  # an episode's; null: the environment's own
     camera: str | None = None  # null: corner in Meta-world, else the env's first camera
@@ -313,8 +314,9 @@ class SweepConfig(Config):
     runtime: dict[str, Any] = free()  # device, threads, ... of all programs
     only: str = ""  # runs whose path this regular expression matches
     jobs: SmallInt = 2  # programs at a time
-    launcher: Annotated[str, one_of(("local", "slurm"))] = "local"
+    launcher: Annotated[str, one_of(("local", "slurm", "ray"))] = "local"
     slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
+    ray: dict[str, Any] = free()  # address of a cluster; of each program num_cpus, num_gpus, ...
     root: str = "runs/sweep"  # runs, logs and states; also the code that runs
     results: str = "results/curves"  # of finished runs: curves, tables, pictures
     copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout
@@ -322,7 +324,7 @@ class SweepConfig(Config):
     status: bool = False  # show the state of all, run nothing
     report: bool = False  # only make tables and pictures anew
     dry_run: bool = False  # only show the runs, GPU hours and disk that are left
-    update_times: str | None = None  # dry_run: report of benchmarks/train.py --json on your GPU
+    update_times: str | None = None  # dry_run: gpu.json of make gpu, measured on your GPU
     tflops: Positive = 10.0  # dry_run: declared speed of the GPU where nothing is measured
     env_step_s: NonNegative = 0.01  # dry_run: declared, an environment step with rendering
 

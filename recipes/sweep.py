@@ -42,6 +42,7 @@ from prelar_trl.sweep import (
     Job,
     Launcher,
     LocalLauncher,
+    RayLauncher,
     SlurmLauncher,
     Suite,
     Variant,
@@ -86,6 +87,8 @@ def sweep(cfg: SweepConfig) -> int:
         launcher: Launcher = LocalLauncher(lock)
         if cfg.launcher == "slurm":
             launcher = SlurmLauncher(root / cfg.name / "slurm", cfg.slurm)
+        elif cfg.launcher == "ray":
+            launcher = RayLauncher(cfg.ray)
         undone = engine.work(launcher, cfg.jobs)
         results.report(suite, jobs, say)
     print(engine.table(alive=False))

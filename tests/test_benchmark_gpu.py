@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import Any
 
@@ -40,6 +41,47 @@ def test_what_the_time_did_not_reach_is_named(monkeypatch, tmp_path) -> None:
     report = run(monkeypatch, tmp_path, "--seconds", "1")
     assert all(report[name] == {"not_reached": True} for name in report if name != "device")
     assert (tmp_path / "gpu.md").read_text().count("**not reached: the time was up**") == 5
+
+
+def test_every_part_gets_its_share_and_what_others_have_left(monkeypatch, tmp_path) -> None:
+    """Parts that take all of theirs, or nothing, by a clock that they alone move."""
+    for greedy in (True, False):
+        now, given = [0.0], {}
+
+        def collect(command, seconds, now=now, given=given, greedy=greedy):
+            name = {"-m": "tests"}.get(command[-2], command[-1])
+            given[name] = seconds
+            now[0] += seconds if greedy else 0
+            return {"results": [], "last_line": [], "seconds": seconds}
+
+        monkeypatch.setattr(gpu, "collect", collect)
+        monkeypatch.setattr(gpu.time, "perf_counter", lambda now=now: now[0])
+        run(monkeypatch, tmp_path, "--seconds", "270", "--baseline", "baseline")
+        shares = list(gpu.SHARES.values())
+        assert list(given) == list(gpu.SHARES)
+        for i, seconds in enumerate(given.values()):
+            least = 270 * shares[i] / sum(shares)
+            assert seconds == pytest.approx(least if greedy else 270 * shares[i] / sum(shares[i:]))
+
+
+def test_a_baseline_is_compared_where_it_says_what_it_measured(monkeypatch, tmp_path) -> None:
+    ours = gpu.settings("prelar", "pretrain", "32", "cpu")
+    ours |= {"world_model_ms": 30.0, "behavior_ms": 0.0, "peak_mib": 100.0}
+    theirs = ours | {"world_model_ms": 60.0, "peak_mib": 50.0, "threads": 64}
+    lines = [theirs, theirs | {"batch": 3}, {"world_model_ms": 1.0}]
+    (tmp_path / "lines").write_text("noise\n" + "\n".join(map(json.dumps, lines)) + "\n")
+
+    def collect(command: list[str], seconds: float) -> dict[str, Any]:
+        code = "pass" if command[-1] != "times" else f"print({json.dumps(ours)!r})"
+        return real(command if command[0] == "bash" else [sys.executable, "-c", code], 20.0)
+
+    real = gpu.collect
+    monkeypatch.setattr(gpu, "collect", collect)
+    command = f"cd {shlex.quote(str(tmp_path))} && cat lines"
+    report = run(monkeypatch, tmp_path, "--seconds", "600", "--baseline", command)
+    ratios = [(row.get("ratio"), row.get("memory_ratio")) for row in report["baseline"]["results"]]
+    assert ratios == [(0.5, 2.0), (None, None), (None, None)]
+    assert "| ratio | memory_ratio |" in (tmp_path / "gpu.md").read_text()
 
 
 def test_every_method_and_phase_is_measured() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs.utils import step_mdp
 
+from prelar_trl.envs import make_env
 from prelar_trl.models import Agent
+from prelar_trl.modules import StatefulPolicy, WorldModelPolicy
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
-from tests.tiny import PHASES, batch, tiny
+from tests.tiny import PHASES, batch, tiny, tiny_agent
 
 OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("contextwm", "pretrain", {"augmentation": "shift"}),
@@ -50,3 +54,20 @@ def test_an_update_never_asks_for_a_value(method, phase, options) -> None:
 def test_an_update_on_a_gpu(method, phase, options, precision) -> None:
     losses = update(method, phase, "cuda", precision, **options)
     assert all(x.is_cuda and x.isfinite() for x in losses.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["prelar", "apv", "contextwm"])
+def test_a_step_of_acting_waits_for_the_gpu_once(method: str) -> None:
+    agent = tiny_agent(method).cuda().eval()
+    act = StatefulPolicy(WorldModelPolicy(agent.world_model, agent.actor), "cuda")
+    env = make_env("toy")
+    now = step_mdp(env.step(act(env.reset())))  # the first step may load kernels
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            act(now)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) == 1

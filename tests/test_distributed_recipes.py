@@ -21,6 +21,7 @@ from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.processes import ALONE, Processes
 from tests.processes import run_in_processes
 from tests.toy_runs import (
+    FINETUNE_ARGS,
     PRETRAIN_ARGS,
     ROOT,
     checkpoint,
@@ -156,16 +157,44 @@ def test_a_batch_that_cannot_be_shared_is_an_error() -> None:
         Processes(group).share("batch_size", 50)
 
 
-def test_torchrun_starts_a_recipe(runs, tmp_path) -> None:
-    clips, *_ = runs
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [f"data={clips}", f"run={tmp_path / 'run'}", "updates=1"]
+def launch(recipe: str, *arguments: str, processes: int) -> str:
+    """Run a recipe as its user does, by torchrun where there are several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else [])]
     done = subprocess.run(
-        [*launch, str(ROOT / "recipes" / "pretrain.py"), *PRETRAIN_ARGS, *arguments],
+        [*command, str(ROOT / "recipes" / f"{recipe}.py"), *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("pre-trained world model") == 1
-    assert len(checkpoint(tmp_path / "run")["others"]) == 1
+    return done.stdout
+
+
+def test_torchrun_pretrains(runs, tmp_path) -> None:
+    clips, *_ = runs
+    run = tmp_path / "run"
+    said = launch(
+        "pretrain", *PRETRAIN_ARGS, f"data={clips}", f"run={run}", "updates=1", processes=2
+    )
+    assert said.count("pre-trained world model") == 1
+    assert len(checkpoint(run)["others"]) == 1
+
+
+def test_torchrun_fine_tunes_and_as_many_processes_or_one_go_on(tmp_path) -> None:
+    run = tmp_path / "run"
+    options = {**FINETUNE, "env_steps": 60, "prefill": 40, "log_every": 20, "eval_every": 60}
+    given = [*FINETUNE_ARGS, *(f"{name}={value}" for name, value in options.items()), f"run={run}"]
+    found = []
+    for processes, steps, resume in ((2, 60, "false"), (2, 80, "true"), (1, 100, "true")):
+        more = (f"env_steps={steps}", f"resume={resume}")
+        said = launch("finetune", *given, *more, processes=processes)
+        assert said.count("fine-tuned agent") == 1
+        state = checkpoint(run)
+        found.append((state["step"], state["model_update"]["count"], len(state["others"])))
+    # Of 40 steps on one update in ten, and one before; a process acts in every other step.
+    assert found == [(60, 4, 1), (80, 6, 1), (100, 8, 0)]
+    logged = [int(row["step"]) for row in rows(run) if row["loss_image"]]
+    assert logged == sorted(set(logged)) and logged[-1] == 100
+    assert [int(row["step"]) for row in rows(run) if row["eval/return"]] == [60, 80, 100]
+    assert [path.name for path in run.glob("metrics*")] == ["metrics.csv"]

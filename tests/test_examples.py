@@ -106,12 +106,16 @@ def test_lerobot_video(tmp_path: Path) -> None:
     assert any(float(row["loss_action_label"]) > 0 for row in rows if row["loss_action_label"])
 
 
-def test_latent_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("model", "updates"), [(None, 2), ("models/toy_prelar_plus", 0)])
+def test_latent_actions(
+    model: str | None, updates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     notebook = json.loads((EXAMPLES / "latent_actions.ipynb").read_text(encoding="utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     small = f"FOLDER, SIZES = {str(tmp_path)!r}, {SMALL}\nVIDEOS, UPDATES, BATCH = 60, 2, 5\n"
+    small += f"MODEL = {model and str(EXAMPLES.parent / model)!r}\n"
     monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
     shown: list[plt.Figure] = []
     names: dict[str, Any] = {"__name__": "notebook"}
@@ -122,7 +126,7 @@ def test_latent_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         exec(compile(source, cell["id"], "exec"), names)  # noqa: S102
     plt.close("all")
     assert len(shown) == 4 and len(names["frames"]) == names["LENGTH"]
-    assert names["update"].count == 2 and names["moved"].shape[:2] == (5, names["LENGTH"])
+    assert names["update"].count == updates and names["moved"].shape[:2] == (5, names["LENGTH"])
 
 
 def metrics(run: Path) -> list[dict[str, str]]:

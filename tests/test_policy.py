@@ -11,7 +11,8 @@ from torchrl.envs import EnvBase, SerialEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from prelar_trl.envs import make_env
-from prelar_trl.modules import WorldModelPolicy
+from prelar_trl.fast import accelerate
+from prelar_trl.modules import StatefulPolicy, WorldModelPolicy
 from tests.tiny import tiny_agent
 from tests.toy_runs import different
 
@@ -100,6 +101,30 @@ def test_is_first_resets_the_belief_by_itself_and_else_it_matters() -> None:
     dirty["is_first"] = torch.zeros_like(dirty["is_first"])
     for key in ("action", ("next", "belief", "deter")):
         assert not torch.equal(policy(dirty.clone())[key], fresh[key])
+
+
+@pytest.mark.parametrize("name", ["stacked", "window"])
+def test_a_policy_that_keeps_its_belief_acts_as_in_a_rollout_of_torchrl(name: str) -> None:
+    policy = make_policy(name, sample=True)
+    rollouts = []
+    for env, act in (
+        (toy(policy, seed=0, max_steps=3), policy),
+        (make_env("toy", seed=0, max_steps=3), StatefulPolicy(policy, torch.device("cpu"))),
+    ):
+        torch.manual_seed(0)
+        rollouts.append(env.rollout(7, act, break_when_any_done=False))
+    assert torch.equal(rollouts[0]["action"], rollouts[1]["action"])
+    assert torch.equal(rollouts[0]["pixels"], rollouts[1]["pixels"])
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_the_policy_never_asks_for_a_value(name: str) -> None:
+    """Which is a wait for the GPU, and an error on the meta device."""
+    policy = make_policy(name, sample=True)
+    seen = make_env("toy").reset().select("pixels", "is_first")
+    seen["belief"] = policy.zero_belief()
+    accelerate(policy.world_model), accelerate(policy.actor)
+    assert policy.to("meta")(seen.to("meta"))["action"].is_meta
 
 
 def test_mode_gives_the_same_action_twice_and_sample_does_not() -> None:

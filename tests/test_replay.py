@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from prelar_trl.data import ClipStore, EpisodeReplay, StoreError, VideoClips
+from tests.toy_runs import different
 
 
 def steps(length: int, *, base: int = 0, done: bool = True, terminated: bool = True) -> TensorDict:
@@ -225,6 +226,44 @@ def test_same_seed_same_batches_and_the_state_continues_exactly(tmp_path) -> Non
         assert torch.equal(again.sample()["pixels"], other.sample()["pixels"])
     again.close()
     assert opened(tmp_path).num_episodes == 2
+
+
+@pytest.mark.parametrize("strategy", ["prioritize_ends", "frames", "epoch"])
+def test_batches_drawn_ahead_are_those_of_drawing_none_ahead(tmp_path, strategy: str) -> None:
+    def make(name: str, seed: int, prefetch: int) -> EpisodeReplay:
+        options = {"window": 4, "batch_size": 5, "capacity": 60, "strategy": strategy}
+        return EpisodeReplay(tmp_path / name, **options, seed=seed, prefetch=prefetch)
+
+    plain, ahead = make("plain", 3, 0), make("ahead", 3, 2)
+    replays = [plain, ahead]
+    for number in range(8):  # the ring is full after six
+        for each in replays:
+            each.extend(steps(9, base=20 * number))
+            each.extend(steps(2, base=200, done=False))
+        for _ in range(3):
+            batch, *others = (each.sample() for each in replays)
+            assert all((batch == other).all() for other in others)
+        if number == 2:  # what was drawn ahead is not in the state
+            state = ahead.state_dict()
+            assert different(state["sampler"], plain.state_dict()["sampler"]) == []
+            shutil.copytree(ahead.path, tmp_path / "late")
+            replays.append(make("late", 4, 3))
+            replays[-1].load_state_dict(state)
+    for each in replays:
+        each.close()
+
+
+def test_the_next_epoch_after_a_new_episode_continues_exactly(tmp_path) -> None:
+    options = {"window": 4, "batch_size": 5, "strategy": "epoch"}
+    replay = opened(tmp_path, **options)
+    for number in range(3):
+        replay.extend(steps(9, base=20 * number))
+    replay.sample()
+    replay.extend(steps(9, base=100))
+    state = replay.state_dict()
+    expected = replay.sample()
+    replay.load_state_dict(state)
+    assert (replay.sample() == expected).all()
 
 
 def test_a_state_is_gone_back_to_over_several_shards(tmp_path) -> None:

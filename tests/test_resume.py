@@ -60,9 +60,9 @@ def stopped(cfg, monkeypatch, update, **options):
 # ---------------------------------------------------------------- the same numbers
 
 
-@pytest.mark.parametrize("update", [2, 5, 9])
-def test_interrupted_finetuning_goes_on_bit_for_bit(update, whole, tmp_path, monkeypatch):
-    cfg = finetune_config(tmp_path / "run", **STEPS)
+@pytest.mark.parametrize(("update", "prefetch"), [(2, 0), (5, 2), (9, 2)])
+def test_interrupted_finetuning_goes_on_bit_for_bit(update, prefetch, whole, tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "run", prefetch=prefetch, **STEPS)
     stopped(cfg, monkeypatch, update)
     finetune(cfg)
     same(tmp_path / "run", whole)

@@ -113,8 +113,29 @@ def test_measured_updates_take_the_place_of_declared_ones(capsys, tmp_path):
     apv = next(line for line in out.splitlines() if line.startswith("apv ")).split()
     assert apv[2] == "20.0"  # two runs of ten updates of an hour
     report.write_text("[]")
-    with pytest.raises(ValueError, match="is no report of benchmarks/train.py"):
+    with pytest.raises(ValueError, match="is no report of make gpu .* or benchmarks/train.py"):
         dry_run(capsys, tmp_path, *TRIAL, f"update_times={report}")
+
+
+def test_a_report_of_make_gpu_gives_the_hours(capsys, tmp_path):
+    row = {"method": "apv", "phase": "pretrain", "size": "tiny", "batch": 2, "length": 5}
+    row |= {"precision": "32", "compile": False, "world_model_ms": 3_600_000.0, "behavior_ms": 0.0}
+    failed = {name: row[name] for name in ("method", "phase")} | {"error": "out of memory"}
+    device = {"device": "cuda", "name": "GPU X"}
+    report = {"device": device, "times": {"results": [failed, row]}, "rendering": {"seconds": 1}}
+    path = tmp_path / "gpu.json"
+
+    def hours(*options: str) -> str:
+        path.write_text(json.dumps(report))
+        out = dry_run(capsys, tmp_path, *TRIAL, f"update_times={path}", *options)
+        assert "measured updates of 1 runs' settings on GPU X; DECLARED" in out
+        return next(line for line in out.splitlines() if line.startswith("apv ")).split()[2]
+
+    assert hours() == "20.0"
+    fast = row | {"compile": True, "world_model_ms": 1_800_000.0}
+    report["compiled"] = {"results": [fast], "error": "cut off after 9 s"}
+    assert hours() == "10.0"
+    assert hours("pretrain.compile=off") == "20.0"
 
 
 def test_operations_grow_with_the_batch():

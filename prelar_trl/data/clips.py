@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +16,8 @@ from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from prelar_trl.data.storage import FrameStorage, sample_rows
+from prelar_trl.data.prefetch import Prefetcher
+from prelar_trl.data.storage import FrameStorage
 from prelar_trl.data.store import ACTIONS, ClipStore
 from prelar_trl.data.windows import FixedShareSampler, Strategy, WindowSampler
 from prelar_trl.utils import check_choice, check_integers
@@ -75,7 +74,6 @@ class VideoClips:
         world_size: int = 1,
     ) -> None:
         check_integers(clip_len=clip_len, batch_size=batch_size)
-        check_integers(0, prefetch=prefetch)
         self.stores, self._weights = _open(path)
         self.clip_len, self.batch_size = clip_len, batch_size
         self.device = torch.device(device)
@@ -113,9 +111,7 @@ class VideoClips:
             collate_fn=lambda frames: frames,
             batch_size=batch_size * clip_len,
         )
-        self._prefetch = prefetch
-        self._executor = ThreadPoolExecutor(1, "clips") if prefetch else None
-        self._pending: deque[Future[tuple[dict[str, Any], TensorDict]]] = deque()
+        self._prefetcher = Prefetcher(self.buffer, clip_len, prefetch)
 
     @property
     def num_clips(self) -> int:
@@ -158,18 +154,7 @@ class VideoClips:
             float32 ``[B, T, A]`` (that led to the frame) and ``labeled`` bool ``[B, T, 1]``: where
             the action is known; elsewhere it is zero.
         """
-        if self._executor is None:
-            return self._finish(self._draw()[1])
-        while len(self._pending) <= self._prefetch:
-            self._pending.append(self._executor.submit(self._draw))
-        return self._finish(self._pending.popleft().result()[1])
-
-    def _draw(self) -> tuple[dict[str, Any], TensorDict]:
-        """The state before a batch, and the batch."""
-        state = self._sampler_state()
-        return state, sample_rows(self.buffer, self.clip_len)
-
-    def _finish(self, batch: TensorDict) -> TensorDict:
+        batch = self._prefetcher.next()
         episode = batch.pop("episode")
         if "action" in self.storage.streams:
             labeled = self._labeled[episode]
@@ -201,7 +186,9 @@ class VideoClips:
 
     def state_dict(self) -> dict[str, Any]:
         """The state from which the next `sample` follows."""
-        state = self._pending[0].result()[0] if self._pending else self._sampler_state()
+        state = self._prefetcher.state_dict()
+        if not isinstance(self.buffer.sampler, FixedShareSampler):
+            state = {"sampler": state}
         probe = self._probe_sampler.state_dict()
         return {**state, "probe": probe, "fingerprint": self.fingerprint}
 
@@ -218,17 +205,9 @@ class VideoClips:
                 f"(fingerprint {self.fingerprint[:12]}, not {before[:12]}): bring the store back "
                 "as it was, or start a new run"
             )
-        while self._pending:
-            self._pending.popleft().result()  # its thread draws until then
-        sampler = self.buffer.sampler
-        labeled = isinstance(sampler, FixedShareSampler)
-        sampler.load_state_dict(state_dict if labeled else state_dict["sampler"])
+        labeled = isinstance(self.buffer.sampler, FixedShareSampler)
+        self._prefetcher.load_state_dict(state_dict if labeled else state_dict["sampler"])
         self._probe_sampler.load_state_dict(state_dict["probe"])
-
-    def _sampler_state(self) -> dict[str, Any]:
-        sampler = self.buffer.sampler
-        state = sampler.state_dict()
-        return state if isinstance(sampler, FixedShareSampler) else {"sampler": state}
 
     def _choose_labeled(self, labels: float, seed: int) -> Tensor:
         """The clips whose actions are told, bool ``[E]``."""

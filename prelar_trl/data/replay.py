@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from prelar_trl.data.episodes import EpisodeStorage, EpisodeWriter
-from prelar_trl.data.storage import sample_rows
+from prelar_trl.data.prefetch import Prefetcher
 from prelar_trl.data.windows import Strategy, WindowSampler
 from prelar_trl.utils import check_integers
 
@@ -33,6 +33,8 @@ class EpisodeReplay:
         strategy: how windows are drawn, default the official ``prioritize_ends``.
         min_length, pack: with ``prioritize_ends``, the shortest window, and whether shorter
             episodes are packed into rows; see `prelar_trl.data.windows`.
+        prefetch: batches that a thread draws ahead. They are the same as without: what was drawn
+            before an episode ended is drawn anew. Default: 0.
 
     Attributes:
         buffer: the TorchRL ``ReplayBuffer``, whose batch is flat ``[B * T]``: append transforms to
@@ -56,6 +58,7 @@ class EpisodeReplay:
         strategy: Strategy = "prioritize_ends",
         min_length: int | None = None,
         pack: bool = False,
+        prefetch: int = 0,
     ) -> None:
         check_integers(window=window, batch_size=batch_size, capacity=capacity)
         if capacity < window:
@@ -75,6 +78,7 @@ class EpisodeReplay:
             collate_fn=lambda frames: frames,
             batch_size=batch_size * window,
         )
+        self._prefetcher = Prefetcher(self.buffer, window, prefetch)
 
     @property
     def num_episodes(self) -> int:
@@ -151,11 +155,8 @@ class EpisodeReplay:
                 f"frames, {len(self._writer.pending)} unfinished): collect more steps or lower the "
                 "window"
             )
-        return (
-            sample_rows(self.buffer, self.window)
-            .exclude("episode")
-            .to(self.device, non_blocking=True)
-        )
+        batch = self._prefetcher.next().exclude("episode")
+        return batch.to(self.device, non_blocking=True)
 
     def episode(self, number: int) -> TensorDict:
         """The whole kept episode ``number`` (0 the oldest), rows ``[L + 1]``."""
@@ -163,12 +164,13 @@ class EpisodeReplay:
 
     def close(self) -> None:
         """Finishes the store on the disk; opening it again continues."""
+        self._prefetcher.discard()
         self.storage.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Random state, the place in the stream of episodes, and the unfinished episodes."""
         return {
-            "sampler": self.buffer.sampler.state_dict(),
+            "sampler": self._prefetcher.state_dict(),
             **self.storage.state_dict(),
             **self._writer.state_dict(),
         }
@@ -195,6 +197,7 @@ class EpisodeReplay:
         Raises:
             ValueError: the folder holds no episode, and the state tells of some.
         """
+        self._prefetcher.discard()  # it reads what goes now
         self.storage.load_state_dict(state_dict)
         self._writer.load_state_dict(state_dict)
-        self.buffer.sampler.load_state_dict(state_dict["sampler"])
+        self._prefetcher.load_state_dict(state_dict["sampler"])

@@ -141,6 +141,7 @@ class WindowSampler(StatefulSampler):
         self._shuffler = torch.Generator()
         self._order: Tensor | None = None  # of this epoch, shuffled by the generator in the state
         self._order_rng: Tensor | None = None
+        self._order_size: int | None = None
         self._position = 0
         self._revision = -1
         self._empty()
@@ -273,10 +274,12 @@ class WindowSampler(StatefulSampler):
         parts: list[Tensor] = []
         while rows:
             if self._order is None and self._order_rng is not None:  # a loaded state
-                self._order = self._shuffled(self._order_rng)
+                if self._order_size in (None, len(self._eligible)):  # older states have none
+                    self._order = self._shuffled(self._order_rng)
             if self._order is None or self._position >= len(self._order):
                 self._order_rng, self._position = self.generator.get_state(), 0
                 self._order = self._shuffled(self._order_rng)
+                self._order_size = len(self._order)
                 self.generator.set_state(self._shuffler.get_state())
             part = self._order[self._position : self._position + rows]
             self._position += len(part)
@@ -328,6 +331,7 @@ class WindowSampler(StatefulSampler):
         return {
             "rng": self.generator.get_state(),
             "order_rng": self._order_rng,
+            "order_size": self._order_size,
             "position": self._position,
         }
 
@@ -339,11 +343,15 @@ class WindowSampler(StatefulSampler):
                 as it was.
         """
         rng, order_rng, position = (state_dict[name] for name in ("rng", "order_rng", "position"))
+        order_size = state_dict.get("order_size")
         check_integers(0, position=position)
+        if order_size is not None:
+            check_integers(0, order_size=order_size)
         for state in (rng,) if order_rng is None else (rng, order_rng):
             self._shuffler.set_state(state)  # raises for what is none
         self.generator.set_state(rng)
-        self._order, self._order_rng, self._position = None, order_rng, position
+        self._order, self._order_rng = None, order_rng
+        self._order_size, self._position = order_size, position
 
     def _empty(self) -> None:
         self.set_episodes(torch.zeros(0, dtype=torch.int64))

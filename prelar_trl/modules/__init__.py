@@ -11,13 +11,14 @@ from prelar_trl.modules.latent_actions import (
     make_latent_actions,
     register_latent_actions,
 )
-from prelar_trl.modules.policy import WorldModelPolicy
+from prelar_trl.modules.policy import StatefulPolicy, WorldModelPolicy
 from prelar_trl.modules.rssm import RSSM, State
 from prelar_trl.modules.world_model import RSSMWorldModel
 
 __all__ = [
     "MLP",
     "RSSM",
+    "StatefulPolicy",
     "V3_KEYS",
     "ActionEncoder",
     "Actor",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Unbounded
@@ -17,7 +18,7 @@ from prelar_trl.modules.rssm import State
 from prelar_trl.modules.world_model import RSSMWorldModel
 from prelar_trl.utils import check_choice
 
-__all__ = ["WorldModelPolicy"]
+__all__ = ["StatefulPolicy", "WorldModelPolicy"]
 
 
 class WorldModelPolicy(TensorDictModuleBase):
@@ -69,6 +70,12 @@ class WorldModelPolicy(TensorDictModuleBase):
                 shapes[prefix + "stoch"] = rssm.latent.shape
                 shapes[prefix + "deter"] = (rssm.deter,)
         return shapes
+
+    def zero_belief(self, batch_size: Sequence[int] = ()) -> TensorDict:
+        """The belief before the first frame, on the CPU."""
+        shapes = self.belief_shapes().items()
+        zeros = {name: torch.zeros(*batch_size, *shape) for name, shape in shapes}
+        return TensorDict(zeros, batch_size)
 
     def make_primer(self) -> TensorDictPrimer:
         """The transform that puts a zero belief into the environment's reset."""
@@ -125,3 +132,32 @@ class WorldModelPolicy(TensorDictModuleBase):
         if encoder is None:
             return history[:, -1:]
         return encoder(history, self.world_model.sample)[0][:, -1:]
+
+
+class StatefulPolicy:
+    """A policy that keeps its belief itself, for environments on the CPU.
+
+    The belief stays on the policy's device: a step takes the frames there, and waits for the
+    actions. The environments need no primer.
+
+    Args:
+        policy: with its networks on ``device``.
+        device: theirs.
+
+    Attributes:
+        belief: after the last step, of all environments. None: no step was made.
+    """
+
+    def __init__(self, policy: WorldModelPolicy, device: torch.device | str) -> None:
+        self.policy, self.device = policy, torch.device(device)
+        self.belief: TensorDictBase | None = None
+
+    def __call__(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """``tensordict`` with the ``action``, on the CPU."""
+        keys = [key for key in self.policy.in_keys if key != "belief"]
+        seen = tensordict.select(*keys).to(self.device, non_blocking=True)
+        if self.belief is None:
+            self.belief = self.policy.zero_belief(tensordict.batch_size).to(self.device)
+        out = self.policy(seen.set("belief", self.belief))
+        self.belief = out["next", "belief"]
+        return tensordict.set("action", out["action"].cpu())

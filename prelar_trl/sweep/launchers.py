@@ -1,4 +1,4 @@
-"""Where the programs of a sweep run: processes of this machine, or jobs of a SLURM cluster."""
+"""Where the programs of a sweep run: processes of this machine, jobs of SLURM, actors of Ray."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+from prelar_trl.utils import STOPPED
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
@@ -200,3 +202,85 @@ class SlurmHandle:
 
     def terminate(self) -> None:
         self.job.cancel()
+
+
+class RayLauncher:
+    """Programs on the machines of a Ray cluster, which end with the sweep.
+
+    The machines need the same folders and Python packages. A program whose machine is lost counts
+    as stopped; the next sweep goes on with it.
+
+    Args:
+        options: ``address`` of the cluster, ``auto`` or ``ray://...``, as ``ray.init`` takes it;
+            without one a Ray is started on this machine. The others are an actor's: ``num_cpus``,
+            ``num_gpus``, ``memory``, ``resources``, ...
+
+    Raises:
+        ImportError: Ray is not installed.
+        ValueError: an option that it does not know, or no cluster at that address.
+    """
+
+    detached = False
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        try:
+            import ray  # noqa: PLC0415  optional
+        except ImportError:
+            raise ImportError("launcher=ray needs Ray: pip install 'prelar_trl[ray]'") from None
+        actor = dict(options)
+        address = actor.pop("address", None)
+        try:
+            self.actor = ray.remote(RemoteProgram).options(**actor)
+            ray.init(address, log_to_driver=False, ignore_reinit_error=True)
+        except (ConnectionError, TypeError, ValueError) as error:
+            raise ValueError(f"ray: {' '.join(str(error).split())}") from None
+        self.ray = ray
+
+    def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
+        return RayHandle(self.ray, self.actor.remote(program)), {}
+
+    def attach(self, record: Mapping[str, Any]) -> None:
+        return None
+
+
+class RemoteProgram:
+    """A program where Ray has put it; started when it is first asked after."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.process: subprocess.Popen | None = None
+
+    def poll(self) -> int | None:
+        if self.process is None:
+            self.process = self.program.start()
+        return self.process.poll()
+
+    def terminate(self) -> None:
+        if self.process is not None:
+            self.process.terminate()
+
+
+class RayHandle:
+    """An actor that runs a program."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self.ray, self.actor = ray, actor
+        self.answer = actor.poll.remote()
+
+    def poll(self) -> int | None:
+        if not self.ray.wait([self.answer], timeout=0)[0]:  # it waits for a free machine
+            return None
+        try:
+            code = self.ray.get(self.answer)
+        except self.ray.exceptions.RayActorError:  # its machine is lost
+            return STOPPED
+        except self.ray.exceptions.RayTaskError:  # it cannot be started there
+            return 1
+        if code is None:
+            self.answer = self.actor.poll.remote()
+        else:
+            self.ray.kill(self.actor)  # frees what it has taken
+        return code
+
+    def terminate(self) -> None:
+        self.actor.terminate.remote()
