@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class MLP(nn.Module):
         Raises:
             TypeError, ValueError: the features are of another type, width or device.
         """
-        first = self.layers[0] if len(self.layers) else self.out
+        first = cast(nn.Linear, self.layers[0]) if len(self.layers) else self.out
         check_input("feat", x, first.weight, first.in_features)
         for layer in self.layers:
             x = self.act(layer(x))

@@ -224,7 +224,7 @@ class RayLauncher:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         try:
-            import ray  # noqa: PLC0415  optional
+            import ray  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  optional
         except ImportError:
             raise ImportError("launcher=ray needs Ray: pip install 'prelar_trl[ray]'") from None
         actor = dict(options)
