@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
+from torchrl.envs import SerialEnv
 
 from prelar_trl.envs import make_env
 from prelar_trl.envs.toy import ToyEnv
@@ -159,8 +160,8 @@ def test_no_environment_sees_an_action_that_is_not_finite(
 
 
 def test_of_several_environments_the_one_is_named() -> None:
-    env = make_env("toy", num_workers=2, max_steps=10)
-    place = "step 1 of an episode, worker 1, of environment toy"
+    env = make_env(SerialEnv(2, ToyEnv), max_steps=10)
+    place = "step 1 of an episode, worker 1, of environment SerialEnv"
     try:
         td = env.rand_action(env.reset())
         td["action"][1, 0] = torch.nan
@@ -170,6 +171,6 @@ def test_of_several_environments_the_one_is_named() -> None:
             {"reward": torch.tensor([[1.0], [1e30]]), "step_count": torch.ones(2, 1)}, [2]
         )
         with pytest.raises(ValueError, match=f"the reward at {place} "):
-            env.transform._step(td, following)
+            env.transform[-1]._step(td, following)
     finally:
         env.close(raise_if_closed=False)

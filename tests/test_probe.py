@@ -253,6 +253,13 @@ def store(tmp_path_factory) -> Path:
     return make_clips(tmp_path_factory.mktemp("clips") / "toy")
 
 
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("trained") / "run"
+    pretrain(pretrain_config(store, run, updates=1))
+    return run
+
+
 def read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -263,9 +270,8 @@ def config(run: Path, **changes) -> ProbeConfig:
     return ProbeConfig(run=str(run), **options)
 
 
-def test_the_recipe_writes_numbers_and_pictures_into_the_run(store, tmp_path):
-    run = tmp_path / "run"
-    pretrain(pretrain_config(store, run, updates=1))
+def test_the_recipe_writes_numbers_and_pictures_into_the_run(trained):
+    run = trained
     result = probe(config(run))
     rows = read(run / "probe.csv")
     assert list(rows[0]) == ["probe", "name", "horizon", "value"]
@@ -300,9 +306,7 @@ def test_what_cannot_be_probed_is_said(store, tmp_path):
     assert not [name for name in result["values"] if "latent" in name or "contrast" in name]
 
 
-def test_clips_without_actions_leave_out_what_needs_them(store, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    pretrain(pretrain_config(store, run, updates=1))
+def test_clips_without_actions_leave_out_what_needs_them(trained, monkeypatch):
     real = VideoClips.__init__
 
     def without_actions(self, *args, **kwargs):
@@ -311,7 +315,7 @@ def test_clips_without_actions_leave_out_what_needs_them(store, tmp_path, monkey
             each.streams.pop("actions", None)
 
     monkeypatch.setattr(VideoClips, "__init__", without_actions)
-    result = probe(config(run))
+    result = probe(config(trained))
     assert "no true actions" in result["notes"][0]
     assert "rank_correlation/latent_state" in result["values"]
     assert not [name for name in result["values"] if "true" in name or "r2" in name]
@@ -321,8 +325,6 @@ def test_clips_without_actions_leave_out_what_needs_them(store, tmp_path, monkey
     ("changes", "message"),
     [({"batch_size": 4}, "batch_size=4"), ({"clips": 0}, "clips=0"), ({"context": 6}, "context=6")],
 )
-def test_settings_that_cannot_work_are_refused(store, tmp_path, changes, message):
-    run = tmp_path / "run"
-    pretrain(pretrain_config(store, run, updates=1))
+def test_settings_that_cannot_work_are_refused(trained, changes, message):
     with pytest.raises(ValueError, match=message):
-        probe(config(run, **changes))
+        probe(config(trained, **changes))

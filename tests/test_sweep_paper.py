@@ -90,6 +90,7 @@ def dry_run(capsys, tmp_path, *given: str) -> str:
 
 TRIAL = ("methods=[dreamerv2,apv]", "tasks=[toy]", "seeds=2", "pretrain.data=v", f"pretrain={TINY}")
 TRIAL += ("finetune={size: tiny, env_steps: 1000, prefill: 500, train_every: 1, max_steps: 10}",)
+TRIAL += ("finetune.batch_size=2", "finetune.batch_length=8", "finetune.horizon=3")
 
 
 def test_a_dry_run_lists_runs_and_declared_hours_and_disk(capsys, tmp_path):

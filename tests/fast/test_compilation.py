@@ -221,7 +221,7 @@ def assert_same_run(first: Path, second: Path, part: str) -> None:
 
 
 def test_a_run_continues_compiled_or_not(tmp_path: Path, without_inductor: None) -> None:
-    data, options = make_clips(tmp_path / "clips"), {"method": "apv"}
+    data, options = make_clips(tmp_path / "clips"), {"method": "apv", "clip_len": 4}
     pretrain(pretrain_config(data, tmp_path / "eager", compile="off", **options))
     for updates, mode in enumerate(("on", "off", "on"), 1):
         options |= {"updates": updates, "compile": mode, "resume": updates > 1}
@@ -232,6 +232,7 @@ def test_a_run_continues_compiled_or_not(tmp_path: Path, without_inductor: None)
 def test_compiled_fine_tuning_is_the_eager_one(tmp_path: Path, without_inductor: None) -> None:
     for mode in ("off", "on"):
         options = {"method": "dreamerv2", "env_steps": 40, "eval_episodes": 0, "compile": mode}
+        options |= {"batch_length": 3, "horizon": 2}
         finetune(finetune_config(tmp_path / mode, **options))
     assert_same_run(tmp_path / "on", tmp_path / "off", "agent")
 
