@@ -181,6 +181,7 @@ def test_torchrun_pretrains(runs, tmp_path) -> None:
     assert len(checkpoint(run)["others"]) == 1
 
 
+@pytest.mark.timeout(600)  # five processes import torch
 def test_torchrun_fine_tunes_and_as_many_processes_or_one_go_on(tmp_path) -> None:
     run = tmp_path / "run"
     options = {**FINETUNE, "env_steps": 60, "prefill": 40, "log_every": 20, "eval_every": 60}
