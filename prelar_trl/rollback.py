@@ -11,7 +11,7 @@ __all__ = ["Rollback"]
 
 
 class Rollback:
-    """Buffers as they are now, to go back to; a few operators for all, however many there are.
+    """Buffers as they are now, to go back to; with few operators for many small ones.
 
     Args:
         buffers: on one device.
@@ -28,7 +28,8 @@ class Rollback:
         for dtype, group in self.groups.items():
             kept = torch.where(condition, self.before[dtype], _joined(group))
             parts = kept.split([buffer.numel() for buffer in group])
-            torch._foreach_copy_(group, [x.view_as(y) for x, y in zip(parts, group, strict=True)])
+            for buffer, part in zip(group, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
 
 
 def _joined(group: list[Tensor]) -> Tensor:
