@@ -129,21 +129,29 @@ def main() -> None:
     for _ in range(options.rounds):
         for case in cases:
             times[case].append(measure(case, configs, options.seconds))
-    print(f"{options.method}, size={options.size}, {options.rounds} rounds in turn, median (range)")
-    print(
-        "phase     processes  threads  batch    ms an update          frames/s  against the first"
-    )
-    for i, phase in enumerate(chosen):
+    print(table(options, chosen, times))
+
+
+def table(
+    options: argparse.Namespace, phases: list[str], times: dict[Case, list[list[float]]]
+) -> str:
+    """Medians and ranges of the rounds, by phase and case."""
+    lines = [
+        f"{options.method}, size={options.size}, {options.rounds} rounds in turn, median (range)",
+        "phase     processes  threads  batch    ms an update           frames/s  against the first",
+    ]
+    for i, phase in enumerate(phases):
         first = 0.0
         for case, rounds in times.items():
             ms = [1e3 * one[i] for one in rounds]
             frames = case.batch * options.length / statistics.median(ms) * 1e3
             first = first or frames
             spread = f"{statistics.median(ms):8.0f} ({min(ms):.0f}-{max(ms):.0f})"
-            print(
+            lines.append(
                 f"{phase:<10}{case.processes:>9}{case.threads:>9}  {case.batch:>3}x"
                 f"{options.length:<4} {spread:<22}{frames:>8.0f}  {frames / first:>17.2f}"
             )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

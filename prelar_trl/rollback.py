@@ -11,7 +11,7 @@ __all__ = ["Rollback"]
 
 
 class Rollback:
-    """Buffers as they are now, to go back to; compared together, one copy each.
+    """Buffers as they are now, to go back to; with few operators for many small ones.
 
     Args:
         buffers: on one device.

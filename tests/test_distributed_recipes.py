@@ -181,6 +181,7 @@ def test_torchrun_pretrains(runs, tmp_path) -> None:
     assert len(checkpoint(run)["others"]) == 1
 
 
+@pytest.mark.timeout(600)  # five processes import torch
 def test_torchrun_fine_tunes_and_as_many_processes_or_one_go_on(tmp_path) -> None:
     run = tmp_path / "run"
     options = {**FINETUNE, "env_steps": 60, "prefill": 40, "log_every": 20, "eval_every": 60}
@@ -192,8 +193,8 @@ def test_torchrun_fine_tunes_and_as_many_processes_or_one_go_on(tmp_path) -> Non
         assert said.count("fine-tuned agent") == 1
         state = checkpoint(run)
         found.append((state["step"], state["model_update"]["count"], len(state["others"])))
-    # Of 40 steps on one update in ten, and one before; a process acts in every other step.
-    assert found == [(60, 4, 1), (80, 6, 1), (100, 8, 0)]
+    # One update at first, and one of ten steps from the 40th on, whoever makes them.
+    assert found == [(60, 3, 1), (80, 5, 1), (100, 7, 0)]
     logged = [int(row["step"]) for row in rows(run) if row["loss_image"]]
     assert logged == sorted(set(logged)) and logged[-1] == 100
     assert [int(row["step"]) for row in rows(run) if row["eval/return"]] == [60, 80, 100]

@@ -34,7 +34,8 @@ class EpisodeReplay:
         min_length, pack: with ``prioritize_ends``, the shortest window, and whether shorter
             episodes are packed into rows; see `prelar_trl.data.windows`.
         prefetch: batches that a thread draws ahead. They are the same as without: what was drawn
-            before an episode ended is drawn anew. Default: 0.
+            before an episode ended is drawn anew. Then go back by `load_state_dict`, not by the
+            buffer's own, which knows nothing of them. Default: 0.
 
     Attributes:
         buffer: the TorchRL ``ReplayBuffer``, whose batch is flat ``[B * T]``: append transforms to

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import shutil
 import signal
@@ -224,7 +225,7 @@ class RayLauncher:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         try:
-            import ray  # noqa: PLC0415  # pyright: ignore[reportMissingImports]  optional
+            ray = importlib.import_module("ray")  # optional
         except ImportError:
             raise ImportError("launcher=ray needs Ray: pip install 'prelar_trl[ray]'") from None
         actor = dict(options)
