@@ -62,7 +62,7 @@ from prelar_trl.objectives import LatentActionLoss, total_loss
 from prelar_trl.recipes.collect_videos import collect
 from prelar_trl.recipes.schema import CollectVideosConfig
 
-S, K, D, U, A = 16, 16, 128, 16, 2  # variables, classes, belief, latent action, action
+S, K, D, U, A = 8, 8, 128, 16, 2  # variables, classes, belief, latent action, action
 GAMMA = 0.9  # ten steps reach the target
 EPISODE = 25
 LAYOUT = {"state_dim": S * K, "belief_dim": D}
@@ -72,7 +72,7 @@ LATENT = ["state", "belief"]
 class Networks(nn.Module):
     """What both phases share, of ``units`` each."""
 
-    def __init__(self, depth: int = 8, units: int = 128) -> None:
+    def __init__(self, depth: int = 4, units: int = 128) -> None:
         super().__init__()
         mults, latent = (1, 2, 4, 8), {"num_categoricals": S, "num_classes": K}
         rnn = {"hidden_dim": units, "rnn_hidden_dim": D, **latent}
@@ -129,7 +129,7 @@ def pretrain(networks: Networks, clips: VideoClips, updates: int) -> list[float]
     """The loss of every update."""
     kind = make_latent_actions("gaussian", size=U)
     actions = InferredActions(
-        LatentActionEncoder(CNNEncoder(3, depth=8), kind, frames="diff", hidden=256)
+        LatentActionEncoder(CNNEncoder(3, depth=4), kind, frames="diff", hidden=256)
     )
     model_loss = networks.model_loss(actions, lambda_reward=0.0)
     latent_loss = LatentActionLoss(
