@@ -252,7 +252,7 @@ def collect_async(
     return AsyncEpisodeCollector(
         make,
         policy,
-        updates=lambda: learner.model_update.count,
+        updates=lambda: learner.model_update.count + learner.aligned,
         ahead=max(1, math.ceil(cfg.train_every / stride)),
         num_envs=num_envs,
         watch=learner.watch,
