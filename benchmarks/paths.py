@@ -25,7 +25,7 @@ from prelar_trl.data.sources import FrameOptions, VideoFolder, prepare
 from prelar_trl.envs import make_env
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
 from prelar_trl.modules import WorldModelPolicy
-from prelar_trl.recipes.interaction import Collection
+from prelar_trl.recipes.interaction import Collection, EpisodeCollector
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import WorldModelUpdate
 
@@ -85,7 +85,8 @@ def action_path(folder: Path) -> tuple[list[str], list[str]]:
     policy = WorldModelPolicy(agent.world_model, agent.actor)
     env = make_env("toy", max_steps=12)
     replay = EpisodeReplay(folder / "replay", window=8, batch_size=2, capacity=100)
-    collection = Collection(env, policy, replay, torch.device("cpu"), Stopwatch(), seed=0)
+    collector = EpisodeCollector(env, policy, torch.device("cpu"), Stopwatch(), seed=0)
+    collection = Collection(collector, replay)
     collection.reset()
     to_replay: list[str] = []
     with traced(to_replay):

@@ -1,12 +1,16 @@
 """PreLAR's losses on TorchRL's own DreamerV3: pre-training on video, then fine-tuning.
 
 python examples/torchrl_dreamerv3.py
+python examples/torchrl_dreamerv3.py updates=0 folder=runs/scratch
 
 Video phase: an inverse-dynamics model infers the actions that the prior takes; its losses stand
 beside TorchRL's model loss. Fine-tuning: an action encoder takes its place, and TorchRL's actor and
-value losses train the behavior in imagination. Both phases share every other network.
+value losses train the behavior in imagination. Both phases share every other network. The evaluated
+returns go to ``returns.csv``; the toy's best policy gets 22.8 in 25 steps, a random one 5.2.
 """
 
+import csv
+import sys
 from pathlib import Path
 
 import torch
@@ -20,8 +24,9 @@ from tensordict.nn import (
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Bounded, Composite, Unbounded
-from torchrl.envs import ExcludeTransform, TensorDictPrimer
+from torchrl.envs import EnvBase, ExcludeTransform, TensorDictPrimer
 from torchrl.envs.model_based import DreamerEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import (
     DreamerV3ImageDecoder,
     DreamerV3ImageEncoder,
@@ -39,6 +44,7 @@ from torchrl.objectives import (
     DreamerV3ModelLoss,
     DreamerV3ValueLoss,
     SoftUpdate,
+    ValueEstimators,
 )
 
 from prelar_trl.data import EpisodeReplay, VideoClips, to_dreamer_v3
@@ -56,7 +62,9 @@ from prelar_trl.objectives import LatentActionLoss, total_loss
 from prelar_trl.recipes.collect_videos import collect
 from prelar_trl.recipes.schema import CollectVideosConfig
 
-S, K, D, U, A = 16, 16, 256, 16, 2  # variables, classes, belief, latent action, action
+S, K, D, U, A = 8, 8, 128, 16, 2  # variables, classes, belief, latent action, action
+GAMMA = 0.9  # ten steps reach the target
+EPISODE = 25
 LAYOUT = {"state_dim": S * K, "belief_dim": D}
 LATENT = ["state", "belief"]
 
@@ -64,7 +72,7 @@ LATENT = ["state", "belief"]
 class Networks(nn.Module):
     """What both phases share, of ``units`` each."""
 
-    def __init__(self, depth: int = 8, units: int = 256) -> None:
+    def __init__(self, depth: int = 4, units: int = 128) -> None:
         super().__init__()
         mults, latent = (1, 2, 4, 8), {"num_categoricals": S, "num_classes": K}
         rnn = {"hidden_dim": units, "rnn_hidden_dim": D, **latent}
@@ -103,7 +111,7 @@ class Networks(nn.Module):
             reco_symlog=False,
             reward_two_hot=False,
             detach_output=False,
-            **weights,
+            **{"lambda_reward": 20.0, **weights},  # small beside a picture
         )
 
 
@@ -111,7 +119,8 @@ def descend(optimizer: torch.optim.Optimizer, losses) -> float:
     loss = total_loss(losses)
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 100.0)
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 100.0)
     optimizer.step()
     return loss.item()
 
@@ -120,7 +129,7 @@ def pretrain(networks: Networks, clips: VideoClips, updates: int) -> list[float]
     """The loss of every update."""
     kind = make_latent_actions("gaussian", size=U)
     actions = InferredActions(
-        LatentActionEncoder(CNNEncoder(3, depth=8), kind, frames="diff", hidden=256)
+        LatentActionEncoder(CNNEncoder(3, depth=4), kind, frames="diff", hidden=256)
     )
     model_loss = networks.model_loss(actions, lambda_reward=0.0)
     latent_loss = LatentActionLoss(
@@ -129,7 +138,7 @@ def pretrain(networks: Networks, clips: VideoClips, updates: int) -> list[float]
         weights={"latent_kl": 0.01, "action_state_consistency": 0.1},
     )
     latent_loss.set_keys(**V3_KEYS)
-    optimizer = torch.optim.Adam(model_loss.parameters(), lr=3e-4)
+    optimizer = torch.optim.Adam(model_loss.parameters(), lr=1e-3)
     history = []
     for _ in range(updates):
         losses, predicted = model_loss(to_dreamer_v3(clips.sample(), **LAYOUT))
@@ -170,10 +179,39 @@ def make_imagination(networks: Networks, action_encoder: ActionEncoder) -> Dream
     return env
 
 
+def make_toy(seed: int = 0) -> EnvBase:
+    """The toy with what the policy remembers from step to step."""
+    primer = TensorDictPrimer(
+        state=Unbounded(S * K), belief=Unbounded(D), previous_action=Unbounded(A), default_value=0.0
+    )
+    env = make_env("toy", seed=seed, max_steps=EPISODE)
+    return env.append_transform(ExcludeTransform("state")).append_transform(primer)  # simulator's
+
+
+@torch.no_grad()
+def evaluate(policy: nn.Module, episodes: int) -> float:
+    """Mean return of the actor's mode, from the same initial states each time."""
+    env, total = make_toy(seed=10_000), 0.0
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        for _ in range(episodes):
+            total += env.rollout(EPISODE, policy)["next", "episode_reward"][-1].item()
+    return total / episodes
+
+
 def finetune(
-    networks: Networks, replay: EpisodeReplay, *, steps: int, prefill: int, every: int, units: int
+    networks: Networks,
+    replay: EpisodeReplay,
+    log: Path,
+    *,
+    seed: int,
+    steps: int,
+    prefill: int,
+    every: int,
+    warm_up: int,
+    episodes: int,
+    units: int,
 ) -> list[float]:
-    """The return of every episode."""
+    """The evaluated returns, of the first ``warm_up`` updates and of every ``10 * every`` steps."""
     action_encoder = ActionEncoder(A, make_latent_actions("deterministic", size=U), hidden=units)
     actor = make_actor(units)
     value = TensorDictModule(
@@ -182,11 +220,21 @@ def finetune(
     model_loss = networks.model_loss(
         TensorDictModule(action_encoder, ["action"], ["latent_action", "_"])
     )
-    actor_loss = DreamerV3ActorLoss(actor, value, make_imagination(networks, action_encoder))
+    imagination = make_imagination(networks, action_encoder)
+    actor_loss = DreamerV3ActorLoss(
+        actor, value, imagination, imagination_horizon=10, entropy_bonus=3e-3
+    )
+    actor_loss.make_value_estimator(ValueEstimators.TDLambda, gamma=GAMMA, lmbda=0.95)
     value_loss = DreamerV3ValueLoss(value, actor_loss=actor_loss, slow_critic_regularization=1.0)
     target_update = SoftUpdate(value_loss, tau=0.02)
-    loss = DreamerV3Loss(model_loss, actor_loss, value_loss)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
+    loss = DreamerV3Loss(model_loss, actor_loss, value_loss, continuation_horizon=1 / (1 - GAMMA))
+    optimizer = torch.optim.Adam(
+        [
+            {"params": list(model_loss.parameters()), "lr": 1e-3},
+            {"params": list(actor.parameters()), "lr": 2e-4},
+            {"params": list(value.parameters()), "lr": 4e-4},
+        ]
+    )
 
     policy = TensorDictSequential(
         TensorDictModule(networks.encoder, ["pixels"], ["encoded_latents"]),
@@ -203,28 +251,30 @@ def finetune(
             [("next", key) for key in (*LATENT, "previous_action")],
         ),
     )
-    primer = TensorDictPrimer(
-        state=Unbounded(S * K), belief=Unbounded(D), previous_action=Unbounded(A), default_value=0.0
-    )
-    env = make_env("toy").append_transform(ExcludeTransform("state"))  # the simulator's
-    env = env.append_transform(primer)
     collector = Collector(
-        env,
+        make_toy(seed),
         policy,
         frames_per_batch=every,
         total_frames=steps,
         init_random_frames=prefill,
         auto_register_policy_transforms=False,  # is_first takes the place of is_init
     )
-    returns, seen = [], 0
-    for data in collector:
-        replay.extend(data)
-        seen += data.numel()
-        returns += data["next", "episode_reward"][data["next", "done"]].tolist()
-        if seen > prefill:
-            for _ in range(every // 5):
+    returns: list[float] = []
+    with log.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["step", "return"])
+        for number, data in enumerate(collector, 1):
+            replay.extend(data)
+            step = number * every
+            if step < prefill:
+                continue
+            for _ in range(every // 5 if returns else warm_up):
                 descend(optimizer, loss(to_dreamer_v3(replay.sample(), **LAYOUT)))
                 target_update.step()
+            if not returns or step % (10 * every) == 0 or step >= steps:
+                returns.append(evaluate(policy, episodes))
+                table.writerow([step, f"{returns[-1]:.2f}"])
+                file.flush()
     collector.shutdown()
     return returns
 
@@ -232,25 +282,45 @@ def finetune(
 def main(
     folder: str | Path = "runs/torchrl_dreamerv3",
     *,
-    videos: int = 100,
-    updates: int = 1000,
-    steps: int = 5000,
+    seed: int = 0,
+    videos: int = 300,
+    updates: int = 500,
+    steps: int = 4000,
     prefill: int = 500,
-    every: int = 50,
-    batch: tuple[int, int] = (16, 25),
-    units: int = 256,
+    every: int = 25,
+    warm_up: int = 300,
+    episodes: int = 12,
+    batch: tuple[int, int] = (12, 12),
+    units: int = 128,
 ) -> tuple[list[float], list[float]]:
-    """Returns the losses of pre-training and the returns of fine-tuning."""
+    """Returns the losses of pre-training, of no ``updates`` none, and the evaluated returns."""
+    torch.manual_seed(seed)
     folder, (rows, length) = Path(folder), batch
-    collect(CollectVideosConfig(data=str(folder / "videos"), env="toy", episodes=videos))
-    clips = VideoClips(folder / "videos", clip_len=length, batch_size=rows)
-    networks = Networks(units=units)
-    losses = pretrain(networks, clips, updates)
+    networks, losses = Networks(units=units), []
+    if updates:
+        play = {"random_fraction": 0.5, "noise": 0.5, "max_steps": EPISODE, "after_success": None}
+        collect(CollectVideosConfig(str(folder / "videos"), episodes=videos, env="toy", **play))
+        clips = VideoClips(folder / "videos", clip_len=length, batch_size=rows)
+        losses = pretrain(networks, clips, updates)
+        print(f"pre-training loss {losses[0]:.0f} -> {losses[-1]:.0f}")
     replay = EpisodeReplay(folder / "replay", window=length, batch_size=rows)
-    returns = finetune(networks, replay, steps=steps, prefill=prefill, every=every, units=units)
-    print(f"pre-training loss {losses[0]:.0f} -> {losses[-1]:.0f}; last return {returns[-1]:.1f}")
+    returns = finetune(
+        networks,
+        replay,
+        folder / "returns.csv",
+        seed=seed,
+        steps=steps,
+        prefill=prefill,
+        every=every,
+        warm_up=warm_up,
+        episodes=episodes,
+        units=units,
+    )
+    print(f"evaluated return {returns[0]:.1f} -> {returns[-1]:.1f}")
     return losses, returns
 
 
 if __name__ == "__main__":
-    main()
+    given = dict(argument.split("=") for argument in sys.argv[1:])
+    places = {"folder": given.pop("folder")} if "folder" in given else {}
+    main(**places, **{name: int(number) for name, number in given.items()})

@@ -97,7 +97,7 @@ def expert_for(name: str) -> Expert | None:
         policy = ENV_POLICY_MAP[name.removeprefix("metaworld/") + "-v3"]()
         warnings.filterwarnings("ignore", "Constant.s. may be too high", module="metaworld")
         return lambda td: policy.get_action(cast(torch.Tensor, td["state"]).double().numpy())
-    if name.partition("/")[0] == "toy":
+    if name in ("toy", "toy/shifted"):
         return lambda td: cast(torch.Tensor, toy_expert(td.clone())["action"]).numpy()
     return None
 

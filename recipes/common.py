@@ -35,7 +35,7 @@ FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no e
 CHANGEABLE = {
     *("run", "updates", "env_steps", "device", "threads", "compile", "num_workers", "prefetch"),
     *("worker_timeout", "worker_failures", "logger", "log_every", "video_every", "usage_every"),
-    *("checkpoint_every", "eval_every", "eval_from", "eval_episodes"),
+    *("collector", "checkpoint_every", "eval_every", "eval_from", "eval_episodes"),
     *("keep", "keep_every", "max_skipped", "trust_code"),
 }
 MOVABLE = {"data", "pretrained"}  # the clip stores' contents are compared with the checkpoint

@@ -25,6 +25,7 @@ from prelar_trl.checkpoint import save_checkpoint
 from prelar_trl.envs import make_env
 from prelar_trl.envs.workers import WorkerError
 from prelar_trl.modules import WorldModelPolicy
+from prelar_trl.recipes.async_collection import AsyncEpisodeCollector, collect_async
 from prelar_trl.recipes.common import (
     BEST,
     choose_device,
@@ -39,7 +40,12 @@ from prelar_trl.recipes.common import (
 from prelar_trl.recipes.environments import interface
 from prelar_trl.recipes.finetune_state import FinetuneState
 from prelar_trl.recipes.guard import UpdateGuard
-from prelar_trl.recipes.interaction import Collection, Evaluation, make_training_env
+from prelar_trl.recipes.interaction import (
+    Collection,
+    EpisodeCollector,
+    Evaluation,
+    make_training_env,
+)
 from prelar_trl.recipes.learner import make_learner
 from prelar_trl.recipes.processes import ALONE, Processes, joined
 from prelar_trl.recipes.replays import open_replay, replay_bytes
@@ -154,7 +160,8 @@ def build(
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
-    env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
+    here = cfg.collector == "sync"  # else this environment only tells what an agent must know
+    env = make_training_env(cfg, env_factory, seed, cfg.num_workers if here else 1)
     known = interface(env)
     learner = make_learner(cfg, known, device, watch, processes)
     policy = WorldModelPolicy(learner.agent.world_model, learner.agent.actor, noise=cfg.expl_noise)
@@ -162,7 +169,17 @@ def build(
     data_bytes = replay_bytes(cfg, env.observation_spec["pixels"].shape, processes)
     run, checkpoint = open_run(cfg, learner.agent, data_bytes, restart, processes)
     replay = open_replay(cfg, run.path, learner.video_clips, device, processes, checkpoint)
-    collection = Collection(env, policy, replay, device, watch, seed)
+    collector: EpisodeCollector | AsyncEpisodeCollector
+    if here:
+        collector = EpisodeCollector(env, policy, device, watch, seed)
+    else:
+        env.close()
+        num_envs = max(cfg.num_workers, env.batch_size.numel())
+        step = checkpoint["step"] if checkpoint else 0
+        collector = collect_async(
+            cfg, env_factory, known, policy, learner, processes, num_envs, seed, step
+        )
+    collection = Collection(collector, replay)
     if checkpoint is not None and "collection" not in checkpoint:
         raise ValueError(
             f"the run in {cfg.run} is of an older version, which kept no running episodes: "
@@ -184,6 +201,7 @@ def opened(
     Workers that fail again and again stop it, but it is saved.
     """
     cfg, collection, processes = state.cfg, state.collection, state.processes
+    device = next(state.learner.agent.parameters()).device
     guard = UpdateGuard(run, state.learner.updates, cfg.max_skipped, processes.rank)
     bar = Progress(
         cfg.env_steps,
@@ -193,9 +211,7 @@ def opened(
         hidden=not processes.first,
     )
     interruption = Interruption()
-    evaluation = Evaluation(
-        cfg, env_factory, state.learner.agent, collection.act.device, interruption
-    )
+    evaluation = Evaluation(cfg, env_factory, state.learner.agent, device, interruption)
     with (
         closing(collection),
         closing(evaluation),
@@ -274,7 +290,8 @@ class Session:
         with state.learner.watch("logging"):
             self.bar.update(state.step - self.bar.count, frames=trained, metrics=metrics)
             if losses is not None and state.crossed(cfg.log_every):
-                self.logger.log({**drop_unweighted(losses), **self.guard.metrics()}, state.step)
+                metrics = {**self.guard.metrics(), **state.collection.collector.metrics()}
+                self.logger.log({**drop_unweighted(losses), **metrics}, state.step)
 
     def check_learned(self) -> None:
         """At the end of the run.

@@ -56,7 +56,7 @@ class FinetuneState:
         self.training_due = self.evaluation_due = self.ready = False
         self.best: list[float] | None = None
         self.losses: TensorDictBase | None = None
-        environments = processes.size * max(1, collection.env.batch_size.numel())
+        environments = processes.size * collection.collector.num_envs
         self._stride = environments * cfg.action_repeat
 
     @property

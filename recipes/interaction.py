@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -27,6 +27,9 @@ from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.recipes.signals import Interruption, hold_signals
 from prelar_trl.record import Logger
 from prelar_trl.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from prelar_trl.recipes.async_collection import AsyncEpisodeCollector
 
 EVAL_SEED = 10_000  # the evaluation environment's seed lies apart from the training one's
 
@@ -59,42 +62,43 @@ def evaluation_policy(agent: Agent, noise: float, state_mean: bool) -> WorldMode
     )
 
 
-class Collection:
-    """Steps in the training environment, which end in the replay.
+class EpisodeCollector:
+    """Steps in the training environment.
 
     Every episode begins from a seed of its own, so that one that is running when the run stops can
     be repeated when it goes on. Environments with a batch size that are no `WorkerEnv` cannot.
 
     Attributes:
         dropped: episodes that are lost: they could not be repeated, or their worker has failed.
+        num_envs: environments that step together.
     """
 
     def __init__(
         self,
         env: EnvBase,
         policy: WorldModelPolicy,
-        replay: EpisodeReplay,
         device: torch.device,
         watch: Stopwatch,
         seed: int,
     ) -> None:
-        self.env, self.replay, self.watch, self.seed = env, replay, watch, seed
+        self.env, self.watch, self.seed = env, watch, seed
         self.act = StatefulPolicy(policy, device)
         self.dropped = 0
+        self.num_envs = max(1, env.batch_size.numel())
         self._processes = worker_env(env)
-        self._workers = max(1, env.batch_size.numel())
-        self._begun = [0] * self._workers  # episodes of each
-        self._tracker = EpisodeTracker(self._workers)
+        self._begun = [0] * self.num_envs  # episodes of each
+        self._tracker = EpisodeTracker(self.num_envs)
 
     def reset(self) -> None:
         """The first frame of new episodes."""
         self._now = self._begin(None)
 
-    def step(self, random: bool) -> list[dict[str, Any]]:
+    def step(self, random: bool) -> tuple[TensorDictBase, list[dict[str, Any]]]:
         """One step of every environment, by random actions or the policy's.
 
         Returns:
-            A record of each episode that ended: return, success, length.
+            The step, for the replay, and a record of each episode that ended with it: return,
+            success, length.
         """
         with self.watch("policy"):
             if random:
@@ -104,15 +108,13 @@ class Collection:
         with self.watch("env"):
             td = self.env.step(td)
             self._now = self._begin(step_mdp(td))
-        with self.watch("replay"):
-            self.replay.add(td)
         if "dropped" in td["next"].keys():
             self.dropped += int(td["next", "dropped"].sum())
-        return self._tracker.update(td["next"])
+        return td, self._tracker.update(td["next"])
 
     def _begin(self, now: TensorDictBase | None) -> TensorDictBase:
         """``now`` with a new episode wherever one is over; None: everywhere."""
-        over = torch.ones(self._workers, dtype=torch.bool)
+        over = torch.ones(self.num_envs, dtype=torch.bool)
         if now is not None:
             over = cast(torch.Tensor, now["done"]).flatten()
             if not over.any():
@@ -131,59 +133,58 @@ class Collection:
         self._begun = begun
         return first
 
-    def sample(self) -> TensorDictBase:
-        """A batch of the replay's windows, ``[batch_size, batch_length]``."""
-        with self.watch("replay"):
-            return self.replay.sample()
-
     def state_dict(self) -> dict[str, Any]:
-        """The replay with the running episodes, and what is known now."""
-        replay = self.replay.state_dict()
-        pending = {worker: rows.to_dict() for worker, rows in replay["pending"].items()}
+        """What is known now."""
         belief = self.act.belief
         return {
-            "replay": replay | {"pending": pending},
-            "collection": {
-                "now": self._now.exclude("action", "next").to_dict(),
-                "belief": None if belief is None else belief.cpu().to_dict(),
-                "begun": list(self._begun),
-                "success": list(self._tracker.success),
-                "dropped": self.dropped,
-            },
+            "now": self._now.exclude("action", "next").to_dict(),
+            "belief": None if belief is None else belief.cpu().to_dict(),
+            "begun": list(self._begun),
+            "success": list(self._tracker.success),
+            "dropped": self.dropped,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on with the running episodes, as far as they can be repeated."""
-        pending = {
-            worker: TensorDict(rows, [len(rows["pixels"])])
-            for worker, rows in state["replay"]["pending"].items()
-        }
-        self.replay.load_state_dict(state["replay"] | {"pending": pending})
-        state = state["collection"]
+    def load_state_dict(
+        self, state: dict[str, Any], pending: dict[int, TensorDict]
+    ) -> dict[int, str]:
+        """Goes on with the running episodes, as far as they can be repeated.
+
+        Args:
+            state: of `state_dict`.
+            pending: by environment, the replay's rows of the episode that runs there; none where
+                no step was made.
+
+        Returns:
+            Of the ``pending`` episodes that are lost, why.
+        """
         self.dropped = state["dropped"]
         now: TensorDict | None = None
         faults: dict[int, str | None]
-        if len(state["begun"]) == self._workers:
+        if len(state["begun"]) == self.num_envs:
             self._begun = list(state["begun"])
             self._tracker.success = list(state["success"])
             now = TensorDict(state["now"], self.env.batch_size)
             belief = state.get("belief", now.pop("belief", None))  # of older runs
             if belief is not None:
                 self.act.belief = TensorDict(belief, self.env.batch_size).to(self.act.device)
-            faults = {i: self._repeat(i, now, pending.get(i)) for i in range(self._workers)}
+            faults = {i: self._repeat(i, now, pending.get(i)) for i in range(self.num_envs)}
         else:
-            self._begun = [max(state["begun"])] * self._workers  # no episode a second time
+            self._begun = [max(state["begun"])] * self.num_envs  # no episode a second time
             faults = dict.fromkeys(pending, "another number of environments")
         lost = {worker: why for worker, why in faults.items() if why is not None}
-        if now is not None and len(lost) < self._workers:
+        if now is not None:
+            for worker in lost:
+                self._tracker.success[worker] = False
+        if now is not None and len(lost) < self.num_envs:
             now["done"].view(-1)[list(lost)] = True
             self._now = self._begin(now)
         else:
             if self.env.batch_size and self._processes is None:  # not its first episodes again
-                self.env.set_seed(episode_seed(self.seed, self._workers, max(self._begun)))
+                self.env.set_seed(episode_seed(self.seed, self.num_envs, max(self._begun)))
             self._now = self._begin(None)
-        for worker in lost.keys() & pending.keys():
-            self._drop(worker, len(pending[worker]) - 1, lost[worker])
+        lost = {worker: why for worker, why in lost.items() if worker in pending}
+        self.dropped += len(lost)
+        return lost
 
     def _repeat(self, worker: int, now: TensorDict, rows: TensorDict | None) -> str | None:
         """Bring an environment to where ``now`` was taken; returns why that is impossible.
@@ -212,20 +213,75 @@ class Collection:
                 return f"repeated with the same actions, it ends with another {key}"
         return None
 
-    def _drop(self, worker: int, steps: int, why: str) -> None:
-        """The running episode is lost."""
-        self.replay.drop(worker)
-        self._tracker.success[worker] = False
-        self.dropped += 1
-        print(
-            f"warning: the running episode of environment {worker} ({steps} steps) is dropped: "
-            f"{why}",
-            file=sys.stderr,
-        )
+    def metrics(self) -> dict[str, float]:
+        """What is to be logged of the steps since the last call."""
+        return {}
+
+    def close(self) -> None:
+        self.env.close(raise_if_closed=False)
+
+
+class Collection:
+    """Steps in the training environment, which end in the replay."""
+
+    def __init__(
+        self, collector: EpisodeCollector | AsyncEpisodeCollector, replay: EpisodeReplay
+    ) -> None:
+        self.collector, self.replay = collector, replay
+
+    @property
+    def dropped(self) -> int:
+        """Episodes that are lost."""
+        return self.collector.dropped
+
+    def reset(self) -> None:
+        """The first frame of new episodes."""
+        self.collector.reset()
+
+    def step(self, random: bool) -> list[dict[str, Any]]:
+        """One step of every environment, by random actions or the policy's.
+
+        Returns:
+            A record of each episode that ended: return, success, length.
+        """
+        td, ended = self.collector.step(random)
+        with self.collector.watch("replay"):
+            self.replay.add(td)
+        return ended
+
+    def sample(self) -> TensorDictBase:
+        """A batch of the replay's windows, ``[batch_size, batch_length]``."""
+        with self.collector.watch("replay"):
+            return self.replay.sample()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The replay with the running episodes, and what the collector knows now."""
+        replay = self.replay.state_dict()
+        pending = {worker: rows.to_dict() for worker, rows in replay["pending"].items()}
+        return {
+            "replay": replay | {"pending": pending},
+            "collection": self.collector.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on with the running episodes, as far as they can be repeated."""
+        pending = {
+            worker: TensorDict(rows, [len(rows["pixels"])])
+            for worker, rows in state["replay"]["pending"].items()
+        }
+        self.replay.load_state_dict(state["replay"] | {"pending": pending})
+        lost = self.collector.load_state_dict(state["collection"], pending)
+        for worker, why in lost.items():
+            self.replay.drop(worker)
+            print(
+                f"warning: the running episode of environment {worker} "
+                f"({len(pending[worker]) - 1} steps) is dropped: {why}",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         self.replay.close()
-        self.env.close(raise_if_closed=False)
+        self.collector.close()
 
 
 class Evaluation:

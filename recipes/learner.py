@@ -80,9 +80,14 @@ class Learner:
             return losses.update(self.behavior_update(state))
 
     @property
+    def aligned(self) -> int:
+        """Updates of the action encoder alone that were made."""
+        return 0 if self.alignment is None else self.alignment.count
+
+    @property
     def unaligned(self) -> bool:
-        """Whether updates of the action encoder alone come first."""
-        return self.alignment is not None and self.alignment.count < self.align_updates
+        """Whether they come first."""
+        return self.alignment is not None and self.aligned < self.align_updates
 
     def align(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
         """One update of the action encoder towards the pre-trained latent actions."""

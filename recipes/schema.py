@@ -39,6 +39,7 @@ from prelar_trl.config import (
 )
 from prelar_trl.recipes.command_line import FREE
 from prelar_trl.recipes.values import (
+    Collector,
     Compile,
     Device,
     Export,
@@ -171,6 +172,7 @@ class FinetuneConfig(RunConfig):
     vectors: Names = None  # numbers that are seen too, by name or pattern: [proprio,joint*]
     render_quality: Quality = "fast"
     num_workers: SmallInt = 1
+    collector: Collector = "sync"  # async: a process of its own acts while the updates are made
     worker_timeout: Positive = 120.0  # seconds without an answer: the worker hangs, is replaced
     worker_failures: PositiveInt = 5  # of one worker in a row: the run saves and stops
     horizon: Annotated[MediumInt, at_least(2)] = 15

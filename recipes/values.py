@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 else:
     Choice = str
 
+Collector = Annotated[Choice, one_of(("sync", "async"))]
 Compile = Annotated[Choice, one_of(("auto", "on", "off"))]
 Device = Annotated[
     str,

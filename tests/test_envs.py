@@ -19,6 +19,7 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import check_env_specs
 
 from prelar_trl.envs import ToyEnv, make_env, toy_expert, toy_return
+from prelar_trl.envs.toy import MOVES
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward", "done", "terminated"}
 
@@ -220,6 +221,18 @@ def test_shifted_toy_is_the_same_task_in_another_look():
         assert torch.equal(after[0]["reward"], after[1]["reward"])
 
 
+def test_discrete_toy_moves_by_the_velocity_that_is_chosen():
+    envs = make_env("toy", seed=1, pixels=None), make_env("toy/discrete", seed=1, pixels=None)
+    assert envs[1].action_spec.shape == (9,)
+    assert sorted(map(tuple, MOVES.tolist())) == [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]
+    for chosen, velocity in zip(torch.eye(9), MOVES, strict=True):
+        states = [
+            env.step(env.reset().set("action", action))["next", "state"]
+            for env, action in zip(envs, (velocity, chosen), strict=True)
+        ]
+        assert torch.equal(*states)
+
+
 def test_toy_background_of_two_colors_is_a_texture_and_the_disc_lies_on_it():
     env = make_env(partial(ToyEnv, background=((0, 0, 0), (0, 0, 200)), disc=(250, 0, 0)), seed=1)
     red, green, blue = env.reset()["pixels"]
@@ -244,7 +257,7 @@ def test_same_seed_gives_the_same_episodes_and_another_seed_others():
         ({"name_or_env": "gym/Pendulun-v1"}, "Pendulum"),
         ({"name_or_env": "gym/HalfCheetah-v5", "camera": "up"}, "this environment has track"),
         ({"name_or_env": "toy", "camera": "corner"}, "no cameras"),
-        ({"name_or_env": "toy/mirrored"}, "'toy/mirrored'; choose toy, toy/shifted"),
+        ({"name_or_env": "toy/mirrored"}, "'toy/mirrored'; choose toy, toy/shifted, toy/dis"),
         ({"name_or_env": "toy", "num_workers": 0}, "at least 1"),
         ({"name_or_env": "toy", "action_repeat": 0}, "at least 1"),
         ({"name_or_env": Counter(with_pixels=False)}, "no 'pixels', only height"),

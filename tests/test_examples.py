@@ -56,7 +56,7 @@ def test_torchrl_dreamerv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return networks[-1]
 
     def recorded(optimizer: torch.optim.Optimizer, losses: TensorDict) -> float:
-        parameters = optimizer.param_groups[0]["params"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         before = [p.detach().clone() for p in parameters]
         loss = descend(optimizer, losses)
         pairs = zip(before, parameters, strict=True)
@@ -66,9 +66,12 @@ def test_torchrl_dreamerv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(example, "Networks", make)
     monkeypatch.setattr(example, "descend", recorded)
     small = {"videos": 4, "updates": 2, "steps": 65, "prefill": 50, "every": 5, "units": 32}
+    small |= {"warm_up": 2, "episodes": 1}
     losses, returns = example.main(tmp_path, batch=(2, 6), **small)
-    assert len(losses) == 2 and len(returns) == 1
-    assert len(still) == 2 + 3
+    assert len(losses) == 2 and len(still) == 2 + 2 + 3
+    table = [(int(row["step"]), float(row["return"])) for row in metrics(tmp_path, "returns.csv")]
+    assert table == [(50, round(returns[0], 2)), (65, round(returns[1], 2))]
+    assert 0 < min(returns) and max(returns) < 25
     # Video says nothing of rewards; the prior's head waits while the KL is below the free nats.
     (model,) = networks
     head = {id(p) for p in model.prior.rnn_to_prior_projector.parameters()}
@@ -129,6 +132,6 @@ def test_latent_actions(
     assert names["update"].count == updates and names["moved"].shape[:2] == (5, names["LENGTH"])
 
 
-def metrics(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(encoding="utf-8") as file:
+def metrics(run: Path, name: str = "metrics.csv") -> list[dict[str, str]]:
+    with (run / name).open(encoding="utf-8") as file:
         return list(csv.DictReader(file))

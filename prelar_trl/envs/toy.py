@@ -10,6 +10,7 @@ of the four places (+-0.6, +-0.6). The best policy goes straight to the target a
 :func:`toy_return` measures it.
 
 ``toy/shifted`` is the same task in other colors, on a texture: for videos unlike the task.
+``toy/discrete`` takes one of nine moves, as a one-hot vector: :data:`MOVES`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.data import Binary, Bounded, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase, Transform
 
 SPEED = 0.2
@@ -30,16 +31,18 @@ RADIUS = 0.15
 SCALE = 0.3
 EPISODE_STEPS = 50
 _DISC, _SQUARE = 0.24, 0.26  # radius and half side, in world units
+MOVES = torch.cartesian_prod(*2 * [torch.tensor([-1.0, 0.0, 1.0])])  # velocities [9, 2]
 WAVES = 3  # of a textured background, along each side of the picture
 
 Color = tuple[int, int, int]
-LOOKS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "toy": {},
     "toy/shifted": {
         "background": ((150, 120, 80), (214, 196, 150)),
         "disc": (48, 96, 224),
         "square": (120, 40, 136),
     },
+    "toy/discrete": {"discrete": True},
 }
 
 
@@ -114,6 +117,7 @@ class ToyEnv(EnvBase):
         background: one color, or two that blend into each other in a fixed texture of waves.
         disc: the color of the disc, which is steered.
         square: the color of the target.
+        discrete: takes one of the nine moves instead, one-hot float32 [9].
     """
 
     def __init__(
@@ -123,6 +127,7 @@ class ToyEnv(EnvBase):
         background: Color | tuple[Color, Color] = (32, 32, 48),
         disc: Color = (255, 64, 64),
         square: Color = (64, 224, 96),
+        discrete: bool = False,
     ) -> None:
         super().__init__(device="cpu", batch_size=torch.Size([]))
         self._generator = torch.Generator().manual_seed(0)
@@ -140,7 +145,11 @@ class ToyEnv(EnvBase):
             self._background = _texture(background, size)
             self._disc, self._square = _as_image(disc), _as_image(square)
         self.observation_spec = Composite(observation)
-        self.action_spec = Bounded(-1, 1, torch.Size([2]), dtype=torch.float32)
+        self._discrete = discrete
+        if discrete:
+            self.action_spec = OneHot(len(MOVES), dtype=torch.float32)
+        else:
+            self.action_spec = Bounded(-1, 1, torch.Size([2]), dtype=torch.float32)
         self.reward_spec = Unbounded(torch.Size([1]), dtype=torch.float32)
 
     def _set_seed(self, seed: int | None) -> None:
@@ -152,9 +161,9 @@ class ToyEnv(EnvBase):
         return TensorDict({**self._observe(), "success": torch.zeros(1, dtype=torch.bool)})
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        self._position, reward, success = toy_dynamics(
-            self._position, self._target, tensordict["action"]
-        )
+        action = tensordict["action"]
+        velocity = action @ MOVES if self._discrete else action
+        self._position, reward, success = toy_dynamics(self._position, self._target, velocity)
         over = {key: torch.zeros(1, dtype=torch.bool) for key in ("done", "terminated")}
         return TensorDict({**self._observe(), "success": success, "reward": reward, **over})
 
@@ -205,7 +214,7 @@ def play_toy(
         The first frame and those after each action, uint8 ``[B, T+1, 3, 64, 64]``, and the disc's
         positions, ``[B, T+1, 2]``.
     """
-    painter = ToyEnv(**LOOKS[env])
+    painter = ToyEnv(**VARIANTS[env])
     positions = [position]
     for action in actions.unbind(1):
         positions.append(toy_dynamics(positions[-1], target, action)[0])
@@ -218,16 +227,16 @@ def play_toy(
 
 
 def make_toy(
-    look: str, *, pixels: int | None, cameras: Sequence[str], render_quality: str
+    variant: str, *, pixels: int | None, cameras: Sequence[str], render_quality: str
 ) -> tuple[EnvBase, list[Transform]]:
     """The toy task; it has one view, in one quality. See :func:`prelar_trl.envs.make_env`.
 
     Args:
-        look: ``""`` for the task's own colors, or ``shifted``.
+        variant: ``""`` for the task itself, ``shifted`` or ``discrete``.
     """
-    name = f"toy/{look}" if look else "toy"
-    if name not in LOOKS:
-        raise ValueError(f"unknown environment {name!r}; choose {', '.join(LOOKS)}")
+    name = f"toy/{variant}" if variant else "toy"
+    if name not in VARIANTS:
+        raise ValueError(f"unknown environment {name!r}; choose {', '.join(VARIANTS)}")
     if cameras:
         raise ValueError(f"toy has no cameras to choose from, got {', '.join(cameras)}")
-    return ToyEnv(pixels, **LOOKS[name]), []
+    return ToyEnv(pixels, **VARIANTS[name]), []

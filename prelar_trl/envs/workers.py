@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
 import cloudpickle
@@ -210,6 +211,33 @@ def worker_env(env: EnvBase) -> WorkerEnv | None:
     return env if isinstance(env, WorkerEnv) else None
 
 
+def start_process(
+    target: Callable[..., None], *args: Any, daemon: bool = True
+) -> tuple[BaseProcess, Connection]:
+    """A process, and the connection to it, whose other end is the first argument of ``target``.
+
+    ``target`` calls `settle_process` first. One that is no daemon may start processes itself, and
+    ends only when the connection is closed.
+    """
+    # Threads and OpenGL do not survive a fork: it is one of a process that has only imported.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs, *args), daemon=daemon)
+    with _held_signals():
+        process.start()
+    theirs.close()
+    return process, ours
+
+
+def settle_process() -> None:
+    """In a process of `start_process`: signals to stop are its parent's, with which it ends."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+
 def _end(workers: list[_Worker]) -> None:
     for worker in workers:
         worker.kill(patience=5.0)
@@ -220,14 +248,7 @@ class _Worker:
     """The parent's side of one process."""
 
     def __init__(self, make: bytes, seed: int) -> None:
-        # Threads and OpenGL do not survive a fork: it is one of a process that has only imported.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__])
-        self._connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, make, seed), daemon=True)
-        with _held_signals():
-            self.process.start()
-        theirs.close()
+        self.process, self._connection = start_process(_work, make, seed)
 
     def send(self, *question: Any) -> None:
         try:
@@ -262,10 +283,7 @@ class _Worker:
 
 def _work(connection: Connection, make: bytes, seed: int) -> None:
     """The process: answers questions until its parent closes the connection."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
+    settle_process()
     try:
         env: EnvBase = pickle.loads(make)(seed=seed)
         connection.send_bytes(pickle.dumps((None, _specs(env))))
