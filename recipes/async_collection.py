@@ -183,11 +183,11 @@ def _collect(
     collector: EpisodeCollector | None = None
     try:
         collector = cast(EpisodeCollector, pickle.loads(make)())
-        collector.act.policy.load_state_dict(weights)
+        collector.policy.load_state_dict(weights)
         while (question := pickle.loads(connection.recv_bytes()))[0] != "close":
             match question:
                 case ("weights", count):
-                    collector.act.policy.load_state_dict(weights)
+                    collector.policy.load_state_dict(weights)
                     version = count
                 case (method, *arguments):
                     result = getattr(collector, method)(*arguments)

@@ -81,7 +81,8 @@ class EpisodeCollector:
         watch: Stopwatch,
         seed: int,
     ) -> None:
-        self.env, self.watch, self.seed = env, watch, seed
+        self.env, self.policy = env, policy
+        self.watch, self.seed = watch, seed
         self.act = StatefulPolicy(policy, device)
         self.dropped = 0
         self.num_envs = max(1, env.batch_size.numel())
