@@ -79,13 +79,9 @@ def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> li
     batch = env.batch_size
     if "pixels" in names:
         spec = env.observation_spec["pixels"]
-        if len(spec.shape) < len(batch) + 3:  # gray, or no picture at all
-            check_picture("pixels", spec.shape[len(batch) :], spec.dtype)
-            spec = spec.unsqueeze(len(batch))
-        *others, channels, height, width = spec.shape
-        views = len(cameras) or max(1, channels // 3)
-        ready = (*others, channels, height, width) == (*batch, 3 * views, size, size)
-        if ready and spec.dtype == torch.uint8:
+        shape = tuple(spec.shape[len(batch) :])
+        views = len(cameras) or max(1, (shape or (0,))[0] // 3)
+        if shape == (3 * views, size, size) and spec.dtype == torch.uint8:
             return []
     for camera in cameras:
         if camera not in names:

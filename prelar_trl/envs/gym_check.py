@@ -59,7 +59,9 @@ class GymCheck(gymnasium.Wrapper):
                 continue
             value = _as_array(info[key])
             if value is None or value.dtype.kind not in "buif" or (value != value).any():
-                raise TypeError(f"{self._name}: info has {key}={info[key]!r:.60}, which is no flag")
+                raise TypeError(
+                    f"{self._name}: info has {key}={_short(info[key])}, which is no flag"
+                )
         return observation, float(number), flags[0], flags[1], info
 
     def _one(self, value: Any, name: str, kinds: str) -> Any:
@@ -67,7 +69,9 @@ class GymCheck(gymnasium.Wrapper):
         array = _as_array(value)
         if array is None or array.size != 1 or array.dtype.kind not in kinds:
             asked = "one number" if "f" in kinds else "a flag"
-            raise TypeError(f"{self._name}: step() gives {name}={value!r:.60}; it must be {asked}")
+            raise TypeError(
+                f"{self._name}: step() gives {name}={_short(value)}; it must be {asked}"
+            )
         return array.item()
 
     def _check(self, value: Any, space: gymnasium.Space, what: str) -> None:
@@ -89,6 +93,11 @@ class GymCheck(gymnasium.Wrapper):
                     kept = (array.astype(dtype) == array).all()
                 if not kept:
                     raise ValueError(f"{self._name}: {what} with values that {dtype} cannot hold")
+
+
+def _short(value: Any) -> str:
+    """As a message shows it, in one line."""
+    return " ".join(repr(value).split())[:60]
 
 
 def _as_array(value: Any) -> np.ndarray | None:
