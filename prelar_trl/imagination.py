@@ -7,17 +7,19 @@ U latent action.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule
 from torch import Tensor
-from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+from torchrl.data import Bounded, Composite, OneHot, TensorSpec, Unbounded
 from torchrl.envs.model_based import ModelBasedEnvBase
 
+from prelar_trl.modules.checks import check_entry, check_input
 from prelar_trl.modules.rssm import State
 from prelar_trl.modules.world_model import RSSMWorldModel
+from prelar_trl.utils import check_integers
 
 __all__ = ["ImaginationEnv", "posterior_states"]
 
@@ -47,7 +49,7 @@ class ImaginationEnv(ModelBasedEnvBase):
         world_model: put into evaluation mode.
         action_spec: that of the environment that the model knows, ``env.action_spec``, unbatched:
             numbers or one-hot. Not with latent actions. Default: numbers in [-1, 1], as many as the
-            action encoder or the RSSM takes; stacked models take more than there are.
+            model knows.
         starts: states ``[M]`` (``stoch, deter``, and ``action_history`` with an action window) that
             a reset draws from; the attribute can be set anew. Default: the zero state before the
             first frame.
@@ -56,8 +58,10 @@ class ImaginationEnv(ModelBasedEnvBase):
         batch_size: of the environment. Default: none; it then takes TensorDicts of any batch shape.
 
     Raises:
-        ValueError: a model without any action; ``decode`` of a model whose decoder also needs a
-            frame (ContextWM); ``starts`` of more than one batch dimension.
+        TypeError, ValueError: a model without any action; ``decode`` of a model whose decoder also
+            needs a frame (ContextWM); ``starts`` of more than one batch dimension, or of another
+            model; an ``action_spec`` that is not of the model's actions; by a reset or a step,
+            states or actions of another type or shape.
     """
 
     def __init__(
@@ -70,24 +74,34 @@ class ImaginationEnv(ModelBasedEnvBase):
         sample: bool = True,
         batch_size: Sequence[int] = (),
     ) -> None:
+        if not isinstance(world_model, RSSMWorldModel):
+            raise TypeError(f"world_model={world_model!r:.40} is no RSSMWorldModel")
         if world_model.action_free:
             raise ValueError("this world model knows no actions, so nobody can act in it")
         if decode and world_model.context_encoder is not None:
             raise ValueError("decode=True: the decoder of this world model also needs a frame")
+        if not isinstance(batch_size, Sequence) or isinstance(batch_size, str):
+            raise TypeError(f"batch_size={batch_size!r} must be a sequence of whole numbers")
+        for size in batch_size:
+            check_integers(batch_size=size)
         batch = torch.Size(batch_size)
         super().__init__(
             cast(TensorDictModule, world_model.eval()),  # torch's type; this class calls it itself
             device=next(world_model.parameters()).device,
             batch_size=batch,
         )
-        self.decode, self.sample, self.starts = decode, sample, starts
+        self.decode, self.sample = decode, sample
         rssm, encoder = world_model.rssm, world_model.action_encoder
         latent = world_model.latent_action_encoder
         if latent is not None:
+            if action_spec is not None:
+                raise ValueError("action_spec: this world model takes latent actions, any numbers")
             action_spec = Unbounded(torch.Size([latent.latent_actions.dim]))
         elif action_spec is None:
-            size = rssm.action_dim if encoder is None else encoder.action_dim
+            size = world_model.action_dim or rssm.action_dim
             action_spec = Bounded(-1, 1, torch.Size([size]))
+        else:
+            _check_action_spec(action_spec, world_model)
         window = 1 if encoder is None else encoder.window
         self.history_shape = torch.Size([window - 1, action_spec.shape[-1]])
         state: dict[str, TensorSpec] = {
@@ -96,6 +110,9 @@ class ImaginationEnv(ModelBasedEnvBase):
         }
         if window > 1:
             state["action_history"] = Unbounded(self.history_shape)
+        self._state_shapes = {name: spec.shape for name, spec in state.items()}
+        self._action_shape, self._one_hot = action_spec.shape, isinstance(action_spec, OneHot)
+        self.starts = starts
         observation = {"feat": Unbounded(torch.Size([rssm.feat_dim])), **state}
         one = torch.Size([1])
         if "discount" in world_model.heads:
@@ -118,20 +135,41 @@ class ImaginationEnv(ModelBasedEnvBase):
 
     @starts.setter
     def starts(self, states: TensorDictBase | None) -> None:
-        if states is not None and states.ndim != 1:
-            raise ValueError(f"starts has the batch shape {list(states.shape)}: flatten it to [M]")
+        if states is not None:
+            self._check_states(states, "starts", moved=True)
+            if states.ndim != 1:
+                shape = list(states.shape)
+                raise ValueError(f"starts has the batch shape {shape}: flatten it to [M]")
         self._starts = None if states is None else states.detach()
+
+    def _check_states(self, states: TensorDictBase, name: str, *, moved: bool = False) -> None:
+        """Raise where they are no states of the model; ``moved``: to its device, afterwards."""
+        if not isinstance(states, TensorDictBase):
+            raise TypeError(f"{name} is {type(states).__name__}; it must be a TensorDict of states")
+        weight = self.world_model.rssm.input_layer.weight
+        for key, shape in self._state_shapes.items():
+            value = states[key]
+            check_entry(key, value, "float", (*states.batch_size, *shape))
+            if moved and value.device.type != "meta":
+                value = value.to(weight.device)
+            check_input(key, value, weight)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs) -> TensorDictBase:
         batch = self.batch_size if tensordict is None else tensordict.batch_size
-        given = tensordict is not None and "stoch" in tensordict.keys()
+        known = () if tensordict is None else tensordict.keys()
+        given = any(key in known for key in self._state_shapes)
         if tensordict is None or not given or "_reset" in tensordict.keys():
             states = self._draw_starts(batch.numel())  # TorchRL keeps what has not ended
         else:
+            self._check_states(tensordict, "the states")
             states = tensordict.select(*self.state_spec.keys()).reshape(-1)
         return self._observation(states).reshape(batch)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self._check_states(tensordict, "the step")
+        shape = (*tensordict.batch_size, *self._action_shape)
+        number = "bool" if self._one_hot and tensordict["action"].dtype == torch.bool else "float"
+        check_entry("action", tensordict["action"], number, shape, tensordict["deter"])
         model, flat = self.world_model, tensordict.reshape(-1)
         history = flat.get("action_history", None)
         action = flat["action"].to(flat["deter"].dtype)  # a one-hot one may be bool
@@ -183,6 +221,19 @@ class ImaginationEnv(ModelBasedEnvBase):
         """Nothing: what is drawn comes from torch's global generator."""
 
 
+def _check_action_spec(spec: Any, world_model: RSSMWorldModel) -> None:
+    """Raise where a spec is not of one vector of numbers, or one choice, that the model takes."""
+    if not isinstance(spec, TensorSpec) or isinstance(spec, Composite):
+        raise TypeError(f"action_spec is {type(spec).__name__}; it must be the spec of one tensor")
+    given = f"action_spec is {type(spec).__name__} {list(spec.shape)}"
+    if not (spec.dtype.is_floating_point or isinstance(spec, OneHot)):
+        raise ValueError(f"{given} of {spec.dtype}: the model takes floats, or a OneHot choice")
+    known, most = world_model.action_dim, world_model.rssm.action_dim
+    size = spec.shape[-1] if len(spec.shape) == 1 else 0
+    if not 1 <= size <= (known or most) or known not in (None, 0, size):
+        raise ValueError(f"{given}; the model takes [{known or most}]")
+
+
 @torch.no_grad()
 def posterior_states(world_model: RSSMWorldModel, frames: TensorDictBase) -> TensorDict:
     """The states that a world model infers from frames: where imagination can begin.
@@ -198,6 +249,9 @@ def posterior_states(world_model: RSSMWorldModel, frames: TensorDictBase) -> Ten
         anew.
     """
     model = world_model.eval()
+    if not isinstance(frames, TensorDictBase):
+        raise TypeError(f"frames is {type(frames).__name__}; it must be a TensorDict [B, T]")
+    model.check_batch(frames)
     images = model.preprocess(frames["pixels"])
     action, _ = model.dynamics_actions(frames, images)
     embed = model.encode(images, frames.get("vector", None))

@@ -14,7 +14,7 @@ from torchrl.data import OneHot
 from torchrl.envs import EnvBase
 
 from prelar_trl.envs import import_factory, is_import_path, make_env
-from prelar_trl.envs.transforms import StepCheck
+from prelar_trl.envs.make import checked
 from prelar_trl.types import Inputs
 
 KEYS = {"pixels", "is_first", "success", "step_count", "episode_reward"}
@@ -83,7 +83,7 @@ def build_env(env_factory: Callable[..., Any], name: str | None, **options: Any)
         given.pop(key, None)
     env = make()
     if not left and isinstance(env, EnvBase) and KEYS <= {*env.observation_spec.keys()}:
-        return env.append_transform(StepCheck(f"environment {name}"))
+        return checked(env, f"environment {name}")
     return make_env(env, **given)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 ALLOWED = (ValueError, TypeError, KeyError, OSError)
 LARGEST = 1e12  # of any number of an accepted configuration
 
 
-def fuzz(examples: int, slow: int = 25) -> Callable[[Callable], list[Any]]:
-    """Budgets of a test: always the same ``examples``; with ``-m slow`` so many times as many."""
+SLOW = int(os.environ.get("FUZZ", 25))  # with -m slow: so many times as many examples
+
+
+def fuzz(examples: int) -> Callable[[Callable], list[Any]]:
+    """Budgets of a test: always the same ``examples``; with ``-m slow`` :data:`SLOW` times more."""
 
     def profile(count: int) -> settings:
         return settings(
@@ -24,13 +28,14 @@ def fuzz(examples: int, slow: int = 25) -> Callable[[Callable], list[Any]]:
             database=None,
             deadline=None,
             suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],  # explaining takes long
         )
 
     return pytest.mark.parametrize(
         "budget",
         [
             pytest.param(profile(examples), id="short"),
-            pytest.param(profile(slow * examples), id="long", marks=pytest.mark.slow),
+            pytest.param(profile(SLOW * examples), id="long", marks=pytest.mark.slow),
         ],
     )
 

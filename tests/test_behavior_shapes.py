@@ -30,7 +30,7 @@ def test_the_actor_names_an_entry_of_another_shape(name: str) -> None:
 def test_the_critic_names_an_entry_of_another_shape(name: str) -> None:
     loss = CriticLoss(nn.Linear(3, 1))
     assert loss(trajectory())["loss_critic"].isfinite()
-    with pytest.raises(ValueError, match=rf"{name} \[4, 5\].*shapes must be equal"):
+    with pytest.raises(ValueError, match=rf"{name} \[4, 6\].*shapes must be equal"):
         loss(trajectory(**{name: torch.rand(N, H + 1)}))
 
 

@@ -128,3 +128,13 @@ def test_what_a_rollout_recorded_can_be_pre_trained_on(tmp_path: Path) -> None:
     torch.cat([env.rollout(6) for _ in range(3)]).memmap(tmp_path / "set")
     store = prepare(tmp_path / "set", tmp_path / "store", actions=True)
     assert store.frames.tolist() == [7, 7, 7]
+
+
+def test_an_array_of_another_size_is_named(tmp_path: Path) -> None:
+    steps().memmap(tmp_path / "set")
+    file = tmp_path / "set" / "pixels.memmap"
+    whole = file.read_bytes()
+    for content in (whole[:-1], whole + b"0", b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"pixels.memmap' is damaged: \d+ bytes, \d+ are"):
+            prepare(tmp_path / "set", tmp_path / "store")

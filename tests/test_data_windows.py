@@ -177,3 +177,13 @@ def test_no_episode_long_enough_says_the_longest() -> None:
     made.set_episodes(LENGTHS)
     with pytest.raises(RuntimeError, match="50 frames: 4 episodes, longest 20"):
         made.draw(1)
+
+
+def test_a_group_without_a_long_enough_episode_is_never_drawn_however_heavy() -> None:
+    sampler = WindowSampler(8)
+    lengths, groups = torch.tensor([3, 4, 9]), torch.tensor([0, 0, 1])
+    for weights in ([1e30, 1.0], [1e30, 0.0]):
+        sampler.set_episodes(lengths, groups=groups, group_weights=torch.tensor(weights).double())
+        assert sampler.num_eligible == (weights[1] > 0)
+    with pytest.raises(RuntimeError, match="no episode has 8 frames"):
+        sampler.draw(4)

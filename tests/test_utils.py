@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from prelar_trl.utils import atomic_write, check_choice
+from prelar_trl.utils import atomic_write, check_choice, read_json
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
@@ -33,3 +33,16 @@ def test_an_unknown_value_names_the_choices() -> None:
         check_choice("mode", 1, "abc")
     with pytest.raises(ValueError, match="choose a$"):
         check_choice("mode", 1, "a")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": \xff}', b"[" * 100_000, b"nan"])
+def test_damaged_json_is_named(content: bytes, tmp_path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.json is damaged: ") as error:
+        read_json(file)
+    assert "\n" not in str(error.value)
+    file.unlink()
+    assert read_json(file, missing_ok=True) == {}
+    with pytest.raises(FileNotFoundError):
+        read_json(file)

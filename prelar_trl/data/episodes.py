@@ -298,8 +298,10 @@ class EpisodeWriter(Writer):
         if data["pixels"].shape != data["next", "pixels"].shape:
             shapes = [list(data[key].shape[2:]) for key in ("pixels", ("next", "pixels"))]
             raise ValueError(f"pixels is {shapes[0]} per step, but {shapes[1]} in next")
-        if data["action"].ndim != 3:
-            raise ValueError(f"action must be [A] per step, got {list(data['action'].shape[2:])}")
+        for key, shape in (("action", "[A]"), ("pixels", "[3, H, W]"), ("vector", "[V]")):
+            value = data.get(key, None)
+            if value is not None and (not value.numel() or (key == "action" and value.ndim != 3)):
+                raise ValueError(f"{key} must be {shape} per step, got {list(value.shape[2:])}")
         for key in (("next", "reward"), ("next", "done"), ("next", "terminated"), "is_first"):
             value = data.get(key, None)
             if value is not None and value.numel() != data.numel():

@@ -186,7 +186,8 @@ class WindowSampler(StatefulSampler):
                 raise ValueError("strategy='epoch' takes every clip once: leave out the weights")
             share = torch.zeros(len(group_weights), dtype=torch.float64)
             share.index_add_(0, groups, weights)
-            weights = weights * (group_weights.double() / share.clamp(min=1e-300))[groups]
+            scale = torch.where(share > 0, group_weights.double() / share, 0.0)  # 0: none to draw
+            weights = weights * scale[groups]
         self._lengths, self._counts = lengths, counts
         self._starts, self._capacity = starts, capacity
         self._cumulative = weights.cumsum(0)

@@ -77,6 +77,8 @@ def action_transforms(env: EnvBase) -> list[Transform]:
         raise ValueError(f"actions must be one vector [A]; the environment takes action: {given}")
     if not (spec.low.isfinite() & spec.high.isfinite()).all():
         raise ValueError(f"the environment's actions have no bounds ({given}): they must be finite")
+    if not (spec.low < spec.high).all():
+        raise ValueError(f"the environment's actions have no room between their bounds ({given})")
     scaled = (spec.low == -1).all() and (spec.high == 1).all()
     return [] if scaled else [ActionScaling()]
 

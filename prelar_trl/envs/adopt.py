@@ -79,10 +79,9 @@ def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> li
     batch = env.batch_size
     if "pixels" in names:
         spec = env.observation_spec["pixels"]
-        *others, channels, height, width = spec.shape
-        views = len(cameras) or max(1, channels // 3)
-        ready = (*others, channels, height, width) == (*batch, 3 * views, size, size)
-        if ready and spec.dtype == torch.uint8:
+        shape = tuple(spec.shape[len(batch) :])
+        views = len(cameras) or max(1, (shape or (0,))[0] // 3)
+        if shape == (3 * views, size, size) and spec.dtype == torch.uint8:
             return []
     for camera in cameras:
         if camera not in names:
@@ -133,13 +132,17 @@ def vector_keys(env: EnvBase, vectors: Sequence[str]) -> list[NestedKey]:
 
 
 def as_float32(env: EnvBase) -> list[Transform]:
-    """Casts of float64 observations and actions, and of the reward from any type."""
+    """Casts of float64 observations, of other floats as actions, of any type of reward."""
     observations = env.observation_spec.items(True, True)
     doubles = [key for key, spec in observations if spec.dtype == torch.float64]
     actions = [key for key in env.action_keys if env.full_action_spec[key].dtype == torch.float64]
     casts: list[Transform] = []
     if doubles or actions:
         casts.append(DoubleToFloat(in_keys=doubles, in_keys_inv=actions))
+    for key in env.action_keys:
+        dtype = env.full_action_spec[key].dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            casts.append(DTypeCastTransform(dtype, torch.float32, in_keys=[], in_keys_inv=[key]))
     reward = env.full_reward_spec.get("reward", None)
     if reward is not None and reward.dtype != torch.float32:
         casts.append(DTypeCastTransform(reward.dtype, torch.float32, in_keys=["reward"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import gymnasium
 import torch
@@ -26,8 +26,11 @@ from prelar_trl.envs.backend import rendering_error
 from prelar_trl.envs.registry import find_suite, import_factory, is_import_path
 from prelar_trl.envs.transforms import ActionRepeat, State, StepCheck, Vector
 from prelar_trl.envs.workers import WorkerEnv
+from prelar_trl.types import RenderQuality
+from prelar_trl.utils import check_choice, check_integers, check_range
 
 Env = EnvBase | gymnasium.Env
+LARGEST_PICTURE = 4096  # height and width
 
 
 def make_env(
@@ -100,29 +103,35 @@ def make_env(
         ImportError: an optional package is missing.
         RuntimeError: this machine cannot draw MuJoCo's pictures.
     """
-    if num_workers < 1:
-        raise ValueError(f"num_workers must be at least 1, got {num_workers}")
+    check_integers(num_workers=num_workers, worker_failures=worker_failures)
+    check_integers(action_repeat=action_repeat, **_given(max_steps=max_steps))
+    check_integers(0, seed=seed)
+    check_integers(1, LARGEST_PICTURE, **_given(pixels=pixels))
+    check_range(0.001, 1e6, worker_timeout=worker_timeout)
+    device = _as_device(device)
+    check_choice("render_quality", render_quality, get_args(RenderQuality))
     build = partial(
         _make_one,
         name_or_env,
         pixels=pixels,
         cameras=_chosen(camera, cameras),
-        vectors=tuple(vectors or ()),
+        vectors=() if vectors is None else _names("vectors", vectors),
         render_quality=render_quality,
         action_repeat=action_repeat,
         max_steps=max_steps,
         **kwargs,
     )
     name = getattr(name_or_env, "__name__", type(name_or_env).__name__)
-    check = StepCheck(f"environment {name_or_env if isinstance(name_or_env, str) else name}")
+    name = f"environment {name_or_env if isinstance(name_or_env, str) else name}"
     if num_workers == 1:
-        return build(seed=seed).append_transform(check).to(device)
+        return checked(build(seed=seed), name).to(device)
     if not isinstance(name_or_env, str) and _is_env(name_or_env):
         raise ValueError("num_workers > 1 needs a function that makes the environment, not one env")
-    env = WorkerEnv(
+    workers = WorkerEnv(
         build, num_workers, seed=seed, timeout=worker_timeout, max_failures=worker_failures
-    ).append_transform(check)
-    if torch.device(device).type == "cpu":
+    )
+    env = checked(workers, name)
+    if device.type == "cpu":
         return env
     return env.append_transform(DeviceCastTransform(device, orig_device="cpu"))
 
@@ -174,9 +183,41 @@ def _chosen(camera: str | None, cameras: Sequence[str] | None) -> tuple[str, ...
     """The cameras; none: the environment's default."""
     if camera is not None and cameras is not None:
         raise ValueError(f"camera={camera} and cameras={list(cameras)}: give one of them")
-    if isinstance(cameras, str) or (cameras is not None and len(set(cameras)) < len(cameras)):
-        raise ValueError(f"cameras={cameras!r} must be a list of different names")
-    return tuple(cameras or (() if camera is None else (camera,)))
+    if not isinstance(camera, str | None):
+        raise TypeError(f"camera={camera!r} must be a name")
+    if cameras is None:
+        return () if camera is None else (camera,)
+    return _names("cameras", cameras)
+
+
+def _names(option: str, given: Any) -> tuple[str, ...]:
+    """A list of different names."""
+    listed = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    if not listed or any(not isinstance(x, str) for x in given) or len(set(given)) < len(given):
+        raise ValueError(f"{option}={given!r} must be a list of different names")
+    return tuple(given)
+
+
+def _as_device(device: Any) -> torch.device:
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        why = str(error).partition("\n")[0][:80]
+        raise ValueError(f"device={device!r} cannot be used: {why}") from None
+    if found.type == "meta":
+        raise ValueError("device='meta' has no values: give cpu or cuda")
+    return found
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def checked(env: EnvBase, name: str) -> TransformedEnv:
+    """An environment whose actions and rewards are looked at, see `StepCheck`."""
+    check = StepCheck(name, env.full_action_spec["action"])
+    return cast(TransformedEnv, env.append_transform(check))
 
 
 def _from_name(
@@ -205,11 +246,13 @@ def _from_object(
     if isinstance(env, EnvBase):
         return wrap_env(env, pixels=pixels, cameras=cameras)
     if not isinstance(env, gymnasium.Env):
-        raise ValueError(
-            f"an environment of TorchRL or gymnasium is needed, got {type(env).__name__}"
-        )
+        raise ValueError(f"an environment of TorchRL or gymnasium is needed, got {_short(env)}")
     wrap = importlib.import_module("prelar_trl.envs.wrappers").wrap_gym
     return wrap(env, pixels=pixels, cameras=cameras, render_quality=render_quality)
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
 
 
 def _is_env(candidate: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torchrl.data import Binary, Bounded, Composite, TensorSpec, Unbounded
+from torchrl.data import Binary, Bounded, Composite, OneHot, TensorSpec, Unbounded
 from torchrl.envs import Transform, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 from torchrl.envs.gym_like import BaseInfoDictReader
@@ -59,31 +59,56 @@ class ActionRepeat(Transform):
 
 
 class StepCheck(Transform):
-    """Refuse actions that are not finite, and rewards that are not or are absurdly large.
+    """Refuse actions that are not what is asked for, and rewards that are no sensible number.
 
     Must come last: an action is looked at before anything else sees it.
 
     Args:
         name: of the environment, for messages.
+        spec: of the actions, with the environment's batch size.
 
     Raises (by a step):
-        ValueError: names the action or reward, the step of the episode and the environment.
+        TypeError, ValueError: names the action or reward, the step of the episode and the
+            environment. An action is refused that is not finite, of another shape, beyond its
+            bounds or not one-hot; a reward that is not finite or absurdly large.
     """
 
     LARGEST = 1e8  # of a reward's magnitude: what is above wrecks the model that learns it
+    ROUNDING = 1e-4  # by which an action may lie beyond its bounds
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, spec: TensorSpec) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.spec = name, spec
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
-        action = tensordict["action"]
-        if not action.isfinite().all():
+        action, spec = tensordict["action"], self.spec
+        if not isinstance(action, torch.Tensor) or action.device.type == "meta":
+            kind = type(action).__name__ if isinstance(action, str) else "no tensor with values"
+            raise TypeError(f"action of {self.name} is {kind}; it must be a tensor")
+        one_hot = isinstance(spec, OneHot)
+        if not (action.is_floating_point() or (one_hot and action.dtype == torch.bool)):
+            raise TypeError(f"action of {self.name} is {action.dtype}; it must be {spec.dtype}")
+        if action.shape != spec.shape:
+            given = f"{list(action.shape)}; it must be {list(spec.shape)}"
+            raise ValueError(f"action of {self.name} is {given}")
+        action = action.to(spec.dtype)
+        self._refuse(tensordict, ~action.isfinite(), "NaN or infinite")
+        if one_hot:
+            chosen = (action == 1).sum(-1, keepdim=True) == 1
+            others = ((action == 0) | (action == 1)).all(-1, keepdim=True)
+            self._refuse(tensordict, ~(chosen & others), "not one-hot")
+        elif isinstance(spec, Bounded):
+            room = self.ROUNDING * (spec.high - spec.low)
+            beyond = (action < spec.low - room) | (action > spec.high + room)
+            self._refuse(tensordict, beyond, "beyond its bounds")
+        return tensordict.set("action", action)
+
+    def _refuse(self, tensordict: TensorDictBase, bad: torch.Tensor, what: str) -> None:
+        if bad.any():
             raise ValueError(
-                f"action is NaN or infinite at step {_place(tensordict, ~action.isfinite(), 1)} of "
-                f"{self.name}, which did not make it: the policy's weights or its input are broken"
+                f"action is {what} at step {_place(tensordict, bad, 1)} of {self.name}, which did "
+                "not make it: the policy's weights or its input are broken"
             )
-        return tensordict
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         reward = next_tensordict["reward"]

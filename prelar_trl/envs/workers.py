@@ -240,7 +240,10 @@ def settle_process() -> None:
 
 def _end(workers: list[_Worker]) -> None:
     for worker in workers:
-        worker.kill(patience=5.0)
+        worker.hang_up()
+    deadline = time.monotonic() + 5.0  # of all together, however many hang
+    for worker in workers:
+        worker.kill(patience=max(0.0, deadline - time.monotonic()))
     workers.clear()
 
 
@@ -273,9 +276,13 @@ class _Worker:
         self.process.join(5.0)
         return f"died (exit code {self.process.exitcode})"
 
+    def hang_up(self) -> None:
+        """It ends by itself when it reads that."""
+        self._connection.close()
+
     def kill(self, patience: float = 0.0) -> None:
         """Ends it, at once or after that many seconds."""
-        self._connection.close()  # it ends by itself when it reads that
+        self.hang_up()
         self.process.join(patience)
         self.process.kill()
         self.process.join()

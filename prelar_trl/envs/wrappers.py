@@ -15,6 +15,7 @@ from torchrl.envs import DMControlEnv, EnvBase, GymWrapper, Transform
 from prelar_trl.envs.actions import NO_FACTORS
 from prelar_trl.envs.adopt import find_pictures, pixels_transform
 from prelar_trl.envs.camera import Camera, RenderQuality
+from prelar_trl.envs.gym_check import GymCheck
 from prelar_trl.envs.transforms import NoSuccess, Pixels, State, SuccessReader
 
 
@@ -61,13 +62,20 @@ def wrap_gym(
     space = env.action_space
     if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
         raise ValueError(f"{name} has actions {space}: {NO_FACTORS}")
+    seen = env.observation_space
+    if isinstance(seen, gymnasium.spaces.Dict) and "success" in seen.spaces:
+        raise ValueError(
+            f"{name} has an observation 'success', which is read from info here: rename it, or put "
+            "it into info, in a wrapper of the environment"
+        )
     if isinstance(space, gymnasium.spaces.Discrete) and space.start:  # TorchRL counts from 0
         first, choices = space.start, gymnasium.spaces.Discrete(space.n)
         env = gymnasium.wrappers.TransformAction(env, lambda choice: choice + first, choices)
     simulation: Any = env.unwrapped
     try:
-        base = GymWrapper(_of_numbers(env))
-    except (KeyError, NotImplementedError, RuntimeError) as error:  # a kind that TorchRL lacks
+        base = GymWrapper(_of_numbers(GymCheck(env, name)))
+    except (KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+        # A kind of space that TorchRL lacks.
         seen = " ".join(str(env.observation_space).split())[:200]
         raise ValueError(f"TorchRL cannot read the observations of {name}, {seen}") from error
     pictures = find_pictures(base)
