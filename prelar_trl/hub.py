@@ -17,12 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from prelar_trl.models import Agent, make_agent, make_world_model
+from prelar_trl.models import Agent, make_model
 from prelar_trl.modules.world_model import RSSMWorldModel
-from prelar_trl.types import Inputs
 from prelar_trl.utils import atomic_write
 
-__all__ = ["is_export", "load_pretrained", "make_model", "push", "read_export", "write_export"]
+__all__ = ["is_export", "load_pretrained", "push", "read_export", "write_export"]
 
 FORMAT = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -60,23 +59,6 @@ def load_pretrained(
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     return model.eval()
-
-
-def make_model(state: Mapping[str, Any]) -> RSSMWorldModel | Agent:
-    """A model like a checkpoint's, or an export's, with random weights."""
-    options = {
-        "inputs": Inputs(**state.get("inputs", {})),
-        "size": state["size"],
-        **state["overrides"],
-    }
-    if state["phase"] == "pretrain":
-        return make_world_model(state["method"], "pretrain", action_dim=0, **options)
-    return make_agent(
-        state["method"],
-        action_dim=state["action_dim"],
-        discrete=state.get("discrete", False),
-        **options,
-    )
 
 
 def is_export(name: str | os.PathLike[str]) -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "copy_pretrained",
     "make_agent",
     "make_inverse_model",
+    "make_model",
     "make_world_model",
     "make_world_model_loss",
     "pretrained_modules",
@@ -296,24 +297,35 @@ def make_world_model_loss(
     return loss
 
 
+def make_model(checkpoint: Mapping[str, Any]) -> RSSMWorldModel | Agent:
+    """A model like a checkpoint's, or an export's, with random weights."""
+    options = {
+        "inputs": Inputs(**checkpoint.get("inputs", {})),
+        "size": checkpoint["size"],
+        **checkpoint["overrides"],
+    }
+    if checkpoint["phase"] == "pretrain":
+        return make_world_model(checkpoint["method"], "pretrain", action_dim=0, **options)
+    return make_agent(
+        checkpoint["method"],
+        action_dim=checkpoint["action_dim"],
+        discrete=checkpoint.get("discrete", False),
+        **options,
+    )
+
+
 def make_inverse_model(checkpoint: Mapping[str, Any]) -> LatentActionEncoder:
     """The latent-action encoder of a pre-training checkpoint, frozen and in evaluation mode.
 
     Raises:
         ValueError: the run has no latent actions.
     """
-    method = checkpoint["method"]
-    world_model = make_world_model(
-        method,
-        "pretrain",
-        action_dim=0,
-        inputs=Inputs(**checkpoint.get("inputs", {})),
-        size=checkpoint["size"],
-        **checkpoint["overrides"],
-    )
+    world_model = cast(RSSMWorldModel, make_model(checkpoint))
     inverse_model = world_model.latent_action_encoder
     if inverse_model is None:
-        raise ValueError(f"a pre-training run of method={method} has no latent actions")
+        raise ValueError(
+            f"a pre-training run of method={checkpoint['method']} has no latent actions"
+        )
     world_model.load_state_dict(checkpoint["model"])
     return inverse_model.requires_grad_(False).eval()
 

@@ -303,7 +303,8 @@ def action_effects(
     rssm, encoder = world_model.rssm, world_model.latent_action_encoder
     stoch, deter = out["stoch"][:, :-1], out["deter"][:, :-1]
     if encoder is None:
-        action, _ = world_model.dynamics_actions(batch, batch["pixels"])
+        images = world_model.preprocess(batch["pixels"])
+        action, _ = world_model.dynamics_actions(batch, images)
     else:
         action = out["latent_action"]
     posterior, action = out["posterior"][:, 1:], cast(Tensor, action)[:, 1:]  # [B, T-1, U]

@@ -24,6 +24,7 @@ __all__ = [
     "listed",
     "lock_folder",
     "read_json",
+    "write_json",
 ]
 
 STOPPED = 75
@@ -63,6 +64,12 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, *, sync: bool = False) -> None:
+    """Writes a value as JSON; ``sync`` as in :func:`atomic_write`."""
+    with atomic_write(path, sync=sync) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike[str], *, missing_ok: bool = False) -> dict[str, Any]:

@@ -12,15 +12,14 @@ from prelar_trl.recipes.entry import start
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("evaluate"))
 
-import json
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate
-from prelar_trl.models import make_agent
+from prelar_trl.models import Agent, make_model
 from prelar_trl.modules import StatefulPolicy
 from prelar_trl.recipes.common import (
     check_trust,
@@ -39,7 +38,7 @@ from prelar_trl.recipes.environments import (
 from prelar_trl.recipes.interaction import evaluation_policy
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import bootstrap_interval, write_video
-from prelar_trl.utils import atomic_write
+from prelar_trl.utils import write_json
 
 
 def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]:
@@ -54,12 +53,7 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     )
     if checkpoint["phase"] != "finetune":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; evaluate a finetune run")
-    agent = make_agent(
-        checkpoint["method"],
-        size=checkpoint["size"],
-        **saved_interface(checkpoint),
-        **checkpoint["overrides"],
-    )
+    agent = cast(Agent, make_model(checkpoint))
     agent.load_state_dict(checkpoint["agent"])
     accelerate(agent.to(device).eval())
     trained = run.config
@@ -97,8 +91,7 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
         "return_interval": list(bootstrap_interval(returns, statistic=np.mean)),
         "records": records,
     }
-    with atomic_write(run.path / "evaluation.json") as part:
-        part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(run.path / "evaluation.json", result)
     if clips:
         write_video(run.videos / "evaluation.mp4", torch.cat(clips), fps=30)
     return result

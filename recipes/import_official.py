@@ -18,7 +18,8 @@ if __name__ == "__main__":  # before the imports that take seconds
 from dataclasses import asdict
 
 from prelar_trl.checkpoint import save_checkpoint
-from prelar_trl.hub import STATE, make_model
+from prelar_trl.hub import STATE
+from prelar_trl.models import make_model
 from prelar_trl.official import (
     load_official_checkpoint,
     official_action_dim,

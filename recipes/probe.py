@@ -18,8 +18,6 @@ from prelar_trl.recipes.entry import start
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("probe"))
 
-import csv
-import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,7 +30,7 @@ from torch import Tensor
 from prelar_trl.data import VideoClips
 from prelar_trl.envs import play_toy
 from prelar_trl.fast import accelerate
-from prelar_trl.models import make_world_model
+from prelar_trl.models import make_model
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.modules.world_model import normalize_pixels
 from prelar_trl.probes import (
@@ -55,10 +53,10 @@ from prelar_trl.record import (
     plot_bars,
     plot_psnr_by_step,
     plot_scatter,
+    write_csv,
     write_picture,
 )
-from prelar_trl.types import Inputs
-from prelar_trl.utils import atomic_write
+from prelar_trl.utils import write_json
 
 EXCHANGES = 4  # other actions that each transition's own is compared with
 CALIBRATION = 8  # batches that give the random encoder's norm layers their statistics
@@ -84,7 +82,9 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
     run, checkpoint = read_run(cfg.run, trust_code=cfg.trust_code)
     if checkpoint["phase"] != "pretrain":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; probe a pretrain run")
-    world_model, untrained = (accelerate(make_model(checkpoint).to(device)) for _ in range(2))
+    world_model, untrained = (
+        accelerate(cast(RSSMWorldModel, make_model(checkpoint)).to(device)) for _ in range(2)
+    )
     world_model.load_state_dict(checkpoint["model"])
     world_model.eval()
     fitting, heldout, context = open_clips(cfg, run, world_model, device)
@@ -146,20 +146,9 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
         "notes": notes,
         "values": {f"{p}/{name}": x for p, name, horizon, x in rows if horizon is None},
     }
-    save(run, rows, result)
+    write_csv(run.path / "probe.csv", ["probe", "name", "horizon", "value"], rows)
+    write_json(run.path / "probe.json", result)
     return result
-
-
-def make_model(checkpoint: dict[str, Any]) -> RSSMWorldModel:
-    """A new world model like the run's, with random weights."""
-    return make_world_model(
-        checkpoint["method"],
-        "pretrain",
-        action_dim=0,
-        inputs=Inputs(**checkpoint.get("inputs", {})),
-        size=checkpoint["size"],
-        **checkpoint["overrides"],
-    )
 
 
 def open_clips(
@@ -313,19 +302,6 @@ def toy_transfer(
 def join(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     """The pieces of each name as one tensor."""
     return {name: torch.cat(x) for name, x in pieces.items()}
-
-
-def save(run: RunFolder, rows: list[Row], result: dict[str, Any]) -> None:
-    """``probe.csv``, one row a value, and ``probe.json``; the old ones are replaced at the end."""
-    with (
-        atomic_write(run.path / "probe.csv") as part,
-        open(part, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(["probe", "name", "horizon", "value"])
-        writer.writerows([*row[:3], f"{row[3]:.6g}"] for row in rows)
-    with atomic_write(run.path / "probe.json") as part:
-        part.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _mean(values: list[float]) -> float:

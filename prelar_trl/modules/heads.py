@@ -14,6 +14,11 @@ from prelar_trl.utils import check_integers
 __all__ = ["MLP", "Actor", "OneHotActor", "VectorEncoder"]
 
 
+def _hidden_layers(in_features: int, layers: int, units: int) -> nn.ModuleList:
+    sizes = [in_features] + [units] * layers
+    return nn.ModuleList(map(nn.Linear, sizes, sizes[1:]))
+
+
 class MLP(nn.Module):
     """``layers`` ELU layers of ``units``, then a linear one; ``[..., in]`` -> ``[..., out]``.
 
@@ -24,12 +29,9 @@ class MLP(nn.Module):
         super().__init__()
         check_integers(in_features=in_features, units=units)
         check_integers(0, layers=layers, out_features=out_features)
-        sizes = [in_features] + [units] * layers
-        self.layers = nn.ModuleList(
-            nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
-        )
+        self.layers = _hidden_layers(in_features, layers, units)
         self.act = nn.ELU()
-        self.out = nn.Linear(sizes[-1], out_features)
+        self.out = nn.Linear(units if layers else in_features, out_features)
 
     def trunk(self, x: Tensor) -> Tensor:
         """The hidden layers: ``[..., in_features]`` -> ``[..., units]``.
@@ -57,11 +59,8 @@ class VectorEncoder(nn.Module):
         super().__init__()
         check_integers(in_features=in_features, units=units)
         check_integers(0, layers=layers)
-        sizes = [in_features] + [units] * layers
-        self.layers = nn.ModuleList(
-            nn.Linear(n_in, n_out) for n_in, n_out in zip(sizes, sizes[1:], strict=False)
-        )
-        self.in_features, self.embed_dim = in_features, sizes[-1]
+        self.layers = _hidden_layers(in_features, layers, units)
+        self.in_features, self.embed_dim = in_features, units if layers else in_features
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

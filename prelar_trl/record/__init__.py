@@ -7,7 +7,6 @@ from prelar_trl.record.comparison import (
     Comparison,
     MethodStyle,
     write_comparison,
-    write_rows,
 )
 from prelar_trl.record.comparison_plots import (
     Band,
@@ -45,6 +44,7 @@ from prelar_trl.record.statistics import (
     steps_to_threshold,
     wilson_interval,
 )
+from prelar_trl.record.table import write_csv
 from prelar_trl.record.video import (
     contact_sheet,
     film_rows,
@@ -102,8 +102,8 @@ __all__ = [
     "video_grid",
     "wilson_interval",
     "write_comparison",
+    "write_csv",
     "write_learning_curves",
     "write_picture",
-    "write_rows",
     "write_video",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from prelar_trl.record.statistics import (
     ratio_of_means,
     steps_to_threshold,
 )
+from prelar_trl.record.table import write_csv
 
 ALL_TASKS = "all"
 SUMMARY = (
@@ -130,7 +130,8 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = compare(comparison)
-    write_rows(folder / "table.csv", [field.name for field in fields(Row)], rows)
+    columns = [field.name for field in fields(Row)]
+    write_csv(folder / "table.csv", columns, [astuple(row) for row in rows])
     (folder / "table.md").write_text(_markdown(comparison, rows), encoding="utf-8")
 
     styles = {style.label: (style.color, style.line) for style in comparison.styles.values()}
@@ -153,17 +154,6 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> 
     )
     plot_steps_to_threshold(dots, folder / "steps.png", styles=styles)
     return rows
-
-
-def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    """Write these columns of the rows as a CSV file, numbers with six digits."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow(
-                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
-            )
 
 
 def _scores(comparison: Comparison, method: str, tasks: Sequence[str]) -> _Scores:

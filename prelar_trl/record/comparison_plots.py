@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,10 +114,7 @@ def plot_steps_to_threshold(
                 axis.plot(x, y, "o", ms=5, mfc=face, mec=color, mew=1.1, alpha=0.75)
             axis.plot([dots.low, dots.high], [row, row], color=color, lw=5, alpha=0.25, zorder=1)
             axis.plot(dots.mean, row, "|", color=color, ms=17, mew=2.2)
-        axis.set_yticks(range(len(panel)), list(panel))
-        axis.tick_params(axis="y", length=0, labelsize=9)
-        axis.set_ylim(len(panel) - 0.5, -0.5)
-        axis.grid(False, axis="y")
+        _label_rows(axis, panel)
         _count_steps(axis, "environment steps to the threshold (hollow: not reached)")
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -185,16 +182,20 @@ def plot_estimates(
             color = styles[label][0]
             axis.plot([x.low, x.high], [row, row], color=color, lw=5, alpha=0.3, zorder=2)
             axis.plot(x.value, row, "|", color=color, ms=15, mew=2.2)
-        axis.set_yticks(range(len(panel)), list(panel))
-        axis.tick_params(axis="y", length=0, labelsize=9)
-        axis.set_ylim(len(panel) - 0.5, -0.5)
-        axis.grid(False, axis="y")
+        _label_rows(axis, panel)
     return save_figure(figure, path)
 
 
 def _with_margin(limits: tuple[float, float]) -> tuple[float, float]:
     low, high = limits
     return low - 0.03 * (high - low), high + 0.03 * (high - low)
+
+
+def _label_rows(axis: Axes, labels: Collection[str]) -> None:
+    axis.set_yticks(range(len(labels)), list(labels))
+    axis.tick_params(axis="y", length=0, labelsize=9)
+    axis.set_ylim(len(labels) - 0.5, -0.5)
+    axis.grid(False, axis="y")
 
 
 def _draw_threshold(axis: Axes, threshold: float) -> None:

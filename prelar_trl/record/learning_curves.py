@@ -7,7 +7,6 @@ probability of improvement.
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from prelar_trl.record.statistics import (
     performance_profile,
     probability_of_improvement,
 )
+from prelar_trl.record.table import write_csv
 
 ALL_TASKS = "all"
 PUBLISHED_STEPS = (105_000, 205_000, 245_000)
@@ -72,6 +72,23 @@ class Row(NamedTuple):
     better: float | None = None
     better_low: float | None = None
     better_high: float | None = None
+
+
+class Point(NamedTuple):
+    """A line of ``curves.csv``: a group on a task, or on all, at each step."""
+
+    score: str
+    task: str
+    group: str
+    reference: bool
+    step: int
+    runs: int
+    mean: float
+    mean_low: float
+    mean_high: float
+    iqm: float
+    iqm_low: float
+    iqm_high: float
 
 
 @dataclass
@@ -142,9 +159,9 @@ def write_learning_curves(
         pictures = _draw(score, curves, steps[-1], baseline, styles, folder)
         sections.append(Section(score, rows, pictures))
         points += _points(score, curves)
-    table = [row._asdict() for section in sections for row in section.rows]
-    _write_csv(folder / "table.csv", Row._fields, table)
-    _write_csv(folder / "curves.csv", list(points[0]), points)
+    table = [row for section in sections for row in section.rows]
+    write_csv(folder / "table.csv", Row._fields, table)
+    write_csv(folder / "curves.csv", Point._fields, points)
     return sections
 
 
@@ -317,35 +334,13 @@ def _draw(
     return pictures
 
 
-def _points(score: str, curves: Mapping[str, Mapping[str, _Curves]]) -> list[dict[str, object]]:
-    """The lines of ``curves.csv``."""
+def _points(score: str, curves: Mapping[str, Mapping[str, _Curves]]) -> list[Point]:
     points = []
     for task, by_group in curves.items():
         for group, x in by_group.items():
-            mean, iqm = x.bands["mean"], x.bands["iqm"]
-            for i, step in enumerate(x.steps):
+            values = (y for band in ("mean", "iqm") for y in x.bands[band][1:])
+            for step, *bands in zip(x.steps, *values, strict=True):
                 points.append(
-                    {
-                        "score": score,
-                        "task": task,
-                        "group": group,
-                        "reference": x.reference,
-                        "step": int(step),
-                        "runs": len(x.values),
-                        "mean": mean.mean[i],
-                        "mean_low": mean.low[i],
-                        "mean_high": mean.high[i],
-                        "iqm": iqm.mean[i],
-                        "iqm_low": iqm.low[i],
-                        "iqm_high": iqm.high[i],
-                    }
+                    Point(score, task, group, x.reference, int(step), len(x.values), *bands)
                 )
     return points
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from prelar_trl.record.learning_curves import EvaluatedRun, write_learning_curves
 from prelar_trl.record.plots import Series, plot_curves, read_metrics
@@ -65,16 +65,14 @@ def html_report(
         phases.setdefault(_phase(folder.config), []).append((label, folder))
     path.parent.mkdir(parents=True, exist_ok=True)
     curves = path.parent / f"{path.stem}_curves"
-    html = _template("report.html.j2").render(
+    return _write_page(
+        path,
+        "report.html.j2",
         title=title,
         num_runs=len(folders),
-        now=datetime.now().strftime("%d %B %Y, %H:%M"),
         max_mebibytes=MAX_EMBED_MEBIBYTES,
         sections=[_section(phase, members, curves) for phase, members in phases.items()],
     )
-    with atomic_write(path) as part:
-        part.write_text(html, encoding="utf-8")
-    return path
 
 
 def curves_page(
@@ -97,21 +95,19 @@ def curves_page(
     folder = path.parent / f"{path.stem}_curves"
     sections = write_learning_curves(runs, folder, at=at, baseline=baseline)
     groups = list(dict.fromkeys(run.group for run in runs if not run.reference))
-    html = _template("curves.html.j2").render(
+    return _write_page(
+        path,
+        "curves.html.j2",
         title=title,
         num_runs=sum(not run.reference for run in runs),
-        now=datetime.now().strftime("%d %B %Y, %H:%M"),
         groups=groups,
         references=list(dict.fromkeys(run.group for run in runs if run.reference)),
         sections=sections,
         baseline=baseline or ("dreamerv2" if "dreamerv2" in groups else groups[0]),
     )
-    with atomic_write(path) as part:
-        part.write_text(html, encoding="utf-8")
-    return path
 
 
-def _template(name: str) -> Template:
+def _write_page(path: Path, template: str, **values: Any) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -121,7 +117,11 @@ def _template(name: str) -> Template:
     )
     environment.filters["base64"] = lambda file: base64.b64encode(file.read_bytes()).decode()
     environment.filters["text"] = _text
-    return environment.get_template(name)
+    now = datetime.now().strftime("%d %B %Y, %H:%M")
+    html = environment.get_template(template).render(now=now, **values)
+    with atomic_write(path) as part:
+        part.write_text(html, encoding="utf-8")
+    return path
 
 
 def _section(phase: str, members: list[tuple[str, RunFolder]], curves: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from prelar_trl.utils import atomic_write, git_state, lock_folder, read_json
+from prelar_trl.utils import atomic_write, git_state, lock_folder, read_json, write_json
 
 PACKAGES = (
     "prelar_trl",
@@ -142,7 +141,7 @@ class RunFolder:
                 os.fsync(file.fileno())
             for folder in ("checkpoints", "videos", "pictures"):
                 (path / folder).mkdir()
-            _write_json(path / "versions.json", record)
+            write_json(path / "versions.json", record, sync=True)
         except FileExistsError:
             raise FileExistsError(f"run folder {path} was taken by another run just now") from None
         except OSError as error:
@@ -187,7 +186,7 @@ class RunFolder:
             with atomic_write(self.path / "config.yaml") as part:
                 part.write_text(text, encoding="utf-8")
         record.setdefault("continued", []).append(session)
-        _write_json(self.path / "versions.json", record)
+        write_json(self.path / "versions.json", record, sync=True)
 
     @property
     def versions(self) -> dict[str, Any]:
@@ -260,11 +259,6 @@ def _check_free(path: Path) -> None:
         raise FileExistsError(f"run folder {path} already holds a run: choose another folder")
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"folder {path} holds files of something else: choose another one")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with atomic_write(path, sync=True) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _one_line(error: Exception) -> str:

@@ -111,6 +111,26 @@ def with_distinct_names(items: Sequence[Item]) -> list[Item]:
     return distinct
 
 
+def check_actions(actions: bool, options: FrameOptions) -> None:
+    """Raises ValueError for actions together with a stride, which leaves steps out."""
+    if actions and options.stride > 1:
+        raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
+
+
+def leading_actions(left: np.ndarray) -> np.ndarray:
+    """Actions that led to each frame, float32 ``[T + 1, A]``, of those that left from one ``[T]``.
+
+    The first is zero.
+
+    Raises:
+        ClipError: they hold NaN or infinity.
+    """
+    left = left.reshape(len(left), -1).astype(np.float32)
+    if not np.isfinite(left).all():
+        raise ClipError("action must be finite, holds NaN or infinity")
+    return np.concatenate([np.zeros_like(left[:1]), left])
+
+
 def choose_camera(pictures: Sequence[str], camera: str | None, root: Path) -> str:
     """The one of several pictures that ``camera`` names, wholly or by the last part of its name.
 

@@ -16,7 +16,15 @@ from typing import IO
 
 import numpy as np
 
-from prelar_trl.data.sources.base import Clip, ClipError, Frame, Item, text, with_distinct_names
+from prelar_trl.data.sources.base import (
+    Clip,
+    ClipError,
+    Frame,
+    Item,
+    check_actions,
+    text,
+    with_distinct_names,
+)
 from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS, ClipStore
@@ -45,8 +53,7 @@ class EpisodeFolder:
         self.root, self.options, self.actions = Path(root), options, actions
         if not self.root.is_dir():
             raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
-        if actions and options.stride > 1:
-            raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
+        check_actions(actions, options)
         self.left_out: dict[str, list[str]] = {}
         for file in sorted(self.root.iterdir()):
             if file.suffix.lower() != ".npz" and not file.is_dir():

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from prelar_trl.bounds import Positive, PositiveInt, at_least, check_settings
 from prelar_trl.data.sources.base import Clip, ClipError, Frame
 from prelar_trl.data.sources.flow import FlowPictures
 
@@ -28,24 +29,15 @@ class FrameOptions:
             1 for floating-point numbers.
     """
 
-    size: int = 64
+    size: Annotated[int, at_least(8)] = 64
     resize: Literal["squeeze", "crop"] = "squeeze"
-    stride: int = 1
-    max_frames: int | None = None
+    stride: PositiveInt = 1
+    max_frames: PositiveInt | None = None
     flow: bool = False
-    white: float | None = None
+    white: Positive | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 8:
-            raise ValueError(f"frame size={self.size} must be at least 8 pixels")
-        if self.resize not in ("squeeze", "crop"):
-            raise ValueError(f"resize={self.resize!r} is unknown: choose squeeze or crop")
-        if self.stride < 1:
-            raise ValueError(f"stride={self.stride} must be at least 1")
-        if self.max_frames is not None and self.max_frames < 1:
-            raise ValueError(f"max_frames={self.max_frames} must be null or at least 1")
-        if self.white is not None and not 0 < self.white < float("inf"):
-            raise ValueError(f"white={self.white} must be null or above 0")
+        check_settings(type(self), vars(self))
 
     @property
     def info(self) -> dict[str, Any]:

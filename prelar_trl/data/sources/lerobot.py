@@ -19,7 +19,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prelar_trl.data.sources.base import Clip, ClipError, Frame, Item, choose_camera
+from prelar_trl.data.sources.base import (
+    Clip,
+    ClipError,
+    Frame,
+    Item,
+    check_actions,
+    choose_camera,
+    leading_actions,
+)
 from prelar_trl.data.sources.decoding import DECODER, Section, video_clip
 from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
@@ -35,7 +43,7 @@ MISSING = "frames missing at the end"
 def is_lerobot(root: Path) -> bool:
     """Whether a folder holds a LeRobot data set of version 3."""
     try:
-        return str(_read_info(root).get("codebase_version", "")).startswith("v3")
+        return str(read_json(root / INFO).get("codebase_version", "")).startswith("v3")
     except (OSError, ValueError):
         return False
 
@@ -69,12 +77,15 @@ class LeRobotDataset:
         camera: str | None = None,
         actions: bool = False,
     ) -> None:
-        _check_pyarrow()
+        if importlib.util.find_spec("pyarrow") is None:
+            raise ImportError(
+                "LeRobot data sets need pyarrow, which is not installed: pip install pyarrow"
+            )
         self.root, self.options, self.actions = Path(root), options, actions
         self.left_out: dict[str, list[str]] = {}
         if not (self.root / INFO).is_file():
             raise FileNotFoundError(f"{str(self.root / INFO)!r} is missing: no LeRobot data set")
-        self.info = _read_info(self.root)
+        self.info = read_json(self.root / INFO)
         version = str(self.info.get("codebase_version", "unknown"))
         if not version.startswith("v3"):
             raise ValueError(
@@ -85,8 +96,7 @@ class LeRobotDataset:
         pictures = [name for name, x in features.items() if x["dtype"] in ("video", "image")]
         self.camera = choose_camera(pictures, camera, self.root)
         self.is_video = features[self.camera]["dtype"] == "video"
-        if actions and options.stride > 1:
-            raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
+        check_actions(actions, options)
         if actions and "action" not in features:
             raise ValueError(f"LeRobot data set {str(root)!r} has no feature 'action'")
         others = [name for name in pictures if name != self.camera]
@@ -137,20 +147,13 @@ class LeRobotDataset:
     def _actions(self, episode: dict[str, Any]) -> np.ndarray:
         """Those that led to each frame, float32 ``[T, A]``."""
         left = np.array(self._rows(episode, "action").to_pylist(), np.float32)
-        left = left.reshape(len(left), -1)
-        if not np.isfinite(left).all():
-            raise ClipError("action must be finite, holds NaN or infinity")
-        return np.concatenate([np.zeros_like(left[:1]), left[:-1]])
+        return leading_actions(left)[:-1]
 
     def _rows(self, episode: dict[str, Any], column: str) -> Any:
         """A column of an episode's rows, in the order of its frames."""
         import pyarrow.parquet as pq  # an extra of this project, so not at the top
 
-        place = {
-            "chunk_index": episode["data/chunk_index"],
-            "file_index": episode["data/file_index"],
-        }
-        path = self.root / self.info["data_path"].format(**place)
+        path = self._place(episode, "data/", self.info["data_path"])
         wanted = [("episode_index", "=", episode["episode_index"])]
         table = pq.read_table(path, columns=[column, "frame_index"], filters=wanted)
         if len(table) != episode["length"]:
@@ -185,14 +188,3 @@ class LeRobotDataset:
 def _label(episode: dict[str, Any]) -> str | None:
     tasks = episode.get("tasks") or []
     return str(tasks[0]) if len(tasks) else None
-
-
-def _read_info(root: Path) -> dict[str, Any]:
-    return read_json(root / INFO)
-
-
-def _check_pyarrow() -> None:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(
-            "LeRobot data sets need pyarrow, which is not installed: pip install pyarrow"
-        )

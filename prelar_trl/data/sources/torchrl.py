@@ -20,7 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from prelar_trl.data.sources.base import Clip, ClipError, Frame, Item, choose_camera
+from prelar_trl.data.sources.base import (
+    Clip,
+    Frame,
+    Item,
+    check_actions,
+    choose_camera,
+    leading_actions,
+)
 from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS
@@ -113,8 +120,7 @@ class TensorDictFolder:
             if not name.startswith("next/") and _is_picture(entry, len(self.batch))
         ]
         self.camera = choose_camera(pictures, camera, self.root)
-        if actions and options.stride > 1:
-            raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
+        check_actions(actions, options)
         if actions and "action" not in self.entries:
             raise ValueError(f"source {str(root)!r} has no entry 'action'")
         others = [name for name in pictures if name != self.camera]
@@ -143,10 +149,7 @@ class TensorDictFolder:
             yield _as_rgb(self._flat(f"next/{self.camera}")[rows[-1]])
 
     def _with_actions(self, clip: Clip, rows: np.ndarray) -> Iterator[Frame]:
-        left = self._flat("action")[rows].reshape(len(rows), -1).astype(np.float32)
-        if not np.isfinite(left).all():
-            raise ClipError("action must be finite, holds NaN or infinity")
-        actions = np.concatenate([np.zeros_like(left[:1]), left])
+        actions = leading_actions(self._flat("action")[rows])
         for frame, action in zip(clip.frames, actions, strict=False):
             yield frame | {ACTIONS: action}
 
