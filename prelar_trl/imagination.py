@@ -150,7 +150,7 @@ class ImaginationEnv(ModelBasedEnvBase):
         for key, shape in self._state_shapes.items():
             value = states[key]
             check_entry(key, value, "float", (*states.batch_size, *shape))
-            if moved and value.device.type != "meta":
+            if moved and not value.is_meta:
                 value = value.to(weight.device)
             check_input(key, value, weight)
 

@@ -82,7 +82,7 @@ class StepCheck(Transform):
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         action, spec = tensordict["action"], self.spec
-        if not isinstance(action, torch.Tensor) or action.device.type == "meta":
+        if not isinstance(action, torch.Tensor) or action.is_meta:
             kind = type(action).__name__ if isinstance(action, str) else "no tensor with values"
             raise TypeError(f"action of {self.name} is {kind}; it must be a tensor")
         one_hot = isinstance(spec, OneHot)
@@ -94,8 +94,8 @@ class StepCheck(Transform):
         action = action.to(spec.dtype)
         self._refuse(tensordict, ~action.isfinite(), "NaN or infinite")
         if one_hot:
-            chosen = (action == 1).sum(-1, keepdim=True) == 1
-            others = ((action == 0) | (action == 1)).all(-1, keepdim=True)
+            chosen = action.eq(1).sum(-1, keepdim=True) == 1
+            others = (action.eq(0) | action.eq(1)).all(-1, keepdim=True)
             self._refuse(tensordict, ~(chosen & others), "not one-hot")
         elif isinstance(spec, Bounded):
             room = self.ROUNDING * (spec.high - spec.low)
