@@ -7,6 +7,7 @@ import shutil
 import pytest
 import yaml
 
+from prelar_trl.checkpoint import save_checkpoint
 from prelar_trl.envs import ToyEnv
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Collection, Evaluation
@@ -64,6 +65,18 @@ def stopped(cfg, monkeypatch, update, **options):
 def test_interrupted_finetuning_goes_on_bit_for_bit(update, prefetch, whole, tmp_path, monkeypatch):
     cfg = finetune_config(tmp_path / "run", prefetch=prefetch, **STEPS)
     stopped(cfg, monkeypatch, update)
+    finetune(cfg)
+    same(tmp_path / "run", whole)
+
+
+def test_a_run_whose_belief_was_kept_with_the_frame_goes_on_bit_for_bit(
+    whole, tmp_path, monkeypatch
+):
+    cfg = finetune_config(tmp_path / "run", **STEPS)
+    stopped(cfg, monkeypatch, 5)
+    state = checkpoint(cfg.run)  # as an older version wrote it
+    state["collection"]["now"]["belief"] = state["collection"].pop("belief")
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt", state)
     finetune(cfg)
     same(tmp_path / "run", whole)
 
