@@ -8,7 +8,7 @@ with the list of transforms that give it that form.
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -85,8 +85,7 @@ def find_suite(env: str) -> Suite:
         )
     suite = known[name]
     if isinstance(suite.make, str):
-        module, _, function = suite.make.partition(":")
-        suite = suite._replace(make=getattr(importlib.import_module(module), function))
+        suite = suite._replace(make=pkgutil.resolve_name(suite.make))
     return suite
 
 
@@ -101,12 +100,9 @@ def import_factory(path: str) -> Callable[..., Any]:
     Raises:
         ValueError: it cannot be imported, or cannot be called.
     """
-    module, _, name = path.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"env={path} cannot be imported: {error}") from error
     if not callable(found):
         raise ValueError(f"env={path} is {type(found).__name__}, not a function or class")

@@ -5,8 +5,8 @@ Shape legend: ... any leading shape, U latent action, N transitions.
 
 from __future__ import annotations
 
-import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -166,15 +166,14 @@ def make_latent_actions(
 def _find(kind: str) -> type[LatentActions]:
     if kind in _KINDS:
         return _KINDS[kind]
-    module, colon, name = str(kind).partition(":")
-    if not colon:
+    if ":" not in str(kind):
         raise ValueError(
             f"latent action {kind!r} is unknown; choose {', '.join(latent_action_kinds())}, or "
             "package.module:Class"
         )
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = pkgutil.resolve_name(kind)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"latent action {kind!r} cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, LatentActions)):
         raise ValueError(f"latent action {kind!r} is no class derived from LatentActions")
