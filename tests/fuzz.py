@@ -28,7 +28,7 @@ def fuzz(examples: int) -> Callable[[Callable], list[Any]]:
             database=None,
             deadline=None,
             suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate],  # explaining takes long
+            phases=[Phase.generate, Phase.shrink],  # explaining takes long
         )
 
     return pytest.mark.parametrize(
