@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from prelar_trl.bounds import (
+    LARGEST,
     Finite,
     Fraction,
     MediumInt,
@@ -64,6 +65,7 @@ from prelar_trl.recipes.values import (
     as_names,
 )
 from prelar_trl.schedules import Schedule
+from prelar_trl.utils import check_integers
 
 
 def overrides(settings: dict[str, Any]) -> dict[str, Any]:
@@ -344,6 +346,11 @@ class PlotConfig(Config):
     reference_name: str = "reference"  # goes after their methods
     at: list[int] | None = None  # compare: steps of the table; null: 105k, 205k, 245k or the last
     baseline: str | None = None  # compare: the group to be better than; null: dreamerv2, or first
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for step in self.at or ():
+            check_integers(0, LARGEST, at=step)
 
 
 @dataclass

@@ -11,6 +11,8 @@ from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from prelar_trl.data import ClipStore
+from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources.torchrl import TensorDictFolder
 from prelar_trl.envs import make_env
 from prelar_trl.recipes.prepare_videos import run
 from prelar_trl.recipes.schema import PrepareVideosConfig
@@ -137,4 +139,4 @@ def test_an_array_of_another_size_is_named(tmp_path: Path) -> None:
     for content in (whole[:-1], whole + b"0", b""):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"pixels.memmap' is damaged: \d+ bytes, \d+ are"):
-            prepare(tmp_path / "set", tmp_path / "store")
+            TensorDictFolder(tmp_path / "set", FrameOptions()).entries["pixels"].open()

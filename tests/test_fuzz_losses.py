@@ -156,7 +156,9 @@ def changed(data: TensorDict, key: Any, kind: str, what: Any) -> tuple[TensorDic
             return td.set(key, x.to(what)), both or what == x.dtype
         case "shape":
             shape = reshaped(x.shape, what)
-            return td.set(key, torch.ones(shape, dtype=x.dtype)), shape == x.shape
+            if shape == x.shape:
+                return td, True
+            return td.set(key, torch.ones(shape, dtype=x.dtype)), False
         case "value":
             if x.is_floating_point():
                 return td.set(key, torch.full_like(x, what)), False

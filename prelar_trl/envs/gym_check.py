@@ -10,6 +10,7 @@ from gymnasium import spaces
 
 __all__ = ["GymCheck"]
 
+CHOICES = (spaces.Discrete, spaces.MultiDiscrete)
 ARRAYS = (spaces.Box, spaces.MultiBinary, spaces.MultiDiscrete)
 
 
@@ -19,6 +20,9 @@ class GymCheck(gymnasium.Wrapper):
     Args:
         env: the environment.
         name: of it, for messages.
+
+    Raises:
+        ValueError: choices among the observations that are not counted from 0.
 
     Raises (by a reset or a step):
         TypeError: not the five things, a reward that is no number, an end or success that is no
@@ -30,6 +34,7 @@ class GymCheck(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env, name: str) -> None:
         super().__init__(env)
         self._name = name
+        self._check_starts(self.observation_space)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -74,12 +79,26 @@ class GymCheck(gymnasium.Wrapper):
             )
         return array.item()
 
+    def _check_starts(self, space: gymnasium.Space) -> None:
+        """TorchRL counts choices from 0."""
+        for part in space.values() if isinstance(space, spaces.Dict) else ():
+            self._check_starts(part)
+        if isinstance(space, CHOICES) and np.any(space.start):
+            raise ValueError(
+                f"{self._name} observes {space}, which does not count from 0: shift it in a wrapper"
+            )
+
     def _check(self, value: Any, space: gymnasium.Space, what: str) -> None:
         if isinstance(space, spaces.Dict):
             for key, part in space.items():
                 if not isinstance(value, dict) or key not in value:
                     raise ValueError(f"{self._name}: {what} without {key!r}")
                 self._check(value[key], part, f"{what} {key!r}")
+        elif isinstance(space, spaces.Discrete):
+            array = _as_array(value)
+            known = array is not None and array.size == 1 and array.dtype.kind in "bui"
+            if array is None or not known or not 0 <= array.item() < space.n:
+                raise ValueError(f"{self._name}: {what}, {_short(value)}; its space is {space}")
         elif isinstance(space, ARRAYS):
             array, dtype = _as_array(value), np.dtype(space.dtype)
             if array is None or array.dtype.kind not in "buif" or array.shape != space.shape:
@@ -88,6 +107,10 @@ class GymCheck(gymnasium.Wrapper):
                     given = f"{array.dtype} {list(array.shape)}"
                 asked = f"{dtype} {list(space.shape)}"
                 raise ValueError(f"{self._name}: {what}, {given}; its space is {asked}")
+            if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
+                most = space.nvec if isinstance(space, spaces.MultiDiscrete) else 2
+                if not ((array >= 0) & (array < most)).all():
+                    raise ValueError(f"{self._name}: {what}, {_short(value)}, not of {space}")
             if array.dtype != dtype and dtype.kind in "bui":
                 with np.errstate(invalid="ignore"):
                     kept = (array.astype(dtype) == array).all()

@@ -18,6 +18,8 @@ from prelar_trl.envs.camera import Camera, RenderQuality
 from prelar_trl.envs.gym_check import GymCheck
 from prelar_trl.envs.transforms import NoSuccess, Pixels, State, SuccessReader
 
+OWN_NAMES = ("is_first", "step_count", "episode_reward", "vector", "state", "action", "next")
+
 
 def make_gym(
     name: str,
@@ -62,12 +64,14 @@ def wrap_gym(
     space = env.action_space
     if not isinstance(space, gymnasium.spaces.Box | gymnasium.spaces.Discrete):
         raise ValueError(f"{name} has actions {space}: {NO_FACTORS}")
-    seen = env.observation_space
-    if isinstance(seen, gymnasium.spaces.Dict) and "success" in seen.spaces:
-        raise ValueError(
-            f"{name} has an observation 'success', which is read from info here: rename it, or put "
-            "it into info, in a wrapper of the environment"
-        )
+    if isinstance(env.observation_space, gymnasium.spaces.Dict):
+        for key, seen in env.observation_space.items():
+            nested = isinstance(seen, gymnasium.spaces.Dict | gymnasium.spaces.Tuple)
+            if key == "success" or (nested and key in OWN_NAMES):
+                raise ValueError(
+                    f"{name} has an observation {key!r}, a name that is given here (success is "
+                    "read from info): rename it in a wrapper of the environment"
+                )
     if isinstance(space, gymnasium.spaces.Discrete) and space.start:  # TorchRL counts from 0
         first, choices = space.start, gymnasium.spaces.Discrete(space.n)
         env = gymnasium.wrappers.TransformAction(env, lambda choice: choice + first, choices)

@@ -84,7 +84,7 @@ def check_entry(
         known = "" if beside is None else f" beside {beside}"
         raise ValueError(f"{given}; its shape must be [{asked}]{known}, and not empty")
     if like is not None:
-        check_device(key, value, like)
+        check_device(key, value, like, beside)
 
 
 def _check_tensor(name: NestedKey, value: Any) -> None:
@@ -92,10 +92,13 @@ def _check_tensor(name: NestedKey, value: Any) -> None:
         raise TypeError(f"{name} is {type(value).__name__}; it must be a tensor")
 
 
-def check_device(name: NestedKey, value: Tensor, like: Tensor) -> None:
-    """Raise ValueError where a tensor is on another device than ``like``."""
+def check_device(
+    name: NestedKey, value: Tensor, like: Tensor, beside: NestedKey | None = None
+) -> None:
+    """Raise ValueError where a tensor is on another device than ``like``, which is ``beside``."""
     if value.device != like.device:
-        raise ValueError(f"{name} is on {value.device}; it must be on {like.device}")
+        known = "" if beside is None else f" beside {beside}"
+        raise ValueError(f"{name} is on {value.device}; it must be on {like.device}{known}")
 
 
 def _dtype(x: Tensor) -> str:

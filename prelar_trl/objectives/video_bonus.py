@@ -64,6 +64,11 @@ class VideoBonus(nn.Module):
         In training mode the batch enters the memory and moves the magnitude.
         """
         check_entry("embed", embed, "float", ("B", "T", len(self.projection)), self.projection)
+        if embed.shape[1] < self.window:
+            raise ValueError(
+                f"embed {list(embed.shape)}: sequences of {embed.shape[1]} steps are shorter than "
+                f"the window of {self.window}"
+            )
         # Projected first, which is the same; in float64, which autocast leaves alone.
         steps = embed.double() @ self.projection.double()
         clips = sliding_mean(steps, self.window).to(self.projection.dtype)  # [B, T-window+1, P]
