@@ -8,10 +8,10 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, cast
+from typing import Any
 
 import cloudpickle
 import torch
@@ -180,25 +180,23 @@ def _collect(
 ) -> None:
     """The process: answers questions until its parent ends it."""
     settle_process()
-    collector: EpisodeCollector | None = None
     try:
-        collector = cast(EpisodeCollector, pickle.loads(make)())
-        collector.policy.load_state_dict(weights)
-        while (question := pickle.loads(connection.recv_bytes()))[0] != "close":
-            match question:
-                case ("weights", count):
-                    collector.policy.load_state_dict(weights)
-                    version = count
-                case (method, *arguments):
-                    result = getattr(collector, method)(*arguments)
-                    answer = (None, result, version, collector.state_dict())
-                    connection.send_bytes(pickle.dumps(answer))
+        collector: EpisodeCollector = pickle.loads(make)()
+        with closing(collector):
+            collector.policy.load_state_dict(weights)
+            while (question := pickle.loads(connection.recv_bytes()))[0] != "close":
+                match question:
+                    case ("weights", count):
+                        collector.policy.load_state_dict(weights)
+                        version = count
+                    case (method, *arguments):
+                        result = getattr(collector, method)(*arguments)
+                        answer = (None, result, version, collector.state_dict())
+                        connection.send_bytes(pickle.dumps(answer))
     except (EOFError, ConnectionError):
         pass
     except Exception as error:
         connection.send_bytes(_pickled(error))
-    if collector is not None:
-        collector.close()
 
 
 def _pickled(error: Exception) -> bytes:
@@ -241,6 +239,7 @@ def collect_async(
         accelerate(agent.eval())
         policy = WorldModelPolicy(agent.world_model, agent.actor, noise=cfg.expl_noise)
         env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
+        env = env.append_transform(policy.make_primer())
         return EpisodeCollector(env, policy, torch.device("cpu"), Stopwatch(), seed)
 
     processes.say(
