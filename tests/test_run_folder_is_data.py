@@ -39,7 +39,10 @@ from prelar_trl.modules.latent_actions import LatentActions
 class Kind(LatentActions):
     pass
 """
-IMPORTERS = ("importlib.import_module", "import_module", "__import__", "gymnasium.make")
+IMPORTERS = (
+    *("importlib.import_module", "import_module", "pkgutil.resolve_name", "__import__"),
+    "gymnasium.make",
+)
 # Where one of them is called with a name that is not written there, and why it is harmless.
 IMPORTS = {
     "envs/registry.py": "env= of the command line, or trust_code",
@@ -49,7 +52,8 @@ IMPORTS = {
     "recipes/entry.py": "the recipe",
 }
 
-PIPES = {"envs/workers.py"}  # what a program sends to its own processes; no file
+# What a program sends to its own processes; no file.
+PIPES = {"envs/workers.py", "recipes/async_collection.py"}
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_rewards_of_another_shape_and_empty_batches_are_refused() -> None:
         data["reward"] = torch.zeros(shape)
         with pytest.raises(ValueError, match=r"reward is float32 \[2, 4.*must be \[2, 4, 1\]"):
             loss(data)
-    with pytest.raises(ValueError, match="is_first is .* not empty"):
+    with pytest.raises(ValueError, match="pixels is .* not empty"):
         loss(batch()[:0])
 
 

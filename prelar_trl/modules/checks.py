@@ -49,8 +49,8 @@ def check_input(name: str, x: Tensor, weight: Tensor, width: int | None = None) 
     another width or device. ``width`` None is any.
     """
     _check_tensor(name, x)
-    casting = torch.is_autocast_enabled(weight.device.type) and x.is_floating_point()
-    if x.dtype != weight.dtype and not casting:
+    casts = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
+    if x.dtype != weight.dtype and not (casts and x.is_floating_point()):
         raise TypeError(f"{name} is {_dtype(x)}; it must be {_dtype(weight)}, as the weights")
     if width is not None:
         check_width(name, x, width)

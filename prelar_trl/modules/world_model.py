@@ -224,7 +224,7 @@ class RSSMWorldModel(TensorDictModuleBase):
             if self.latent_action_encoder.frames == "flow":
                 flow = normalize_pixels(tensordict["flow"], images.dtype)
             return self.latent_action_encoder(self.first_view(images), flow, self.sample)
-        action = cast(Tensor, tensordict["action"]).to(images.dtype)
+        action = cast(Tensor, tensordict["action"]).to(self.rssm.input_layer.weight.dtype)
         if self.action_encoder is not None:
             return self.action_encoder(action, self.sample)
         return action, None
