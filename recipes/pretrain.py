@@ -230,7 +230,11 @@ class UsageGuard:
     """Watches on held-out clips whether the dynamics uses the latent actions; warns once if not."""
 
     LEAST = 0.1  # of action_usage
-    CURES = "lower loss.weights.latent_kl or action_state_consistency, or use method=prelar_plus"
+    CURES = (
+        "lower loss.weights.latent_kl or action_state_consistency, use method=prelar_plus, or, "
+        "where things move little from frame to frame, model.latent_action=fsq with a small "
+        "model.latent_action_shift"
+    )
 
     def __init__(self, cfg: PretrainConfig, world_model: RSSMWorldModel, batch: TensorDict) -> None:
         self.cfg, self.world_model, self.batch = cfg, world_model, batch
