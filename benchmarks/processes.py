@@ -92,6 +92,7 @@ def work(rank: int, case: Case, configs: list[dict[str, Any]], seconds: float, f
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
     if case.processes > 1:
+        dist.barrier()  # none leaves while another still talks to it
         dist.destroy_process_group()
 
 
