@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from prelar_trl.sweep import Job, write_json
-from prelar_trl.utils import read_json
+from prelar_trl.sweep import Job
+from prelar_trl.utils import read_json, write_json
 
 TABLE = Path(__file__).with_name("study.yaml")
 OF_ONE_DIMENSION = re.compile(r"action_r2.*_\d+")

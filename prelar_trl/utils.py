@@ -67,7 +67,8 @@ def sync_to_disk(path: Path) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, sync: bool = False) -> None:
-    """Writes a value as JSON; ``sync`` as in :func:`atomic_write`."""
+    """Writes a value as JSON, and the folders above; ``sync`` as in :func:`atomic_write`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, sync=sync) as part:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from prelar_trl.sweep import STOPPED, Engine, Job, LocalLauncher, SlurmLauncher, Source, write_json
+from prelar_trl.sweep import STOPPED, Engine, Job, LocalLauncher, SlurmLauncher, Source
+from prelar_trl.utils import write_json
 from tests.sweeps import wait_for
 
 COMMANDS = {

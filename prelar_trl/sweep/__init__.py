@@ -5,7 +5,7 @@ Needs no torch; what it keeps of a run, in :mod:`prelar_trl.sweep.results`, does
 
 from __future__ import annotations
 
-from prelar_trl.sweep.engine import Engine, Results, module_command, write_json
+from prelar_trl.sweep.engine import Engine, Results, module_command
 from prelar_trl.sweep.jobs import Job, Suite, Variant
 from prelar_trl.sweep.launchers import (
     Launcher,
@@ -34,5 +34,4 @@ __all__ = [
     "locked",
     "module_command",
     "prepare_source",
-    "write_json",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 from prelar_trl.sweep.jobs import Job
 from prelar_trl.sweep.launchers import Handle, Launcher, Program
 from prelar_trl.sweep.source import Source
-from prelar_trl.utils import STOPPED, atomic_write, read_json
+from prelar_trl.utils import STOPPED, read_json, write_json
 
 GRACE = 10.0  # seconds from a signal to this process until those that did not get it are told
 TOLD = "stopped after"  # so begins the last line of a run that was told to stop, and has saved
@@ -291,10 +290,3 @@ class Engine:
 def module_command(recipe: str, overrides: Iterable[str]) -> list[str]:
     """A recipe's program by this interpreter."""
     return [sys.executable, "-P", "-m", f"prelar_trl.recipes.{recipe}", *overrides]
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

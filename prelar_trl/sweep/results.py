@@ -18,9 +18,8 @@ from prelar_trl.record import (
     read_metrics,
     write_comparison,
 )
-from prelar_trl.sweep.engine import write_json
 from prelar_trl.sweep.jobs import Job, Suite
-from prelar_trl.utils import without_null
+from prelar_trl.utils import without_null, write_json
 
 EVALUATIONS = {"return": "eval/return", "success": "eval/success"}
 
