@@ -22,7 +22,7 @@ from prelar_trl.fast import accelerate
 from prelar_trl.models import make_agent
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import seed_everything
-from prelar_trl.recipes.interaction import EpisodeCollector, make_training_env
+from prelar_trl.recipes.interaction import Collector, EpisodeCollector, make_training_env
 from prelar_trl.recipes.learner import Learner
 from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.schema import FinetuneConfig, overrides
@@ -32,7 +32,7 @@ PATIENCE = 5.0  # seconds that the process has to end by itself
 
 
 class AsyncEpisodeCollector:
-    """An `EpisodeCollector` in a process of its own, acting on the CPU with a copy of the weights.
+    """A `Collector` in a process of its own, acting on the CPU with a copy of the weights.
 
     ::
 
@@ -57,7 +57,7 @@ class AsyncEpisodeCollector:
 
     def __init__(
         self,
-        make: Callable[[], EpisodeCollector],
+        make: Callable[[], Collector],
         policy: WorldModelPolicy,
         *,
         updates: Callable[[], int],
@@ -74,11 +74,9 @@ class AsyncEpisodeCollector:
 
     @property
     def dropped(self) -> int:
-        """Episodes that are lost."""
         return self._state["dropped"]
 
     def reset(self) -> None:
-        """The first frame of new episodes."""
         self._start()
         self._ask("reset")
         self._answer()
@@ -86,13 +84,12 @@ class AsyncEpisodeCollector:
     def load_state_dict(
         self, state: dict[str, Any], pending: dict[int, TensorDict]
     ) -> dict[int, str]:
-        """As `EpisodeCollector`'s."""
         self._start()
         self._ask("load_state_dict", state, pending)
         return self._answer()
 
     def step(self, random: bool) -> tuple[TensorDictBase, list[dict[str, Any]]]:
-        """As `EpisodeCollector`'s: the next one, which may be there already."""
+        """The next step, which may be there already."""
         if not random:
             self._send_weights()
         while self._asked < (1 if random else 1 + self._ahead):
@@ -116,7 +113,6 @@ class AsyncEpisodeCollector:
         return {"train/policy_age": sum(ages) / len(ages)} if ages else {}
 
     def close(self) -> None:
-        """Ends the process."""
         if self._process is None:
             return
         with suppress(OSError):
@@ -216,7 +212,6 @@ def collect_async(
     learner: Learner,
     processes: Processes,
     num_envs: int,
-    seed: int,
     step: int,
 ) -> AsyncEpisodeCollector:
     """The collector of ``collector=async``: it is ahead by the steps between two updates.
@@ -229,9 +224,9 @@ def collect_async(
         learner: trains it.
         processes: those that share each batch; each has such a collector.
         num_envs: environments that step together.
-        seed: of this process's episodes.
         step: at which the run begins or goes on, where its random actions are others.
     """
+    seed = processes.seed(cfg.seed)
 
     def make() -> EpisodeCollector:
         seed_everything(seed + step)

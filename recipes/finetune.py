@@ -25,7 +25,7 @@ from prelar_trl.checkpoint import save_checkpoint
 from prelar_trl.envs import make_env
 from prelar_trl.envs.workers import WorkerError
 from prelar_trl.modules import WorldModelPolicy
-from prelar_trl.recipes.async_collection import AsyncEpisodeCollector, collect_async
+from prelar_trl.recipes.async_collection import collect_async
 from prelar_trl.recipes.common import (
     BEST,
     choose_device,
@@ -42,6 +42,7 @@ from prelar_trl.recipes.finetune_state import FinetuneState
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import (
     Collection,
+    Collector,
     EpisodeCollector,
     Evaluation,
     make_training_env,
@@ -169,7 +170,7 @@ def build(
     data_bytes = replay_bytes(cfg, env.observation_spec["pixels"].shape, processes)
     run, checkpoint = open_run(cfg, learner.agent, data_bytes, restart, processes)
     replay = open_replay(cfg, run.path, learner.video_clips, device, processes, checkpoint)
-    collector: EpisodeCollector | AsyncEpisodeCollector
+    collector: Collector
     if here:
         collector = EpisodeCollector(env, policy, device, watch, seed)
     else:
@@ -177,7 +178,7 @@ def build(
         num_envs = max(cfg.num_workers, env.batch_size.numel())
         step = checkpoint["step"] if checkpoint else 0
         collector = collect_async(
-            cfg, env_factory, known, policy, learner, processes, num_envs, seed, step
+            cfg, env_factory, known, policy, learner, processes, num_envs, step
         )
     collection = Collection(collector, replay)
     if checkpoint is not None and "collection" not in checkpoint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -17,19 +17,12 @@ from prelar_trl.envs.episodes import begin_episode, episode_seed, repeat_episode
 from prelar_trl.envs.workers import WorkerError, worker_env
 from prelar_trl.models import Agent
 from prelar_trl.modules import StatefulPolicy, WorldModelPolicy
-from prelar_trl.recipes.common import (
-    EpisodeTracker,
-    play,
-    summarize,
-)
+from prelar_trl.recipes.common import EpisodeTracker, play, summarize
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.recipes.signals import Interruption, hold_signals
 from prelar_trl.record import Logger
 from prelar_trl.stopwatch import Stopwatch
-
-if TYPE_CHECKING:
-    from prelar_trl.recipes.async_collection import AsyncEpisodeCollector
 
 EVAL_SEED = 10_000  # the evaluation environment's seed lies apart from the training one's
 
@@ -62,15 +55,68 @@ def evaluation_policy(agent: Agent, noise: float, state_mean: bool) -> WorldMode
     )
 
 
+class Collector(Protocol):
+    """Steps in the training environment, here (`EpisodeCollector`) or elsewhere.
+
+    Attributes:
+        watch: tells where the time goes.
+        num_envs: environments that step together.
+    """
+
+    watch: Stopwatch
+    num_envs: int
+
+    @property
+    def dropped(self) -> int:
+        """Episodes that are lost: they could not be repeated, or their worker has failed."""
+        ...
+
+    def reset(self) -> None:
+        """The first frame of new episodes."""
+        ...
+
+    def step(self, random: bool) -> tuple[TensorDictBase, list[dict[str, Any]]]:
+        """One step of every environment, by random actions or the policy's.
+
+        Returns:
+            The step, for the replay, and a record of each episode that ended with it: return,
+            success, length.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known now."""
+        ...
+
+    def load_state_dict(
+        self, state: dict[str, Any], pending: dict[int, TensorDict]
+    ) -> dict[int, str]:
+        """Goes on with the running episodes, as far as they can be repeated.
+
+        Args:
+            state: of `state_dict`.
+            pending: by environment, the replay's rows of the episode that runs there; none where
+                no step was made.
+
+        Returns:
+            Of the ``pending`` episodes that are lost, why.
+        """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What is to be logged of the steps since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Ends what it has started."""
+        ...
+
+
 class EpisodeCollector:
-    """Steps in the training environment.
+    """A `Collector` in this process.
 
     Every episode begins from a seed of its own, so that one that is running when the run stops can
     be repeated when it goes on. Environments with a batch size that are no `WorkerEnv` cannot.
-
-    Attributes:
-        dropped: episodes that are lost: they could not be repeated, or their worker has failed.
-        num_envs: environments that step together.
     """
 
     def __init__(
@@ -91,16 +137,9 @@ class EpisodeCollector:
         self._tracker = EpisodeTracker(self.num_envs)
 
     def reset(self) -> None:
-        """The first frame of new episodes."""
         self._now = self._begin(None)
 
     def step(self, random: bool) -> tuple[TensorDictBase, list[dict[str, Any]]]:
-        """One step of every environment, by random actions or the policy's.
-
-        Returns:
-            The step, for the replay, and a record of each episode that ended with it: return,
-            success, length.
-        """
         with self.watch("policy"):
             if random:
                 td = self.env.rand_action(self._now)
@@ -135,7 +174,6 @@ class EpisodeCollector:
         return first
 
     def state_dict(self) -> dict[str, Any]:
-        """What is known now."""
         belief = self.act.belief
         return {
             "now": self._now.exclude("action", "next").to_dict(),
@@ -148,16 +186,6 @@ class EpisodeCollector:
     def load_state_dict(
         self, state: dict[str, Any], pending: dict[int, TensorDict]
     ) -> dict[int, str]:
-        """Goes on with the running episodes, as far as they can be repeated.
-
-        Args:
-            state: of `state_dict`.
-            pending: by environment, the replay's rows of the episode that runs there; none where
-                no step was made.
-
-        Returns:
-            Of the ``pending`` episodes that are lost, why.
-        """
         self.dropped = state["dropped"]
         now: TensorDict | None = None
         faults: dict[int, str | None]
@@ -215,7 +243,6 @@ class EpisodeCollector:
         return None
 
     def metrics(self) -> dict[str, float]:
-        """What is to be logged of the steps since the last call."""
         return {}
 
     def close(self) -> None:
@@ -225,9 +252,7 @@ class EpisodeCollector:
 class Collection:
     """Steps in the training environment, which end in the replay."""
 
-    def __init__(
-        self, collector: EpisodeCollector | AsyncEpisodeCollector, replay: EpisodeReplay
-    ) -> None:
+    def __init__(self, collector: Collector, replay: EpisodeReplay) -> None:
         self.collector, self.replay = collector, replay
 
     @property
