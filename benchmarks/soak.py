@@ -41,7 +41,7 @@ SETTINGS = {
 }
 WARM_UP = 0.25  # share of the time before the memory's slope counts
 MOST_AN_HOUR = 0.01  # growth of the memory
-COLUMNS = ("seconds", "memory_mib", "workers_mib", "steps", "lost", "killed", "hung")
+COLUMNS = ("seconds", "cpu_seconds", "memory_mib", "workers_mib", "steps", "lost", "killed", "hung")
 INTERRUPTED = "interrupted"
 LEAST_SECONDS = 600  # of a run whose slopes mean something
 START_SECONDS, STOP_SECONDS = 600, 120  # on a busy machine
@@ -68,6 +68,15 @@ def memory(pid: int) -> float:
     except OSError:
         return 0.0
     return sum(int(x.split()[1]) for x in lines if x.startswith("RssAnon")) / 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has computed; 0 where it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
 
 
 def metrics(file: Path) -> dict[str, Series]:
@@ -130,7 +139,7 @@ def soak(
                     chosen = int(generator.choice(alive))
                     os.kill(chosen, signal.SIGKILL if kill else signal.SIGSTOP)
                 hurt = now + hurt_every
-            used = [memory(process.pid), sum(map(memory, alive))]
+            used = [cpu_seconds(process.pid), memory(process.pid), sum(map(memory, alive))]
             yield [now - begin, *used, steps_of(run), lost_by(run), killed, hung]
             time.sleep(every)
         process.send_signal(signal.SIGTERM)
@@ -177,10 +186,14 @@ def slope(rows: np.ndarray, column: int) -> float:
     return float(growth * 3600 / late[:, column].mean())
 
 
-def speed(rows: np.ndarray) -> np.ndarray:
-    """Steps a second at each row: those of the last twentieth of the time."""
-    seconds, steps = rows[:, 0], rows[:, COLUMNS.index("steps")]
-    earlier = np.maximum(seconds - seconds[-1] / 20, 0)
+def speed(rows: np.ndarray, clock: str) -> np.ndarray:
+    """Steps a second of a clock at each row: those of the last twentieth of its time.
+
+    By ``seconds``, other programs on the machine and the wait for a hung worker count; by
+    ``cpu_seconds``, what the run's own process computes.
+    """
+    seconds, steps = rows[:, COLUMNS.index(clock)], rows[:, COLUMNS.index("steps")]
+    earlier = np.maximum(seconds - (seconds[-1] - seconds[0]) / 20, seconds[0])
     made = steps - np.interp(earlier, seconds, steps)
     return made / np.maximum(seconds - earlier, 1e-9)
 
@@ -190,17 +203,18 @@ def draw(tables: dict[str, np.ndarray], path: Path) -> None:
     figure = Figure(figsize=(5 * len(tables), 7), layout="constrained")
     axes = figure.subplots(3, len(tables), sharex="col", squeeze=False)
     for (env, rows), column in zip(tables.items(), axes.T, strict=True):
-        minutes, own, theirs, _, lost, killed, hung = rows.T
+        minutes, _, own, theirs, _, lost, killed, hung = rows.T
         minutes = minutes / 60
         column[0].plot(minutes, own, label="the run's own process")
         column[0].plot(minutes, theirs, label="its workers")
         column[0].set(title=env, ylabel="memory, MiB", ylim=(0, None))
-        column[1].plot(minutes, speed(rows))
+        column[1].plot(minutes, speed(rows, "cpu_seconds"), label="of the run's CPU time")
+        column[1].plot(minutes, speed(rows, "seconds"), label="by the clock")
         column[1].set(ylabel="steps a second", ylim=(0, None))
         column[2].step(minutes, killed + hung, where="post", label="workers killed or hung")
         column[2].step(minutes, lost, "--", where="post", label="episodes lost")
         column[2].set(ylabel="count", xlabel="minutes", ylim=(0, None))
-        for axis in (column[0], column[2]):
+        for axis in column:
             axis.legend()
     figure.savefig(path, dpi=120)
 
@@ -210,9 +224,9 @@ def summarize(tables: dict[str, np.ndarray], out: Path) -> list[str]:
     head = ["env", "minutes", "steps", "memory_slope_per_hour", "speed_slope_per_hour"]
     lines, faults = [[*head, "lost", "killed", "hung"]], []
     for env, rows in tables.items():
-        seconds, _, _, steps, lost, killed, hung = rows[-1]
+        seconds, _, _, _, steps, lost, killed, hung = rows[-1]
         growth = slope(rows, COLUMNS.index("memory_mib"))
-        slower = slope(np.column_stack([rows[:, 0], speed(rows)]), 1)
+        slower = slope(np.column_stack([rows[:, 0], speed(rows, "cpu_seconds")]), 1)
         counts = [f"{x:.0f}" for x in (lost, killed, hung)]
         judged = seconds >= LEAST_SECONDS
         slopes = [f"{growth:.4f}", f"{slower:.3f}"] if judged else ["", ""]
