@@ -181,6 +181,8 @@ class Method:
         pretrain_weights, finetune_weights: weights of the loss terms.
         checkpoint: methods whose pre-training runs it fine-tunes from.
         align_updates: of the action encoder, before a pre-trained model is fine-tuned.
+        shift_by_motion: ``pretrain.py`` sets ``latent_action_shift`` to that many times the videos'
+            typical motion; 0: it stays as it is.
     """
 
     finetune: Mapping[str, Any] | None
@@ -189,6 +191,7 @@ class Method:
     pretrain_weights: Mapping[str, float] = field(default_factory=dict)
     checkpoint: tuple[str, ...] = ()
     align_updates: int = 0
+    shift_by_motion: float = 0.0
 
 
 VIDEO = {"image": 1.0, "kl": 1.0}
@@ -262,6 +265,7 @@ METHODS: dict[str, Method] = {
         finetune_weights=SHAPED,
         checkpoint=PRELAR_CHECKPOINTS,
         align_updates=400,
+        shift_by_motion=8.0,
     ),
     "prelar_naive": Method(
         finetune={"actions": "encoded", "heads": ("reward",)},

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,8 @@ from tensordict import TensorDict
 
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, set_rng_state
-from prelar_trl.data import VideoClips
+from prelar_trl.config import METHODS
+from prelar_trl.data import VideoClips, typical_motion
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model, make_world_model_loss
 from prelar_trl.modules import RSSMWorldModel
@@ -57,10 +59,13 @@ from prelar_trl.record import (
 from prelar_trl.types import Inputs
 from prelar_trl.updates import WorldModelUpdate
 
+MOTION_PAIRS = 256  # of frames, by which the videos' motion is measured
+
 
 def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
     """The whole run: data, model, loop. Several processes share each batch."""
     cfg, restart = settle_resume(cfg)
+    cfg = settle_shift(cfg, processes)
     loggers = chosen_loggers(cfg.logger)
     state, heldout = build(cfg, processes)
     world_model, update = state.world_model, state.update
@@ -119,6 +124,31 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
             f"stopped after {update.count} updates; to continue: the same command with resume=true"
         )
     processes.say(f"pre-trained world model: {run.path}")
+
+
+def settle_shift(cfg: PretrainConfig, processes: Processes) -> PretrainConfig:
+    """The configuration with the shift of the latent actions' frames as a number.
+
+    Where the method has it by motion, it is measured in the videos; a run that goes on keeps its
+    own.
+    """
+    name, times = "latent_action_shift", cfg.shift_by_motion
+    if times is None:
+        times = METHODS[cfg.method].shift_by_motion
+    if not times or cfg.model[name] is not None:
+        return cfg
+    if cfg.resume:
+        shift = RunFolder.load(cfg.run).config["model"].get(name)
+    else:
+        share: dict[str, Any] = {"split": "train", "heldout": cfg.heldout} if cfg.heldout else {}
+        pairs = VideoClips(cfg.data, clip_len=2, batch_size=MOTION_PAIRS, **share).sample()
+        motion = typical_motion(pairs["pixels"])
+        shift = min(max(1, round(times * motion)), cfg.pixels // 3)
+        processes.say(
+            f"things move by {motion:.2g} pixels a frame: latent actions see them moved by up to "
+            f"{shift} (model.{name})"
+        )
+    return replace(cfg, model={**cfg.model, name: shift})
 
 
 def build(cfg: PretrainConfig, processes: Processes) -> tuple[PretrainState, VideoClips]:

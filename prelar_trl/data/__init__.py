@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prelar_trl.data.clips import VideoClips
 from prelar_trl.data.layout import to_dreamer_v3, to_frames
+from prelar_trl.data.motion import typical_motion
 from prelar_trl.data.replay import EpisodeReplay
 from prelar_trl.data.store import ClipStore, StoreError
 from prelar_trl.data.windows import WindowSampler
@@ -18,4 +19,5 @@ __all__ = [
     "WindowSampler",
     "to_dreamer_v3",
     "to_frames",
+    "typical_motion",
 ]
