@@ -179,6 +179,7 @@ class Method:
     Args:
         pretrain, finetune: overrides of :class:`ModelSettings`, or None without that phase.
         pretrain_weights, finetune_weights: weights of the loss terms.
+        loss: overrides of :class:`LossSettings`, for both phases.
         checkpoint: methods whose pre-training runs it fine-tunes from.
         align_updates: of the action encoder, before a pre-trained model is fine-tuned.
         shift_by_motion: ``pretrain.py`` sets ``latent_action_shift`` to that many times the videos'
@@ -189,6 +190,7 @@ class Method:
     finetune_weights: Mapping[str, float] = field(default_factory=dict)
     pretrain: Mapping[str, Any] | None = None
     pretrain_weights: Mapping[str, float] = field(default_factory=dict)
+    loss: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: tuple[str, ...] = ()
     align_updates: int = 0
     shift_by_motion: float = 0.0
@@ -261,10 +263,11 @@ METHODS: dict[str, Method] = {
     "prelar_plus": Method(
         pretrain={**LATENT, "frames": "diff", "latent_action_shift": 20},
         pretrain_weights={**VIDEO, "latent_kl": 0.03},
-        finetune=ENCODED,
+        finetune={**ENCODED, "action_window": 8},
         finetune_weights=SHAPED,
+        loss={"latent_free_nats": 8.0, "bonus_scale": 0.1},
         checkpoint=PRELAR_CHECKPOINTS,
-        align_updates=400,
+        align_updates=800,
         shift_by_motion=8.0,
     ),
     "prelar_naive": Method(

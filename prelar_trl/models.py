@@ -233,10 +233,10 @@ def make_world_model_loss(
         video_bonus: the agent's bonus, in fine-tuning.
         weights: weights that replace the preset's one by one; ``None`` as a weight removes a term.
         action_dim: size of the true actions that ``action_label`` reads from latent ones.
-        overrides: further fields of :class:`LossSettings`.
+        overrides: further fields of :class:`LossSettings`, before the preset's.
     """
     preset = find_preset(method, phase)
-    s = loss_settings(overrides)
+    s = loss_settings({**preset.loss, **overrides})
     merged = {**getattr(preset, f"{phase}_weights"), **(weights or {})}
     kind = None
     if world_model.latent_action_encoder is not None:

@@ -261,9 +261,8 @@ class UsageGuard:
 
     LEAST = 0.1  # of action_usage
     CURES = (
-        "lower loss.weights.latent_kl or action_state_consistency, use method=prelar_plus, or, "
-        "where things move little from frame to frame, model.latent_action=fsq with a small "
-        "model.latent_action_shift"
+        "lower loss.weights.latent_kl or action_state_consistency, raise loss.latent_free_nats, or "
+        "use method=prelar_plus"
     )
 
     def __init__(self, cfg: PretrainConfig, world_model: RSSMWorldModel, batch: TensorDict) -> None:

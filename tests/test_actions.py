@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prelar_trl.modules import ResNetEncoder, make_latent_actions
 from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
@@ -110,12 +110,24 @@ def test_action_encoder_has_every_kind_and_a_window(name: str, window: int) -> N
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_action_encoder_sees_the_last_actions_only_and_zeros_before_the_first(window) -> None:
     encoder, action = action_encoder(window=window), torch.randn(1, 8, 3)
+    nn.init.normal_(encoder.hidden.weight)
     before, _ = encoder(action)
     padded = torch.cat([torch.zeros(1, 5, 3), action], 1)
     torch.testing.assert_close(before, encoder(padded)[0][:, 5:])
     action[:, 4] += 1
     changed = (before - encoder(action)[0]).abs().amax(-1)[0] > 1e-6
     assert changed.nonzero().flatten().tolist() == list(range(4, 4 + window))
+
+
+def test_a_window_begins_as_an_encoder_of_the_last_action_alone_and_learns_the_others() -> None:
+    torch.manual_seed(0)
+    single = action_encoder()
+    torch.manual_seed(0)
+    encoder, action = action_encoder(window=3), torch.randn(2, 8, 3)
+    single.out.load_state_dict(encoder.out.state_dict())
+    torch.testing.assert_close(encoder(action)[0], single(action)[0])
+    encoder(action)[0].square().sum().backward()
+    assert (encoder.hidden.weight.grad[..., :-1] != 0).any()
 
 
 def test_action_encoder_without_a_window_takes_any_leading_shape() -> None:

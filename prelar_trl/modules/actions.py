@@ -106,7 +106,8 @@ class ActionEncoder(nn.Module):
             that of pre-training and stands still.
         hidden: size of the hidden layer. Default: 1024.
         window: actions seen at a time: the last ``window`` ones, by a causal convolution, zeros
-            before the first. Default: 1.
+            before the first. At first it is as with 1; the earlier ones enter as they are needed.
+            Default: 1.
     """
 
     def __init__(
@@ -122,11 +123,9 @@ class ActionEncoder(nn.Module):
             raise ValueError(f"window={window}: the action window must be at least 1")
         self.action_dim, self.window = action_dim, window
         self.latent_actions = latent_actions
-        self.hidden = (
-            nn.Linear(action_dim, hidden)
-            if window == 1
-            else nn.Conv1d(action_dim, hidden, window, padding=window - 1)
-        )
+        self.hidden = nn.Linear(action_dim, hidden)
+        if window > 1:
+            self.hidden = causal_convolution(self.hidden, window)
         self.act = nn.ELU()
         self.out = nn.Linear(hidden, self.latent_actions.num_outputs)
 
@@ -145,3 +144,15 @@ class ActionEncoder(nn.Module):
         else:
             x = self.hidden(action.transpose(1, 2))[..., : action.shape[1]].transpose(1, 2)
         return self.latent_actions(self.out(self.act(x)), sample)
+
+
+def causal_convolution(linear: nn.Linear, window: int) -> nn.Conv1d:
+    """A convolution over the last ``window`` inputs that begins as a linear layer of the last."""
+    outputs, inputs = linear.weight.shape
+    convolution = nn.Conv1d(inputs, outputs, window, padding=window - 1)
+    assert convolution.bias is not None
+    with torch.no_grad():
+        convolution.weight.zero_()
+        convolution.weight[..., -1] = linear.weight
+        convolution.bias.copy_(linear.bias)
+    return convolution
