@@ -38,7 +38,7 @@ if [ -z "$model" ]; then
 fi
 step finetune "$demo/finetune" finetune pretrained="$model" run="$demo/finetune" \
     method=prelar_plus size=mini env=toy max_steps=25 env_steps=3500 prefill=750 threads=1 \
-    model.discount=0.9 'loss.weights={reward: 10}' loss.bonus_scale=0.1 pretrain_updates=300 \
+    model.discount=0.9 'loss.weights={reward: 10}' pretrain_updates=300 \
     behavior_after=150 train_every=4 batch_size=12 batch_length=12 horizon=10 imag_batch=72 \
     lr=4e-4 actor_lr=4e-4 critic_lr=8e-4 entropy_scale=3e-2 slow_every=25 \
     log_every=100 eval_every=500 eval_episodes=12
