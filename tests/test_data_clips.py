@@ -134,6 +134,8 @@ def test_further_image_streams_are_sampled_in_step(tmp_path) -> None:
     assert torch.equal(batch["flow"], batch["pixels"] + 100)
     with pytest.raises(ValueError, match="no image stream 'depth': it has flow, pixels"):
         VideoClips(tmp_path / "s", 4, streams=("pixels", "depth"))
+    with pytest.raises(ValueError, match="must name image streams"):
+        VideoClips(tmp_path / "s", 4, streams=())
 
 
 def test_too_long_windows_say_the_longest_clip(tmp_path) -> None:

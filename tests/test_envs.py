@@ -260,6 +260,7 @@ def test_same_seed_gives_the_same_episodes_and_another_seed_others():
         ({"name_or_env": "toy/mirrored"}, "'toy/mirrored'; choose toy, toy/shifted, toy/dis"),
         ({"name_or_env": "toy", "num_workers": 0}, "at least 1"),
         ({"name_or_env": "toy", "action_repeat": 0}, "at least 1"),
+        ({"name_or_env": "toy", "device": None}, "device=None must be a device"),
         ({"name_or_env": Counter(with_pixels=False)}, "no 'pixels', only height"),
         ({"name_or_env": Counter(), "num_workers": 2}, "needs a function"),
     ],

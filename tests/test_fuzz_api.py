@@ -183,7 +183,7 @@ def test_window_samplers(budget: Any) -> None:
                 with pytest.raises(RuntimeError, match="no episode has"):
                     sampler.draw(1)
                 return None
-            return sampler.sample(None, rows * length)[0]
+            return sampler.sample(None, None if rows is None else rows * length)[0]
 
         index = answer(draw)
         if index is not None:

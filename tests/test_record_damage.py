@@ -41,9 +41,10 @@ def test_a_damaged_row_of_metrics_is_dropped_with_a_warning(
     assert path.read_text().split() == ["step,a", "1,0.25", "3,nan", "5,0.75"]
 
 
-def test_a_file_of_zeros_is_no_file_of_metrics(tmp_path: Path) -> None:
+@pytest.mark.parametrize("header", [b"\0" * 100, b"st\rp,a"], ids=["zeros", "joined"])
+def test_without_a_column_step_it_is_no_file_of_metrics(header: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
-    path.write_bytes(b"\0" * 100 + b"\n1,2\n")
+    path.write_bytes(header + b"\n1,2\n")
     with pytest.raises(ValueError, match="metrics.csv is not a file of metrics"):
         CsvTable(path)
 

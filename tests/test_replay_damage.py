@@ -94,7 +94,14 @@ def test_a_torn_last_line_loses_one_episode_and_not_the_run(
     killed(replay)
     journal = replay.path / "clips" / "000000.jsonl"
     whole = journal.read_bytes()
-    for torn in (whole[:-1], whole[:-9], whole[:-40] + b"\0" * 40 + b"\n"):
+    last = whole.splitlines()[-1]
+    renamed = last.replace(b'"name"', b'"nale"')
+    for torn in (
+        whole[:-1],
+        whole[:-9],
+        whole[:-40] + b"\0" * 40 + b"\n",
+        renamed.join(whole.split(last)),
+    ):
         journal.write_bytes(torn)
         again = opened(tmp_path, capacity=1_000)
         assert again.num_episodes == 3

@@ -241,6 +241,8 @@ class VideoClips:
         if len(shapes) > 1:
             sizes = ", ".join(f"{h}x{w}" for h, w in sorted(shapes))
             raise ValueError(f"the stores {self._where()} have frames of unlike sizes: {sizes}")
+        if not self.streams:
+            raise ValueError("streams=() must name image streams, such as pixels")
         for store in self.stores:
             images = [s.name for s in store.streams.values() if s.is_image]
             for name in self.streams:

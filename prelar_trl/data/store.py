@@ -139,7 +139,8 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     """A line of a journal; None if it is damaged."""
     try:
         record = json.loads(line)
-        return record if record["frames"] > 0 and record["crc32"] is not None else None
+        known = isinstance(record["name"], str) and "info" in record
+        return record if known and record["frames"] > 0 and record["crc32"] is not None else None
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -199,6 +199,8 @@ def _names(option: str, given: Any) -> tuple[str, ...]:
 
 
 def _as_device(device: Any) -> torch.device:
+    if not isinstance(device, str | int | torch.device):
+        raise ValueError(f"device={device!r} must be a device, such as cpu or cuda:0")
     try:
         found = torch.device(device)
         torch.empty(0, device=found)

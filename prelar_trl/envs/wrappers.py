@@ -78,7 +78,7 @@ def wrap_gym(
     simulation: Any = env.unwrapped
     try:
         base = GymWrapper(_of_numbers(GymCheck(env, name)))
-    except (KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (IndexError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
         # A kind of space that TorchRL lacks.
         seen = " ".join(str(env.observation_space).split())[:200]
         raise ValueError(f"TorchRL cannot read the observations of {name}, {seen}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         ValueError: it has no column "step".
     """
     header, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
-    columns = next(csv.reader([header.decode("utf-8", "replace")]), [])
+    columns: list[str] = []
+    with suppress(csv.Error):  # no text at all
+        columns = next(csv.reader([header.decode("utf-8", "replace")]), columns)
     if "step" not in columns:
         raise ValueError(f"{path} is not a file of metrics: it has no column step")
     rows = [row for line in lines if (row := _row(line, columns))]
