@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from prelar_trl.probes import mlp_r2
 from prelar_trl.recipes.collect_videos import collect
 from prelar_trl.recipes.schema import (
     CollectVideosConfig,
@@ -100,6 +102,11 @@ def interrupt_after(
         return real(self, batch)
 
     monkeypatch.setattr(WorldModelUpdate, "__call__", call)
+
+
+def shorten_mlp_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLPs of a probe train for 20 steps, which is a hundredth of a second each."""
+    monkeypatch.setattr("prelar_trl.recipes.probe.mlp_r2", partial(mlp_r2, steps=20))
 
 
 def checkpoint(run: str | Path) -> dict[str, Any]:
