@@ -104,6 +104,12 @@ def test_an_environment_without_end_is_named_after_the_prefill(tmp_path):
         finetune(cfg, env_factory=lambda: ToyEnv())
 
 
+def test_without_a_prefill_it_is_named_before_the_first_evaluation(tmp_path):
+    options = {"prefill": 0, "eval_every": 25, "env_steps": 10_000, "max_steps": None}
+    with pytest.raises(ValueError, match="no episode has ended in 25 steps.*give max_steps"):
+        finetune(finetune_config(tmp_path / "a", **options), env_factory=lambda: ToyEnv())
+
+
 class EndsEarly(ToyEnv):
     """Ends in training; in the evaluation, where ``endless`` is set, never."""
 
