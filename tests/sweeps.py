@@ -16,9 +16,17 @@ from typing import Any
 import pytest
 import yaml
 
+from prelar_trl.recipes.command_line import as_typed
 from prelar_trl.recipes.entry import start
+from prelar_trl.recipes.schema import SweepConfig
 from prelar_trl.sweep.launchers import Program
-from tests.toy_runs import ROOT
+from tests.toy_runs import ROOT, configured
+
+
+def sweep_config(*given: str, repository: Path = ROOT) -> SweepConfig:
+    """Of a sweep's command line."""
+    typed = as_typed(given, SweepConfig, ["experiment"])
+    return configured("sweep", *typed, configs=repository / "configs")
 
 
 def git(folder: Path, *arguments: str) -> str:

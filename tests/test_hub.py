@@ -20,14 +20,14 @@ from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import ExportConfig
 from tests.hub_server import REPOSITORY, hub
-from tests.toy_runs import checkpoint, different, finetune_config, make_clips, pretrain_config
+from tests.toy_runs import checkpoint, different, finetune_config, pretrain_config
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> SimpleNamespace:
+def made(clips, tmp_path_factory) -> SimpleNamespace:
     """A pre-training run with a probe, and its export."""
     folder = tmp_path_factory.mktemp("hub")
-    pretrain(pretrain_config(make_clips(folder / "clips"), folder / "run"))
+    pretrain(pretrain_config(clips, folder / "run"))
     values = {"contrast/accuracy": 0.625, "action_r2/latent_action_0": 0.5, "x": float("nan")}
     (folder / "run" / "probe.json").write_text(json.dumps({"values": values}))
     out = export(ExportConfig(run=str(folder / "run"), out=str(folder / "out")))

@@ -51,11 +51,6 @@ PRETRAINED = [name for name, method in METHODS.items() if method.pretrain is not
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips") / "store")
-
-
-@pytest.fixture(scope="module")
 def path(clips, tmp_path_factory):
     """Everything once: pre-train, fine-tune, evaluate, report."""
     folder = tmp_path_factory.mktemp("path")

@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from benchmarks import study_jobs
 from benchmarks.study_jobs import Study, expand, load_study
@@ -25,10 +24,9 @@ from benchmarks.study_report import GOALS, QUANTITIES, SHOWN, write_report
 from prelar_trl import sweep
 from prelar_trl.recipes.collect_videos import env_names
 from prelar_trl.recipes.command_line import as_override
-from prelar_trl.recipes.entry import settings
 from tests.files import contents
 from tests.sweeps import row, run_programs_here
-from tests.toy_runs import CLIPS, ROOT, TINY, shorten_mlp_probe
+from tests.toy_runs import CLIPS, ROOT, TINY, configured, shorten_mlp_probe
 
 STUDY = load_study()
 MODEL = {"size": "tiny", **{f"model.{name}": value for name, value in TINY.items()}}
@@ -83,19 +81,18 @@ def test_a_probe_reads_the_run_before_it_which_sees_the_videos_of_its_data_set()
 
 def test_every_job_has_settings_that_its_recipe_takes():
     seen = []
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for job in expand(STUDY, seeds=1):
-            places = ["data"] if job.recipe == "collect_videos" else ["run"]
-            given = dict.fromkeys(places, "here") | dict(job.settings)
-            given |= {name: "here" for name in ("data", "run") if name in given}
-            if (job.recipe, given) in seen:
-                continue
-            seen.append((job.recipe, given))
-            cfg = settings(compose(job.recipe, [f"{k}={as_override(x)}" for k, x in given.items()]))
-            if job.recipe == "collect_videos":
-                assert env_names(cfg.env, cfg.tasks)
-            elif job.recipe == "pretrain":
-                assert cfg.size == "mini"
+    for job in expand(STUDY, seeds=1):
+        places = ["data"] if job.recipe == "collect_videos" else ["run"]
+        given = dict.fromkeys(places, "here") | dict(job.settings)
+        given |= {name: "here" for name in ("data", "run") if name in given}
+        if (job.recipe, given) in seen:
+            continue
+        seen.append((job.recipe, given))
+        cfg = configured(job.recipe, *(f"{k}={as_override(x)}" for k, x in given.items()))
+        if job.recipe == "collect_videos":
+            assert env_names(cfg.env, cfg.tasks)
+        elif job.recipe == "pretrain":
+            assert cfg.size == "mini"
     assert len(seen) == 2 + 2 * len(STUDY.variants) + 1  # all probes are the same
 
 

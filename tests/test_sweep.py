@@ -16,19 +16,25 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
 from prelar_trl.recipes.collect_videos import env_names
-from prelar_trl.recipes.command_line import as_override, as_typed
-from prelar_trl.recipes.entry import settings
-from prelar_trl.recipes.schema import SweepConfig
+from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.sweep import make_jobs, make_suite, sweep
 from prelar_trl.record import Progress
 from prelar_trl.sweep import Job
 from prelar_trl.sweep.engine import PROGRESS
 from tests.files import contents
-from tests.sweeps import command, environment, git, make_repository, row, run, wait_for
-from tests.toy_runs import CLIPS, ROOT, STEPS, TINY
+from tests.sweeps import (
+    command,
+    environment,
+    git,
+    make_repository,
+    row,
+    run,
+    sweep_config,
+    wait_for,
+)
+from tests.toy_runs import CLIPS, STEPS, TINY, configured
 
 pytestmark = pytest.mark.timeout(900)  # some ten programs are started
 EXPERIMENTS = ("toy", "toy_shifted", "metaworld")
@@ -63,13 +69,8 @@ TABLE = "configs/experiment/trial.yaml"
 EXPERIMENT = "# @package _global_\n# sweep.py: a trial\n" + yaml.safe_dump(TRIAL, sort_keys=False)
 
 
-def config(*given: str, repository: Path = ROOT) -> SweepConfig:
-    with initialize_config_dir(str(repository / "configs"), version_base="1.3"):
-        return settings(compose("sweep", as_typed(given, SweepConfig, ["experiment"])))
-
-
 def jobs_of(*given: str) -> list[Job]:
-    return make_jobs(config(*given))
+    return make_jobs(sweep_config(*given))
 
 
 def sweep_program(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -81,7 +82,7 @@ def sweep_here(repository: Path, *arguments: str, root: Path | None = None) -> s
     places = [f"root={root or repository / 'runs/sweep'}", f"results={repository}/results/curves"]
     given = ["experiment=trial", *places, "copy_code=false", *arguments]
     with redirect_stdout(io.StringIO()) as out:
-        assert sweep(config(*given, repository=repository)) == 0
+        assert sweep(sweep_config(*given, repository=repository)) == 0
     return out.getvalue()
 
 
@@ -90,7 +91,7 @@ def sweep_here(repository: Path, *arguments: str, root: Path | None = None) -> s
 
 def test_every_variant_gets_a_seed_before_any_gets_the_next():
     for name in EXPERIMENTS:
-        cfg = config(f"experiment={name}")
+        cfg = sweep_config(f"experiment={name}")
         seeds = [job.run["seed"] for job in make_jobs(cfg) if job.run]
         assert seeds == sorted(seeds) and set(seeds) == set(range(cfg.seeds))
 
@@ -157,26 +158,24 @@ def test_without_an_experiment_methods_are_presets_and_tasks_environments():
 
 
 def test_videos_of_metaworld_show_other_tasks_than_the_one_that_is_learned():
-    cfg = config("experiment=metaworld")
+    cfg = sweep_config("experiment=metaworld")
     assert cfg.environments and not set(cfg.environments) & set(cfg.videos["tasks"])
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_job_has_settings_that_its_recipe_takes(experiment):
-    jobs = jobs_of(f"experiment={experiment}", "seeds=1")
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for job in jobs:
-            given = [f"{name}={as_override(value)}" for name, value in job.settings.items()]
-            given.append("data=here" if job.recipe == "collect_videos" else "run=here")
-            cfg = settings(compose(job.recipe, given))
-            if job.recipe == "collect_videos":
-                assert env_names(cfg.env, cfg.tasks)
-            if job.run:
-                assert cfg.env_steps % cfg.eval_every == 0
+    for job in jobs_of(f"experiment={experiment}", "seeds=1"):
+        given = [f"{name}={as_override(value)}" for name, value in job.settings.items()]
+        given.append("data=here" if job.recipe == "collect_videos" else "run=here")
+        cfg = configured(job.recipe, *given)
+        if job.recipe == "collect_videos":
+            assert env_names(cfg.env, cfg.tasks)
+        if job.run:
+            assert cfg.env_steps % cfg.eval_every == 0
 
 
 def test_a_variant_with_an_unknown_setting_is_refused():
-    cfg = config("experiment=toy", "variants.apv.colour=red")
+    cfg = sweep_config("experiment=toy", "variants.apv.colour=red")
     with pytest.raises(ValueError, match="variants.apv is no mapping of label, color, line"):
         make_suite(cfg)
 
