@@ -213,11 +213,14 @@ def test_evaluation_in_an_environment_with_other_actions(made):
         evaluate(cfg, env_factory=lambda: Counter(actions=3))
 
 
+def test_collecting_from_an_unknown_environment(fails, tmp_path):
+    assert "'tetris'" in fails("collect_videos", f"data={tmp_path / 'v'}", "env=tetris")
+
+
 @pytest.mark.parametrize(
     ("recipe", "argument", "part"),
     [
         ("collect_videos", "episodes=many", "episodes=many"),
-        ("collect_videos", "env=tetris", "'tetris'"),
         ("collect_videos", "tasks=3", "unknown Meta-world task '3'"),
         ("collect_videos", "tasks=[]", "tasks=[] must be text, or a list of at least one"),
         ("collect_videos", "frames=3", "'frames'"),
