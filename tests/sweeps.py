@@ -8,12 +8,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import yaml
 
-from tests.toy_runs import ROOT
+from prelar_trl.recipes.command_line import as_typed
+from prelar_trl.recipes.entry import start
+from prelar_trl.recipes.schema import SweepConfig
+from prelar_trl.sweep.launchers import Program
+from tests.toy_runs import ROOT, configured
+
+
+def sweep_config(*given: str, repository: Path = ROOT) -> SweepConfig:
+    """Of a sweep's command line."""
+    typed = as_typed(given, SweepConfig, ["experiment"])
+    return configured("sweep", *typed, configs=repository / "configs")
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -58,6 +71,23 @@ def run(repository: Path, program: str, *arguments: str) -> subprocess.Completed
     )
 
 
+def run_programs_here(patch: pytest.MonkeyPatch) -> None:
+    """The programs of a sweep run in this process, which has imported everything, one by one."""
+
+    def call(program: Program, lock: Any = None) -> SimpleNamespace:
+        module, *arguments = program.command[program.command.index("-m") + 1 :]
+        more = ["resume=false"] if program.resumes else []
+        program.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(program.log, "w") as log, pytest.MonkeyPatch.context() as here:
+            here.setattr(sys, "argv", [module, *arguments, *more])
+            here.chdir(program.root)
+            with redirect_stdout(log), redirect_stderr(log):
+                start(module.rpartition(".")[2])
+        return SimpleNamespace(poll=lambda: 0)
+
+    patch.setattr(Program, "start", call)
+
+
 def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -68,7 +98,3 @@ def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> None:
 def row(output: str, name: str) -> str:
     (line,) = [line for line in output.splitlines() if line.startswith(name)]
     return line
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}

@@ -9,14 +9,9 @@ from prelar_trl import probes
 from prelar_trl.recipes import pretrain as pretrain_recipe
 from prelar_trl.recipes.pretrain import UsageGuard, pretrain
 from tests.tiny import batch, tiny_world_model
-from tests.toy_runs import checkpoint, different, make_clips, pretrain_config, rows
+from tests.toy_runs import checkpoint, different, pretrain_config, rows
 
 NAMES = {"action_usage", "action_psnr_gap"}
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips") / "store")
 
 
 def test_usage_is_counted_from_chance_and_the_gap_over_predicted_frames(monkeypatch) -> None:

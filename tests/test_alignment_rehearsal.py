@@ -19,13 +19,11 @@ from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.record import RunFolder
 from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.updates import Alignment, WorldModelUpdate
-from tests.test_recipes_errors import fails  # noqa: F401
 from tests.tiny import batch, tiny, tiny_world_model
 from tests.toy_runs import (
     FINETUNE_ARGS,
     checkpoint,
     finetune_config,
-    make_clips,
     pretrain_config,
     rows,
 )
@@ -189,15 +187,14 @@ def test_what_cannot_be_rehearsed() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A store, and pre-training runs of one update."""
+def made(clips, tmp_path_factory):
+    """Pre-training runs of one update."""
     folder = tmp_path_factory.mktemp("made")
-    clips = make_clips(folder / "clips")
     quick = {"updates": 1, "usage_every": 100, "model": CNN}
     for method in ("prelar", "apv"):
         cfg = pretrain_config(clips, folder / method, method=method, **copy.deepcopy(quick))
         pretrain(cfg)
-    return SimpleNamespace(clips=clips, prelar=folder / "prelar", apv=folder / "apv")
+    return SimpleNamespace(prelar=folder / "prelar", apv=folder / "apv")
 
 
 def aligned_config(run, made, **changes):
@@ -271,7 +268,7 @@ def test_a_rehearsing_run_fills_its_batch_with_video_and_continues(made, tmp_pat
     assert torch.equal(*videos)  # the video goes on where it was
 
 
-def test_alignment_and_rehearsal_refuse_in_one_line(fails, made, tmp_path):  # noqa: F811
+def test_alignment_and_rehearsal_refuse_in_one_line(fails, made, tmp_path):
     def line(*arguments):
         start = [f"run={tmp_path / 'new'}", *FINETUNE_ARGS, "model.images=cnn"]
         found = fails("finetune", *start, *arguments)

@@ -18,13 +18,8 @@ from prelar_trl.checkpoint import (
     save_checkpoint,
 )
 from prelar_trl.official import read_official, save_official_checkpoint
+from tests.files import flip
 from tests.tiny import tiny_world_model
-
-
-def flip(path: Path, byte: int, bit: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[byte] ^= 1 << bit
-    path.write_bytes(data)
 
 
 def steps(folder: Path) -> dict[str, int]:
@@ -92,7 +87,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_by_name(
     path = saved(tmp_path / "last.pt", 3)
     size = path.stat().st_size
     if damage == "flipped":
-        flip(path, size // 2, 3)
+        flip(path)
     elif damage == "missing":
         path.unlink()
     else:
@@ -106,14 +101,14 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_by_name(
 
 def test_a_damaged_checkpoint_takes_no_whole_ones_place(tmp_path: Path) -> None:
     path = saved(tmp_path / "last.pt", 3)
-    flip(path, path.stat().st_size // 2, 3)
+    flip(path)
     save_checkpoint(path, {"step": 4}, keep=2)
     assert steps(tmp_path) == {"last.pt": 4, "last_1.pt": 2}
 
 
 def test_kept_checkpoints_share_no_bytes(tmp_path: Path) -> None:
     path = saved(tmp_path / "last.pt", 3)
-    flip(path, path.stat().st_size // 2, 3)
+    flip(path)
     assert load_checkpoint(tmp_path / "last_1.pt")["step"] == 2
 
 

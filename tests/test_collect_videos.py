@@ -11,17 +11,13 @@ from PIL import Image
 from prelar_trl.data import StoreError, VideoClips
 from prelar_trl.recipes.collect_videos import collect, draw_sheet, env_names, summary
 from prelar_trl.recipes.schema import CollectVideosConfig
+from tests.files import contents
 
 TOY = {"env": "toy", "episodes": 5, "pixels": 16, "max_steps": 12, "after_success": None}
 
 
 def config(path: Path, **overrides) -> CollectVideosConfig:
     return CollectVideosConfig(data=str(path), **overrides)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 def test_the_toy_env_fills_a_store_with_its_expert(tmp_path) -> None:

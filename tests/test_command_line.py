@@ -43,10 +43,15 @@ def read(name: str, *arguments: str):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_name_is_taken_as_it_is_typed(name: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for typed in NAMES:
-        keys = [k for k in RECIPES[name][1] if typed[0] not in "[{" or k not in ("data", "runs")]
-        config = read(name, *(f"{key}={typed}" for key in keys))
-        assert {key: config[key] for key in keys} == dict.fromkeys(keys, typed)
+    keys = RECIPES[name][1]
+    for first in range(0, len(NAMES), len(keys)):  # each key gets the next name
+        given = {
+            key: typed
+            for key, typed in zip(keys, NAMES[first:], strict=False)
+            if typed[0] not in "[{" or key not in ("data", "runs")
+        }
+        config = read(name, *(f"{key}={typed}" for key, typed in given.items()))
+        assert {key: config[key] for key in given} == given
 
 
 def test_names_that_look_like_values_depend_on_what_is_needed(tmp_path, monkeypatch) -> None:
@@ -122,3 +127,30 @@ def test_the_recipe_reads_and_writes_folders_of_such_names(tmp_path, monkeypatch
         start("prepare_videos")
         assert (tmp_path / "out" / name / "store.json").is_file()
     capsys.readouterr()
+
+
+# In a sweep (``--multirun``)
+
+
+@pytest.mark.parametrize(
+    ("argument", "handed_on"),
+    [
+        ("run=2024_05_01", "run='2024_05_01'"),
+        ("run=Videos (1)", "run='Videos (1)'"),
+        ("run=a,b", "run=a,b"),
+        ("run=1,2", "run=1,2"),  # 1 becomes "1" again
+        ('run="2024_05_01",b', 'run="2024_05_01",b'),
+        ("pretrained=null,a", "pretrained=null,a"),
+        ("precision=32,bf16", "precision=32,bf16"),
+        ("run=choice(a,b)", "run=choice(a,b)"),
+        ("seed=1,2", "seed=1,2"),
+    ],
+)
+def test_one_name_is_as_typed_and_several_are_a_sweep(argument: str, handed_on: str) -> None:
+    assert as_typed(["-m", argument], FinetuneConfig, GROUPS) == ["-m", handed_on]
+
+
+@pytest.mark.parametrize("value", ["2024_05_01,b", "1e3,b", "Videos (1),b"])
+def test_names_that_hydra_would_change_say_how_to_write_them(value: str) -> None:
+    with pytest.raises(ValueError, match='in quotes, e.g. run=\'"2024_05_01","Videos'):
+        as_typed(["--multirun", f"run={value}"], FinetuneConfig, GROUPS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prelar_trl.data import ClipStore, ClipWriter, StoreError, VideoClips
-from tests.videos import contents
+from tests.files import contents, flip
 
 LENGTHS = (7, 4, 10, 1, 6)
 SMALL = {"source": "test", "height": 8, "width": 8}
@@ -259,13 +259,11 @@ def test_missing_foreign_and_newer_stores_are_named(tmp_path) -> None:
 def test_damage_is_found_when_a_store_is_opened(tmp_path, stream: str, damage: str) -> None:
     path = write(tmp_path / "s")
     file = sorted((path / stream).iterdir())[1]
-    data = bytearray(file.read_bytes())
     if damage == "delete":
         file.unlink()
     elif damage == "cut":
-        file.write_bytes(data[:-1])
+        file.write_bytes(file.read_bytes()[:-1])
     else:
-        data[len(data) // 2] ^= 1
-        file.write_bytes(data)
+        flip(file)
     with pytest.raises(StoreError, match=f"damaged at .*{stream}"):
         ClipStore(path)

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tensordict import TensorDict
 
 from prelar_trl.data import EpisodeReplay, to_frames
-
-
-def steps(*batch: int) -> TensorDict:
-    pixels = torch.arange(1, 1 + torch.Size(batch).numel() * 2, dtype=torch.uint8)
-    pixels = pixels.reshape(2, *batch, 1, 1, 1).expand(-1, *[-1] * len(batch), 3, 8, 8).clone()
-    done = torch.zeros(*batch, 1, dtype=torch.bool)
-    done[..., -1, :] = True
-    following = {"pixels": pixels[1], "reward": torch.rand(*batch, 1), "done": done}
-    following["terminated"] = done.clone()
-    data = {"pixels": pixels[0], "action": torch.rand(*batch, 2), "next": following}
-    return TensorDict(data, batch_size=batch)
+from tests.test_replay import steps
 
 
 def test_frames_are_those_that_the_replay_stores(tmp_path) -> None:
@@ -32,7 +21,7 @@ def test_frames_are_those_that_the_replay_stores(tmp_path) -> None:
 
 
 def test_each_row_of_a_batch_is_shifted_by_itself() -> None:
-    data = steps(3, 4)
+    data = torch.stack([steps(4, base=10 * row) for row in range(3)])
     before = data.clone()
     frames = to_frames(data)
     assert frames.shape == (3, 5)

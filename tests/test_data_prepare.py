@@ -14,6 +14,7 @@ from PIL import Image
 
 from prelar_trl.data import ClipStore, StoreError
 from prelar_trl.data.sources import Clip, FrameOptions, Item, VideoFolder, picture_clip, prepare
+from tests.files import contents
 
 SHARD = 40_000  # bytes: a few clips of 16x16
 
@@ -31,11 +32,6 @@ def pictures(root: Path, clips: int = 30) -> VideoFolder:
             for file in folder.iterdir():
                 file.write_bytes(b"damaged")
     return VideoFolder(root, FrameOptions(size=16))
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 @dataclass
@@ -95,14 +91,14 @@ def forked(source, path: Path, after: float | None) -> bool:
 
 
 def test_killed_at_random_times_the_store_is_the_same_byte_for_byte(tmp_path) -> None:
-    source = Spoiled(pictures(tmp_path / "v"), delay=0.01)  # so it takes at least 0.3 s
+    source = Spoiled(pictures(tmp_path / "v"), delay=0.005)  # so it takes at least 0.15 s
     store = prepare(source, tmp_path / "whole", shard_bytes=SHARD)
     assert len(store.meta["shards"]) > 2
     rng = np.random.default_rng(7)
     kills = 0
     for trial in range(10):
         path = tmp_path / f"killed{trial}"
-        for delay in (*rng.uniform(0, 0.2, size=2), None):
+        for delay in (*rng.uniform(0, 0.1, size=2), None):
             finished = forked(source, path, delay)
             kills += not finished
         assert finished and contents(path) == contents(tmp_path / "whole")

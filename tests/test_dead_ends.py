@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from tensordict import TensorDict
 
 from prelar_trl import config
@@ -15,12 +14,11 @@ from prelar_trl.config import METHODS, Method
 from prelar_trl.models import Agent, copy_pretrained, pretrained_modules
 from prelar_trl.modules import RSSMWorldModel, context
 from prelar_trl.official import load_official_checkpoint, official_name, save_official_checkpoint
-from prelar_trl.recipes.entry import settings
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 from tests.tiny import batch, tiny, tiny_world_model
-from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, make_clips
+from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, configured
 
 VIDEO = ("prelar", "apv", "contextwm")
 MIXED = {"latent_action": "mixed", "latent_action_deter": 5}
@@ -163,7 +161,7 @@ def test_position_embeddings_train() -> None:
 # ---------------------------------------------------------------- one more method
 
 
-def test_a_method_is_one_entry(tmp_path, monkeypatch) -> None:
+def test_a_method_is_one_entry(clips, tmp_path, monkeypatch) -> None:
     """PreLAR on plain CNNs with the contrast in place of the consistency, as ``my_method``."""
     monkeypatch.setitem(
         METHODS,
@@ -176,12 +174,11 @@ def test_a_method_is_one_entry(tmp_path, monkeypatch) -> None:
             checkpoint=("my_method",),
         ),
     )
-    data, runs = make_clips(tmp_path / "clips"), tmp_path / "runs"
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        first = [*PRETRAIN_ARGS, "method=my_method", f"data={data}", f"run={runs}/a", "updates=1"]
-        pretrain(settings(compose("pretrain", first)))
-        second = [*FINETUNE_ARGS, "method=my_method", f"pretrained={runs}/a", f"run={runs}/b"]
-        finetune(settings(compose("finetune", [*second, "env_steps=30", "eval_episodes=0"])))
+    runs = tmp_path / "runs"
+    first = [*PRETRAIN_ARGS, "method=my_method", f"data={clips}", f"run={runs}/a", "updates=1"]
+    pretrain(configured("pretrain", *first))
+    second = [*FINETUNE_ARGS, "method=my_method", f"pretrained={runs}/a", f"run={runs}/b"]
+    finetune(configured("finetune", *second, "env_steps=30", "eval_episodes=0"))
     metrics = (runs / "a" / "metrics.csv").read_text().partition("\n")[0]
     assert "loss_action_contrast" in metrics and "loss_action_state_consistency" not in metrics
     assert (runs / "b" / "checkpoints" / "last.pt").is_file()

@@ -23,17 +23,8 @@ from prelar_trl.recipes.schema import CollectVideosConfig, EvaluateConfig
 from prelar_trl.updates import BehaviorUpdate
 from tests.test_envs_own import BYTES, Gym, Walkers
 from tests.tiny import BONUS, TINY, batch, has_gradient
-from tests.toy_runs import checkpoint, finetune_config
+from tests.toy_runs import QUICK, checkpoint, finetune_config
 
-QUICK = {  # two updates of the smallest networks
-    "size": "mini",
-    "env_steps": 30,
-    "prefill": 20,
-    "batch_length": 5,
-    "horizon": 2,
-    "max_steps": 8,
-    "eval_every": 30,
-}
 LOGITS = torch.tensor([[0.0, 1.0, -1.0], [2.0, 2.0, 0.0]])
 
 

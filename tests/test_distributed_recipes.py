@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import subprocess
@@ -27,8 +26,8 @@ from tests.toy_runs import (
     checkpoint,
     different,
     finetune_config,
-    make_clips,
     pretrain_config,
+    rows,
 )
 
 PRETRAIN = {"batch_size": 4, "updates": 4, "checkpoint_every": 2}
@@ -65,6 +64,7 @@ def run_everything(clips: Path, folder: Path) -> dict[str, Any]:
     train_on_video(clips, folder / "parts", resume=True)
     act(folder / "fine", env_steps=60)
     copied(folder / "fine", folder / "fewer")
+    act(folder / "more", resume=True, env_steps=80)
     loaded: dict[str, Any] = {}
     load = FinetuneState.load_state_dict
 
@@ -78,34 +78,34 @@ def run_everything(clips: Path, folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, Path, list[dict[str, Any]]]:
+def runs(clips, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("runs")
-    clips = make_clips(folder / "clips")
-    return clips, folder, run_in_processes(run_everything, clips, folder)
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    with open(run / "metrics.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    act(folder / "more", env_steps=60)  # alone
+    return folder, run_in_processes(run_everything, clips, folder)
 
 
 def test_two_processes_write_one_run(runs) -> None:
-    _, folder, _ = runs
+    folder, _ = runs
     assert [int(row["step"]) for row in rows(folder / "whole") if row["loss_image"]] == [1, 2, 3, 4]
     assert len(checkpoint(folder / "whole")["others"]) == 1
-    steps = [int(row["step"]) for row in rows(folder / "fine") if row["eval/return"]]
-    assert steps == [60, 120]
-    assert checkpoint(folder / "fine")["step"] == 120
+    table = rows(folder / "fine")
+    assert [int(row["step"]) for row in table if row["eval/return"]] == [60, 120]
+    logged = [int(row["step"]) for row in table if row["loss_image"]]
+    assert logged == sorted(set(logged)) and logged[-1] == 120
+    assert [path.name for path in (folder / "fine").glob("metrics*")] == ["metrics.csv"]
+    state = checkpoint(folder / "fine")
+    # One update at first, and one of ten steps from the 40th on, whoever makes them.
+    assert (state["step"], state["model_update"]["count"]) == (120, 1 + 8)
     assert not list(folder.glob("*/*.part"))
 
 
 def test_pretraining_continues_bit_for_bit_in_two_processes(runs) -> None:
-    _, folder, _ = runs
+    folder, _ = runs
     assert different(checkpoint(folder / "whole"), checkpoint(folder / "parts")) == []
 
 
-def test_one_process_goes_on_with_the_same_clips_where_two_stopped(runs) -> None:
-    clips, folder, _ = runs
+def test_one_process_goes_on_with_the_same_clips_where_two_stopped(clips, runs) -> None:
+    folder, _ = runs
     train_on_video(clips, folder / "shrunk", resume=True)
     whole, shrunk = checkpoint(folder / "whole"), checkpoint(folder / "shrunk")
     assert shrunk["step"] == 4 and shrunk["others"] == []
@@ -113,14 +113,14 @@ def test_one_process_goes_on_with_the_same_clips_where_two_stopped(runs) -> None
 
 
 def test_processes_collect_episodes_of_their_own(runs) -> None:
-    _, folder, _ = runs
+    folder, _ = runs
     first, second = (ClipStore(folder / "fine" / name) for name in ("replay", "replay-1"))
     assert len(first) == len(second) == 6  # 60 of the 120 steps each, 10 an episode
     assert (first.read(0, "actions") != second.read(0, "actions")).any()
 
 
 def test_each_process_goes_on_with_its_own_replay_and_draws(runs) -> None:
-    _, folder, loaded = runs
+    folder, loaded = runs
     state = checkpoint(folder / "fewer")
     assert state["step"] == 60
     for own, saved in zip(loaded, [state, *state["others"]], strict=True):
@@ -131,24 +131,20 @@ def test_each_process_goes_on_with_its_own_replay_and_draws(runs) -> None:
 
 
 def test_the_episodes_of_a_process_that_is_gone_stay(runs) -> None:
-    _, folder, _ = runs
+    folder, _ = runs
     act(folder / "fewer", resume=True, env_steps=80)
     # Three of each process, and two of the 20 steps alone.
     assert len(ClipStore(folder / "fewer" / "replay")) == 3 + 3 + 2
-    assert checkpoint(folder / "fewer")["others"] == []
+    state = checkpoint(folder / "fewer")
+    assert (state["model_update"]["count"], state["others"]) == (1 + 4, [])
 
 
-def test_a_new_process_begins_with_a_copy_of_a_replay(runs, tmp_path) -> None:
-    act(tmp_path / "run", env_steps=60)
-    run_in_processes(resume_with_more, tmp_path / "run")
-    first, second = (ClipStore(tmp_path / "run" / name) for name in ("replay", "replay-1"))
+def test_a_new_process_begins_with_a_copy_of_a_replay(runs) -> None:
+    folder, _ = runs
+    first, second = (ClipStore(folder / "more" / name) for name in ("replay", "replay-1"))
     assert len(first) == len(second) == 6 + 1
     same = [(first.read(n, "actions") == second.read(n, "actions")).all() for n in (5, 6)]
     assert same == [True, False]
-
-
-def resume_with_more(run: Path) -> None:
-    act(run, resume=True, env_steps=80)
 
 
 def test_a_batch_that_cannot_be_shared_is_an_error() -> None:
@@ -157,45 +153,25 @@ def test_a_batch_that_cannot_be_shared_is_an_error() -> None:
         Processes(group).share("batch_size", 50)
 
 
-def launch(recipe: str, *arguments: str, processes: int) -> str:
-    """Run a recipe as its user does, by torchrun where there are several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else [])]
-    done = subprocess.run(
-        [*command, str(ROOT / "recipes" / f"{recipe}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def torchrun(recipe: str, run: Path, *arguments: str) -> str:
+    """Run a recipe in two processes, as its user does; what it prints."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "recipes" / f"{recipe}.py"), f"run={run}", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    assert len(checkpoint(run)["others"]) == 1
     return done.stdout
 
 
-def test_torchrun_pretrains(runs, tmp_path) -> None:
-    clips, *_ = runs
-    run = tmp_path / "run"
-    said = launch(
-        "pretrain", *PRETRAIN_ARGS, f"data={clips}", f"run={run}", "updates=1", processes=2
-    )
+def test_torchrun_pretrains(clips, tmp_path) -> None:
+    said = torchrun("pretrain", tmp_path / "run", *PRETRAIN_ARGS, f"data={clips}", "updates=1")
     assert said.count("pre-trained world model") == 1
-    assert len(checkpoint(run)["others"]) == 1
 
 
-@pytest.mark.timeout(600)  # five processes import torch
-def test_torchrun_fine_tunes_and_as_many_processes_or_one_go_on(tmp_path) -> None:
-    run = tmp_path / "run"
-    options = {**FINETUNE, "env_steps": 60, "prefill": 40, "log_every": 20, "eval_every": 60}
-    given = [*FINETUNE_ARGS, *(f"{name}={value}" for name, value in options.items()), f"run={run}"]
-    found = []
-    for processes, steps, resume in ((2, 60, "false"), (2, 80, "true"), (1, 100, "true")):
-        more = (f"env_steps={steps}", f"resume={resume}")
-        said = launch("finetune", *given, *more, processes=processes)
-        assert said.count("fine-tuned agent") == 1
-        state = checkpoint(run)
-        found.append((state["step"], state["model_update"]["count"], len(state["others"])))
-    # One update at first, and one of ten steps from the 40th on, whoever makes them.
-    assert found == [(60, 3, 1), (80, 5, 1), (100, 7, 0)]
-    logged = [int(row["step"]) for row in rows(run) if row["loss_image"]]
-    assert logged == sorted(set(logged)) and logged[-1] == 100
-    assert [int(row["step"]) for row in rows(run) if row["eval/return"]] == [60, 80, 100]
-    assert [path.name for path in run.glob("metrics*")] == ["metrics.csv"]
+def test_torchrun_fine_tunes(tmp_path) -> None:
+    options = [f"{name}={value}" for name, value in (FINETUNE | {"env_steps": 60}).items()]
+    said = torchrun("finetune", tmp_path / "run", *FINETUNE_ARGS, *options)
+    assert said.count("fine-tuned agent") == 1
+    state = checkpoint(tmp_path / "run")
+    assert (state["step"], state["model_update"]["count"]) == (60, 1 + 2)

@@ -1,4 +1,4 @@
-"""The pages of docs/ are true: code runs, commands compose, links lead on; the site builds."""
+"""README and docs/ are true: code runs, commands compose, links lead on; the site builds."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from torchrl.envs import RewardScaling
 
+from prelar_trl.config import METHODS
 from prelar_trl.envs import make_env, registry
 from prelar_trl.modules.latent_actions import base
 from prelar_trl.recipes.command_line import as_typed
@@ -29,6 +30,8 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text("utf-8") for page in PAGES}
+README = (ROOT / "README.md").read_text("utf-8")
+ALL = {**TEXT, "README.md": README}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"(?<!`)`((?:prelar-|python |make |torchrun )[^`]+)`")
 API = "models objectives modules data envs record updates probes hub sweep".split()
@@ -54,7 +57,7 @@ def stores_and_an_environment() -> dict[str, Any]:
 BROUGHT = {"docs/data.md": stores_and_an_environment}
 
 
-@pytest.mark.parametrize("page", [page for page in TEXT if blocks(TEXT[page], "python")])
+@pytest.mark.parametrize("page", [page for page in ALL if blocks(ALL[page], "python")])
 def test_python_blocks_run_in_the_order_of_the_page(
     page: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -62,7 +65,7 @@ def test_python_blocks_run_in_the_order_of_the_page(
     for module, known in ((base, "_KINDS"), (registry, "SUITES")):  # as they were, afterwards
         monkeypatch.setattr(module, known, dict(getattr(module, known)))
     names = {"__name__": "page"} | BROUGHT.get(page, dict)()
-    for line, block in blocks(TEXT[page], "python"):
+    for line, block in blocks(ALL[page], "python"):
         code = compile("\n" * line + block, page, "exec")  # so that an error names its line
         exec(code, names)  # noqa: S102
         shown = capsys.readouterr().out
@@ -79,7 +82,7 @@ def test_every_block_says_what_it_is() -> None:
 def commands() -> list[Any]:
     """Every command of a block, or in the text if it begins with a program of ours."""
     found = []
-    for page, text in {**TEXT, "README.md": (ROOT / "README.md").read_text("utf-8")}.items():
+    for page, text in ALL.items():
         text = re.sub(r"\\\n *", "", text)  # a command of several lines
         lines = [line for _, block in blocks(text, "bash") for line in block.splitlines()]
         ours = re.compile(r"(prelar-|python recipes/|make )")
@@ -127,9 +130,16 @@ def check_recipe(name: str, arguments: list[str]) -> None:
 
 
 def test_every_link_leads_to_a_file() -> None:
-    for page, text in TEXT.items():
+    for page, text in ALL.items():
         for target in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_the_readme_names_every_recipe_and_method_and_no_other() -> None:
+    named = set(re.findall(r"recipes/(\w+)\.py", README))
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+    assert named == recipes | {"schema", "environments"}
+    assert [method for method in METHODS if f"`{method}`" not in README] == []
 
 
 class Page(HTMLParser):

@@ -24,19 +24,10 @@ from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.types import Inputs
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate
 from tests.tiny import BONUS, TINY, batch, tiny, tiny_agent, tiny_world_model
-from tests.toy_runs import checkpoint, different, finetune_config, make_clips, pretrain_config
+from tests.toy_runs import QUICK, checkpoint, different, finetune_config, pretrain_config
 
-QUICK = {
-    "method": "dreamerv2",
-    "size": "mini",
-    "env_steps": 30,
-    "prefill": 20,
-    "batch_length": 5,
-    "horizon": 2,
-    "max_steps": 8,
-    "eval_every": 30,
-    "model": {"depth": 2, "head_layers": 1, "bonus_window": 2},
-}
+MODEL = {"depth": 2, "head_layers": 1, "bonus_window": 2}
+OPTIONS = {**QUICK, "method": "dreamerv2", "model": MODEL}
 
 
 def behavior(**options):
@@ -239,12 +230,11 @@ def test_the_pretrained_group_has_a_rate_of_its_own_and_holds_what_was_loaded():
 # ---------------------------------------------------------------------- recipes
 
 
-def test_a_run_with_every_option_and_its_evaluation(tmp_path):
-    clips = make_clips(tmp_path / "clips")
-    pre = pretrain_config(clips, tmp_path / "pre", size="mini", updates=1, model=QUICK["model"])
+def test_a_run_with_every_option_and_its_evaluation(clips, tmp_path):
+    pre = pretrain_config(clips, tmp_path / "pre", size="mini", updates=1, model=MODEL)
     pretrain(pre)
     options = {
-        **QUICK,
+        **OPTIONS,
         "method": "prelar",
         "pretrained": pre.run,
         "load": "encoder,rssm",
@@ -271,7 +261,7 @@ def test_a_run_with_every_option_and_its_evaluation(tmp_path):
 
 def test_what_a_run_reads_of_the_options(tmp_path):
     cfg = finetune_config(
-        tmp_path / "a", **QUICK, slow_target_fraction=0.5, reward_norm_momentum=0.9,
+        tmp_path / "a", **OPTIONS, slow_target_fraction=0.5, reward_norm_momentum=0.9,
         entropy_scale=0.5, actor_gradient_mix=0.2, actor_gradient="both",
     )  # fmt: skip
     known = {"action_dim": 2, "discrete": False, "inputs": Inputs()}
@@ -282,7 +272,7 @@ def test_what_a_run_reads_of_the_options(tmp_path):
 
 
 def test_a_run_that_is_older_than_an_option_can_be_continued(tmp_path):
-    cfg = finetune_config(tmp_path / "a", **QUICK, eval_episodes=0)
+    cfg = finetune_config(tmp_path / "a", **OPTIONS, eval_episodes=0)
     finetune(cfg)
     file = tmp_path / "a" / "config.yaml"
     config = yaml.safe_load(file.read_text())
@@ -318,7 +308,7 @@ def test_bounds_of_the_options(options, message):
 @pytest.mark.parametrize("options", [{"load": "encoder"}, {"pretrained_lr": 1e-4}])
 def test_options_of_the_pretrained_parts_need_a_pretraining_run(options, tmp_path):
     with pytest.raises(ValueError, match="needs a pre-training run: pretrained="):
-        finetune(finetune_config(tmp_path / "a", **QUICK, **options))
+        finetune(finetune_config(tmp_path / "a", **OPTIONS, **options))
 
 
 def test_defaults_change_nothing(tmp_path):

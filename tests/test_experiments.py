@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
 from prelar_trl.config import model_settings
 from prelar_trl.models import make_world_model, make_world_model_loss
-from prelar_trl.recipes.entry import settings
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import overrides
-from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, TINY, make_clips
+from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, TINY, configured
 
 FOLDER = ROOT / "configs" / "experiment"
 SWEEPS = sorted(path.stem for path in FOLDER.glob("*.yaml") if "# sweep.py:" in path.read_text())
@@ -30,8 +28,7 @@ def recipe_of(name: str) -> str:
 
 
 def composed(name: str, *given: str) -> Any:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return settings(compose(recipe_of(name), [f"experiment={name}", *given]))
+    return configured(recipe_of(name), f"experiment={name}", *given)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -73,9 +70,9 @@ def test_an_unknown_experiment_is_refused():
         composed("nonsense")
 
 
-def test_a_published_command_runs_at_a_tiny_size(tmp_path):
-    data, runs = make_clips(tmp_path / "clips"), tmp_path / "runs"
-    tiny = [*PRETRAIN_ARGS, f"data={data}", f"run={runs}/a", "updates=1"]
+def test_a_published_command_runs_at_a_tiny_size(clips, tmp_path):
+    runs = tmp_path / "runs"
+    tiny = [*PRETRAIN_ARGS, f"data={clips}", f"run={runs}/a", "updates=1"]
     pretrain(composed("prelar_rlbench", *tiny))
     tiny = [*FINETUNE_ARGS, f"pretrained={runs}/a", f"run={runs}/b", "camera=null"]
     finetune(composed("prelar_metaworld", *tiny, "env_steps=30", "eval_episodes=0"))

@@ -18,8 +18,8 @@ from prelar_trl.recipes.evaluate import evaluate
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Evaluation
 from prelar_trl.recipes.schema import EvaluateConfig
+from tests.test_envs import Counter
 from tests.test_envs_own import Gym, Walker
-from tests.test_recipes import OwnEnv
 from tests.toy_runs import checkpoint, finetune_config, rows
 
 OPTIONS = {
@@ -74,12 +74,20 @@ def test_several_workers_of_a_function_without_arguments():
     assert not torch.equal(start["state"][0, :2], start["state"][1, :2])
 
 
-def test_finetuning_and_evaluation_in_an_environment_made_by_a_lambda(tmp_path):
+@pytest.mark.parametrize("takes", ["nothing", "name and options"])
+def test_finetuning_and_evaluation_in_an_environment_of_ones_own(takes, tmp_path):
+    def own(name, **options):
+        assert name == "mine"
+        return make_env(Counter(8, actions=3), **options)
+
+    factory = own if takes == "name and options" else lambda: Counter(8, actions=3)
     cfg = finetune_config(tmp_path / "a", env="mine", max_steps=None)
-    finetune(cfg, env_factory=lambda: OwnEnv())
-    assert {row["train/length"] for row in rows(tmp_path / "a")} == {"", "8.0"}
-    config = EvaluateConfig(run=cfg.run, episodes=1, device="cpu")
-    assert evaluate(config, env_factory=lambda: OwnEnv())["records"][0]["length"] == 8
+    finetune(cfg, env_factory=factory)
+    assert checkpoint(tmp_path / "a")["action_dim"] == 3
+    lengths = [row["train/length"] for row in rows(tmp_path / "a") if row["train/length"]]
+    assert lengths == ["8.0"] * 7
+    result = evaluate(EvaluateConfig(run=cfg.run, episodes=1, device="cpu"), env_factory=factory)
+    assert result["env"] == "mine" and result["records"][0]["length"] == 8
 
 
 def test_finetuning_in_a_thread(tmp_path):
@@ -102,6 +110,12 @@ def test_an_environment_without_end_is_named_after_the_prefill(tmp_path):
     cfg = finetune_config(tmp_path / "a", max_steps=None, env_steps=10_000)
     with pytest.raises(ValueError, match="no episode has ended in the prefill of 20 steps.*max_st"):
         finetune(cfg, env_factory=lambda: ToyEnv())
+
+
+def test_without_a_prefill_it_is_named_before_the_first_evaluation(tmp_path):
+    options = {"prefill": 0, "eval_every": 25, "env_steps": 10_000, "max_steps": None}
+    with pytest.raises(ValueError, match="no episode has ended in 25 steps.*give max_steps"):
+        finetune(finetune_config(tmp_path / "a", **options), env_factory=lambda: ToyEnv())
 
 
 class EndsEarly(ToyEnv):

@@ -32,7 +32,7 @@ from prelar_trl.recipes.schema import EvaluateConfig, FinetuneConfig
 from prelar_trl.types import Inputs
 from tests.test_envs_own import BYTES, RGB, Gym, Walkers
 from tests.tiny import BONUS, TINY, batch, has_gradient
-from tests.toy_runs import checkpoint, finetune_config, make_clips, pretrain_config
+from tests.toy_runs import QUICK, checkpoint, finetune_config, make_clips, pretrain_config
 
 SIZES = (64, 84, 96, 128)
 NETWORKS = {
@@ -350,17 +350,6 @@ def test_added_inputs_start_anew_and_the_rest_is_pretrained(method):
     width = old.shape[1]
     assert torch.equal(weight[:, :width], old) and weight.shape[1] > width
     assert torch.equal(weight[:, width:], before[f"{name}.posterior_hidden.weight"][:, width:])
-
-
-QUICK = {
-    "size": "mini",
-    "env_steps": 30,
-    "prefill": 20,
-    "batch_length": 5,
-    "horizon": 2,
-    "max_steps": 8,
-    "eval_every": 30,
-}
 
 
 def test_the_recipes_add_a_camera_and_a_vector_to_what_video_has_taught(tmp_path, capsys):

@@ -18,7 +18,7 @@ import pytest
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
 from tests.test_resume import STEPS, same
-from tests.toy_runs import finetune_config, make_clips, pretrain_config
+from tests.toy_runs import finetune_config, pretrain_config
 
 
 def run_until(call, calls, counted=None):
@@ -73,11 +73,6 @@ def check_kills(work, configure, folder, kills):
     assert not run_until(lambda: work(cfg), -1)
     same(folder / "run", folder / "whole")
     print(f"{killed} kills in {runs + 1} runs")
-
-
-@pytest.fixture
-def clips(tmp_path):
-    return make_clips(tmp_path / "clips")
 
 
 def pretraining(clips, **options):

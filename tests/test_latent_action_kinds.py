@@ -21,9 +21,9 @@ from tests.toy_runs import (
     different,
     finetune_config,
     interrupt_after,
-    make_clips,
     pretrain_config,
     rows,
+    shorten_mlp_probe,
 )
 
 OUTSIDE = '''
@@ -59,9 +59,9 @@ def last(run, name):
     return float([row[name] for row in rows(run) if row[name]][-1])
 
 
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips") / "store")
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    shorten_mlp_probe(monkeypatch)
 
 
 @pytest.fixture

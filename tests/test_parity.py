@@ -82,7 +82,7 @@ def world_model_of(model: torch.nn.Module) -> torch.nn.Module:
     return model.world_model if isinstance(model, Agent) else model
 
 
-def test_outputs_and_losses_agree(fixture: Fixture, model: torch.nn.Module) -> None:
+def test_outputs_losses_and_buffers_agree(fixture: Fixture, model: torch.nn.Module) -> None:
     loss = fixture.loss(model).train()
     batch = fixture.batch()
     seen = {}
@@ -135,6 +135,8 @@ def test_outputs_and_losses_agree(fixture: Fixture, model: torch.nn.Module) -> N
         weight = losses["loss_action_state_consistency"] / losses["action_state_consistency"]
         total = total + weight * rank_of_rounding_noise(fixture)
     assert relative_error(total, theirs["model_loss"]) < LOSS
+    check_bonus(fixture, model, losses)
+    check_batch_norm_statistics(fixture, model)
 
 
 def rank_of_rounding_noise(fixture: Fixture) -> float:
@@ -149,16 +151,22 @@ def rank_of_rounding_noise(fixture: Fixture) -> float:
     return fixed * transitions * (fixed * transitions - 1) / (len(order) * transitions) ** 2
 
 
-def test_video_bonus_agrees(fixture: Fixture, model: torch.nn.Module) -> None:
+def check_bonus(fixture: Fixture, model: torch.nn.Module, losses: TensorDict) -> None:
     if "out/intr/intr_mag" not in fixture:
         assert getattr(model, "video_bonus", None) is None
         return
-    losses = fixture.loss(model).train()(fixture.batch())
     expected = fixture["out/intr/intr_normed_mean"]
     assert relative_error(losses["bonus"], expected) < LOSS
     assert relative_error(model.video_bonus.magnitude, fixture["out/intr/intr_mag"]) < LOSS
     memory = fixture["buffers_after_forward/wm.intr_bonus.queue"]
     assert relative_error(model.video_bonus.memory, memory) < OUTPUT
+
+
+def check_batch_norm_statistics(fixture: Fixture, model: torch.nn.Module) -> None:
+    theirs = fixture.group("buffers_after_forward")
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")) and official_name(name) in theirs:
+            assert relative_error(buffer, theirs[official_name(name)]) < OUTPUT, name
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
@@ -191,14 +199,6 @@ def test_gradients_agree(fixture: Fixture, model: torch.nn.Module, dtype: torch.
     tolerance = GRADIENT[dtype] if has_batch_norm(model) else EXACT_GRADIENT
     for component, error in component_errors(ours, theirs).items():
         assert error < tolerance, component
-
-
-def test_batch_norm_statistics_agree(fixture: Fixture, model: torch.nn.Module) -> None:
-    fixture.loss(model).train()(fixture.batch())
-    theirs = fixture.group("buffers_after_forward")
-    for name, buffer in model.named_buffers():
-        if name.endswith(("running_mean", "running_var")) and official_name(name) in theirs:
-            assert relative_error(buffer, theirs[official_name(name)]) < OUTPUT, name
 
 
 def test_imagination_and_behavior_agree(fixture: Fixture, model: torch.nn.Module) -> None:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 import torch
 
 from prelar_trl.data import ClipWriter
 from prelar_trl.recipes.pretrain import pretrain
-from tests.test_recipes_errors import fails  # noqa: F401
 from tests.toy_runs import (
     PRETRAIN_ARGS,
     checkpoint,
     different,
     interrupt_after,
-    make_clips,
     pretrain_config,
+    rows,
 )
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips") / "store")
 
 
 def test_labels_add_a_loss_and_training_with_them_continues_bit_for_bit(
@@ -43,12 +35,11 @@ def test_labels_add_a_loss_and_training_with_them_continues_bit_for_bit(
     whole, continued = (checkpoint(tmp_path / name) for name in ("whole", "continued"))
     assert different(whole, continued) == []
     assert {"label_head.weight", "label_head.bias", "calls"} <= whole["update"]["loss"].keys()
-    with open(tmp_path / "whole" / "metrics.csv", newline="") as file:
-        losses = [float(row["loss_action_label"]) for row in csv.DictReader(file) if row["loss"]]
+    losses = [float(row["loss_action_label"]) for row in rows(tmp_path / "whole") if row["loss"]]
     assert len(losses) == 3 and all(x > 0 for x in losses)
 
 
-def test_impossible_labels_are_one_line(clips, tmp_path, fails) -> None:  # noqa: F811
+def test_impossible_labels_are_one_line(clips, tmp_path, fails) -> None:
     def line(data, *arguments) -> str:
         start = [f"data={data}", f"run={tmp_path / 'new'}", *PRETRAIN_ARGS, "updates=1"]
         found = fails("pretrain", *start, *arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from pathlib import Path
@@ -21,6 +20,7 @@ from prelar_trl.probes import (
     frame_difference,
     latent_action_features,
     linear_r2,
+    mlp_r2,
     openloop_quality,
     rank_correlation,
     transfer,
@@ -29,7 +29,7 @@ from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.probe import probe
 from prelar_trl.recipes.schema import ProbeConfig
 from prelar_trl.record import ssim
-from tests.toy_runs import CLIPS, TINY, make_clips, pretrain_config
+from tests.toy_runs import CLIPS, TINY, pretrain_config, rows, shorten_mlp_probe
 
 
 def world_model(method: str = "prelar", **changes):
@@ -84,7 +84,7 @@ def test_ssim_refuses_unlike_shapes_and_tiny_frames():
         ssim(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8))
 
 
-# ---------------------------------------------------------------- linear probe
+# ---------------------------------------------------------------- linear and MLP probe
 
 
 def test_a_linear_map_is_read_perfectly_whatever_the_features_scale():
@@ -105,6 +105,12 @@ def test_half_of_the_variance_gives_half_the_score():
     y = signal + noise
     r2 = linear_r2(signal[:10_000], y[:10_000], signal[10_000:], y[10_000:])
     assert float(r2) == pytest.approx(0.5, abs=0.03)
+
+
+def test_an_mlp_reads_what_no_linear_map_does():
+    x = torch.randn(600, 1)
+    split = (x[:400], x[:400].abs(), x[400:], x[400:].abs())
+    assert linear_r2(*split) < 0.1 and mlp_r2(*split, steps=200) > 0.9
 
 
 def test_constant_features_and_targets_are_harmless():
@@ -248,21 +254,16 @@ def test_frame_difference_is_that_of_the_means_of_patches():
 # ---------------------------------------------------------------- recipe
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Path:
-    return make_clips(tmp_path_factory.mktemp("clips") / "toy")
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    shorten_mlp_probe(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def trained(store, tmp_path_factory) -> Path:
+def trained(clips, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("trained") / "run"
-    pretrain(pretrain_config(store, run, updates=1))
+    pretrain(pretrain_config(clips, run, updates=1))
     return run
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def config(run: Path, **changes) -> ProbeConfig:
@@ -273,16 +274,16 @@ def config(run: Path, **changes) -> ProbeConfig:
 def test_the_recipe_writes_numbers_and_pictures_into_the_run(trained):
     run = trained
     result = probe(config(run))
-    rows = read(run / "probe.csv")
-    assert list(rows[0]) == ["probe", "name", "horizon", "value"]
+    table = rows(run, "probe.csv")
+    assert list(table[0]) == ["probe", "name", "horizon", "value"]
     horizons = [
         int(r["horizon"])
-        for r in rows
+        for r in table
         if (r["probe"], r["name"]) == ("openloop_psnr", "own_actions")
     ]
     seen = CLIPS["context"]
     assert horizons == list(range(1 - seen, CLIPS["clip_len"] - seen + 1))
-    values = {f"{r['probe']}/{r['name']}": float(r["value"]) for r in rows if not r["horizon"]}
+    values = {f"{r['probe']}/{r['name']}": float(r["value"]) for r in table if not r["horizon"]}
     for name in ("latent_action", "random_encoder", "frame_difference"):
         dims = [values[f"action_r2/{name}_{i}"] for i in range(2)]
         assert values[f"action_r2/{name}"] == pytest.approx(sum(dims) / 2, rel=1e-3)
@@ -297,9 +298,9 @@ def test_the_recipe_writes_numbers_and_pictures_into_the_run(trained):
     assert (run / "probe.csv").read_bytes() == before  # the same seed, the same numbers
 
 
-def test_what_cannot_be_probed_is_said(store, tmp_path):
+def test_what_cannot_be_probed_is_said(clips, tmp_path):
     run = tmp_path / "apv"
-    pretrain(pretrain_config(store, run, updates=1, method="apv"))
+    pretrain(pretrain_config(clips, run, updates=1, method="apv"))
     result = probe(config(run))
     assert "method=apv has no latent actions" in result["notes"][0]
     assert "action_r2/frame_difference" in result["values"]

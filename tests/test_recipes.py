@@ -17,12 +17,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tensordict import TensorDict
-from torchrl.data import Binary, Bounded, Composite, Unbounded
-from torchrl.envs import EnvBase, SerialEnv
+from torchrl.envs import SerialEnv
 
 from prelar_trl.config import METHODS
-from prelar_trl.data import ClipStore, EpisodeReplay
+from prelar_trl.data import ClipStore
 from prelar_trl.envs import make_env
 from prelar_trl.envs.toy import ToyEnv
 from prelar_trl.recipes import interaction
@@ -48,11 +46,6 @@ from tests.toy_runs import (
 )
 
 PRETRAINED = [name for name, method in METHODS.items() if method.pretrain is not None]
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips") / "store")
 
 
 @pytest.fixture(scope="module")
@@ -349,29 +342,6 @@ def test_interrupted_pretraining_continues_bit_for_bit(number, path, clips, tmp_
     assert [session["step"] for session in versions["continued"]] == [2]
 
 
-def test_interrupted_finetuning_continues_with_replay_and_counters(tmp_path, monkeypatch):
-    run = tmp_path / "fine"
-    cfg = finetune_config(run)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
-        with pytest.raises(SystemExit, match="stopped after 40 steps.*resume=true"):
-            finetune(cfg)
-    state = checkpoint(run)
-    assert (state["step"], state["model_update"]["count"]) == (40, 3)
-    assert replayed(run) == (4, 44)
-    cfg.resume = True
-    finetune(cfg)
-    state = checkpoint(run)
-    assert (state["step"], state["model_update"]["count"]) == (60, 5)
-    assert replayed(run) == (6, 66)
-    assert state["behavior_update"]["count"] == 5
-    episodes = [int(row["step"]) for row in rows(run) if row["train/return"]]
-    assert episodes == [10, 20, 30, 40, 50, 60]
-    replay = EpisodeReplay(run / "replay", window=6, capacity=1_000)
-    starts = [replay.episode(i)["pixels"][0] for i in range(replay.num_episodes)]
-    assert not torch.equal(starts[0], starts[3])  # the first episodes are not repeated
-
-
 @pytest.mark.parametrize(("eval_every", "killed_at"), [(40, 40), (20, 60), (70, 60)])
 def test_an_evaluation_that_was_killed_is_made_up_for(eval_every, killed_at, tmp_path, monkeypatch):
     cfg = finetune_config(tmp_path / "fine", eval_every=eval_every)
@@ -400,19 +370,6 @@ def test_a_continued_run_needs_its_pretrained_run_no_more(path, tmp_path):
     cfg.resume, cfg.env_steps = True, 60
     finetune(cfg)
     assert checkpoint(tmp_path / "fine")["step"] == 60
-
-
-def test_updates_that_an_interruption_cut_off_are_made_up_for(tmp_path, monkeypatch):
-    cfg = finetune_config(tmp_path / "fine", pretrain_updates=4)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(SystemExit):
-            finetune(cfg)
-    assert checkpoint(tmp_path / "fine")["updates_due"] == pytest.approx(2.1)
-    cfg.resume = True
-    finetune(cfg)
-    # four, and one for each ten of the 41 steps from the end of the prefill on
-    assert checkpoint(tmp_path / "fine")["model_update"]["count"] == 8
 
 
 def test_finished_run_says_so_and_stays(path, clips, capsys):
@@ -458,55 +415,6 @@ def test_ctrl_c_reaches_only_the_parent_of_several_environments(tmp_path):
         for _ in range(50):
             os.killpg(process.pid, 0)
             time.sleep(0.2)
-
-
-class OwnEnv(EnvBase):
-    """A user's environment: three actions, a picture, ends by itself after eight steps."""
-
-    def __init__(self):
-        super().__init__(batch_size=[])
-        self.observation_spec = Composite(
-            pixels=Unbounded(shape=(3, 64, 64), dtype=torch.uint8), shape=()
-        )
-        self.action_spec = Bounded(-2.0, 2.0, shape=(3,))
-        self.reward_spec = Unbounded(shape=(1,))
-        self.done_spec = Composite(
-            {key: Binary(shape=(1,), dtype=torch.bool) for key in ("done", "terminated")}, shape=()
-        )
-
-    def _picture(self):
-        return torch.full((3, 64, 64), self.steps * 20, dtype=torch.uint8)
-
-    def _reset(self, tensordict):
-        self.steps = 0
-        no = torch.zeros(1, dtype=torch.bool)
-        return TensorDict({"pixels": self._picture(), "done": no, "terminated": no.clone()})
-
-    def _step(self, tensordict):
-        self.steps += 1
-        end = torch.tensor([self.steps == 8])
-        reward = tensordict["action"].sum(-1, keepdim=True)
-        return TensorDict(
-            {"pixels": self._picture(), "reward": reward, "done": end, "terminated": end.clone()}
-        )
-
-    def _set_seed(self, seed):
-        pass
-
-
-def test_own_environment_in_finetuning_and_evaluation(tmp_path):
-    cfg = finetune_config(tmp_path / "own", env="mine", max_steps=None)
-
-    def own(name, **options):
-        assert name == "mine"
-        return make_env(OwnEnv, **options)
-
-    finetune(cfg, env_factory=own)
-    assert checkpoint(tmp_path / "own")["action_dim"] == 3
-    lengths = [float(r["train/length"]) for r in rows(tmp_path / "own") if r["train/length"]]
-    assert lengths == [8] * 7
-    result = evaluate(EvaluateConfig(run=cfg.run, episodes=1, device="cpu"), env_factory=own)
-    assert result["env"] == "mine" and result["records"][0]["length"] == 8
 
 
 def test_action_repeat_counts_the_simulators_steps(tmp_path):

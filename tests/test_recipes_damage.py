@@ -15,21 +15,20 @@ from prelar_trl.recipes.interaction import Evaluation
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import RunFolder
+from tests.files import flip
 from tests.toy_runs import (
     checkpoint,
     copy_run,
     different,
     finetune_config,
-    make_clips,
     pretrain_config,
 )
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(clips, tmp_path_factory):
     """A clip store, and runs of pre-training and fine-tuning with several checkpoints."""
     folder = tmp_path_factory.mktemp("made")
-    clips = make_clips(folder / "clips")
     pretrain(pretrain_config(clips, folder / "pre", updates=4))
     finetune(finetune_config(folder / "fine", eval_episodes=0))
     return SimpleNamespace(clips=clips, pre=folder / "pre", fine=folder / "fine")
@@ -38,12 +37,6 @@ def made(tmp_path_factory):
 def steps(run):
     files = sorted((run / "checkpoints").iterdir())
     return {file.name: load_checkpoint(file)["step"] for file in files}
-
-
-def flip(file):
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
 
 
 def test_two_checkpoints_are_kept(made):

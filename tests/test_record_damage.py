@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from prelar_trl.record import RunFolder, read_metrics
 from prelar_trl.record.table import CsvTable
-
-HOLD = """
-import sys
-from prelar_trl.record import RunFolder
-run = RunFolder.load(sys.argv[1])
-run.lock()
-print("locked", flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.mark.parametrize(
@@ -64,14 +56,21 @@ def test_a_run_folder_has_one_writer(tmp_path: Path) -> None:
 def test_the_lock_of_a_killed_process_is_gone(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "a", {}, need_bytes=0)
     run.unlock()
-    command = [sys.executable, "-c", HOLD, str(run.path)]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout.readline() == b"locked\n"
+    locked, tell = os.pipe()
+    other = os.fork()
+    if other == 0:
+        try:
+            run.lock()
+            os.write(tell, b"locked")
+            time.sleep(600)
+        finally:
+            os._exit(1)
+    assert os.read(locked, 6) == b"locked"
     with pytest.raises(BlockingIOError, match="wait for it or stop it"):
         run.lock()
     assert RunFolder.load(run.path).config == {}  # reading is free
-    other.kill()
-    other.wait()
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
     run.lock()
 
 

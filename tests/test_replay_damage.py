@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from prelar_trl.data import EpisodeReplay, StoreError
+from tests.files import flip
 from tests.test_replay import expect, opened, steps
 
 EPISODE = 10 * 3 * 4 * 4  # bytes of the pixels of nine steps
@@ -28,12 +29,6 @@ def filled(path: Path, episodes: int = 4, **options) -> EpisodeReplay:
 def killed(replay: EpisodeReplay) -> None:
     """As a process that is killed leaves it."""
     replay.storage._store.release()
-
-
-def flip(file: Path, byte: int, bit: int = 0) -> None:
-    data = bytearray(file.read_bytes())
-    data[byte] ^= 1 << bit
-    file.write_bytes(data)
 
 
 def sampled(replay: EpisodeReplay) -> set[int]:

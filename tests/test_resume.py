@@ -24,6 +24,7 @@ from tests.toy_runs import (
 
 # Episodes of 13 steps: none ends where an update, a checkpoint or an evaluation is due.
 STEPS = {"max_steps": 13, "prefill": 15, "pretrain_updates": 3, "train_every": 4}
+STEPS["model"] = {"images": "cnn"}  # the quickest; test_resume_metaworld.py has the batch norms
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,6 @@ def whole(tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
     finetune(finetune_config(run, **STEPS))
     return run
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory):
-    return make_clips(tmp_path_factory.mktemp("clips") / "store")
 
 
 def same(run, other):

@@ -15,7 +15,7 @@ import pytest
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Collection
 from prelar_trl.recipes.signals import Interruption
-from tests.test_resume import STEPS, clips, same, whole  # noqa: F401
+from tests.test_resume import STEPS, same, whole  # noqa: F401
 from tests.toy_runs import PRETRAIN_ARGS, ROOT, checkpoint, finetune_config
 
 
@@ -81,12 +81,12 @@ def test_nohup_is_respected(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def program(clips, run):  # noqa: F811
+def program(clips, run):
     command = [sys.executable, str(ROOT / "recipes" / "pretrain.py"), *PRETRAIN_ARGS]
     return [*command, f"data={clips}", f"run={run}", "updates=100000", "video_every=99999"]
 
 
-def test_a_run_outlives_its_terminal_until_it_is_saved(clips, tmp_path):  # noqa: F811
+def test_a_run_outlives_its_terminal_until_it_is_saved(clips, tmp_path):
     run = tmp_path / "run"
     pid, terminal = pty.fork()
     if pid == 0:
@@ -100,7 +100,7 @@ def test_a_run_outlives_its_terminal_until_it_is_saved(clips, tmp_path):  # noqa
     assert checkpoint(run)["step"] >= 1
 
 
-def test_a_signal_while_the_program_starts_is_no_failure(clips, tmp_path):  # noqa: F811
+def test_a_signal_while_the_program_starts_is_no_failure(clips, tmp_path):
     process = subprocess.Popen(program(clips, tmp_path / "run"), stderr=subprocess.PIPE, text=True)
     listens = 1 << (signal.SIGUSR1 - 1)
     while not caught(process.pid) & listens:

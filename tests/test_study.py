@@ -6,41 +6,42 @@ That stopping repeats nothing is the engine's, see test_sweep.py.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import runpy
 import shutil
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from benchmarks.study_jobs import expand, load_study
+from benchmarks import study_jobs
+from benchmarks.study_jobs import Study, expand, load_study
 from benchmarks.study_report import GOALS, QUANTITIES, SHOWN, write_report
+from prelar_trl import sweep
 from prelar_trl.recipes.collect_videos import env_names
 from prelar_trl.recipes.command_line import as_override
-from prelar_trl.recipes.entry import settings
-from tests.sweeps import contents, git, make_repository, row, run
-from tests.toy_runs import CLIPS, ROOT, TINY
+from tests.files import contents
+from tests.sweeps import row, run_programs_here
+from tests.toy_runs import CLIPS, ROOT, TINY, configured, shorten_mlp_probe
 
-pytestmark = pytest.mark.timeout(900)  # some ten programs are started
 STUDY = load_study()
 MODEL = {"size": "tiny", **{f"model.{name}": value for name, value in TINY.items()}}
 VIDEOS = {"env": "toy", "episodes": 6, "max_steps": 8, "after_success": None}
-PROGRAM, TABLE = "benchmarks/study.py", "benchmarks/study.yaml"
-TRIAL = {
-    "seeds": 1,
-    "data": {
+TRIAL = Study(
+    seeds=1,
+    data={
         "toy": {
             "videos": VIDEOS,
             "pretrain": {**MODEL, **CLIPS, "updates": 3},
             "probe": {"clips": 8, "batch_size": 5},
         }
     },
-    "variants": {"soft": {"method": "prelar"}},
-}
+    variants={"soft": {"method": "prelar"}},
+)
 # Of the table that was published first.
 OLD = (
     "PSNR, own actions (dB)",
@@ -80,19 +81,18 @@ def test_a_probe_reads_the_run_before_it_which_sees_the_videos_of_its_data_set()
 
 def test_every_job_has_settings_that_its_recipe_takes():
     seen = []
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for job in expand(STUDY, seeds=1):
-            places = ["data"] if job.recipe == "collect_videos" else ["run"]
-            given = dict.fromkeys(places, "here") | dict(job.settings)
-            given |= {name: "here" for name in ("data", "run") if name in given}
-            if (job.recipe, given) in seen:
-                continue
-            seen.append((job.recipe, given))
-            cfg = settings(compose(job.recipe, [f"{k}={as_override(x)}" for k, x in given.items()]))
-            if job.recipe == "collect_videos":
-                assert env_names(cfg.env, cfg.tasks)
-            elif job.recipe == "pretrain":
-                assert cfg.size == "mini"
+    for job in expand(STUDY, seeds=1):
+        places = ["data"] if job.recipe == "collect_videos" else ["run"]
+        given = dict.fromkeys(places, "here") | dict(job.settings)
+        given |= {name: "here" for name in ("data", "run") if name in given}
+        if (job.recipe, given) in seen:
+            continue
+        seen.append((job.recipe, given))
+        cfg = configured(job.recipe, *(f"{k}={as_override(x)}" for k, x in given.items()))
+        if job.recipe == "collect_videos":
+            assert env_names(cfg.env, cfg.tasks)
+        elif job.recipe == "pretrain":
+            assert cfg.size == "mini"
     assert len(seen) == 2 + 2 * len(STUDY.variants) + 1  # all probes are the same
 
 
@@ -199,27 +199,44 @@ def test_the_report_has_one_picture_for_each_data_set(reported):
 # Running it
 
 
+def program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """What the program ends with, started in this process."""
+    monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])  # whose first it replaces
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "benchmarks" / "study.py"), run_name="__main__")
+    return end.value.code
+
+
+def study(root: Path, results: Path) -> str:
+    """Works through the trial in this process; what it prints."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        patch.setattr(study_jobs, "load_study", lambda: TRIAL)
+        patch.setattr(sweep, "prepare_source", lambda root, **_: sweep.Source("a commit"))
+        run_programs_here(patch)
+        shorten_mlp_probe(patch)
+        assert not program(patch, "--root", str(root), "--results", str(results))
+    return out.getvalue()
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> SimpleNamespace:
-    """A study of one variant."""
-    repository = make_repository(tmp_path_factory.mktemp("repository"), TABLE, TRIAL)
-    results = repository / "results" / "study"
-    return SimpleNamespace(repository=repository, results=results, done=run(repository, PROGRAM))
+    folder = tmp_path_factory.mktemp("study")
+    out = study(folder / "root", folder / "results")
+    return SimpleNamespace(folder=folder, results=folder / "results", out=out)
 
 
 def test_a_run_says_what_made_it_and_holds_all_probes(finished):
-    assert finished.done.returncode == 0, finished.done.stdout + finished.done.stderr
-    assert " finished" in row(finished.done.stdout, "toy/probe/soft-0")
+    assert " finished" in row(finished.out, "toy/probe/soft-0")
     (path,) = (finished.results / "runs").rglob("*.json")
     assert path.parts[-2:] == ("toy", "soft-0.json")
     text = path.read_text(encoding="utf-8")
     made = json.loads(text)
-    commit = git(finished.repository, "rev-parse", "HEAD")
-    assert made["commit"] == made["pretraining_commit"] == commit
+    assert made["commit"] == made["pretraining_commit"] == "a commit"
     assert (made["data"], made["variant"], made["seed"]) == ("toy", "soft", 0)
     assert made["inputs"]["needs"]["settings"]["updates"] == 3
     assert made["inputs"]["needs"]["needs"]["settings"] == VIDEOS
-    assert str(finished.repository) not in text and len(text) < 5_000
+    assert str(finished.folder) not in text and len(text) < 5_000
     found = table(finished.results / "toy.csv")
     missing = {name for name in QUANTITIES if ("soft", name) not in found}
     assert missing <= {name for name in QUANTITIES if name.startswith("rank corr.")}
@@ -228,21 +245,10 @@ def test_a_run_says_what_made_it_and_holds_all_probes(finished):
 def test_finished_runs_are_not_repeated_where_only_their_files_are_left(finished, tmp_path):
     results = tmp_path / "results"
     shutil.copytree(finished.results / "runs", results / "runs")
-    places = ["--root", str(tmp_path / "empty"), "--results", str(results)]
-    done = run(finished.repository, PROGRAM, *places)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "starts" not in done.stdout and "1 finished" in done.stdout
+    out = study(tmp_path / "empty", results)
+    assert "starts" not in out and "1 finished" in out
     assert not (tmp_path / "empty" / "toy").exists()
     assert contents(results) == contents(finished.results)
-
-
-def program(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
-    """What the program ends with, started in this process."""
-    monkeypatch.setattr(sys, "argv", ["study.py", *arguments])
-    monkeypatch.setattr(sys, "path", ["", *sys.path])  # whose first it replaces
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / PROGRAM), run_name="__main__")
-    return end.value.code
 
 
 def test_the_state_of_all_is_shown_and_nothing_run(monkeypatch, tmp_path, capsys):

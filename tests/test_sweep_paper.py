@@ -6,30 +6,22 @@ import json
 import re
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from prelar_trl.recipes.collect_videos import EVALUATION_TASKS
-from prelar_trl.recipes.command_line import as_typed
-from prelar_trl.recipes.entry import settings
 from prelar_trl.recipes.estimate import resolve, update_of, work_of
 from prelar_trl.recipes.finetune import finetune
-from prelar_trl.recipes.schema import SweepConfig
 from prelar_trl.recipes.sweep import check_settings, make_jobs, sweep
 from prelar_trl.record import read_metrics
-from tests.toy_runs import ROOT, finetune_config
+from tests.sweeps import sweep_config
+from tests.toy_runs import finetune_config
 
 SYSTEMS = {"dreamerv2", "apv", "contextwm", "prelar", "prelar_no_cl", "prelar_no_al_cl"}
 SYSTEMS |= {"naive", "prelar_naive"}
 TINY = "{size: tiny, updates: 10, batch_size: 2, clip_len: 5}"
 
 
-def config(*given: str) -> SweepConfig:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return settings(compose("sweep", as_typed(given, SweepConfig, ["experiment"])))
-
-
 def test_the_paper_is_every_system_on_six_tasks_with_eight_seeds_on_both_kinds_of_video():
-    jobs = make_jobs(config("experiment=prelar_paper"))
+    jobs = make_jobs(sweep_config("experiment=prelar_paper"))
     runs = [job for job in jobs if job.run]
     variants = {job.run["variant"] for job in runs}
     assert variants == SYSTEMS | {"apv_something", "contextwm_something", "prelar_something"}
@@ -49,7 +41,7 @@ def test_the_paper_is_every_system_on_six_tasks_with_eight_seeds_on_both_kinds_o
 
 
 def test_its_runs_are_the_published_commands():
-    jobs = make_jobs(config("experiment=prelar_paper", "seeds=1", "tasks=[reach]"))
+    jobs = make_jobs(sweep_config("experiment=prelar_paper", "seeds=1", "tasks=[reach]"))
     check_settings(jobs)
     for job in jobs:
         cfg = resolve(job)
@@ -64,7 +56,7 @@ def test_its_runs_are_the_published_commands():
 
 
 def test_a_setting_that_a_recipe_does_not_take_is_refused_before_anything_is_run():
-    cfg = config("experiment=prelar_paper", "finetune.nonsense=3")
+    cfg = sweep_config("experiment=prelar_paper", "finetune.nonsense=3")
     with pytest.raises(ValueError, match="prelar_paper/finetune/.*: .*nonsense"):
         check_settings(make_jobs(cfg))
 
@@ -83,7 +75,7 @@ def test_an_evaluation_within_the_random_steps_is_refused(tmp_path):
 
 def dry_run(capsys, tmp_path, *given: str) -> str:
     places = [f"root={tmp_path / 'root'}", f"results={tmp_path / 'results'}"]
-    assert sweep(config(*given, *places, "dry_run=true")) == 0
+    assert sweep(sweep_config(*given, *places, "dry_run=true")) == 0
     assert not (tmp_path / "root").exists()
     return capsys.readouterr().out
 
@@ -140,7 +132,7 @@ def test_a_report_of_make_gpu_gives_the_hours(capsys, tmp_path):
 
 
 def test_operations_grow_with_the_batch():
-    jobs = make_jobs(config(*TRIAL, "seeds=1"))
+    jobs = make_jobs(sweep_config(*TRIAL, "seeds=1"))
     cfg = resolve(next(job for job in jobs if job.recipe == "pretrain"))
     once, bytes_once = update_of(cfg)
     cfg.batch_size *= 2

@@ -172,21 +172,18 @@ def test_a_sweep_that_was_stopped_finds_its_jobs_again(cluster):
     assert (cluster.folder / "last").read_text() == "101\n"
 
 
-def test_a_job_that_fails_says_why_and_is_not_requeued(cluster):
+def test_a_job_with_options_of_the_queue_that_fails_says_why_and_is_not_requeued(cluster):
     (cluster.root / "end").touch()
     engine, job = make_engine(cluster.root, fails=1)
-    assert engine.work(SlurmLauncher(cluster.root / "slurm", {}), 1) == 1
+    options = {"timeout_min": 90, "slurm_partition": "gpu", "gpus_per_node": 1}
+    assert engine.work(SlurmLauncher(cluster.root / "slurm", options), 1) == 1
     assert engine.state(job, alive=False) == ("failed", "", "it failed")
     assert (cluster.folder / "last").read_text() == "101\n"
-
-
-def test_options_of_the_queue_are_checked_and_reach_it(cluster):
-    options = {"timeout_min": 90, "slurm_partition": "gpu", "gpus_per_node": 1}
-    launcher = SlurmLauncher(cluster.root / "slurm", options)
-    (cluster.root / "end").touch()
-    make_engine(cluster.root)[0].work(launcher, 1)
     script = (cluster.folder / "101.sh").read_text()
     assert "#SBATCH --time=90" in script and "#SBATCH --partition=gpu" in script
+
+
+def test_options_that_the_queue_does_not_have_are_refused(cluster):
     with pytest.raises(ValueError, match="slurm: .*hours"):
         SlurmLauncher(cluster.root / "slurm", {"hours": 3})
 

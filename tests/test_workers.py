@@ -14,9 +14,8 @@ from prelar_trl.envs import ToyEnv, make_env
 from prelar_trl.envs.episodes import begin_episode, repeat_episode
 from prelar_trl.envs.workers import WorkerEnv, WorkerError
 from prelar_trl.recipes.finetune import finetune
-from tests.test_recipes import rows
 from tests.test_resume import STEPS, same, stopped
-from tests.toy_runs import checkpoint, finetune_config
+from tests.toy_runs import checkpoint, finetune_config, rows
 
 DIE, HANG, RAISE, GOOD = 0.125, 0.25, 0.375, 0.5  # what the first action does
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+from prelar_trl.probes import mlp_r2
 from prelar_trl.recipes.collect_videos import collect
+from prelar_trl.recipes.entry import settings
 from prelar_trl.recipes.schema import (
     CollectVideosConfig,
     FinetuneConfig,
@@ -54,8 +58,23 @@ STEPS = {
     "checkpoint_every": 20,
     "device": "cpu",
 }
+QUICK = {  # fine-tuning of two updates of the smallest networks
+    "size": "mini",
+    "env_steps": 30,
+    "prefill": 20,
+    "batch_length": 5,
+    "horizon": 2,
+    "max_steps": 8,
+    "eval_every": 30,
+}
 PRETRAIN_ARGS = [f"{k}={v}" for k, v in CLIPS.items()] + ["size=tiny", "threads=1", *TINY_ARGS]
 FINETUNE_ARGS = [f"{k}={v}" for k, v in STEPS.items()] + ["size=tiny", "threads=1", *TINY_ARGS]
+
+
+def configured(recipe: str, *given: str, configs: Path = ROOT / "configs") -> Any:
+    """The checked configuration of a recipe with these arguments."""
+    with initialize_config_dir(str(configs), version_base="1.3"):
+        return settings(compose(recipe, list(given)))
 
 
 def make_clips(path: Path, **changes: Any) -> Path:
@@ -100,6 +119,11 @@ def interrupt_after(
         return real(self, batch)
 
     monkeypatch.setattr(WorldModelUpdate, "__call__", call)
+
+
+def shorten_mlp_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The MLPs of a probe train for 20 steps, which is a hundredth of a second each."""
+    monkeypatch.setattr("prelar_trl.recipes.probe.mlp_r2", partial(mlp_r2, steps=20))
 
 
 def checkpoint(run: str | Path) -> dict[str, Any]:

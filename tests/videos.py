@@ -90,9 +90,3 @@ def save_pictures(folder: Path, frames: np.ndarray, names: Sequence[str]) -> Pat
     for name, frame in zip(names, frames, strict=True):
         Image.fromarray(frame).save(folder / name)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

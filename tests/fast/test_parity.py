@@ -13,11 +13,10 @@ from tests.test_parity import (  # noqa: F401
     dtype,
     fixture,
     load_model,
-    test_batch_norm_statistics_agree,
     test_gradients_agree,
     test_imagination_and_behavior_agree,
     test_one_whole_training_step_agrees,
-    test_outputs_and_losses_agree,
+    test_outputs_losses_and_buffers_agree,
 )
 
 
