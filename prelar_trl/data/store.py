@@ -34,6 +34,7 @@ import numpy as np
 
 FORMAT = "prelar-clips"
 VERSION = 1
+KEYS = ("source", "height", "width", "shard_bytes", "info", "streams", "shards", "complete")
 ACTIONS = "actions"
 CLIPS = "clips"
 SKIPPED = "skipped.jsonl"
@@ -93,6 +94,8 @@ def read_meta(path: Path) -> dict[str, Any]:
             f"{str(path)!r} has store version {meta.get('version')}, this code reads {VERSION}: "
             "make the store again"
         )
+    if lacking := [key for key in KEYS if key not in meta]:
+        raise StoreError(f"{str(file)!r} is damaged (no {lacking[0]!r}): make the store again")
     return meta
 
 
