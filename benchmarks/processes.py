@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ import torch.multiprocessing as mp
 from benchmarks.train import make_updates, random_batch
 from prelar_trl.allocator import keep_freed_memory
 from prelar_trl.config import METHODS
-from prelar_trl.distributed import distribute
+from prelar_trl.distributed import distribute, process_group
 
 PATIENCE = timedelta(minutes=5)
 MOST = 200  # timed updates
@@ -84,16 +85,12 @@ def work(rank: int, case: Case, configs: list[dict[str, Any]], seconds: float, f
     torch.set_num_threads(case.threads)
     torch.manual_seed(0)
     keep_freed_memory()
-    if case.processes > 1:
-        init, group = f"file://{folder}/store", {"rank": rank, "world_size": case.processes}
-        dist.init_process_group("gloo", init_method=init, timeout=PATIENCE, **group)
+    init = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": case.processes}
     rows = case.batch // case.processes
-    results = [seconds_an_update(make_step(config, rows), seconds) for config in configs]
+    with process_group("gloo", timeout=PATIENCE, **init) if case.processes > 1 else nullcontext():
+        results = [seconds_an_update(make_step(config, rows), seconds) for config in configs]
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
-    if case.processes > 1:
-        dist.barrier()  # none leaves while another still talks to it
-        dist.destroy_process_group()
 
 
 def measure(case: Case, configs: list[dict[str, Any]], seconds: float) -> list[float]:

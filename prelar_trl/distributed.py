@@ -7,6 +7,10 @@ to float rounding and for the same random draws.
 
 from __future__ import annotations
 
+import gc
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -22,9 +26,40 @@ from prelar_trl.fast.checkpointing import CheckpointedBatchNorm2d, is_recomputin
 from prelar_trl.objectives import total_loss
 from prelar_trl.updates import Update
 
-__all__ = ["SyncBatchNorm2d", "distribute"]
+__all__ = ["SyncBatchNorm2d", "distribute", "process_group"]
 
 U = TypeVar("U", bound=Update)
+
+
+@contextmanager
+def process_group(backend: str, **options: Any) -> Iterator[None]:
+    """Membership in a process group, ``torch.distributed.group.WORLD``, while this lasts.
+
+    Then gloo's threads are gone, too. ``destroy_process_group`` alone lets them live for as long as
+    anything refers to the group, such as an update that is shared by `distribute`; one that drops a
+    tensor while the interpreter ends aborts the process, with SIGABRT, after all is done. So what
+    is made inside must not be kept outside; of an exception that leaves, the frames are cleared.
+
+    Args:
+        backend: such as ``"gloo"``.
+        options: of ``torch.distributed.init_process_group``.
+    """
+    dist.init_process_group(backend, **options)
+    try:
+        yield
+    except BaseException as error:
+        clear_frames(error)
+        raise
+    finally:
+        gc.collect()  # DistributedDataParallel and the update refer to each other
+        dist.destroy_process_group()
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of the functions that an exception, and what led to it, has left."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def distribute(update: U, group: ProcessGroup | None, *, overlap: bool = True) -> U:

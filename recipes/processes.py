@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from prelar_trl.distributed import process_group
 from prelar_trl.recipes.entry import Stopped
 from prelar_trl.utils import STOPPED
 
@@ -99,8 +100,9 @@ def joined(device: torch.device) -> Iterator[Processes]:
         return
     # gloo is there in any case: flags and states of the recipes are exchanged on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        yield Processes(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    with process_group(backend, timeout=PATIENCE):
+        processes = Processes(dist.group.WORLD)
+        try:
+            yield processes
+        finally:
+            del processes.group

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from prelar_trl.distributed import process_group
 
 
 def run_in_processes(function: Callable[..., Any], *args: Any, world_size: int = 2) -> list[Any]:
@@ -23,8 +24,12 @@ def run_in_processes(function: Callable[..., Any], *args: Any, world_size: int =
 def _run(rank: int, world_size: int, folder: Path, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
     init = f"file://{folder / 'store'}"
-    dist.init_process_group("gloo", init_method=init, rank=rank, world_size=world_size)
-    try:
+    with process_group("gloo", init_method=init, rank=rank, world_size=world_size):
         torch.save(function(*args), folder / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    assert not gloo_threads()
+
+
+def gloo_threads() -> list[str]:
+    """Names of the threads of this process that belong to a process group; none but on Linux."""
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
