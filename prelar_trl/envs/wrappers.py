@@ -19,6 +19,7 @@ from prelar_trl.envs.gym_check import GymCheck
 from prelar_trl.envs.transforms import NoSuccess, Pixels, State, SuccessReader
 
 OWN_NAMES = ("is_first", "step_count", "episode_reward", "vector", "state", "action", "next")
+OWN_NAMES += ("reward", "done", "terminated", "truncated")
 
 
 def make_gym(
