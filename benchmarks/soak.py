@@ -39,11 +39,11 @@ SETTINGS = {
     **{"eval_every": 5_000, "eval_episodes": 2, "log_every": 100, "checkpoint_every": 1_000},
     **{"device": "cpu", "threads": 1, "resume": "auto"},
 }
-WARM_UP = 0.25  # share of the time before the memory's slope counts
+WARM_UP = 10_000  # steps before slopes count: the second evaluation is the last to add memory
 MOST_AN_HOUR = 0.01  # growth of the memory
 COLUMNS = ("seconds", "cpu_seconds", "memory_mib", "workers_mib", "steps", "lost", "killed", "hung")
 INTERRUPTED = "interrupted"
-LEAST_SECONDS = 600  # of a run whose slopes mean something
+LEAST_SECONDS = 600  # after the warm-up, for slopes that mean something
 START_SECONDS, STOP_SECONDS = 600, 120  # on a busy machine
 
 
@@ -177,13 +177,16 @@ def record(
     return rows, None
 
 
-def slope(rows: np.ndarray, column: int) -> float:
-    """Growth of a column an hour, as a share of its mean, by least squares after the warm-up."""
-    late = rows[rows[:, 0] >= WARM_UP * rows[-1, 0]]
-    if len(late) < 2 or not late[:, column].any():
-        return 0.0
-    growth = np.polyfit(late[:, 0], late[:, column], 1)[0]
-    return float(growth * 3600 / late[:, column].mean())
+def slope(rows: np.ndarray, values: np.ndarray) -> float | None:
+    """Growth of values an hour, as a share of their mean, by least squares after the warm-up.
+
+    None where too little time is left.
+    """
+    late = rows[:, COLUMNS.index("steps")] > WARM_UP
+    seconds, values = rows[late, 0], values[late]
+    if not late.any() or seconds[-1] - seconds[0] < LEAST_SECONDS:
+        return None
+    return float(np.polyfit(seconds, values, 1)[0] * 3600 / values.mean())
 
 
 def speed(rows: np.ndarray, clock: str) -> np.ndarray:
@@ -225,13 +228,12 @@ def summarize(tables: dict[str, np.ndarray], out: Path) -> list[str]:
     lines, faults = [[*head, "lost", "killed", "hung"]], []
     for env, rows in tables.items():
         seconds, _, _, _, steps, lost, killed, hung = rows[-1]
-        growth = slope(rows, COLUMNS.index("memory_mib"))
-        slower = slope(np.column_stack([rows[:, 0], speed(rows, "cpu_seconds")]), 1)
+        growth = slope(rows, rows[:, COLUMNS.index("memory_mib")])
+        slower = slope(rows, speed(rows, "cpu_seconds"))
         counts = [f"{x:.0f}" for x in (lost, killed, hung)]
-        judged = seconds >= LEAST_SECONDS
-        slopes = [f"{growth:.4f}", f"{slower:.3f}"] if judged else ["", ""]
+        slopes = ["" if x is None else f"{x:.4f}" for x in (growth, slower)]
         lines.append([env, f"{seconds / 60:.1f}", f"{steps:.0f}", *slopes, *counts])
-        if judged and growth > MOST_AN_HOUR:
+        if growth is not None and growth > MOST_AN_HOUR:
             faults.append(f"the memory in {env} grows by {growth:.1%} an hour")
         if lost > killed + hung:
             faults.append(f"in {env} {lost:.0f} episodes are lost")
