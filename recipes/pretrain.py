@@ -135,10 +135,12 @@ def settle_shift(cfg: PretrainConfig, processes: Processes) -> PretrainConfig:
     name, times = "latent_action_shift", cfg.shift_by_motion
     if times is None:
         times = METHODS[cfg.method].shift_by_motion
+    if cfg.shift_by_motion and cfg.model[name] is not None:
+        raise ValueError(f"shift_by_motion={times} sets model.{name}: give one of them")
     if not times or cfg.model[name] is not None:
         return cfg
     if cfg.resume:
-        shift = RunFolder.load(cfg.run).config["model"].get(name)
+        shift = RunFolder.load(cfg.run).config.get("model", {}).get(name)
     else:
         share: dict[str, Any] = {"split": "train", "heldout": cfg.heldout} if cfg.heldout else {}
         pairs = VideoClips(cfg.data, clip_len=2, batch_size=MOTION_PAIRS, **share).sample()

@@ -135,7 +135,8 @@ class PretrainConfig(RunConfig):
     prefetch: NonNegativeSmallInt = 2  # batches prepared ahead
     context: MediumInt = 5  # frames seen before the open-loop prediction
     labels: NonNegative = 0.0  # share (below 1) or number of clips whose true actions are told
-    shift_by_motion: NonNegative | None = None  # sets model.latent_action_shift; null: the method's
+    # Times the videos' motion, for model.latent_action_shift; null: the method's; 0: not measured
+    shift_by_motion: NonNegative | None = None
     usage_every: PositiveInt = 1_000  # updates between two looks at whether latent actions are used
     log_every: PositiveInt = 100
     video_every: PositiveInt = 5_000

@@ -47,7 +47,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of five toy episodes of nine frames, for reading only."""
     from tests.toy_runs import make_clips
 
-    return make_clips(tmp_path_factory.mktemp("clips") / "store")
+    return make_clips(tmp_path_factory.mktemp("stores") / "clips")
 
 
 @pytest.fixture

@@ -69,6 +69,10 @@ def test_frames_are_shifted_by_the_motion_of_the_videos_unless_told_otherwise(tm
     pretrain(pretrain_config(clips, tmp_path / "prelar", updates=1))
     assert shift_of(tmp_path / "off") is shift_of(tmp_path / "prelar") is None
 
+    both = {"shift_by_motion": 1, "model": {"latent_action_shift": 4}}
+    with pytest.raises(ValueError, match="shift_by_motion=1 sets model.latent_action_shift"):
+        pretrain(pretrain_config(clips, tmp_path / "both", **options, **both))
+
     run = tmp_path / "measured"
     pretrain(pretrain_config(clips, run, method="prelar_plus", updates=2, resume=True))
     assert shift_of(run) == measured
