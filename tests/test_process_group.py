@@ -59,16 +59,20 @@ def leave_while_a_thread_is_busy() -> bool:
     """In the second process; whether a thread of the group is what still has work, for a second."""
     shared_update()
     busy: list[int] = []
+    started = threading.Event()
 
     def work(_: object) -> None:
         busy.append(threading.get_native_id())
+        started.set()
         time.sleep(1)
 
     if dist.get_rank() == 0:
-        time.sleep(0.5)  # what the second has begun cannot end before
+        dist.recv(torch.ones(1), 1)  # what the second has begun cannot end before
         dist.all_reduce(torch.ones(1))
     else:
         dist.all_reduce(torch.ones(1), async_op=True).get_future().then(work)
+        dist.send(torch.ones(1), 0)
+        started.wait(30)
     dist.all_reduce(torch.ones(1))  # by another thread
     return busy != [] and busy != [threading.get_native_id()]
 
