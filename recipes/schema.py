@@ -32,12 +32,7 @@ from prelar_trl.bounds import (
     check_settings,
     one_of,
 )
-from prelar_trl.config import (
-    LossSettings,
-    ModelSettings,
-    Phase,
-    model_settings,
-)
+from prelar_trl.config import LossSettings, ModelSettings, Phase, model_settings
 from prelar_trl.recipes.command_line import FREE
 from prelar_trl.recipes.values import (
     Collector,
