@@ -140,7 +140,13 @@ def settle_shift(cfg: PretrainConfig, processes: Processes) -> PretrainConfig:
     if not times or cfg.model[name] is not None:
         return cfg
     if cfg.resume:
-        shift = RunFolder.load(cfg.run).config.get("model", {}).get(name)
+        config = RunFolder.load(cfg.run).config
+        if config and "shift_by_motion" not in config:
+            raise ValueError(
+                f"the run in {cfg.run} is of an older version, whose method={cfg.method} had other "
+                "losses: continue it with that version, or start a new run"
+            )
+        shift = config.get("model", {}).get(name)
     else:
         share: dict[str, Any] = {"split": "train", "heldout": cfg.heldout} if cfg.heldout else {}
         pairs = VideoClips(cfg.data, clip_len=2, batch_size=MOTION_PAIRS, **share).sample()

@@ -73,6 +73,12 @@ def test_frames_are_shifted_by_the_motion_of_the_videos_unless_told_otherwise(tm
     with pytest.raises(ValueError, match="shift_by_motion=1 sets model.latent_action_shift"):
         pretrain(pretrain_config(clips, tmp_path / "both", **options, **both))
 
+    older = tmp_path / "less" / "config.yaml"
+    lines = older.read_text().splitlines(keepends=True)
+    older.write_text("".join(x for x in lines if not x.startswith("shift_by_motion")))
+    with pytest.raises(ValueError, match="is of an older version"):
+        pretrain(pretrain_config(clips, tmp_path / "less", **options, resume=True))
+
     run = tmp_path / "measured"
     pretrain(pretrain_config(clips, run, method="prelar_plus", updates=2, resume=True))
     assert shift_of(run) == measured
