@@ -4,9 +4,10 @@
 toy and for Meta-world in turn, a run of size tiny with two workers; every few minutes one of them
 is killed, or stopped so that it hangs. Into ``results/soak/``: ``<env>.csv`` with memory, steps and
 lost episodes over time, row by row as they come, ``<env>.log`` with what the run said, and at the
-end, also after Ctrl-C or where a run fails, ``soak.png`` and ``summary.csv`` of what there is.
-Exits with 1 where a run fails, its memory grows by more than 1% an hour, or more episodes are lost
-than workers were hurt.
+end, also after Ctrl-C or where a run fails, ``<env>_hurt.csv`` with what became of each worker that
+was hurt, ``soak.png`` and ``summary.csv`` of what there is. Exits with 1 where a run fails, its
+memory grows by more than 1% an hour, it slows down by more than that beyond the noise, a worker
+fails that nobody has hurt, or an episode is lost that was not a hurt worker's.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import argparse
 import contextlib
 import csv
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+import scipy.stats
 from matplotlib.figure import Figure
 
 from prelar_trl.record import Series, read_metrics
@@ -40,11 +44,23 @@ SETTINGS = {
     **{"device": "cpu", "threads": 1, "resume": "auto"},
 }
 WARM_UP = 10_000  # steps before slopes count: the second evaluation is the last to add memory
-MOST_AN_HOUR = 0.01  # growth of the memory
+MOST_AN_HOUR = 0.01  # growth of the memory, loss of speed
+BLOCKS = 20  # of equal steps, whose speeds tell the noise
 COLUMNS = ("seconds", "cpu_seconds", "memory_mib", "workers_mib", "steps", "lost", "killed", "hung")
 INTERRUPTED = "interrupted"
 LEAST_SECONDS = 600  # after the warm-up, for slopes that mean something
 START_SECONDS, STOP_SECONDS = 600, 120  # on a busy machine
+REPLACED = re.compile(r"\(process (\d+)\) .*: it is replaced(, its episode dropped)?")
+
+
+@dataclass
+class Hurt:
+    """A worker that was hurt, and what the run has said of it."""
+
+    seconds: float
+    how: str  # killed, hung, or what it was that nobody did
+    noticed: float | None = None  # seconds; those of an evaluation are asked at the next one
+    dropped: bool = False  # it was in an episode
 
 
 def children(pid: int) -> list[int]:
@@ -109,10 +125,18 @@ def wait_for_start(env: str, process: subprocess.Popen, run: Path) -> None:
         time.sleep(1)
 
 
+def read_notices(log: Path, seconds: float, hurts: dict[int, Hurt]) -> None:
+    """Enter what a run has said of its workers by now into ``hurts``, by their processes."""
+    for pid, dropped in REPLACED.findall(log.read_text(encoding="utf-8")):
+        hurt = hurts.setdefault(int(pid), Hurt(seconds, "by itself"))
+        if hurt.noticed is None:
+            hurt.noticed, hurt.dropped = seconds, bool(dropped)
+
+
 def soak(
-    env: str, run: Path, seconds: float, hurt_every: float, log: TextIO
+    env: str, run: Path, seconds: float, hurt_every: float, log: TextIO, hurts: dict[int, Hurt]
 ) -> Iterator[list[float]]:
-    """One run; gives a row of `COLUMNS` every few seconds.
+    """One run; gives a row of `COLUMNS` every few seconds, and enters into ``hurts``.
 
     Raises:
         RuntimeError: the run has ended by itself, or did not stop as it should.
@@ -122,7 +146,6 @@ def soak(
     command += [f"{name}={value}" for name, value in settings.items()]
     generator = np.random.default_rng(0)
     every = max(1.0, seconds / 400)
-    killed = hung = 0
     process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         wait_for_start(env, process, run)
@@ -132,15 +155,19 @@ def soak(
             if process.poll() is not None:
                 raise RuntimeError(f"the run in {env} has ended with {process.returncode}")
             alive = workers(process.pid)
-            if now > hurt and alive:
-                kill = killed <= hung
-                killed, hung = killed + kill, hung + (not kill)
+            well = [worker for worker in alive if worker not in hurts]
+            if now > hurt and well:
+                kill = len(hurts) % 2 == 0
+                chosen = int(generator.choice(well))
                 with contextlib.suppress(ProcessLookupError):
-                    chosen = int(generator.choice(alive))
                     os.kill(chosen, signal.SIGKILL if kill else signal.SIGSTOP)
+                    hurts[chosen] = Hurt(now - begin, "killed" if kill else "hung")
                 hurt = now + hurt_every
             used = [cpu_seconds(process.pid), memory(process.pid), sum(map(memory, alive))]
-            yield [now - begin, *used, steps_of(run), lost_by(run), killed, hung]
+            made = [steps_of(run), lost_by(run)]
+            read_notices(Path(log.name), now - begin, hurts)  # said before it is counted as lost
+            how = [each.how for each in hurts.values()]
+            yield [now - begin, *used, *made, how.count("killed"), how.count("hung")]
             time.sleep(every)
         process.send_signal(signal.SIGTERM)
         code = process.wait(STOP_SECONDS)
@@ -155,7 +182,7 @@ def soak(
 
 
 def record(
-    env: str, out: Path, seconds: float, hurt_every: float
+    env: str, out: Path, seconds: float, hurt_every: float, hurts: dict[int, Hurt]
 ) -> tuple[list[list[float]], str | None]:
     """Soak and write down; the rows, and why it failed if it did."""
     rows, name = [], env.replace("/", "_")
@@ -167,7 +194,7 @@ def record(
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         try:
-            for row in soak(env, Path(folder, "run"), seconds, hurt_every, log):
+            for row in soak(env, Path(folder, "run"), seconds, hurt_every, log, hurts):
                 rows.append(row)
                 writer.writerow([f"{x:.6g}" for x in row])
         except RuntimeError as error:
@@ -177,16 +204,39 @@ def record(
     return rows, None
 
 
-def slope(rows: np.ndarray, values: np.ndarray) -> float | None:
-    """Growth of values an hour, as a share of their mean, by least squares after the warm-up.
+def after_warm_up(rows: np.ndarray) -> np.ndarray | None:
+    """The rows that count for slopes; None where too little time is left."""
+    late = rows[rows[:, COLUMNS.index("steps")] > WARM_UP]
+    return late if len(late) and late[-1, 0] - late[0, 0] >= LEAST_SECONDS else None
 
-    None where too little time is left.
-    """
-    late = rows[:, COLUMNS.index("steps")] > WARM_UP
-    seconds, values = rows[late, 0], values[late]
-    if not late.any() or seconds[-1] - seconds[0] < LEAST_SECONDS:
-        return None
+
+def memory_slope(rows: np.ndarray) -> float:
+    """Growth of the memory an hour, as a share of its mean, by least squares."""
+    seconds, values = rows[:, 0], rows[:, COLUMNS.index("memory_mib")]
     return float(np.polyfit(seconds, values, 1)[0] * 3600 / values.mean())
+
+
+def speed_slope(rows: np.ndarray) -> tuple[float, float]:
+    """Growth of the steps a second of CPU time, an hour, as a share of their mean.
+
+    By least squares over the speeds of `BLOCKS` equal parts.
+
+    Returns:
+        The slope, and half the width of its 95% interval.
+    """
+    seconds, used, steps = (rows[:, COLUMNS.index(x)] for x in ("seconds", "cpu_seconds", "steps"))
+    edges = np.linspace(used[0], used[-1], BLOCKS + 1)
+    speeds = np.diff(np.interp(edges, used, steps)) / np.diff(edges)
+    times = np.interp((edges[1:] + edges[:-1]) / 2, used, seconds) / 3600
+    fit = scipy.stats.linregress(times, speeds / speeds.mean())
+    return fit.slope, fit.stderr * scipy.stats.t.ppf(0.975, BLOCKS - 2)
+
+
+def unexplained(rows: np.ndarray, hurts: dict[int, Hurt]) -> int:
+    """Episodes that were lost before, or without, a hurt worker whose episode was dropped."""
+    explained = sorted(x.noticed for x in hurts.values() if x.dropped and x.noticed is not None)
+    lost = rows[:, COLUMNS.index("lost")]
+    return int(max(0, (lost - np.searchsorted(explained, rows[:, 0], side="right")).max()))
 
 
 def speed(rows: np.ndarray, clock: str) -> np.ndarray:
@@ -222,26 +272,45 @@ def draw(tables: dict[str, np.ndarray], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def summarize(tables: dict[str, np.ndarray], out: Path) -> list[str]:
-    """Write and print ``summary.csv``; what is wrong."""
+def summarize(
+    tables: dict[str, np.ndarray], hurts: dict[str, dict[int, Hurt]], out: Path
+) -> list[str]:
+    """Write and print ``summary.csv``, write what became of the hurt workers; what is wrong."""
     head = ["env", "minutes", "steps", "memory_slope_per_hour", "speed_slope_per_hour"]
-    lines, faults = [[*head, "lost", "killed", "hung"]], []
+    lines = [[*head, "speed_slope_95", "lost", "dropped", "killed", "hung"]]
+    faults = []
     for env, rows in tables.items():
         seconds, _, _, _, steps, lost, killed, hung = rows[-1]
-        growth = slope(rows, rows[:, COLUMNS.index("memory_mib")])
-        slower = slope(rows, speed(rows, "cpu_seconds"))
-        counts = [f"{x:.0f}" for x in (lost, killed, hung)]
-        slopes = ["" if x is None else f"{x:.4f}" for x in (growth, slower)]
-        lines.append([env, f"{seconds / 60:.1f}", f"{steps:.0f}", *slopes, *counts])
-        if growth is not None and growth > MOST_AN_HOUR:
-            faults.append(f"the memory in {env} grows by {growth:.1%} an hour")
-        if lost > killed + hung:
-            faults.append(f"in {env} {lost:.0f} episodes are lost")
-    with open(out / "summary.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)
+        late, slopes = after_warm_up(rows), ["", "", ""]
+        if late is not None:
+            growth, (faster, noise) = memory_slope(late), speed_slope(late)
+            slopes = [f"{x:.4f}" for x in (growth, faster, noise)]
+            if growth > MOST_AN_HOUR:
+                faults.append(f"the memory in {env} grows by {growth:.1%} an hour")
+            if faster + noise < -MOST_AN_HOUR:
+                faults.append(f"the run in {env} gets slower by {-faster:.1%} an hour")
+        theirs = hurts[env].values()
+        counts = [lost, sum(x.dropped for x in theirs), killed, hung]
+        line = [env, f"{seconds / 60:.1f}", f"{steps:.0f}", *slopes]
+        lines.append([*line, *(f"{x:.0f}" for x in counts)])
+        if alone := sum(x.how == "by itself" for x in theirs):
+            faults.append(f"in {env} {alone} workers failed that nobody had hurt")
+        if more := unexplained(rows, hurts[env]):
+            faults.append(f"in {env} {more} episodes are lost that were no hurt worker's")
+        table = [["seconds", "how", "noticed", "episode_dropped"]]
+        for x in theirs:
+            noticed = "" if x.noticed is None else f"{x.noticed:.0f}"
+            table.append([f"{x.seconds:.0f}", x.how, noticed, str(int(x.dropped))])
+        write(out / f"{env.replace('/', '_')}_hurt.csv", table)
+    write(out / "summary.csv", lines)
     for line in lines:
         print(*line, sep="\t")
     return faults
+
+
+def write(path: Path, lines: list[list[str]]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(lines)
 
 
 def main() -> None:
@@ -254,16 +323,18 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     seconds = 60 * args.minutes / len(args.envs)
-    tables, faults = {}, []
+    tables: dict[str, np.ndarray] = {}
+    hurts: dict[str, dict[int, Hurt]] = {env: {} for env in args.envs}
+    faults = []
     for env in args.envs:
-        rows, fault = record(env, args.out, seconds, args.hurt_every)
+        rows, fault = record(env, args.out, seconds, args.hurt_every, hurts[env])
         faults += [] if fault is None else [fault]
         if len(rows) > 1:
             tables[env] = np.array(rows)
         if fault == INTERRUPTED:
             break
     if tables:
-        faults += summarize(tables, args.out)
+        faults += summarize(tables, hurts, args.out)
         draw(tables, args.out / "soak.png")
     if faults:
         sys.exit(f"error: {'; '.join(faults)}")

@@ -79,7 +79,7 @@ def test_a_worker_that_fails_is_replaced_and_its_episode_dropped(env, told, said
         assert td["next", "dropped"].flatten().tolist() == [False, each == told]
     assert time.monotonic() - begin < 60
     assert env.failures == before + 1
-    assert caplog.text.count("it is replaced") == 1
+    assert caplog.text.count("it is replaced, its episode dropped") == 1
     assert re.search(said, caplog.text)
     # two steps are lost; the other worker's episode, and the next one here, are whole
     assert replay.num_episodes == 2 and replay.num_frames == 8

@@ -175,15 +175,18 @@ class WorkerEnv(EnvBase):
             except WorkerError as error:
                 failed[worker] = str(error)
         for worker, why in failed.items():
-            self._replace(worker, why)
+            self._replace(worker, why, in_episode=questions[worker][0] == "step")
         return found, failed
 
-    def _replace(self, worker: int, why: str) -> None:
+    def _replace(self, worker: int, why: str, *, in_episode: bool) -> None:
         """A new process for a worker that has failed."""
         old = self._workers[worker]
         self.failures += 1
         self._in_a_row[worker] += 1
-        logger.warning("worker %d (process %s) %s: it is replaced", worker, old.process.pid, why)
+        loss = ", its episode dropped" if in_episode else ""
+        logger.warning(
+            "worker %d (process %s) %s: it is replaced%s", worker, old.process.pid, why, loss
+        )
         old.kill()
         if self._in_a_row[worker] >= self._max_failures:
             raise WorkerError(
@@ -195,7 +198,7 @@ class WorkerEnv(EnvBase):
         try:
             self._workers[worker].answer(START_SECONDS)
         except WorkerError as error:
-            self._replace(worker, f"{error}, at its start")
+            self._replace(worker, f"{error}, at its start", in_episode=False)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Ends the workers."""
