@@ -41,6 +41,7 @@ __all__ = [
     "find_preset",
     "loss_settings",
     "model_settings",
+    "named_modules",
 ]
 
 PRETRAINED_PARTS = ("encoder", "decoder", "rssm", "context_encoder", "latent_actions")
@@ -296,14 +297,25 @@ def model_settings(
     return replace(ModelSettings(), **{**SIZES[size], **preset, **overrides})
 
 
-def loss_settings(overrides: Mapping[str, Any]) -> LossSettings:
-    """The settings of a loss.
+def loss_settings(
+    method: str, phase: Phase, overrides: Mapping[str, Any] | None = None
+) -> LossSettings:
+    """The settings of a method's loss; ``weights`` replace the preset's one by one.
 
     Raises:
-        ValueError: an unknown override, or a value out of bounds.
+        ValueError: an unknown method, phase or override, or a value out of bounds.
     """
+    preset = find_preset(method, phase)
+    overrides = dict(overrides or {})
     check_settings(LossSettings, overrides)
-    return replace(LossSettings(), **overrides)
+    weights = {**getattr(preset, f"{phase}_weights"), **(overrides.pop("weights", None) or {})}
+    return replace(LossSettings(), **{**preset.loss, **overrides, "weights": weights})
+
+
+def named_modules(overrides: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a model's settings that name a module, whose import runs its code."""
+    kinds = {name: str(overrides.get(name)) for name in ("latent_action", "action_code")}
+    return {name: value for name, value in kinds.items() if ":" in value}
 
 
 def find_preset(method: str, phase: str) -> Method:

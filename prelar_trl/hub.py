@@ -17,8 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
+from prelar_trl.config import named_modules
 from prelar_trl.models import Agent, make_model
 from prelar_trl.modules.world_model import RSSMWorldModel
+from prelar_trl.pretrained import load_weights
 from prelar_trl.utils import atomic_write
 
 __all__ = ["is_export", "load_pretrained", "push", "read_export", "write_export"]
@@ -55,7 +57,7 @@ def load_pretrained(
     state = read_export(name, revision=revision, trust_code=trust_code)
     try:
         model = make_model(state)
-        model.load_state_dict(state[STATE[state["phase"]]])
+        load_weights(model, state[STATE[state["phase"]]], str(name))
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     return model.eval()
@@ -117,16 +119,17 @@ def read_export(
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         known = config["format"], config["phase"], config["method"], config["size"]
-        kind = config["overrides"].get("latent_action")
+        modules = named_modules(config["overrides"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} is no exported model: {CONFIG}: {error!r}") from None
     if known[0] > FORMAT or known[1] not in STATE:
         raise ValueError(f"{name} has format {known[0]}, phase {known[1]}: update the package")
-    if ":" in str(kind) and not trust_code:
-        raise ValueError(
-            f"{name} has latent_action={kind}, which runs the code of that module: if you trust "
-            "it, add trust_code=true"
-        )
+    for setting, kind in modules.items():
+        if not trust_code:
+            raise ValueError(
+                f"{name} has {setting}={kind}, which runs the code of that module: if you trust "
+                "it, add trust_code=true"
+            )
     if config.get("config_sha256") not in (None, _config_sha256(config)):  # older ones have none
         raise ValueError(
             f"{name} is damaged: the checksum of {CONFIG} differs (if you have changed it, remove "

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from prelar_trl.config import ModelSettings, Phase, find_preset, loss_settings, model_settings
+from prelar_trl.config import ModelSettings, Phase, loss_settings, model_settings
 from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
@@ -235,9 +235,8 @@ def make_world_model_loss(
         action_dim: size of the true actions that ``action_label`` reads from latent ones.
         overrides: further fields of :class:`LossSettings`, before the preset's.
     """
-    preset = find_preset(method, phase)
-    s = loss_settings({**preset.loss, **overrides})
-    merged = {**getattr(preset, f"{phase}_weights"), **(weights or {})}
+    s = loss_settings(method, phase, {**overrides, "weights": weights or {}})
+    merged = dict(s.weights)
     kind = None
     if world_model.latent_action_encoder is not None:
         kind = world_model.latent_action_encoder.latent_actions

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.modules.world_model import RSSMWorldModel
 
-__all__ = ["added_inputs", "copy_pretrained", "pretrained_modules"]
+__all__ = ["added_inputs", "copy_pretrained", "load_weights", "pretrained_modules"]
 
 EMBED_WEIGHT = "posterior_hidden.weight"  # [hidden, D + E]: the embedding's columns come last
 
@@ -65,22 +65,50 @@ def copy_pretrained(
         own = module.state_dict()
         if EMBED_WEIGHT in own.keys() & part.keys() and added_inputs(world_model):
             part[EMBED_WEIGHT] = _widened(part[EMBED_WEIGHT], own[EMBED_WEIGHT])
-        problems += [f"{prefix}{key} is missing" for key in own.keys() - part.keys()]
-        problems += [f"{prefix}{key} has no place" for key in part.keys() - own.keys()]
-        problems += [
-            f"{prefix}{key} is {tuple(part[key].shape)} there and {tuple(own[key].shape)} here"
-            for key in own.keys() & part.keys()
-            if part[key].shape != own[key].shape
-        ]
+        problems += _differences(part, own, prefix)
         loaded[name] = part
     if problems:
-        shown = "; ".join(sorted(problems)[:4])
         raise ValueError(
-            f"the pre-trained run does not fit: {len(problems)} tensors differ ({shown}); "
-            "use the size and model options it was trained with"
+            f"the pre-trained run does not fit: {_listed(problems)}; use the size and model "
+            "options it was trained with"
         )
     for name, module in modules.items():
         module.load_state_dict(loaded[name])
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a ``state_dict`` that may be of another version of the package.
+
+    Args:
+        source: what it comes from, for the error.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError:
+        problems = _differences(state, module.state_dict())
+        raise ValueError(
+            f"{source} does not fit this version's model: {_listed(problems)}; use the version "
+            "that made it"
+        ) from None
+
+
+def _differences(
+    there: Mapping[str, Tensor], here: Mapping[str, Tensor], prefix: str = ""
+) -> list[str]:
+    problems = [f"{prefix}{key} is missing" for key in here.keys() - there.keys()]
+    problems += [f"{prefix}{key} has no place" for key in there.keys() - here.keys()]
+    return problems + [
+        f"{prefix}{key} is {tuple(there[key].shape)} there and {tuple(here[key].shape)} here"
+        for key in here.keys() & there.keys()
+        if there[key].shape != here[key].shape
+    ]
+
+
+def _listed(problems: list[str]) -> str:
+    return f"{len(problems)} tensors differ ({'; '.join(sorted(problems)[:4])})"
 
 
 def _widened(trained: Tensor, own: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
 from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
+from prelar_trl.config import named_modules
 from prelar_trl.distributed import distribute
 from prelar_trl.fast import CompileMode, compile_update, skip_on_device, use_tensor_cores
 from prelar_trl.recipes.processes import ALONE, Processes
+from prelar_trl.recipes.resume import CHECKPOINT, changed_settings, plain
 from prelar_trl.recipes.schema import RunConfig
 from prelar_trl.recipes.signals import hold_signals
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
@@ -28,17 +30,8 @@ from prelar_trl.types import Backend
 from prelar_trl.updates import Update
 from prelar_trl.utils import atomic_write
 
-CHECKPOINT = "last.pt"
 BEST = "best.pt"  # evaluated, while fine-tuning
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
-# What a run may continue with another value of: it changes no number that was not to come.
-CHANGEABLE = {
-    *("run", "updates", "env_steps", "device", "threads", "compile", "num_workers", "prefetch"),
-    *("worker_timeout", "worker_failures", "logger", "log_every", "video_every", "usage_every"),
-    *("collector", "checkpoint_every", "eval_every", "eval_from", "eval_episodes"),
-    *("keep", "keep_every", "max_skipped", "trust_code"),
-}
-MOVABLE = {"data", "pretrained"}  # the clip stores' contents are compared with the checkpoint
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
 
@@ -75,17 +68,6 @@ def chosen_loggers(logger: str | Sequence[str]) -> tuple[Backend, ...]:
     loggers = (logger,) if isinstance(logger, str) else tuple(logger)
     check_backends(loggers)
     return cast(tuple[Backend, ...], loggers)
-
-
-Run = TypeVar("Run", bound=RunConfig)
-
-
-def settle_resume(cfg: Run) -> tuple[Run, bool]:
-    """The configuration with ``resume`` true or false, and whether ``auto`` decided that."""
-    if cfg.resume != "auto":
-        return cfg, False
-    checkpoint = Path(cfg.run).expanduser() / "checkpoints" / CHECKPOINT
-    return replace(cfg, resume=checkpoint.is_file()), True
 
 
 def open_run(
@@ -159,32 +141,12 @@ def locked(run: RunFolder) -> Iterator[None]:
         raise
 
 
-def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
-    """Settings that differ from those that the run was started with.
-
-    Raises:
-        ValueError: one of them changes what the run computes.
-    """
-    defaults = {field.name: field.default for field in fields(cfg)}
-    changed = {}
-    for name, value in plain(asdict(cfg)).items():
-        given, began = value, run.config.get(name, defaults[name])  # older than an option
-        if isinstance(value, dict) and isinstance(began, dict):
-            given, began = ({k: x for k, x in y.items() if x is not None} for y in (value, began))
-        if name == "resume" or began == given:
-            continue
-        moved = name in MOVABLE and None not in (given, began)
-        if name not in CHANGEABLE and not moved:
-            raise ValueError(
-                f"resume: {name}={given} but the run in {cfg.run} was started with "
-                f"{name}={began}; repeat its command with resume=true"
-            )
-        changed[name] = value
-    return changed
-
-
 def read_run(
-    path: str, *, trust_code: bool, checkpoint: str = CHECKPOINT, typed: str | None = None
+    path: str,
+    *,
+    trust_code: bool,
+    checkpoint: str = CHECKPOINT,
+    typed: Mapping[str, Any] | None = None,
 ) -> tuple[RunFolder, dict[str, Any]]:
     """A run folder that may come from anybody, and a checkpoint of it.
 
@@ -192,15 +154,16 @@ def read_run(
         path: the folder.
         trust_code: its model may be made by a module that the folder names.
         checkpoint: which.
-        typed: the latent action of this command, which needs no trust.
+        typed: model settings of this command, which need no trust.
 
     Raises:
         FileNotFoundError, ValueError: none, damage, or code that is not trusted.
     """
     run = RunFolder.load(path)
     state = load_checkpoint(run.checkpoints / checkpoint)
-    kind = state.get("overrides", {}).get("latent_action")
-    check_trust(path, "model.latent_action", kind, trust_code or kind == typed)
+    for name, kind in named_modules(state.get("overrides", {})).items():
+        trusted = trust_code or kind == (typed or {}).get(name)
+        check_trust(path, f"model.{name}", kind, trusted)
     return run, state
 
 
@@ -279,13 +242,6 @@ class NoLogger(Logger):
     def log_times(self, times: Mapping[str, Any], step: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, throughout: what YAML gives back."""
-    if isinstance(value, Mapping):
-        return {key: plain(x) for key, x in value.items()}
-    return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value
 
 
 def drop_unweighted(losses: TensorDictBase) -> dict[str, Tensor]:

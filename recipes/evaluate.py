@@ -21,6 +21,7 @@ from prelar_trl.envs import make_env
 from prelar_trl.fast import accelerate
 from prelar_trl.models import Agent, make_model
 from prelar_trl.modules import StatefulPolicy
+from prelar_trl.pretrained import load_weights
 from prelar_trl.recipes.common import (
     check_trust,
     choose_device,
@@ -54,7 +55,7 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     if checkpoint["phase"] != "finetune":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; evaluate a finetune run")
     agent = cast(Agent, make_model(checkpoint))
-    agent.load_state_dict(checkpoint["agent"])
+    load_weights(agent, checkpoint["agent"], f"run={cfg.run}")
     accelerate(agent.to(device).eval())
     trained = run.config
     noise, state_mean = trained.get("eval_noise", 0.0), trained.get("eval_state_mean", False)

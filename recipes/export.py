@@ -24,10 +24,10 @@ from typing import Any
 import yaml
 
 import prelar_trl
-from prelar_trl.config import find_preset
+from prelar_trl.config import loss_settings
 from prelar_trl.hub import HUB, push, write_export
 from prelar_trl.recipes.common import read_run
-from prelar_trl.recipes.schema import ExportConfig
+from prelar_trl.recipes.schema import ExportConfig, overrides
 from prelar_trl.record import RunFolder, read_metrics
 from prelar_trl.utils import read_json, without_null
 
@@ -64,10 +64,7 @@ def model_card(cfg: ExportConfig, run: RunFolder, checkpoint: Mapping[str, Any])
     kind = "world model, pre-trained on video without actions"
     if phase == "finetune":
         kind = f"agent (world model, actor, critic), fine-tuned on {config.get('env')}"
-    weights = {
-        **getattr(find_preset(method, phase), f"{phase}_weights"),
-        **((config.get("loss") or {}).get("weights") or {}),
-    }
+    weights = loss_settings(method, phase, overrides(config.get("loss") or {})).weights
     commit = (run.versions.get("git") or {}).get("commit", "unknown")
     source = cfg.push or Path(cfg.out).name
     place = f"{HUB}{cfg.push}" if cfg.push else source

@@ -35,7 +35,6 @@ from prelar_trl.recipes.common import (
     open_run,
     progress_metrics,
     seed_everything,
-    settle_resume,
 )
 from prelar_trl.recipes.environments import interface
 from prelar_trl.recipes.finetune_state import FinetuneState
@@ -50,6 +49,7 @@ from prelar_trl.recipes.interaction import (
 from prelar_trl.recipes.learner import make_learner
 from prelar_trl.recipes.processes import ALONE, Processes, joined
 from prelar_trl.recipes.replays import open_replay, replay_bytes
+from prelar_trl.recipes.resume import settle_preset, settle_resume
 from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.recipes.signals import Interruption
 from prelar_trl.record import Logger, Progress, RunFolder
@@ -74,6 +74,7 @@ def finetune(
     """
     check(cfg)
     cfg, restart = settle_resume(cfg)
+    cfg = settle_preset(cfg)
     watch = watch or Stopwatch()
     loggers = chosen_loggers(cfg.logger)
     state, run, checkpoint = build(cfg, env_factory, watch, processes, restart)

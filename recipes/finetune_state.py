@@ -13,7 +13,7 @@ from prelar_trl.recipes.interaction import Collection
 from prelar_trl.recipes.learner import Learner
 from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.replays import share_replays
-from prelar_trl.recipes.schema import FinetuneConfig, overrides
+from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.record import RunFolder
 
 COUNTERS = ("step", "before", "updates_due", "training_due", "evaluation_due", "best")
@@ -132,7 +132,7 @@ class FinetuneState:
             "phase": "finetune",
             "method": self.cfg.method,
             "size": self.cfg.size,
-            "overrides": overrides(self.cfg.model),
+            "overrides": self.cfg.model,
             **self.known,
             "inputs": asdict(self.known["inputs"]),
             **{name: getattr(self, name) for name in COUNTERS},

@@ -16,8 +16,10 @@ if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("import_official"))
 
 from dataclasses import asdict
+from typing import cast
 
 from prelar_trl.checkpoint import save_checkpoint
+from prelar_trl.config import Phase, model_settings
 from prelar_trl.hub import STATE
 from prelar_trl.models import make_model
 from prelar_trl.official import (
@@ -25,7 +27,8 @@ from prelar_trl.official import (
     official_action_dim,
     save_official_checkpoint,
 )
-from prelar_trl.recipes.common import CHECKPOINT, plain, read_run
+from prelar_trl.recipes.common import read_run
+from prelar_trl.recipes.resume import CHECKPOINT, plain
 from prelar_trl.recipes.schema import ImportOfficialConfig, overrides
 from prelar_trl.record import RunFolder
 
@@ -44,7 +47,9 @@ def import_official(cfg: ImportOfficialConfig) -> RunFolder:
         "phase": cfg.phase,
         "method": cfg.method,
         "size": cfg.size,
-        "overrides": overrides(cfg.model),
+        "overrides": asdict(
+            model_settings(cfg.method, cast(Phase, cfg.phase), cfg.size, overrides(cfg.model))
+        ),
         "step": 0,  # theirs is not in the files
     }
     if cfg.phase == "finetune":

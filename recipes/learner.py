@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from prelar_trl.config import METHODS, PRETRAINED_PARTS
+from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
 from prelar_trl.models import Agent, copy_pretrained, make_agent, make_world_model_loss
-from prelar_trl.pretrained import added_inputs
+from prelar_trl.pretrained import added_inputs, load_weights
 from prelar_trl.recipes.common import prepare_update
 from prelar_trl.recipes.pretrained import (
     make_alignment,
@@ -105,7 +105,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.agent.load_state_dict(state["agent"])
+        load_weights(self.agent, state["agent"], "the run's checkpoint")
         self.model_update.load_state_dict(state["model_update"])
         self.behavior_update.load_state_dict(state["behavior_update"])
         if self.alignment is not None:
@@ -136,8 +136,6 @@ def make_learner(
             f"batch_length={cfg.batch_length} is shorter than the video bonus's window of "
             f"{agent.video_bonus.window} frames: raise it"
         )
-    if cfg.align_updates is None:
-        cfg.align_updates = METHODS[cfg.method].align_updates if cfg.pretrained else 0
     pretrained = read_pretrained_run(cfg)
     parts = PRETRAINED_PARTS if cfg.load is None else cfg.load
     if pretrained is not None and not cfg.resume:
@@ -193,7 +191,7 @@ def make_learner(
         behavior_update,
         cfg.behavior_after,
         alignment,
-        cfg.align_updates,
+        cfg.align_updates or 0,
         clips,
         watch,
     )

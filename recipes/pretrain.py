@@ -29,6 +29,7 @@ from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model, make_world_model_loss
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss, total_loss
+from prelar_trl.pretrained import load_weights
 from prelar_trl.probes import action_usage
 from prelar_trl.recipes.common import (
     choose_device,
@@ -40,10 +41,10 @@ from prelar_trl.recipes.common import (
     progress_metrics,
     save_run,
     seed_everything,
-    settle_resume,
 )
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.processes import ALONE, Processes, joined
+from prelar_trl.recipes.resume import settle_preset, settle_resume
 from prelar_trl.recipes.schema import PretrainConfig, overrides
 from prelar_trl.recipes.signals import Interruption
 from prelar_trl.record import (
@@ -65,7 +66,7 @@ MOTION_PAIRS = 256  # of frames, by which the videos' motion is measured
 def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
     """The whole run: data, model, loop. Several processes share each batch."""
     cfg, restart = settle_resume(cfg)
-    cfg = settle_shift(cfg, processes)
+    cfg = settle_preset(settle_shift(cfg, processes))
     loggers = chosen_loggers(cfg.logger)
     state, heldout = build(cfg, processes)
     world_model, update = state.world_model, state.update
@@ -129,8 +130,7 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
 def settle_shift(cfg: PretrainConfig, processes: Processes) -> PretrainConfig:
     """The configuration with the shift of the latent actions' frames as a number.
 
-    Where the method has it by motion, it is measured in the videos; a run that goes on keeps its
-    own.
+    Where the method has it by motion, it is measured in the videos, unless the run goes on.
     """
     name, times = "latent_action_shift", cfg.shift_by_motion
     if times is None:
@@ -146,16 +146,15 @@ def settle_shift(cfg: PretrainConfig, processes: Processes) -> PretrainConfig:
                 f"the run in {cfg.run} is of an older version, whose method={cfg.method} had other "
                 "losses: continue it with that version, or start a new run"
             )
-        shift = config.get("model", {}).get(name)
-    else:
-        share: dict[str, Any] = {"split": "train", "heldout": cfg.heldout} if cfg.heldout else {}
-        pairs = VideoClips(cfg.data, clip_len=2, batch_size=MOTION_PAIRS, **share).sample()
-        motion = typical_motion(pairs["pixels"])
-        shift = min(max(1, round(times * motion)), cfg.pixels // 3)
-        processes.say(
-            f"things move by {motion:.2g} pixels a frame: latent actions see them moved by up to "
-            f"{shift} (model.{name})"
-        )
+        return cfg
+    share: dict[str, Any] = {"split": "train", "heldout": cfg.heldout} if cfg.heldout else {}
+    pairs = VideoClips(cfg.data, clip_len=2, batch_size=MOTION_PAIRS, **share).sample()
+    motion = typical_motion(pairs["pixels"])
+    shift = min(max(1, round(times * motion)), cfg.pixels // 3)
+    processes.say(
+        f"things move by {motion:.2g} pixels a frame: latent actions see them moved by up to "
+        f"{shift} (model.{name})"
+    )
     return replace(cfg, model={**cfg.model, name: shift})
 
 
@@ -221,7 +220,7 @@ class PretrainState:
             "phase": "pretrain",
             "method": self.cfg.method,
             "size": self.cfg.size,
-            "overrides": overrides(self.cfg.model),
+            "overrides": self.cfg.model,
             "inputs": {"size": self.cfg.pixels},
             "step": self.update.count,
             "model": self.world_model.state_dict(),
@@ -233,7 +232,7 @@ class PretrainState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where the checkpoint was written; a process that is new starts at that step."""
-        self.world_model.load_state_dict(state["model"])
+        load_weights(self.world_model, state["model"], f"the run in {self.cfg.run}")
         self.update.load_state_dict(state["update"])
         self.clips.load_state_dict(state["clips"])
         self.saved = self.update.count

@@ -44,9 +44,7 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained | None:
                 f"pretrained={cfg.pretrained} holds only the model; use rehearse=0"
             )
     else:
-        run, checkpoint = read_run(
-            cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model["latent_action"]
-        )
+        run, checkpoint = read_run(cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model)
         config = run.config
     accepted = METHODS[cfg.method].checkpoint
     if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:

@@ -33,6 +33,7 @@ from prelar_trl.fast import accelerate
 from prelar_trl.models import make_model
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.modules.world_model import normalize_pixels
+from prelar_trl.pretrained import load_weights
 from prelar_trl.probes import (
     action_effects,
     frame_difference,
@@ -85,7 +86,7 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
     world_model, untrained = (
         accelerate(cast(RSSMWorldModel, make_model(checkpoint)).to(device)) for _ in range(2)
     )
-    world_model.load_state_dict(checkpoint["model"])
+    load_weights(world_model, checkpoint["model"], f"run={cfg.run}")
     world_model.eval()
     fitting, heldout, context = open_clips(cfg, run, world_model, device)
     has_actions = all("actions" in store.streams for store in heldout.stores)

@@ -7,6 +7,7 @@ import torch
 import yaml
 from torch.nn.functional import avg_pool2d
 
+from prelar_trl.config import METHODS
 from prelar_trl.data import typical_motion
 from prelar_trl.recipes.pretrain import pretrain
 from tests.toy_runs import make_clips, pretrain_config
@@ -67,7 +68,8 @@ def test_frames_are_shifted_by_the_motion_of_the_videos_unless_told_otherwise(tm
     assert shift_of(tmp_path / "told") == 4
     pretrain(pretrain_config(clips, tmp_path / "off", **options, shift_by_motion=0))
     pretrain(pretrain_config(clips, tmp_path / "prelar", updates=1))
-    assert shift_of(tmp_path / "off") is shift_of(tmp_path / "prelar") is None
+    assert shift_of(tmp_path / "off") == METHODS["prelar_plus"].pretrain["latent_action_shift"]
+    assert shift_of(tmp_path / "prelar") == 0
 
     both = {"shift_by_motion": 1, "model": {"latent_action_shift": 4}}
     with pytest.raises(ValueError, match="shift_by_motion=1 sets model.latent_action_shift"):

@@ -49,7 +49,8 @@ def resolved(table: str) -> dict[str, dict[str, Any]]:
         case "weights":
             return {f"{m} {p}": dict(getattr(METHODS[m], f"{p}_weights")) for m, p in phases}
         case "loss":
-            settings = asdict(loss_settings({}))
+            settings, *others = [asdict(loss_settings(m, p)) | {"weights": ...} for m, p in phases]
+            assert all(other == settings for other in others)
             settings.pop("weights")
             return {"all": settings}
     configs = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from prelar_trl.checkpoint import save_checkpoint
+from prelar_trl.config import METHODS
 from prelar_trl.envs import ToyEnv
+from prelar_trl.recipes.evaluate import evaluate
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Collection, Evaluation
 from prelar_trl.recipes.pretrain import pretrain
+from prelar_trl.recipes.schema import EvaluateConfig
 from tests.test_recipes import two_at_once
 from tests.toy_runs import (
+    TINY,
     checkpoint,
     different,
     finetune_config,
@@ -214,6 +219,36 @@ def test_a_moved_run_continues_with_settings_that_change_no_number(whole, tmp_pa
     ours, theirs = checkpoint(tmp_path / "elsewhere"), checkpoint(whole)
     assert different({k: ours[k] for k in names}, {k: theirs[k] for k in names}) == []
     assert yaml.safe_load((tmp_path / "elsewhere/config.yaml").read_text())["log_every"] == 5
+
+
+def test_a_run_keeps_its_settings_when_its_method_has_changed(clips, tmp_path, monkeypatch):
+    """As after an update of the package: the run goes on bit for bit, and is evaluated."""
+    options = {"method": "prelar_plus", "shift_by_motion": 3, "updates": 2}
+    pretrain(pretrain_config(clips, tmp_path / "whole", **options))
+    pretrain(pretrain_config(clips, tmp_path / "pre", **options | {"updates": 1}))
+    fine = {"method": "prelar_plus", "pretrained": str(tmp_path / "pre"), "align_updates": 1}
+    finetune(finetune_config(tmp_path / "fine", **fine))
+    older = METHODS["prelar_plus"]
+    newer = {"align_updates": 5, "loss": {"latent_free_nats": 100.0}, "shift_by_motion": 1.0}
+    newer |= {"pretrain": {"actions": "latent"}, "finetune": {**older.finetune, "action_window": 3}}
+    monkeypatch.setitem(METHODS, "prelar_plus", replace(older, **newer))
+    pretrain(pretrain_config(clips, tmp_path / "pre", **options, resume=True))
+    assert different(checkpoint(tmp_path / "pre"), checkpoint(tmp_path / "whole")) == []
+    finetune(finetune_config(tmp_path / "fine", **fine, env_steps=80, resume=True))
+    evaluate(EvaluateConfig(run=str(tmp_path / "fine"), device="cpu", episodes=1, video_episodes=0))
+
+
+def test_a_run_that_does_not_say_its_settings_is_refused_by_name(tmp_path, monkeypatch):
+    finetune(finetune_config(tmp_path / "run", method="prelar_plus", eval_episodes=0))
+    state = checkpoint(tmp_path / "run")  # as an older version wrote it
+    state["overrides"] = TINY
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt", state)
+    older = METHODS["prelar_plus"]
+    newer = replace(older, finetune={**older.finetune, "action_window": 3})
+    monkeypatch.setitem(METHODS, "prelar_plus", newer)
+    cfg = EvaluateConfig(run=str(tmp_path / "run"), device="cpu")
+    with pytest.raises(ValueError, match="run does not fit this version's model: 1 tensors differ"):
+        evaluate(cfg)
 
 
 def test_moved_data_is_known_and_other_data_refused(clips, tmp_path, monkeypatch):

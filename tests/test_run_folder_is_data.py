@@ -88,10 +88,13 @@ def tampered(run: Path, to: Path, config: dict[str, Any], model: dict[str, Any])
     return str(to)
 
 
+@pytest.mark.parametrize("name", ["latent_action", "action_code"])
 @pytest.mark.parametrize("recipe", ["evaluate", "probe", "finetune", "export"])
-def test_a_latent_action_that_a_run_folder_names_is_not_imported(recipe, made, tmp_path, trace):
+def test_a_latent_action_that_a_run_folder_names_is_not_imported(
+    recipe, name, made, tmp_path, trace
+):
     source = made.fine if recipe == "evaluate" else made.pre
-    run = tampered(source, tmp_path / "theirs", {}, {"latent_action": "evil:Kind"})
+    run = tampered(source, tmp_path / "theirs", {}, {name: "evil:Kind"})
     opened = {
         "evaluate": lambda: evaluate(EvaluateConfig(run=run, device="cpu", episodes=1)),
         "probe": lambda: probe(ProbeConfig(run=run, device="cpu")),
@@ -100,9 +103,19 @@ def test_a_latent_action_that_a_run_folder_names_is_not_imported(recipe, made, t
         ),
         "export": lambda: export_official(run, str(tmp_path / "out"), trust_code=False),
     }[recipe]
-    message = r"theirs has model.latent_action=evil:Kind, .* add trust_code=true"
+    message = rf"theirs has model.{name}=evil:Kind, .* add trust_code=true"
     with pytest.raises(ValueError, match=message):
         opened()
+    assert not trace.exists()
+
+
+def test_a_run_that_goes_on_imports_no_latent_action_that_its_folder_names(made, tmp_path, trace):
+    model = yaml.safe_load((made.pre / "config.yaml").read_text())["model"]
+    config = {"model": model | {"latent_action": "evil:Kind"}}
+    run = tampered(made.pre, tmp_path / "theirs", config, {})
+    cfg = pretrain_config(made.clips, run, updates=2, keep=1, resume=True)
+    with pytest.raises(ValueError, match="was started with model={'latent_action': 'evil:Kind'}"):
+        pretrain(cfg)
     assert not trace.exists()
 
 
