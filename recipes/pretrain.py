@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import rng_state, set_rng_state
 from prelar_trl.config import METHODS
-from prelar_trl.data import VideoClips, typical_motion
+from prelar_trl.data import VideoClips, shift_for_motion
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model, make_world_model_loss
 from prelar_trl.modules import RSSMWorldModel
@@ -149,11 +149,10 @@ def settle_shift(cfg: PretrainConfig, processes: Processes) -> PretrainConfig:
         return cfg
     share: dict[str, Any] = {"split": "train", "heldout": cfg.heldout} if cfg.heldout else {}
     pairs = VideoClips(cfg.data, clip_len=2, batch_size=MOTION_PAIRS, **share).sample()
-    motion = typical_motion(pairs["pixels"])
-    shift = min(max(1, round(times * motion)), cfg.pixels // 3)
+    shift = shift_for_motion(pairs["pixels"], times)
     processes.say(
-        f"things move by {motion:.2g} pixels a frame: latent actions see them moved by up to "
-        f"{shift} (model.{name})"
+        f"latent actions see frames moved by up to {shift} pixels (model.{name}), {times:g} times "
+        "the videos' motion"
     )
     return replace(cfg, model={**cfg.model, name: shift})
 

@@ -8,7 +8,7 @@ import yaml
 from torch.nn.functional import avg_pool2d
 
 from prelar_trl.config import METHODS
-from prelar_trl.data import typical_motion
+from prelar_trl.data import shift_for_motion, typical_motion
 from prelar_trl.recipes.pretrain import pretrain
 from tests.toy_runs import make_clips, pretrain_config
 
@@ -44,6 +44,13 @@ def test_contrast_and_what_stands_still_do_not_matter():
     assert typical_motion(half) == pytest.approx(motion, rel=0.25)
 
 
+def test_the_shift_is_a_multiple_of_the_motion_within_bounds():
+    pixels = texture_moving_by(4)  # a pixel a frame
+    assert shift_for_motion(pixels) == round(8 * typical_motion(pixels))
+    assert shift_for_motion(pixels, 1000.0) == min(pixels.shape[-2:]) // 3
+    assert shift_for_motion(pixels, 0.0) == 1
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 1, 3, 8, 8), (1, 2, 3, 3, 8)])
 def test_what_cannot_move_is_refused(shape):
     with pytest.raises(ValueError, match=r"two frames of 4x4"):
@@ -60,7 +67,7 @@ def test_frames_are_shifted_by_the_motion_of_the_videos_unless_told_otherwise(tm
     pretrain(pretrain_config(clips, tmp_path / "measured", **options))
     measured = shift_of(tmp_path / "measured")
     assert 5 < measured <= 21  # the disc moves by pixels
-    assert f"moved by up to {measured} (model.latent_action_shift)" in capsys.readouterr().out
+    assert f"moved by up to {measured} pixels (model.latent_action_shift)" in capsys.readouterr().out
 
     pretrain(pretrain_config(clips, tmp_path / "less", **options, shift_by_motion=1))
     assert 0 < shift_of(tmp_path / "less") < measured

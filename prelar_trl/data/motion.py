@@ -36,3 +36,18 @@ def typical_motion(pixels: Tensor) -> float:
     slope = torch.hypot(*torch.gradient(between, dim=(-2, -1)))
     moved = change > NOISE
     return float(change[moved].sum() / slope[moved].sum().clamp_min(1e-6))
+
+
+def shift_for_motion(pixels: Tensor, times: float = 8.0) -> int:
+    """By how many pixels the frames of latent actions are moved in training, for videos like these.
+
+    Too few, and a latent action can say where things are; too many, and it cannot see them move.
+
+    Args:
+        pixels: as for :func:`typical_motion`.
+        times: of the videos' motion. Default: 8, what ``method=prelar_plus`` takes.
+
+    Returns:
+        ``latent_action_shift``: at least 1, at most a third of a frame's shorter side.
+    """
+    return min(max(1, round(times * typical_motion(pixels))), min(pixels.shape[-2:]) // 3)
