@@ -67,7 +67,8 @@ def test_frames_are_shifted_by_the_motion_of_the_videos_unless_told_otherwise(tm
     pretrain(pretrain_config(clips, tmp_path / "measured", **options))
     measured = shift_of(tmp_path / "measured")
     assert 5 < measured <= 21  # the disc moves by pixels
-    assert f"moved by up to {measured} pixels (model.latent_action_shift)" in capsys.readouterr().out
+    said = f"moved by up to {measured} pixels (model.latent_action_shift)"
+    assert said in capsys.readouterr().out
 
     pretrain(pretrain_config(clips, tmp_path / "less", **options, shift_by_motion=1))
     assert 0 < shift_of(tmp_path / "less") < measured
