@@ -65,7 +65,7 @@ def test_torchrl_dreamerv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(example, "Networks", make)
     monkeypatch.setattr(example, "descend", recorded)
     small = {"videos": 4, "updates": 2, "steps": 65, "prefill": 50, "every": 5, "units": 32}
-    small |= {"warm_up": 2, "episodes": 1}
+    small |= {"warm_up": 2, "align": 2, "episodes": 1}
     losses, returns = example.main(tmp_path, batch=(2, 6), **small)
     assert len(losses) == 2 and len(still) == 2 + 2 + 3
     table = [(int(row["step"]), float(row["return"])) for row in rows(tmp_path, "returns.csv")]
