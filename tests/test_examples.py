@@ -64,10 +64,18 @@ def test_torchrl_dreamerv3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(example, "Networks", make)
     monkeypatch.setattr(example, "descend", recorded)
+    aligned: list[torch.nn.Module] = []
+    align = example.Alignment.__call__
+
+    def noted(alignment: Any, batch: TensorDict) -> dict[str, torch.Tensor]:
+        aligned.append(alignment.inverse_model)
+        return align(alignment, batch)
+
+    monkeypatch.setattr(example.Alignment, "__call__", noted)
     small = {"videos": 4, "updates": 2, "steps": 65, "prefill": 50, "every": 5, "units": 32}
     small |= {"warm_up": 2, "align": 2, "episodes": 1}
     losses, returns = example.main(tmp_path, batch=(2, 6), **small)
-    assert len(losses) == 2 and len(still) == 2 + 2 + 3
+    assert len(losses) == 2 and len(still) == 2 + 2 + 3 and len(aligned) == 2
     table = [(int(row["step"]), float(row["return"])) for row in rows(tmp_path, "returns.csv")]
     assert table == [(50, round(returns[0], 2)), (65, round(returns[1], 2))]
     assert 0 < min(returns) and max(returns) < 25
