@@ -6,19 +6,19 @@ an error that names nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torchrl.data import Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.data import Categorical, Composite, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.envs import EnvBase, Transform, TransformedEnv
 
 from prelar_trl.envs.pictures import dtype_name
 
 __all__ = ["OutputCheck", "SpecCheck", "shown"]
 
-CHOICES = (Categorical, MultiCategorical, OneHot, MultiOneHot)  # numbers of which few are allowed
+CHOICES = (Categorical, MultiCategorical, OneHot, MultiOneHot)
 
 
 class SpecCheck(TransformedEnv):
@@ -62,7 +62,7 @@ class SpecCheck(TransformedEnv):
         self._check(found, self._after_step, f"{self._name}: step()")
         return found
 
-    def _check(self, found: Any, specs: dict[NestedKey, TensorSpec], who: str) -> None:
+    def _check(self, found: Any, specs: dict[NestedKey, Declared], who: str) -> None:
         if not isinstance(found, TensorDictBase):
             raise TypeError(f"{who} gives {_kind(found)}; it must give a TensorDict")
         batch, given = self.base_env.batch_size, found.batch_size
@@ -105,7 +105,7 @@ class OutputCheck(Transform):
         return self._checked(tensordict_reset, self._after_reset, "reset()")
 
     def _checked(
-        self, found: TensorDictBase, specs: dict[NestedKey, TensorSpec], what: str
+        self, found: TensorDictBase, specs: dict[NestedKey, Declared], what: str
     ) -> TensorDictBase:
         ahead = found.batch_size[: found.ndim - self._batch_dims]
         _check_given(found, specs, ahead, f"{self._name}: {what}")
@@ -117,44 +117,56 @@ def shown(key: NestedKey) -> str:
     return key if isinstance(key, str) else "/".join(map(str, key))
 
 
-def _leaves(spec: TensorSpec) -> dict[NestedKey, TensorSpec]:
-    """The specs of numbers by their keys."""
-    return {key: part for key, part in spec.items(True, True) if part.dtype is not None}
+class Declared(NamedTuple):
+    """What the spec of an entry says, read once."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+    choices: TensorSpec | None  # where only some numbers are allowed
+
+
+def _leaves(specs: Composite) -> dict[NestedKey, Declared]:
+    """What specs say of numbers, by their keys."""
+    return {
+        key: Declared(spec.dtype, spec.shape, spec if _chooses(spec) else None)
+        for key, spec in specs.items(True, True)
+        if spec.dtype is not None
+    }
+
+
+def _chooses(spec: TensorSpec) -> bool:
+    return isinstance(spec, CHOICES) and spec.dtype != torch.bool
 
 
 def _check_given(
-    found: TensorDictBase, specs: dict[NestedKey, TensorSpec], ahead: torch.Size, who: str
+    found: TensorDictBase, specs: dict[NestedKey, Declared], ahead: torch.Size, who: str
 ) -> None:
     """Raise where an entry is not what its spec declares, behind the dimensions ``ahead``."""
-    for key, spec in specs.items():
-        value, shape = found.get(key, None), ahead + spec.shape
-        as_declared = (
-            isinstance(value, Tensor) and value.dtype == spec.dtype and value.shape == shape
-        )
-        if not as_declared:
+    for key, (dtype, shape, choices) in specs.items():
+        value, shape = found.get(key, None), ahead + shape
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != shape:
             if value is None and key not in found.keys(True, True):
                 raise ValueError(f"{who} gives no {shown(key)!r}, which its specs declare")
-            value = _converted(value, spec, shape, f"{who} gives {shown(key)}")
+            value = _converted(value, dtype, shape, f"{who} gives {shown(key)}")
             found.set(key, value)
-        few = isinstance(spec, CHOICES) and spec.dtype != torch.bool and not ahead
-        if few and not spec.is_in(value):
+        if choices is not None and not ahead and not choices.is_in(value):
             raise ValueError(f"{who} gives {shown(key)} with values that its spec does not allow")
 
 
-def _converted(value: Any, spec: TensorSpec, shape: torch.Size, what: str) -> Tensor:
-    """The value with the type and shape of the spec."""
+def _converted(value: Any, dtype: torch.dtype, shape: torch.Size, what: str) -> Tensor:
+    """The value with the type and shape of its spec."""
     if not isinstance(value, Tensor):
         kept = getattr(value, "data", value)  # of what a TensorDict holds beside tensors
         raise TypeError(f"{what}, {_kind(kept)}; it must be a tensor")
     if [n for n in value.shape if n != 1] != [n for n in shape if n != 1]:
         given = f"{dtype_name(value.dtype)} {list(value.shape)}"
-        asked = f"{dtype_name(spec.dtype)} {list(shape)}"
+        asked = f"{dtype_name(dtype)} {list(shape)}"
         raise ValueError(f"{what}, {given}; its spec is {asked}")
-    if value.is_complex() > spec.dtype.is_complex:
-        raise ValueError(f"{what}, {dtype_name(value.dtype)}; its spec is {dtype_name(spec.dtype)}")
-    cast = value.to(spec.dtype)
-    if not spec.dtype.is_floating_point and not (cast == value).all():
-        raise ValueError(f"{what} with values that {dtype_name(spec.dtype)} cannot hold")
+    if value.is_complex() > dtype.is_complex:
+        raise ValueError(f"{what}, {dtype_name(value.dtype)}; its spec is {dtype_name(dtype)}")
+    cast = value.to(dtype)
+    if not dtype.is_floating_point and not (cast == value).all():
+        raise ValueError(f"{what} with values that {dtype_name(dtype)} cannot hold")
     return cast.reshape(shape)
 
 
