@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prelar_trl.utils import check_integers
 
 __all__ = [
+    "LARGEST_WIDTH",
     "check_device",
     "check_entry",
     "check_equal_shapes",
@@ -25,7 +26,7 @@ __all__ = [
     "embed_width",
 ]
 
-LARGEST_WIDTH = 2**20  # of an embedding; the layers behind it would fill the memory
+LARGEST_WIDTH = 2**20  # of an embedding or action: the layers behind it would fill the memory
 
 
 def check_equal_shapes(dims: int = 0, **tensors: Tensor) -> None:

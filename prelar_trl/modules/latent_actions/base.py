@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prelar_trl.collectives import ProcessGroup
-from prelar_trl.modules.checks import check_entry
+from prelar_trl.modules.checks import LARGEST_WIDTH, check_entry
 from prelar_trl.utils import check_integers
 
 __all__ = [
@@ -99,7 +99,7 @@ class LatentActions(nn.Module):
         widths: dict[str, Any] = {
             f"{name}.{width}": getattr(self, width, None) for width in ("num_outputs", "dim")
         }
-        check_integers(**widths)
+        check_integers(1, LARGEST_WIDTH, **widths)
         tensors = [*self.parameters(), *self.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
         training = self.training
