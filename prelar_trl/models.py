@@ -11,10 +11,12 @@ from torch import nn
 
 from prelar_trl.config import ModelSettings, Phase, loss_settings, model_settings
 from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
+from prelar_trl.modules.checks import embed_width
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
 from prelar_trl.modules.heads import MLP, Actor, OneHotActor, VectorEncoder
 from prelar_trl.modules.latent_actions import LatentActions, make_latent_actions
+from prelar_trl.modules.own_networks import try_networks
 from prelar_trl.modules.patchnets import PatchDecoder, PatchEncoder
 from prelar_trl.modules.rssm import RSSM
 from prelar_trl.modules.world_model import RSSMWorldModel
@@ -77,12 +79,13 @@ def make_world_model(
         encoder: your own image encoder, ``[N, 3, 64, 64]`` -> ``[N, embed_dim]``, with the
             attribute ``embed_dim``; of several pictures for the first. Default: the method's.
         decoder: your own image decoder, ``[N, F]`` -> ``[N, 3, 64, 64]``, likewise. Default: the
-            method's.
+            method's. Networks of your own are tried once, on zeros.
         sample: draw latents; False takes modes. Default: True.
         overrides: fields of :class:`ModelSettings`.
 
     Raises:
         ValueError: an unknown name or a method without that phase.
+        TypeError, ValueError: a network of your own cannot be used.
     """
     s = model_settings(method, phase, size, overrides)
     inputs = inputs or Inputs()
@@ -96,6 +99,7 @@ def make_world_model(
         "norm": s.norm,
         "image_size": inputs.size,
     }
+    own = {"encoder": encoder, "decoder": decoder}
     if encoder is None:
         encoder = _make_encoder(s, channels, network)
     view_encoders = [_make_encoder(s, channels, network) for _ in range(inputs.views - 1)]
@@ -110,7 +114,7 @@ def make_world_model(
         "ensemble": s.ensemble,
     }
     latent_action_encoder = action_encoder = lower_rssm = context_encoder = None
-    latent_dim, embed_dim = action_dim, cast(int, encoder.embed_dim)
+    latent_dim, embed_dim = action_dim, embed_width("encoder", encoder)
     embed_dim += sum(cast(int, view.embed_dim) for view in view_encoders)
     embed_dim += 0 if vector_encoder is None else vector_encoder.embed_dim
     if s.actions == "latent":
@@ -167,6 +171,7 @@ def make_world_model(
         sample=sample,
         action_dim=action_dim if s.actions in ("real", "encoded") else None,
     )
+    try_networks(world_model, inputs.size, **own)
     return _initialize(world_model)
 
 

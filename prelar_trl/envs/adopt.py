@@ -24,6 +24,7 @@ from prelar_trl.envs.pictures import (
     looks_like_picture,
     white_of,
 )
+from prelar_trl.envs.spec_check import OutputCheck, SpecCheck, shown
 from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels, ToSuccess
 
 NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
@@ -32,7 +33,10 @@ NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "ve
 def wrap_env(
     env: EnvBase, *, pixels: int | None, cameras: Sequence[str] = ()
 ) -> tuple[EnvBase, list[Transform]]:
-    """A TorchRL environment, taken apart, with the transforms that add what it lacks."""
+    """A TorchRL environment, taken apart, with the transforms that add what it lacks.
+
+    What it gives is looked at, see `SpecCheck`.
+    """
     transforms: list[Transform] = []
     given = {*env.observation_spec.keys(True, True)}
     if pixels is not None:
@@ -40,7 +44,9 @@ def wrap_env(
     base = env
     if isinstance(env, TransformedEnv):  # taken apart, so that the action repeat comes first
         own = env.transform if isinstance(env.transform, Compose) else [env.transform]
-        base, transforms = env.base_env, [*(each.clone() for each in own), *transforms]
+        base = env.base_env
+        check = [] if isinstance(base, GymLikeEnv) else [OutputCheck(env)]
+        transforms = [*(each.clone() for each in own), *check, *transforms]
     # TorchRL reads the info of vector environments by itself, but not that of the last step.
     if isinstance(base, GymLikeEnv) and ("success" not in given or base.batch_size):
         base.set_info_dict_reader(SuccessReader(base.batch_size))
@@ -50,6 +56,8 @@ def wrap_env(
         spec = env.observation_spec["success"]
         if spec.dtype != torch.bool or spec.shape != (*env.batch_size, 1):
             transforms.append(ToSuccess())
+    if not isinstance(base, GymLikeEnv | SpecCheck):  # TorchRL makes gym's fit their specs
+        base = SpecCheck(base)
     return base, transforms
 
 
@@ -165,8 +173,3 @@ def check_env(env: EnvBase) -> None:
     shape = list(env.full_reward_spec["reward"].shape[len(batch) :])
     if shape != [1]:
         raise ValueError(f"the reward must be one number [1]; the environment gives {shape}")
-
-
-def shown(key: NestedKey) -> str:
-    """A key as a person writes it: ``camera/left``."""
-    return key if isinstance(key, str) else "/".join(map(str, key))

@@ -66,9 +66,11 @@ def make_env(
     It takes ``action``, float32 [A]: in [-1, 1], stretched to the environment's own bounds, or
     one-hot (a ``OneHot`` spec) where the environment takes one of A choices. A step raises a
     ``ValueError`` for an action that is NaN or infinite, which no environment then sees, and for a
-    reward that is, or is beyond 1e8; it names the step and the environment. What the environment
-    calls float64 becomes float32. An environment with a batch size keeps it, as
-    leading dimensions of all of these.
+    reward that is, or is beyond 1e8; it names the step and the environment. A reset or step also
+    raises a ``ValueError`` or ``TypeError`` where the environment gives something else than its
+    spaces or specs declare (TorchRL's ``SerialEnv`` and ``ParallelEnv`` write it into buffers
+    first: rather use ``num_workers``). What the environment calls float64 becomes float32. An
+    environment with a batch size keeps it, as leading dimensions of all of these.
 
     Args:
         name_or_env: ``metaworld/<task>``, ``gym/<id>``, ``dm_control/<domain>/<task>``, ``toy``,

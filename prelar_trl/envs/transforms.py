@@ -16,6 +16,7 @@ from torchrl.envs.gym_like import BaseInfoDictReader
 from torchrl.envs.utils import step_mdp
 
 from prelar_trl.envs.pictures import PictureConverter
+from prelar_trl.envs.spec_check import SpecCheck
 
 
 class ActionRepeat(Transform):
@@ -45,7 +46,8 @@ class ActionRepeat(Transform):
                 reward_keys=env.reward_keys,
                 done_keys=env.done_keys,
             )
-            if isinstance(env, BatchedEnvBase):  # it can leave out those that are over
+            batched = env.base_env if isinstance(env, SpecCheck) else env
+            if isinstance(batched, BatchedEnvBase):  # it can leave out those that are over
                 now.set("_step", ~over)
             following = env.step(now).pop("next")
             for key in env.reward_keys:
@@ -301,13 +303,20 @@ class SuccessReader(BaseInfoDictReader):
 
 
 class ToSuccess(Transform):
-    """Turn ``success`` of any number type and shape into bool [*batch, 1]."""
+    """Turn ``success`` of any number type and shape into bool [*batch, 1].
+
+    Raises (by a reset or a step):
+        ValueError: it is NaN.
+    """
 
     def __init__(self) -> None:
         super().__init__(in_keys=["success"], out_keys=["success"])
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        flags = next_tensordict["success"].reshape(*next_tensordict.batch_size, -1) > 0
+        value = next_tensordict["success"]
+        if value.isnan().any():
+            raise ValueError("the environment gives success=NaN, which is no flag")
+        flags = value.reshape(*next_tensordict.batch_size, -1) > 0
         return next_tensordict.exclude("success").set("success", flags.any(-1, keepdim=True))
 
     def _reset(

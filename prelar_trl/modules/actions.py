@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelar_trl.modules.augmentation import random_shift
+from prelar_trl.modules.checks import check_entry, check_output, embed_width
 from prelar_trl.modules.latent_actions import LatentActions
 from prelar_trl.types import FrameInput
 from prelar_trl.utils import check_choice
@@ -39,6 +40,10 @@ class LatentActionEncoder(nn.Module):
         shift: in training each pair of frames is moved by up to that many pixels in either
             direction, both frames alike and their edges repeated, so that an action cannot say
             where in the picture something happens. Default: 0.
+
+    Raises:
+        TypeError, ValueError: an ``embed_dim`` or a kind that cannot be used; by a call, where the
+            network or the kind gives something else than they say.
     """
 
     def __init__(
@@ -56,9 +61,10 @@ class LatentActionEncoder(nn.Module):
             raise ValueError(f"shift={shift} must not be negative")
         self.frames, self.shift = frames, shift
         self.latent_actions = latent_actions
+        latent_actions.outputs()  # looks at the kind
         self.encoder = encoder
         self.head = nn.Sequential(
-            nn.Linear(cast(int, encoder.embed_dim), hidden),
+            nn.Linear(embed_width("encoder", encoder), hidden),
             nn.ELU(),
             nn.Linear(hidden, latent_actions.num_outputs),
         )
@@ -92,8 +98,12 @@ class LatentActionEncoder(nn.Module):
         pairs = x.flatten(0, 1)  # [B*(T-1), C, H, W]
         if self.shift and self.training:
             pairs = random_shift(pairs, self.shift)
-        raw = self.head(self.encoder(pairs)).unflatten(0, x.shape[:2])
+        embed, first = self.encoder(pairs), cast(nn.Linear, self.head[0])
+        shape = (len(pairs), first.in_features)
+        check_output("output of the latent-action encoder", embed, shape, first.weight)
+        raw = self.head(embed).unflatten(0, x.shape[:2])
         action, params = self.latent_actions(raw, sample)
+        check_entry("latent action", action, "float", (*x.shape[:2], self.latent_actions.dim))
         return F.pad(action, (0, 0, 1, 0)), params
 
 
@@ -108,6 +118,10 @@ class ActionEncoder(nn.Module):
         window: actions seen at a time: the last ``window`` ones, by a causal convolution, zeros
             before the first. At first it is as with 1; the earlier ones enter as they are needed.
             Default: 1.
+
+    Raises:
+        TypeError, ValueError: a kind that cannot be used; by a call, where it gives something else
+            than it says.
     """
 
     def __init__(
@@ -121,6 +135,7 @@ class ActionEncoder(nn.Module):
         super().__init__()
         if window < 1:
             raise ValueError(f"window={window}: the action window must be at least 1")
+        latent_actions.outputs()  # looks at the kind
         self.action_dim, self.window = action_dim, window
         self.latent_actions = latent_actions
         self.hidden = nn.Linear(action_dim, hidden)
@@ -143,7 +158,15 @@ class ActionEncoder(nn.Module):
             x = self.hidden(action)
         else:
             x = self.hidden(action.transpose(1, 2))[..., : action.shape[1]].transpose(1, 2)
-        return self.latent_actions(self.out(self.act(x)), sample)
+        code, params = self.latent_actions(self.out(self.act(x)), sample)
+        check_entry("latent action", code, "float", (*x.shape[:-1], self.latent_actions.dim))
+        return code, params
+
+
+def action_history(action: Tensor, window: int) -> Tensor:
+    """The ``window - 1`` actions up to each step: ``[B, T, A]`` -> ``[B*T, window-1, A]``."""
+    padded = F.pad(action, (0, 0, window - 2, 0))
+    return padded.unfold(1, window - 1, 1).transpose(2, 3).flatten(0, 1)
 
 
 def causal_convolution(linear: nn.Linear, window: int) -> nn.Conv1d:

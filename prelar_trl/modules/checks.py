@@ -11,9 +11,22 @@ from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["check_device", "check_entry", "check_equal_shapes", "check_input", "check_width"]
+from prelar_trl.utils import check_integers
+
+__all__ = [
+    "LARGEST_WIDTH",
+    "check_device",
+    "check_entry",
+    "check_equal_shapes",
+    "check_input",
+    "check_output",
+    "check_width",
+    "embed_width",
+]
+
+LARGEST_WIDTH = 2**20  # of an embedding or action: the layers behind it would fill the memory
 
 
 def check_equal_shapes(dims: int = 0, **tensors: Tensor) -> None:
@@ -87,9 +100,37 @@ def check_entry(
         check_device(key, value, like, beside)
 
 
+def check_output(name: str, x: Tensor, shape: Sequence[int | str], weight: Tensor) -> None:
+    """Raise where a network's output is not of that shape, or no layer with ``weight`` takes it.
+
+    As `check_entry` and `check_input`.
+    """
+    check_entry(name, x, "float", shape)
+    check_input(name, x, weight)
+
+
+def embed_width(name: str, encoder: nn.Module) -> int:
+    """The width of an encoder's output, its attribute ``embed_dim``.
+
+    Raises:
+        TypeError: it is no module, has no such attribute, or one that is no whole number.
+        ValueError: the number is below 1, or above :data:`LARGEST_WIDTH`.
+    """
+    kind = f"{name} {type(encoder).__name__}"
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"{kind} is no torch.nn.Module: give an instance of one")
+    width = getattr(encoder, "embed_dim", None)
+    if width is None:
+        raise TypeError(f"{kind} has no embed_dim, the width E of its output [N, E]")
+    named: dict[str, Any] = {f"{kind}: embed_dim": width}
+    check_integers(1, LARGEST_WIDTH, **named)
+    return int(width)
+
+
 def _check_tensor(name: NestedKey, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}; it must be a tensor")
+        kind = "None" if value is None else type(value).__name__
+        raise TypeError(f"{name} is {kind}; it must be a tensor")
 
 
 def check_device(

@@ -15,8 +15,8 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
-from prelar_trl.modules.checks import check_entry
+from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder, action_history
+from prelar_trl.modules.checks import check_entry, check_output
 from prelar_trl.modules.context import ContextEncoder
 from prelar_trl.modules.heads import Actor, OneHotActor
 from prelar_trl.modules.rssm import RSSM, State
@@ -114,6 +114,8 @@ class RSSMWorldModel(TensorDictModuleBase):
         self.view_decoders = nn.ModuleList(view_decoders)
         self.vector_encoder, self.vector_decoder = vector_encoder, vector_decoder
         self.gray, self.discount, self.sample = gray, discount, sample
+        size = getattr(decoder, "image_size", None)  # a user's decoder may not tell
+        self._image_size: int | str = size if isinstance(size, int) else "S"
 
         self.in_keys = ["pixels", "is_first"]
         if vector_encoder is not None:
@@ -140,7 +142,7 @@ class RSSMWorldModel(TensorDictModuleBase):
     def check_batch(self, batch: TensorDictBase) -> None:
         """Raise KeyError, TypeError or ValueError where a batch ``[B, T]`` cannot be read."""
         weight = self.rssm.input_layer.weight
-        size = getattr(self.decoder, "image_size", "S")  # a user's decoder may not tell
+        size = self._image_size
         pictures = (3 * (1 + len(self.view_encoders)), size, size)
         check_entry("pixels", batch["pixels"], "uint8", ("B", "T", *pictures), weight)
         entries: dict[str, tuple[Any, tuple[int | str, ...]]] = {
@@ -158,7 +160,8 @@ class RSSMWorldModel(TensorDictModuleBase):
         """Observe a batch ``[B, T]`` and predict; writes ``out_keys`` into ``tensordict``.
 
         Raises:
-            KeyError, TypeError, ValueError: see :meth:`check_batch`.
+            KeyError, TypeError, ValueError: see :meth:`check_batch`; the encoder's or the decoder's
+                output has another type or shape than they promise.
         """
         self.check_batch(tensordict)
         images = self.preprocess(tensordict["pixels"])
@@ -198,6 +201,8 @@ class RSSMWorldModel(TensorDictModuleBase):
         batch = images.shape[:2]
         views = images.flatten(0, 1).chunk(1 + len(self.view_encoders), 1)
         embeds = [self.encoder(views[0])]
+        shape = (len(views[0]), getattr(self.encoder, "embed_dim", "E"))
+        check_output("output of the encoder", embeds[0], shape, self.rssm.input_layer.weight)
         embeds += [e(view) for e, view in zip(self.view_encoders, views[1:], strict=True)]
         if self.vector_encoder is not None:
             assert vector is not None, "the model sees a vector"
@@ -210,6 +215,8 @@ class RSSMWorldModel(TensorDictModuleBase):
         maps = () if context is None else (context,)
         flat = feat.flatten(0, 1)
         views = [self.decoder(flat, *maps), *(decoder(flat) for decoder in self.view_decoders)]
+        shape = (len(flat), 1 if self.gray else 3, self._image_size, self._image_size)
+        check_entry("output of the decoder", views[0], "float", shape, flat)
         images = torch.cat(views, 1) if len(views) > 1 else views[0]
         return images.unflatten(0, feat.shape[:2])
 
@@ -327,7 +334,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         """
         starts = cast(TensorDictBase, states.flatten())
         if self._window > 1:
-            starts["action_history"] = _action_history(states["action"], self._window)
+            starts["action_history"] = action_history(states["action"], self._window)
         return starts
 
     @property
@@ -389,9 +396,3 @@ class RSSMWorldModel(TensorDictModuleBase):
             maps = self.context_encoder(self.first_view(images[:, :context]))
         frames = (self.decode(feat, maps) + 0.5).clamp(0, 1)
         return frames.repeat_interleave(3, 2) if self.gray else frames
-
-
-def _action_history(action: Tensor, window: int) -> Tensor:
-    """The ``window - 1`` actions up to each step: ``[B, T, A]`` -> ``[B*T, window-1, A]``."""
-    padded = F.pad(action, (0, 0, window - 2, 0))
-    return padded.unfold(1, window - 1, 1).transpose(2, 3).flatten(0, 1)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torchrl.objectives import LossModule
 
 from prelar_trl.collectives import ProcessGroup, from_first, gather, joint_mean, own_rows
-from prelar_trl.modules.checks import check_entry, check_equal_shapes, check_input
+from prelar_trl.modules.checks import check_entry, check_input
 from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
 from prelar_trl.modules.latent_actions import GaussianActions, LatentActions
 from prelar_trl.objectives import functional as F
@@ -134,6 +134,9 @@ class LatentActionLoss(LossModule):
         check_choice("consistency", consistency, get_args(F.ConsistencyMode))
         if temperature is not None:
             F.check_temperature(temperature)
+        if "action_contrast" in self.weights and not isinstance(dynamics, nn.Module):
+            kind = type(dynamics).__name__
+            raise TypeError(f"dynamics is {kind}; action_contrast needs a torch.nn.Module")
         if not 0 < warmup_start <= 1:
             raise ValueError(f"warmup_start={warmup_start} must lie in (0, 1]")
         self.dynamics = dynamics
@@ -282,7 +285,7 @@ class LatentActionLoss(LossModule):
         """The consistency of the chosen mode, and that of mode ``sign``."""
         keys = self.tensor_keys
         stoch, deter = self._states(tensordict)
-        prior = tensordict[keys.prior][:, 1:].flatten(0, 1)  # [N, S, K], N = B*(T-1)
+        prior = cast(Tensor, tensordict[keys.prior])[:, 1:].flatten(0, 1)  # [N, S, K], N = B*(T-1)
         group = self.process_group
         everyone = gather(action, group)  # of the joint batch, [B', T-1, U]
         order = self.draw_permutation(len(everyone), action.device)
@@ -291,7 +294,7 @@ class LatentActionLoss(LossModule):
         other = everyone[order]
         with torch.no_grad():  # the state divergence is never differentiated
             shuffled = self.dynamics(stoch, deter, other.detach().flatten(0, 1))
-            check_equal_shapes(**{str(keys.prior): prior, "that of the dynamics": shuffled})
+            check_entry("output of the dynamics", shuffled, "float", prior.shape, prior, keys.prior)
             p = self.latent_divergence(prior, shuffled).unflatten(0, action.shape[:2])
             # Exchanged for itself an action changes nothing: zero, without rounding noise,
             # whose signs would count as an ordering.
@@ -319,8 +322,8 @@ class LatentActionLoss(LossModule):
             stoch, deter = stoch.detach(), deter.detach()
         repeated = (x.repeat(count, *[1] * (x.dim() - 1)) for x in (stoch, deter))
         predicted = functional_call(self.dynamics, parameters, (*repeated, candidates))
-        like = predicted[: len(posterior)]
-        check_equal_shapes(**{str(keys.posterior): posterior, "that of the dynamics": like})
+        shape = (len(candidates), *posterior.shape[1:])
+        check_entry("output of the dynamics", predicted, "float", shape, posterior)
         kl = [self.latent_divergence(posterior, x) for x in predicted.chunk(count)]
         kl = torch.stack(kl, 1)  # [N, 1+K]
         temperature: Tensor | float = self.temperature

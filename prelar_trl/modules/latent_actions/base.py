@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from prelar_trl.collectives import ProcessGroup
+from prelar_trl.modules.checks import LARGEST_WIDTH, check_entry
+from prelar_trl.utils import check_integers
 
 __all__ = [
     "LatentActions",
@@ -87,17 +89,48 @@ class LatentActions(nn.Module):
 
     @torch.no_grad()
     def outputs(self) -> Outputs:
-        """What the kind gives, seen on an input of zeros in evaluation mode."""
+        """What the kind gives, seen on an input of zeros in evaluation mode.
+
+        Raises:
+            TypeError, ValueError: it raises an error, or gives something else than this class
+                promises of a kind.
+        """
+        name = type(self).__name__
+        widths: dict[str, Any] = {
+            f"{name}.{width}": getattr(self, width, None) for width in ("num_outputs", "dim")
+        }
+        check_integers(1, LARGEST_WIDTH, **widths)
         tensors = [*self.parameters(), *self.buffers()]
         device = tensors[0].device if tensors else torch.device("cpu")
         training = self.training
         self.eval()
         try:
-            action, params = self(torch.zeros(2, self.num_outputs, device=device), sample=False)
-            losses = tuple(self.extra_losses(action, params))
-            return Outputs(params is not None, losses, tuple(self.metrics(action, params)))
+            return self._outputs(torch.zeros(2, 3, self.num_outputs, device=device))
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{name}, given zeros [2, 3, {self.num_outputs}]: {why}") from error
         finally:
             self.train(training)
+
+    def _outputs(self, raw: Tensor) -> Outputs:
+        """Of an input ``[2, 3, num_outputs]``."""
+        found = self(raw, sample=False)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise TypeError("forward must give (action, params)")
+        action, params = found
+        check_entry("action", action, "float", (2, 3, self.dim))
+        if params is not None:
+            check_entry("params", params, "float", (2, 3, "P", "..."))
+            check_entry("kl(params)", self.kl(params), "float", (2, 3))
+        distance = self.distance(action, params, action, params)
+        check_entry("distance", distance, "float", (2, 3))
+        losses, metrics = self.extra_losses(action, params), self.metrics(action, params)
+        for method, scalars in (("extra_losses", losses), ("metrics", metrics)):
+            if not isinstance(scalars, dict) or any(not isinstance(x, str) for x in scalars):
+                raise TypeError(f"{method} must give a dictionary by names")
+            for key, value in scalars.items():
+                check_entry(f"{method}: {key}", value, "float", ())
+        return Outputs(params is not None, tuple(losses), tuple(metrics))
 
 
 class Outputs(NamedTuple):
