@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -79,7 +79,7 @@ def make_world_model(
         encoder: your own image encoder, ``[N, 3, 64, 64]`` -> ``[N, embed_dim]``, with the
             attribute ``embed_dim``; of several pictures for the first. Default: the method's.
         decoder: your own image decoder, ``[N, F]`` -> ``[N, 3, 64, 64]``, likewise. Default: the
-            method's. Networks of your own are tried once, on zeros.
+            method's. Networks of your own are tried once, on zeros, and keep their weights.
         sample: draw latents; False takes modes. Default: True.
         overrides: fields of :class:`ModelSettings`.
 
@@ -172,7 +172,7 @@ def make_world_model(
         action_dim=action_dim if s.actions in ("real", "encoded") else None,
     )
     try_networks(world_model, inputs.size, **own)
-    return _initialize(world_model)
+    return _initialize(world_model, kept=own.values())
 
 
 def make_agent(
@@ -382,9 +382,12 @@ def _make_decoder(
 
 
 @torch.no_grad()
-def _initialize(module: nn.Module) -> Any:
-    """Xavier-uniform weights and zero biases of linear and convolution layers."""
+def _initialize(module: nn.Module, kept: Iterable[nn.Module | None] = ()) -> Any:
+    """Xavier-uniform weights and zero biases of linear and convolution layers, but of ``kept``."""
+    own = {layer for each in kept if each is not None for layer in each.modules()}
     for layer in module.modules():
+        if layer in own:
+            continue
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
             nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:

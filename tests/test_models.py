@@ -245,3 +245,22 @@ def test_slow_critic_starts_as_a_frozen_copy_of_the_critic() -> None:
     for own, slow in pairs:
         assert torch.equal(own, slow) and own is not slow
         assert own.requires_grad and not slow.requires_grad
+
+
+# --------------------------------------------------------------- networks of one's own
+
+
+class OwnEncoder(torch.nn.Linear):
+    embed_dim = 4
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.mean((2, 3)))
+
+
+def test_an_encoder_of_ones_own_keeps_its_weights() -> None:
+    encoder = OwnEncoder(3, 4)
+    before = {name: x.clone() for name, x in encoder.state_dict().items()}
+    model = tiny_world_model("dreamerv2", "finetune", encoder=encoder)
+    assert model.encoder is encoder
+    torch.testing.assert_close(encoder.state_dict(), before, rtol=0, atol=0)
+    assert model.heads["reward"].out.bias.count_nonzero() == 0  # of the others
