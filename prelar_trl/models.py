@@ -22,7 +22,7 @@ from prelar_trl.modules.rssm import RSSM
 from prelar_trl.modules.world_model import RSSMWorldModel
 from prelar_trl.objectives import LatentActionLoss, RSSMWorldModelLoss, VideoBonus
 from prelar_trl.objectives.common import check_weights
-from prelar_trl.pretrained import copy_pretrained, pretrained_modules
+from prelar_trl.pretrained import copy_pretrained, load_weights, pretrained_modules
 from prelar_trl.types import Inputs
 
 __all__ = [
@@ -330,7 +330,7 @@ def make_inverse_model(checkpoint: Mapping[str, Any]) -> LatentActionEncoder:
         raise ValueError(
             f"a pre-training run of method={checkpoint['method']} has no latent actions"
         )
-    world_model.load_state_dict(checkpoint["model"])
+    load_weights(world_model, checkpoint["model"], "the pre-training run")
     return inverse_model.requires_grad_(False).eval()
 
 

@@ -89,6 +89,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
         module.load_state_dict(state)
     except RuntimeError:
         problems = _differences(state, module.state_dict())
+        if not problems:
+            raise
         raise ValueError(
             f"{source} does not fit this version's model: {_listed(problems)}; use the version "
             "that made it"

@@ -25,7 +25,7 @@ from prelar_trl.recipes.common import seed_everything
 from prelar_trl.recipes.interaction import Collector, EpisodeCollector, make_training_env
 from prelar_trl.recipes.learner import Learner
 from prelar_trl.recipes.processes import Processes
-from prelar_trl.recipes.schema import FinetuneConfig, overrides
+from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.stopwatch import Stopwatch
 
 PATIENCE = 5.0  # seconds that the process has to end by itself
@@ -230,7 +230,7 @@ def collect_async(
 
     def make() -> EpisodeCollector:
         seed_everything(seed + step)
-        agent = make_agent(cfg.method, size=cfg.size, **known, **overrides(cfg.model))
+        agent = make_agent(cfg.method, size=cfg.size, **known, **cfg.model)
         accelerate(agent.eval())
         policy = WorldModelPolicy(agent.world_model, agent.actor, noise=cfg.expl_noise)
         env = make_training_env(cfg, env_factory, seed, cfg.num_workers)

@@ -74,7 +74,7 @@ def finetune(
     """
     check(cfg)
     cfg, restart = settle_resume(cfg)
-    cfg = settle_preset(cfg)
+    cfg = settle_preset(cfg, restart)
     watch = watch or Stopwatch()
     loggers = chosen_loggers(cfg.logger)
     state, run, checkpoint = build(cfg, env_factory, watch, processes, restart)

@@ -27,6 +27,7 @@ from prelar_trl.official import (
     official_action_dim,
     save_official_checkpoint,
 )
+from prelar_trl.pretrained import load_weights
 from prelar_trl.recipes.common import read_run
 from prelar_trl.recipes.resume import CHECKPOINT, plain
 from prelar_trl.recipes.schema import ImportOfficialConfig, overrides
@@ -70,7 +71,7 @@ def export_official(run: str, folder: str, *, trust_code: bool = False) -> None:
     """Write the weights of a run as the authors' code reads them."""
     _, checkpoint = read_run(run, trust_code=trust_code)
     model = make_model(checkpoint)
-    model.load_state_dict(checkpoint[STATE[checkpoint["phase"]]])
+    load_weights(model, checkpoint[STATE[checkpoint["phase"]]], f"run={run}")
     save_official_checkpoint(folder, model)
 
 

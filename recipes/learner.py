@@ -22,7 +22,7 @@ from prelar_trl.recipes.pretrained import (
     rehearsed_clips,
 )
 from prelar_trl.recipes.processes import Processes
-from prelar_trl.recipes.schema import FinetuneConfig, overrides
+from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate
 
@@ -105,7 +105,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_weights(self.agent, state["agent"], "the run's checkpoint")
+        load_weights(self.agent, state["agent"], "the checkpoint of the run")
         self.model_update.load_state_dict(state["model_update"])
         self.behavior_update.load_state_dict(state["behavior_update"])
         if self.alignment is not None:
@@ -130,7 +130,7 @@ def make_learner(
     Raises:
         ValueError: settings, or a pre-training run, that do not go together.
     """
-    agent = make_agent(cfg.method, size=cfg.size, **known, **overrides(cfg.model))
+    agent = make_agent(cfg.method, size=cfg.size, **known, **cfg.model)
     if agent.video_bonus is not None and cfg.batch_length < agent.video_bonus.window:
         raise ValueError(
             f"batch_length={cfg.batch_length} is shorter than the video bonus's window of "
@@ -149,7 +149,7 @@ def make_learner(
         "finetune",
         agent.world_model,
         video_bonus=agent.video_bonus,
-        **overrides(cfg.loss),
+        **cfg.loss,
     ).to(device)
     rehearsal = make_rehearsal(cfg, loss, pretrained, device)
     clips = None

@@ -45,7 +45,7 @@ from prelar_trl.recipes.common import (
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.processes import ALONE, Processes, joined
 from prelar_trl.recipes.resume import settle_preset, settle_resume
-from prelar_trl.recipes.schema import PretrainConfig, overrides
+from prelar_trl.recipes.schema import PretrainConfig
 from prelar_trl.recipes.signals import Interruption
 from prelar_trl.record import (
     Logger,
@@ -66,7 +66,7 @@ MOTION_PAIRS = 256  # of frames, by which the videos' motion is measured
 def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
     """The whole run: data, model, loop. Several processes share each batch."""
     cfg, restart = settle_resume(cfg)
-    cfg = settle_preset(settle_shift(cfg, processes))
+    cfg = settle_preset(settle_shift(cfg, processes), restart)
     loggers = chosen_loggers(cfg.logger)
     state, heldout = build(cfg, processes)
     world_model, update = state.world_model, state.update
@@ -170,7 +170,7 @@ def build(cfg: PretrainConfig, processes: Processes) -> tuple[PretrainState, Vid
         action_dim=0,
         inputs=Inputs(cfg.pixels),
         size=cfg.size,
-        **overrides(cfg.model),
+        **cfg.model,
     )
     clips, heldout = open_clips(cfg, world_model, device, processes)
     loss = accelerate(make_loss(cfg, world_model, clips).to(device))
@@ -246,7 +246,7 @@ def make_loss(
     cfg: PretrainConfig, world_model: RSSMWorldModel, clips: VideoClips
 ) -> RSSMWorldModelLoss:
     """The method's loss, with a term for the labels if there are any."""
-    settings = overrides(cfg.loss)
+    settings = dict(cfg.loss)
     weights = dict(settings.pop("weights", {}))
     if cfg.labels:
         weights.setdefault("action_label", 1.0)

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prelar_trl.config import METHODS, Phase, loss_settings, model_settings, named_modules
+from prelar_trl.config import METHODS, loss_settings, model_settings, named_modules
 from prelar_trl.recipes.schema import FinetuneConfig, RunConfig, overrides
 from prelar_trl.record import RunFolder
 
@@ -31,38 +31,68 @@ def settle_resume(cfg: Run) -> tuple[Run, bool]:
     return replace(cfg, resume=checkpoint.is_file()), True
 
 
-def settle_preset(cfg: Run) -> Run:
+def settle_preset(cfg: Run, restart: bool = False) -> Run:
     """The configuration with a value for each setting that the method has one for.
 
-    What is not given is the method's or, in a run that goes on, what the run began with: the
-    method may have changed since. A module that the run folder names must be given again.
+    What is not given is the method's or, in a run that goes on, or with ``restart`` starts anew,
+    what the run began with: the method may have changed since. A module that the run folder names
+    must be given again.
     """
-    began = RunFolder.load(cfg.run).config if cfg.resume else {}
-    same = began.get("method") == cfg.method and began.get("size") == cfg.size
-    if not same or not began.keys() <= vars(cfg).keys():  # refused later, by name
-        began = {}
-    settled = preset_of(cfg.phase, asdict(cfg), began)
+    began: Mapping[str, Any] = {}
+    there = (Path(cfg.run).expanduser() / "config.yaml").is_file()
+    if cfg.resume or (restart and there):
+        began = RunFolder.load(cfg.run).config
+        if _other_kind(cfg, began):  # refused later
+            began = {}
+    settled = preset_of(cfg, began)
     if isinstance(cfg, FinetuneConfig) and cfg.align_updates is None:
         aligned = METHODS[cfg.method].align_updates if cfg.pretrained else 0
         settled["align_updates"] = began.get("align_updates", aligned)
     return replace(cfg, **settled)
 
 
-def preset_of(
-    phase: Phase, config: Mapping[str, Any], began: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """All of ``model`` and ``loss``: a configuration's, else ``began``'s, else the method's."""
-    given = {part: overrides(config.get(part) or {}) for part in ("model", "loss")}
-    kept = {part: overrides(began.get(part) or {}) for part in given}
-    for name in named_modules(kept["model"]):
-        del kept["model"][name]
-    model = {**kept["model"], **given["model"]}
-    weights = {**kept["loss"].get("weights", {}), **given["loss"].get("weights", {})}
-    loss = {**kept["loss"], **given["loss"], "weights": weights}
+def preset_of(cfg: RunConfig, began: Mapping[str, Any], given: bool = True) -> dict[str, Any]:
+    """All of ``model`` and ``loss``: what is given, else ``began``'s, else the method's.
+
+    Raises:
+        ValueError: ``began`` has something else there, or a value that is out of bounds.
+    """
+    kept = {part: _settings(cfg, began, part) for part in ("model", "loss")}
+    if kept["model"].get("images") is None:  # an older run's, with what was given alone
+        kept = {part: overrides(settings) for part, settings in kept.items()}
+    if given:
+        for name in named_modules(kept["model"]):
+            del kept["model"][name]
+        weights = (kept["loss"].get("weights") or {}) | (cfg.loss["weights"] or {})
+        kept = {part: kept[part] | overrides(getattr(cfg, part)) for part in kept}
+        kept["loss"]["weights"] = weights
     return {
-        "model": plain(asdict(model_settings(config["method"], phase, config["size"], model))),
-        "loss": plain(asdict(loss_settings(config["method"], phase, loss))),
+        "model": plain(asdict(model_settings(cfg.method, cfg.phase, cfg.size, kept["model"]))),
+        "loss": plain(asdict(loss_settings(cfg.method, cfg.phase, kept["loss"]))),
     }
+
+
+def _settings(cfg: RunConfig, began: Mapping[str, Any], part: str) -> dict[str, Any]:
+    settings = began.get(part)
+    if settings is None:
+        return {}
+    inner = settings.get("weights") if isinstance(settings, Mapping) else None
+    if not isinstance(settings, Mapping) or not isinstance(inner, Mapping | None):
+        raise ValueError(f"config.yaml of the run in {cfg.run} is damaged: {part} is {settings!r}")
+    return dict(settings)
+
+
+def _other_kind(cfg: RunConfig, began: Mapping[str, Any]) -> str | None:
+    """What makes it another run altogether: phase, method or size."""
+    if ("env_steps" in began) != isinstance(cfg, FinetuneConfig):
+        return f"the run in {cfg.run} is of the other phase"
+    for name in ("method", "size"):
+        if began.get(name) != getattr(cfg, name):
+            return (
+                f"{name}={getattr(cfg, name)} but the run in {cfg.run} was started with "
+                f"{name}={began.get(name)}; repeat its command with resume=true"
+            )
+    return None
 
 
 def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
@@ -71,9 +101,12 @@ def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: one of them changes what the run computes.
     """
-    first: dict[str, Any] = {field.name: field.default for field in fields(cfg)}  # options since
+    if other := _other_kind(cfg, run.config):
+        raise ValueError(f"resume: {other}")
+    # What a run older than an option, or its folder, does not say.
+    first: dict[str, Any] = {x.name: x.default for x in fields(cfg)}
     first |= run.config
-    first |= preset_of(cfg.phase, first, {})  # of a run whose folder has only what was given
+    first |= preset_of(cfg, run.config, given=False)
     changed = {}
     for name, value in plain(asdict(cfg)).items():
         given, began = value, first[name]

@@ -18,6 +18,7 @@ from prelar_trl.recipes.interaction import evaluation_policy
 from prelar_trl.recipes.learner import make_learner
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.processes import Processes
+from prelar_trl.recipes.resume import settle_preset
 from prelar_trl.recipes.schema import EvaluateConfig, FinetuneConfig
 from prelar_trl.schedules import Schedule, is_schedule
 from prelar_trl.stopwatch import Stopwatch
@@ -265,6 +266,7 @@ def test_what_a_run_reads_of_the_options(tmp_path):
         entropy_scale=0.5, actor_gradient_mix=0.2, actor_gradient="both",
     )  # fmt: skip
     known = {"action_dim": 2, "discrete": False, "inputs": Inputs()}
+    cfg = settle_preset(cfg)
     learner = make_learner(cfg, known, torch.device("cpu"), Stopwatch(), Processes())
     update = learner.behavior_update
     assert (update.slow_target_fraction, update.reward_norm.momentum) == (0.5, 0.9)

@@ -113,8 +113,8 @@ def test_what_a_network_gives(part: str, later: bool, budget: Any) -> None:
     """At once, when the model is made, or not before it is trained."""
 
     def found(change: Change) -> Tensor:
-        network = PARTS[part](lambda x: x if later else change(x))
         torch.manual_seed(1)
+        network = PARTS[part](lambda x: x if later else change(x))
         model = tiny_world_model("prelar", "pretrain", **network)
         network[part].change = change
         return losses_of(model).detach()

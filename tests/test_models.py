@@ -257,10 +257,17 @@ class OwnEncoder(torch.nn.Linear):
         return super().forward(images.mean((2, 3)))
 
 
-def test_an_encoder_of_ones_own_keeps_its_weights() -> None:
-    encoder = OwnEncoder(3, 4)
-    before = {name: x.clone() for name, x in encoder.state_dict().items()}
-    model = tiny_world_model("dreamerv2", "finetune", encoder=encoder)
-    assert model.encoder is encoder
-    torch.testing.assert_close(encoder.state_dict(), before, rtol=0, atol=0)
+class OwnDecoder(torch.nn.LazyLinear):
+    def forward(self, feat: torch.Tensor) -> torch.Tensor:
+        return super().forward(feat)[..., None, None].expand(-1, 3, 64, 64)
+
+
+def test_networks_of_ones_own_keep_their_weights() -> None:
+    encoder, decoder = OwnEncoder(3, 4), OwnDecoder(3)
+    decoder(torch.zeros(1, tiny_world_model("dreamerv2", "finetune").rssm.feat_dim))
+    own = torch.nn.ModuleList([encoder, decoder])
+    before = {name: x.clone() for name, x in own.state_dict().items()}
+    model = tiny_world_model("dreamerv2", "finetune", encoder=encoder, decoder=decoder)
+    assert model.encoder is encoder and model.decoder is decoder
+    torch.testing.assert_close(dict(own.state_dict()), before, rtol=0, atol=0)
     assert model.heads["reward"].out.bias.count_nonzero() == 0  # of the others

@@ -238,6 +238,48 @@ def test_a_run_keeps_its_settings_when_its_method_has_changed(clips, tmp_path, m
     evaluate(EvaluateConfig(run=str(tmp_path / "fine"), device="cpu", episodes=1, video_episodes=0))
 
 
+def test_auto_starts_anew_with_the_settings_that_a_run_began_with(clips, tmp_path, monkeypatch):
+    options = {"method": "prelar_plus", "shift_by_motion": 3, "updates": 1, "resume": "auto"}
+    pretrain(pretrain_config(clips, tmp_path / "run", **options))
+    (tmp_path / "run" / "checkpoints" / "last.pt").unlink()  # as if killed before it
+    newer = replace(METHODS["prelar_plus"], loss={"latent_free_nats": 100.0})
+    monkeypatch.setitem(METHODS, "prelar_plus", newer)
+    pretrain(pretrain_config(clips, tmp_path / "run", **options))
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["loss"]["latent_free_nats"] == 8.0
+
+
+def test_what_a_folder_says_of_another_run_or_wrongly_is_one_line(clips, tmp_path):
+    run = tmp_path / "run"
+    cfg = pretrain_config(clips, run, updates=1)
+    pretrain(cfg)
+    cfg.resume, cfg.updates = True, 2
+    good = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(good | {"gone_option": 1}))
+    pretrain(cfg)  # of a version that knew more
+    for config, message in (
+        (good | {"method": "dreamerv2"}, "resume: method=prelar but .* with method=dreamerv2"),
+        (good | {"env_steps": 5}, "resume: the run in .* is of the other phase"),
+        (good | {"model": "hi"}, "config.yaml .* is damaged: model is 'hi'"),
+        (good | {"loss": {"weights": 5}}, "config.yaml .* is damaged: loss is"),
+        ({}, "resume: method=prelar but"),
+    ):
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        with pytest.raises(ValueError, match=message):
+            pretrain(cfg)
+
+
+def test_a_null_that_a_run_began_with_is_kept(clips, tmp_path, monkeypatch):
+    cfg = pretrain_config(clips, tmp_path / "run", updates=1)
+    pretrain(cfg)
+    older = METHODS["prelar"]
+    newer = replace(older, pretrain={**older.pretrain, "action_width": 9})
+    monkeypatch.setitem(METHODS, "prelar", newer)
+    cfg.resume, cfg.updates = True, 2
+    pretrain(cfg)
+    assert checkpoint(tmp_path / "run")["overrides"]["action_width"] is None
+
+
 def test_a_run_that_does_not_say_its_settings_is_refused_by_name(tmp_path, monkeypatch):
     finetune(finetune_config(tmp_path / "run", method="prelar_plus", eval_episodes=0))
     state = checkpoint(tmp_path / "run")  # as an older version wrote it

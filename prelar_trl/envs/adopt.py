@@ -24,7 +24,7 @@ from prelar_trl.envs.pictures import (
     looks_like_picture,
     white_of,
 )
-from prelar_trl.envs.spec_check import OutputCheck, SpecCheck, shown
+from prelar_trl.envs.spec_check import OutputCheck, OwnRandomActions, SpecCheck, shown
 from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels, ToSuccess
 
 NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
@@ -57,7 +57,8 @@ def wrap_env(
         if spec.dtype != torch.bool or spec.shape != (*env.batch_size, 1):
             transforms.append(ToSuccess())
     if not isinstance(base, GymLikeEnv | SpecCheck):  # TorchRL makes gym's fit their specs
-        base = SpecCheck(base)
+        own_random = type(base).rand_action is not EnvBase.rand_action
+        base = OwnRandomActions(base) if own_random else SpecCheck(base)
     return base, transforms
 
 

@@ -16,7 +16,7 @@ from torchrl.envs import EnvBase, Transform, TransformedEnv
 
 from prelar_trl.envs.pictures import dtype_name
 
-__all__ = ["OutputCheck", "SpecCheck", "shown"]
+__all__ = ["OutputCheck", "OwnRandomActions", "SpecCheck", "shown"]
 
 CHOICES = (Categorical, MultiCategorical, OneHot, MultiOneHot)
 
@@ -24,9 +24,9 @@ CHOICES = (Categorical, MultiCategorical, OneHot, MultiOneHot)
 class SpecCheck(TransformedEnv):
     """Looks at all that a reset and a step of an environment give, before TorchRL does.
 
-    Numbers of another type become the spec's where that keeps them, and what differs from the
-    spec's shape in dimensions of size 1 alone gets it. An end that is missing is false, as TorchRL
-    has it.
+    Numbers of another type become the spec's unless that changes whole ones, and what differs from
+    the spec's shape in dimensions of size 1 alone gets it. An end that is missing is false, as
+    TorchRL has it.
 
     Args:
         env: an environment that is no :class:`TransformedEnv`.
@@ -77,6 +77,12 @@ class SpecCheck(TransformedEnv):
             raise ValueError(f"{who}: {error}") from error
         if "terminated" in ends and (found["terminated"] & ~found["done"]).any():
             raise ValueError(f"{who} gives terminated=True, but done=False")
+
+
+class OwnRandomActions(SpecCheck):
+    """Of an environment that draws its random actions in a way of its own."""
+
+    rand_action = TransformedEnv.rand_action
 
 
 class OutputCheck(Transform):
@@ -130,7 +136,7 @@ def _leaves(specs: Composite) -> dict[NestedKey, Declared]:
     return {
         key: Declared(spec.dtype, spec.shape, spec if _chooses(spec) else None)
         for key, spec in specs.items(True, True)
-        if spec.dtype is not None
+        if spec.dtype is not None and min(spec.shape, default=0) >= 0  # -1: any size
     }
 
 

@@ -6,7 +6,8 @@ that knows no names. Nothing here looks at values, so no device is waited for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "check_output",
     "check_width",
     "embed_width",
+    "trial",
 ]
 
 LARGEST_WIDTH = 2**20  # of an embedding or action: the layers behind it would fill the memory
@@ -144,3 +146,16 @@ def check_device(
 
 def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def trial(network: nn.Module) -> Iterator[None]:
+    """In evaluation mode, without gradients; all its parts are left as they were."""
+    modes = {part: part.training for part in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

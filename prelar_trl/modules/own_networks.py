@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prelar_trl.modules.checks import check_output, embed_width
+from prelar_trl.modules.checks import check_output, embed_width, trial
 from prelar_trl.modules.world_model import RSSMWorldModel
 
 __all__ = ["try_networks"]
@@ -40,7 +39,7 @@ def try_networks(
     if decoder is not None:
         inputs: list[Any] = [weight.new_zeros(2, model.rssm.feat_dim)]
         if model.context_encoder is not None:
-            with _trial(model.context_encoder):
+            with trial(model.context_encoder):
                 inputs.append(model.context_encoder(images[None]))
         _try("decoder", decoder, inputs, images.shape, weight)
 
@@ -56,23 +55,10 @@ def _try(
     if any(x.device != weight.device or x.dtype in half for x in own):
         return
     try:
-        with _trial(network):
+        with trial(network):
             out = network(*inputs)
     except Exception as error:
         given = f"{inputs[0].dtype} {list(inputs[0].shape)}".removeprefix("torch.")
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{kind} cannot take {given}: {why}") from error
     check_output(f"output of {kind}", out, shape, weight)
-
-
-@contextmanager
-def _trial(network: nn.Module) -> Iterator[None]:
-    """In evaluation mode, without gradients; all its parts are left as they were."""
-    modes = {part: part.training for part in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prelar_trl.collectives import ProcessGroup
-from prelar_trl.modules.checks import LARGEST_WIDTH, check_entry
+from prelar_trl.modules.checks import LARGEST_WIDTH, check_entry, trial
 from prelar_trl.utils import check_integers
 
 __all__ = [
@@ -100,17 +100,14 @@ class LatentActions(nn.Module):
             f"{name}.{width}": getattr(self, width, None) for width in ("num_outputs", "dim")
         }
         check_integers(1, LARGEST_WIDTH, **widths)
-        tensors = [*self.parameters(), *self.buffers()]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        training = self.training
-        self.eval()
+        tensors = [x for x in (*self.parameters(), *self.buffers()) if x.is_floating_point()]
+        like = tensors[0] if tensors else torch.zeros(())
         try:
-            return self._outputs(torch.zeros(2, 3, self.num_outputs, device=device))
+            with trial(self):
+                return self._outputs(like.new_zeros(2, 3, self.num_outputs))
         except Exception as error:
-            why = " ".join(str(error).split())
+            why = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"{name}, given zeros [2, 3, {self.num_outputs}]: {why}") from error
-        finally:
-            self.train(training)
 
     def _outputs(self, raw: Tensor) -> Outputs:
         """Of an input ``[2, 3, num_outputs]``."""
@@ -121,6 +118,7 @@ class LatentActions(nn.Module):
         check_entry("action", action, "float", (2, 3, self.dim))
         if params is not None:
             check_entry("params", params, "float", (2, 3, "P", "..."))
+        if params is not None and type(self).kl is not LatentActions.kl:
             check_entry("kl(params)", self.kl(params), "float", (2, 3))
         distance = self.distance(action, params, action, params)
         check_entry("distance", distance, "float", (2, 3))
@@ -128,8 +126,11 @@ class LatentActions(nn.Module):
         for method, scalars in (("extra_losses", losses), ("metrics", metrics)):
             if not isinstance(scalars, dict) or any(not isinstance(x, str) for x in scalars):
                 raise TypeError(f"{method} must give a dictionary by names")
-            for key, value in scalars.items():
-                check_entry(f"{method}: {key}", value, "float", ())
+        for key, loss in losses.items():
+            check_entry(f"extra_losses: {key}", loss, "float", ())
+        for key, metric in metrics.items():
+            if not isinstance(metric, Tensor) or metric.dim():
+                raise TypeError(f"metrics: {key} is {metric!r:.60}; it must be a scalar tensor")
         return Outputs(params is not None, tuple(losses), tuple(metrics))
 
 
