@@ -257,14 +257,14 @@ class OwnEncoder(torch.nn.Linear):
         return super().forward(images.mean((2, 3)))
 
 
-class OwnDecoder(torch.nn.LazyLinear):
+class OwnDecoder(torch.nn.Linear):
     def forward(self, feat: torch.Tensor) -> torch.Tensor:
         return super().forward(feat)[..., None, None].expand(-1, 3, 64, 64)
 
 
 def test_networks_of_ones_own_keep_their_weights() -> None:
-    encoder, decoder = OwnEncoder(3, 4), OwnDecoder(3)
-    decoder(torch.zeros(1, tiny_world_model("dreamerv2", "finetune").rssm.feat_dim))
+    features = tiny_world_model("dreamerv2", "finetune").rssm.feat_dim
+    encoder, decoder = OwnEncoder(3, 4), OwnDecoder(features, 3)
     own = torch.nn.ModuleList([encoder, decoder])
     before = {name: x.clone() for name, x in own.state_dict().items()}
     model = tiny_world_model("dreamerv2", "finetune", encoder=encoder, decoder=decoder)
