@@ -237,6 +237,7 @@ def killed(tmp_path_factory) -> SimpleNamespace:
         process.wait()
         with suppress(ProcessLookupError):  # helpers of the runs end by themselves, awake
             os.killpg(process.pid, signal.SIGCONT)
+    wait_for(lambda: " running " not in sweep_here(repository, "status=true"))  # runs end with it
     return SimpleNamespace(
         repository=repository,
         root=root,
