@@ -100,6 +100,17 @@ def judged(change: str, found: Tensor | None, expected: Tensor) -> None:
         torch.testing.assert_close(found.float(), expected, rtol=rounding, atol=rounding)
 
 
+def judge_changes(budget: Any, found: Callable[[Change], Tensor], *names: str) -> None:
+    """Each change of a network's output: an error that has one of the names, or the right loss."""
+    expected = found(lambda x: x)
+
+    @given(st.sampled_from(sorted(CHANGES)))
+    def check(change: str) -> None:
+        judged(change, answer(lambda: found(CHANGES[change]), names=names), expected)
+
+    run(budget, check)
+
+
 PARTS: dict[str, Callable[[Change], dict[str, nn.Module]]] = {
     "encoder": lambda change: {"encoder": Encoder(change)},
     "decoder": lambda change: {"decoder": Decoder(change)},
@@ -119,15 +130,7 @@ def test_what_a_network_gives(part: str, later: bool, budget: Any) -> None:
         network[part].change = change
         return losses_of(model).detach()
 
-    expected = found(lambda x: x)
-
-    @given(st.sampled_from(sorted(CHANGES)))
-    def check(change: str) -> None:
-        # A loss calls the decoder's pictures its mean.
-        got = answer(lambda: found(CHANGES[change]), names=(part, "mean"))
-        judged(change, got, expected)
-
-    run(budget, check)
+    judge_changes(budget, found, part, "mean")  # a loss calls the decoder's pictures its mean
 
 
 @fuzz(40)
@@ -209,14 +212,7 @@ def test_what_the_encoder_of_latent_actions_gives(budget: Any) -> None:
         encoder = LatentActionEncoder(Encoder(change, channels=6), GaussianActions(size=2))
         return encoder(images, sample=False)[0].sum().detach()
 
-    expected = found(lambda x: x)
-
-    @given(st.sampled_from(sorted(CHANGES)))
-    def check(change: str) -> None:
-        got = answer(lambda: found(CHANGES[change]), names=("latent-action encoder",))
-        judged(change, got, expected)
-
-    run(budget, check)
+    judge_changes(budget, found, "latent-action encoder")
 
 
 class Dynamics(nn.Module):
@@ -243,14 +239,7 @@ def test_what_the_dynamics_of_a_loss_gives(term: str, negatives: int, budget: An
         )
         return total_loss(loss(data)).detach()
 
-    expected = found(lambda x: x)
-
-    @given(st.sampled_from(sorted(CHANGES)))
-    def check(change: str) -> None:
-        got = answer(lambda: found(CHANGES[change]), names=("dynamics",))
-        judged(change, got, expected)
-
-    run(budget, check)
+    judge_changes(budget, found, "dynamics")
 
 
 def test_a_contrast_needs_a_dynamics_with_parameters() -> None:
