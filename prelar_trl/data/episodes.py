@@ -57,12 +57,12 @@ class EpisodeStorage(FrameStorage):
     def __init__(self, path: Path, capacity: int, *, pin_memory: bool = False) -> None:
         super().__init__(capacity, pin_memory=pin_memory)
         self.path = path
-        self._store: ClipWriter | None = None
         self._held: list[int] = []  # first episodes of states, see `hold`
         self._open()
 
     def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        self._store: ClipWriter | None = None
         if (self.path / "store.json").exists():
             meta = read_meta(self.path)
             self._open_store(meta["height"], meta["width"], meta["shard_bytes"])
@@ -70,8 +70,6 @@ class EpisodeStorage(FrameStorage):
             raise ValueError(
                 f"{str(self.path)!r} is not empty and holds no replay: name another folder"
             )
-        else:
-            self._store = None
         clips = self._store.clips if self._store else []
         self.num_written = int(clips[-1].name) + 1 if clips else 0
         self._sync_clips()
@@ -112,14 +110,7 @@ class EpisodeStorage(FrameStorage):
         return episodes
 
     def append(self, frames: TensorDict) -> Tensor:
-        """Writes one episode.
-
-        Args:
-            frames: ``[L + 1]``: ``pixels``, ``action``, ``reward``, ``terminated``, and by option
-                ``vector``.
-
-        Returns:
-            Its indices int64 ``[L + 1]``.
+        """Writes one episode ``[L + 1]``, as `to_frames` gives it; returns its indices int64.
 
         Raises:
             ValueError: it is longer than the capacity, or its shapes differ.
@@ -134,9 +125,9 @@ class EpisodeStorage(FrameStorage):
         }
         store = self._store
         if store is None:
-            pixels = arrays["pixels"][0]
-            size = min(_SHARD_BYTES, self.max_size * pixels.size // _SHARDS)
-            store = self._open_store(pixels.shape[1], pixels.shape[2], size)
+            frame = arrays["pixels"][0]
+            shard_bytes = min(_SHARD_BYTES, self.max_size * frame.size // _SHARDS)
+            store = self._open_store(*frame.shape[1:], shard_bytes)
         store.add_streams(arrays, name=f"{self.num_written:06d}")
         self.num_written += 1
         self._sync_clips()
@@ -238,15 +229,10 @@ class EpisodeWriter(Writer):
         self.pending: dict[Hashable, list[TensorDict]] = {}
 
     def add(self, data: TensorDictBase) -> Tensor:
-        """Takes one step, batch ``[]``. Otherwise as `extend`."""
         return self.extend(data.reshape(1, 1))
 
     def extend(self, data: TensorDictBase) -> Tensor:
-        """Takes steps of batch ``[T]`` or ``[N, T]``; see `EpisodeReplay.extend`.
-
-        Returns:
-            Indices int64 ``[M]`` of the frames of the episodes that were finished.
-        """
+        """See `EpisodeReplay.extend`."""
         if not data.ndim:
             raise ValueError("extend needs a time dimension: use add for a single step")
         if isinstance(data, LazyStackedTensorDict):  # a collector's
@@ -256,13 +242,11 @@ class EpisodeWriter(Writer):
         data = data.reshape(-1, data.shape[-1])  # [N, T]
         self._check(data)
         written = [torch.zeros(0, dtype=torch.int64)]
-        done = data["next", "done"].reshape(data.shape).cpu()  # [N, T]
-        first = data.get("is_first", None)
-        first = torch.zeros_like(done) if first is None else first.reshape(done.shape).cpu()
-        lost = data.get(("next", "dropped"), None)
-        lost = torch.zeros_like(done) if lost is None else lost.reshape(done.shape).cpu()
+        no = torch.zeros(data.shape, dtype=torch.bool)
+        flags = (("next", "done"), "is_first", ("next", "dropped"))
+        done, first, lost = (data.get(key, no).reshape(data.shape).cpu() for key in flags)
         ids = data.get(_TRAJECTORY, None)
-        ids = None if ids is None else ids.reshape(done.shape).cpu()
+        ids = None if ids is None else ids.reshape(data.shape).cpu()
         for worker in range(data.shape[0]):
             number = None if ids is None else ids[worker]
             for begin, end in _pieces(done[worker], first[worker], number):
@@ -333,11 +317,7 @@ class EpisodeWriter(Writer):
         return {"pending": {key: TensorDict.cat(rows) for key, rows in self.pending.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the unfinished episodes.
-
-        Raises:
-            ValueError: one is no episode; nothing has changed then.
-        """
+        """Goes on with those; ValueError if one is no episode: nothing has changed then."""
         for rows in state_dict["pending"].values():
             check_frames(rows)
         self.pending = {key: [rows.clone()] for key, rows in state_dict["pending"].items()}
@@ -349,12 +329,7 @@ class EpisodeWriter(Writer):
         torch.save(pending, Path(path, "pending.pt"))
 
     def loads(self, path: str | Path) -> None:
-        """Reads what `dumps` wrote.
-
-        Raises:
-            DamagedFileError: the file is damaged.
-            ValueError: it holds something else.
-        """
+        """Reads what `dumps` wrote; ValueError if it is damaged or something else."""
         file = Path(path, "pending.pt")
         pending = read_tensors(file)
         try:

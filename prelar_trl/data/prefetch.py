@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from tensordict import TensorDict
 from torchrl.data import ReplayBuffer
 
-from prelar_trl.data.storage import FrameStorage, sample_rows
+from prelar_trl.data.storage import FrameStorage
 from prelar_trl.utils import check_integers
 
 
 class Drawn(NamedTuple):
-    """A batch, and from where it was drawn."""
+    """A batch, the sampler's state before it was drawn, and the storage's revision then."""
 
-    state: dict[str, Any]  # of the sampler, before the draw
-    revision: int  # of the storage, at most
+    state: dict[str, Any]
+    revision: int
     batch: TensorDict
 
 
@@ -29,26 +29,23 @@ class Prefetcher:
     The buffer's lock keeps drawing apart from extending it.
 
     Args:
-        buffer: its storage is a `FrameStorage`, its sampler any that draws windows and is not used
-            elsewhere.
+        buffer: of a `FrameStorage`; its sampler draws windows and is not used elsewhere.
         length: frames T of a row.
         ahead: batches drawn ahead by a thread. 0: none, and no thread.
-
-    Raises:
-        ValueError: ``ahead`` is no such number.
     """
 
     def __init__(self, buffer: ReplayBuffer, length: int, ahead: int) -> None:
         check_integers(0, prefetch=ahead)
         self.buffer, self.length, self.ahead = buffer, length, ahead
+        self.storage = cast(FrameStorage, buffer.storage)
         self._executor = ThreadPoolExecutor(1, "prefetch") if ahead else None
         self._drawn: deque[Future[Drawn]] = deque()
 
     def next(self) -> TensorDict:
-        """The next batch ``[B, T]``, see `sample_rows`."""
+        """The next batch ``[B, T]``, with ``is_first`` where a window begins."""
         if self._executor is None:
-            return sample_rows(self.buffer, self.length)
-        if self._drawn and self._drawn[0].result().revision != self._revision:
+            return self._sample()
+        if self._drawn and self._drawn[0].result().revision != self.storage.revision:
             self.discard()
         while len(self._drawn) <= self.ahead:
             self._drawn.append(self._executor.submit(self._draw))
@@ -72,11 +69,14 @@ class Prefetcher:
         self.discard()
         self.buffer.sampler.load_state_dict(state_dict)
 
-    @property
-    def _revision(self) -> int:
-        storage = self.buffer.storage
-        return storage.revision if isinstance(storage, FrameStorage) else 0
-
     def _draw(self) -> Drawn:
-        state, revision = self.buffer.sampler.state_dict(), self._revision
-        return Drawn(state, revision, sample_rows(self.buffer, self.length))
+        state, revision = self.buffer.sampler.state_dict(), self.storage.revision
+        return Drawn(state, revision, self._sample())
+
+    def _sample(self) -> TensorDict:
+        batch, info = self.buffer.sample(return_info=True)
+        if "is_first" in info:
+            batch["is_first"] = info["is_first"]
+        batch = batch.reshape(-1, self.length)
+        batch["is_first"][:, 0] = True
+        return batch

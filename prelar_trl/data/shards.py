@@ -28,16 +28,10 @@ Buffer = bytes | memoryview
 
 
 class OpenShard:
-    """Appends clips to the files of one number.
+    """Appends clips to the files of one number, of which the first ``clips`` and ``frames`` count.
 
     A clip is data first, then one line in the journal, so that whatever follows the last line
     whose data agree is no clip and can be cut off.
-
-    Args:
-        path: the store.
-        number: the shard's.
-        streams: what a clip consists of.
-        clips, frames: how much of its files is kept, see `cut`.
     """
 
     def __init__(
@@ -53,18 +47,14 @@ class OpenShard:
         self._files: dict[str, BinaryIO] = {}
 
     def append(self, data: Mapping[str, Iterable[Buffer]], record: dict[str, Any]) -> None:
-        """Writes one clip; its checksums are added to ``record``.
-
-        Args:
-            data: for every stream the clip's bytes, in blocks.
-            record: the clip's line in the journal, ``frames`` among it.
-        """
+        """Writes one clip: the bytes of each stream, in blocks; ``record`` and their checksums."""
         try:
             if not self._files:
-                self._open()
+                for key in (CLIPS, *self.streams):
+                    self._file(key).parent.mkdir(exist_ok=True)
+                    self._files[key] = self._file(key).open("ab", buffering=0)
             crc32 = {key: self._write(key, blocks) for key, blocks in data.items()}
-            record = record | {"crc32": crc32}
-            line = json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
+            line = json.dumps(record | {"crc32": crc32}, ensure_ascii=False, sort_keys=True) + "\n"
             self._write(CLIPS, [line.encode("utf-8")])
         except BaseException:
             self.cut()
@@ -87,12 +77,6 @@ class OpenShard:
                     records.append(record)
         return records
 
-    def keep(self, records: list[dict[str, Any]]) -> None:
-        """Cuts the files back to the first clips, whose records these are."""
-        self.clips = len(records)
-        self.frames = sum(record["frames"] for record in records)
-        self.cut()
-
     def sync(self) -> None:
         """Waits until the clips are on the disk."""
         for file in self._files.values():
@@ -112,12 +96,8 @@ class OpenShard:
         """Finishes the shard; returns what ``store.json`` says of it."""
         self.sync()
         self.close()
-        names = (CLIPS, *self.streams)
-        return {
-            "clips": self.clips,
-            "frames": self.frames,
-            "sha256": {key: sha256(self._file(key)) for key in names},
-        }
+        digests = {key: sha256(self._file(key)) for key in (CLIPS, *self.streams)}
+        return {"clips": self.clips, "frames": self.frames, "sha256": digests}
 
     def close(self) -> None:
         """Closes the files."""
@@ -133,12 +113,6 @@ class OpenShard:
 
     def _file(self, key: str) -> Path:
         return shard_file(self.path, key, self.number)
-
-    def _open(self) -> None:
-        for key in (CLIPS, *self.streams):
-            file = self._file(key)
-            file.parent.mkdir(exist_ok=True)
-            self._files[key] = file.open("ab", buffering=0)
 
     def _write(self, key: str, blocks: Iterable[Buffer]) -> int:
         """Appends blocks to a file; returns their CRC-32."""
@@ -163,9 +137,6 @@ class Place(NamedTuple):
 class Shards:
     """The sealed shards of a store, and the open one behind them.
 
-    Args:
-        path: the store.
-
     Attributes:
         streams: what a clip consists of; empty before the first.
         clips: where each clip lies.
@@ -180,8 +151,11 @@ class Shards:
         self.clips: list[Place] = []
         self.damaged: set[str] = set()
         self.evicted = evicted_of({})
-        self.open = OpenShard(path, 0, {})
+        self.open = self._shard(0)
         self._seals: list[dict[str, Any]] = []
+
+    def _shard(self, number: int, clips: int = 0, frames: int = 0) -> OpenShard:
+        return OpenShard(self.path, number, self.streams, clips, frames)
 
     def resume(self, meta: dict[str, Any], *, keep_damaged: bool = False) -> bool:
         """Finds the clips on the disk; of the open shard the whole ones, the rest is cut off.
@@ -194,7 +168,8 @@ class Shards:
         Returns:
             False if there was no clip; what a first one may have left is removed then.
         """
-        self.streams, self.evicted, self._seals = streams_of(meta), evicted_of(meta), meta["shards"]
+        self.streams.update(streams_of(meta))
+        self.evicted, self._seals = evicted_of(meta), meta["shards"]
         first = self.evicted["shards"]
         journal = shard_file(self.path, CLIPS, first)
         if not (first or self._seals or (journal.exists() and journal.stat().st_size)):
@@ -202,23 +177,22 @@ class Shards:
             return False
         if meta["complete"]:  # the last shard may take further clips
             self._seals = self._seals[:-1]
-        self.open = OpenShard(self.path, first + len(self._seals), self.streams)
-        for shard, seal in enumerate(self._seals, first):
-            file = shard_file(self.path, CLIPS, shard)
-            if keep_damaged:
-                records = OpenShard(self.path, shard, self.streams).records()
-            else:
-                records = read_records(file)
+        for number, seal in enumerate(self._seals, first):
+            journal = shard_file(self.path, CLIPS, number)
+            records = self._shard(number).records() if keep_damaged else read_records(journal)
             if len(records) != seal["clips"]:
-                raise StoreError(f"{str(file)!r} is damaged: restore that file")
-            self._found(shard, records)
-        records = self.open.records()
+                raise StoreError(f"{str(journal)!r} is damaged: restore that file")
+            self._found(number, records)
+        number = first + len(self._seals)
+        records = self._shard(number).records()
         whole = [record["whole"] for record in records]
-        count = len(whole) - whole[::-1].index(True) if True in whole else 0
-        if not keep_damaged and False in whole:
-            count = whole.index(False)
-        self.open.keep(records[:count])
-        self._found(self.open.number, records[:count])
+        if keep_damaged:
+            count = len(whole) - whole[::-1].index(True) if True in whole else 0
+        else:
+            count = [*whole, False].index(False)
+        self.open = self._shard(number, count, sum(r["frames"] for r in records[:count]))
+        self.open.cut()
+        self._found(number, records[:count])
         return True
 
     def _found(self, shard: int, records: list[dict[str, Any]]) -> None:
@@ -228,10 +202,6 @@ class Shards:
             row += record["frames"]
             if not record.get("whole", True):
                 self.damaged.add(record["name"])
-
-    def set_streams(self, streams: dict[str, Stream]) -> None:
-        """Decides what a clip consists of, before the first."""
-        self.streams = self.open.streams = streams
 
     def append(self, data: Mapping[str, Iterable[Buffer]], record: dict[str, Any]) -> None:
         """Appends a clip to the open shard; see `OpenShard.append`."""
@@ -243,10 +213,10 @@ class Shards:
         """Seals the open shard, if it holds a clip, and opens the next."""
         if self.open.clips:
             self._seals.append(self.open.seal())
-            self.open = OpenShard(self.path, self.open.number + 1, self.streams)
+            self.open = self._shard(self.open.number + 1)
             self.open.cut()  # what a crash in `truncate` may have left
 
-    def evict(self, before: int, save: Callable[[], None]) -> bool:
+    def evict(self, before: int, save: Callable[[], None]) -> list[Place]:
         """Deletes the oldest sealed shards, as far as all their clips are below ``before``.
 
         Args:
@@ -254,50 +224,48 @@ class Shards:
             save: writes ``store.json``; called before the files go.
 
         Returns:
-            Whether there was any.
+            The clips that are gone.
         """
-        first, shard = self.evicted["shards"], self.open.number
+        first, last = self.evicted["shards"], self.open.number
         if before < len(self.clips):
-            shard = self.clips[before].shard
-        if shard == first:
-            return False
-        count = sum(clip.shard < shard for clip in self.clips)
-        gone, self.clips = self.clips[:count], self.clips[count:]
-        self.evicted = {
-            "shards": shard,
-            "clips": self.evicted["clips"] + count,
-            "frames": self.evicted["frames"] + sum(clip.frames for clip in gone),
-        }
-        del self._seals[: shard - first]
-        save()
-        for number in range(first, shard):
-            OpenShard(self.path, number, self.streams).delete()
-        return True
+            last = self.clips[before].shard
+        gone = [clip for clip in self.clips if clip.shard < last]
+        if gone:
+            del self.clips[: len(gone)]
+            self.evicted = {
+                "shards": last,
+                "clips": self.evicted["clips"] + len(gone),
+                "frames": self.evicted["frames"] + sum(clip.frames for clip in gone),
+            }
+            del self._seals[: last - first]
+            save()
+            for number in range(first, last):
+                self._shard(number).delete()
+        return gone
 
-    def truncate(self, num_clips: int, save: Callable[[], None]) -> None:
-        """Deletes all clips but the first ``num_clips``; ``save`` as in `evict`."""
-        if num_clips >= len(self.clips):
-            return
-        self.open.close()
-        _, shard, row, _ = self.clips[num_clips]
-        last = self.open.number
-        self.clips = self.clips[:num_clips]
-        kept = sum(clip.shard == shard for clip in self.clips)
-        self.open = OpenShard(self.path, shard, self.streams, kept, row)
-        del self._seals[shard - self.evicted["shards"] :]
-        save()
-        for number in range(shard + 1, last + 1):
-            OpenShard(self.path, number, self.streams).delete()
-        self.open.cut()
+    def truncate(self, num_clips: int, save: Callable[[], None]) -> list[Place]:
+        """Deletes all clips but the first ``num_clips``; otherwise as `evict`."""
+        gone = self.clips[num_clips:]
+        if gone:
+            self.open.close()
+            _, shard, row, _ = gone[0]
+            last = self.open.number
+            del self.clips[num_clips:]
+            self.open = self._shard(shard, sum(clip.shard == shard for clip in self.clips), row)
+            del self._seals[shard - self.evicted["shards"] :]
+            save()
+            for number in range(shard + 1, last + 1):
+                self._shard(number).delete()
+            self.open.cut()
+        return gone
 
     def meta(self) -> dict[str, Any]:
         """What ``store.json`` says of the shards."""
+        streams = self.streams.values()
         meta = {
             "clips": sum(seal["clips"] for seal in self._seals),
             "frames": sum(seal["frames"] for seal in self._seals),
-            "streams": {
-                s.name: {"dtype": s.dtype, "shape": list(s.shape)} for s in self.streams.values()
-            },
+            "streams": {s.name: {"dtype": s.dtype, "shape": list(s.shape)} for s in streams},
             "shards": self._seals,
         }
         return meta | ({"evicted": self.evicted} if self.evicted["shards"] else {})
@@ -306,5 +274,5 @@ class Shards:
         """Deletes all files."""
         for name in (CLIPS, *self.streams):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        self.streams = {}
-        self.open = OpenShard(self.path, 0, self.streams)
+        self.streams.clear()
+        self.open = self._shard(0)

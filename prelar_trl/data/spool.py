@@ -19,19 +19,11 @@ class SpoolError(OSError):
 
 
 class Spool:
-    """One clip in a folder of its own, a file a stream.
-
-    Args:
-        folder: made if it is missing; what it holds is overwritten.
-
-    Attributes:
-        streams: name -> `Stream`, decided by the first frame.
-        frames: how many were appended.
-    """
+    """One clip in a folder of its own, a file a stream; what the folder holds is overwritten."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.streams: dict[str, Stream] = {}
+        self.streams: dict[str, Stream] = {}  # decided by the first frame
         self.frames = 0
         self._files: dict[str, BinaryIO] = {}
 

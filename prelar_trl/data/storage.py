@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
-from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.storages import Storage
 
 from prelar_trl.data.store import MappedShards
@@ -39,17 +38,9 @@ class FrameStorage(Storage):
         super().__init__(max_size)
         self.pin_memory = pin_memory
         self.streams: dict[str, str] = {}
-        self._shards: Sequence[MappedShards] = ()
-        self.revision = 0
-        self._end = 0
-        self._weights: torch.Tensor | None = None
+        self.revision = -1
         none = np.zeros(0, np.int64)
-        self._start, self._frames, self._where, self._first = (
-            none,
-            none,
-            np.zeros((0, 3), np.int64),
-            0,
-        )
+        self.set_clips((), none, none, none.reshape(0, 3))
 
     def set_clips(
         self,
@@ -93,7 +84,7 @@ class FrameStorage(Storage):
         }
 
     def get(self, index: Index) -> TensorDict:
-        """The frames at ``index``, a TensorDict of its shape; see the class."""
+        """See the class."""
         if isinstance(index, slice):
             flat = np.arange(len(self))[index]
             _, _, episode = self._locate(flat)
@@ -143,40 +134,19 @@ class FrameStorage(Storage):
         return min(self._end, self.max_size)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
-        """Raises: frames come from a store."""
         raise RuntimeError("a FrameStorage is written through its store, not by index")
 
     def contains(self, item: int) -> bool:
-        """Whether a frame lies at index ``item``."""
         return 0 <= item < len(self) and int(self._locate(np.array([item]))[0][0]) >= 0
 
     def _empty(self) -> None:
         raise RuntimeError("a FrameStorage cannot be emptied: the store is on the disk")
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the store is on the disk."""
-        return {}
+        return {}  # the store is on the disk
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: the store is on the disk."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
-    def dumps(self, path: str | Path) -> None:
-        """Nothing: the store is on the disk."""
+    def dumps(self, path: str | Path) -> None: ...
 
-    def loads(self, path: str | Path) -> None:
-        """Nothing: the store is on the disk."""
-
-
-def sample_rows(buffer: ReplayBuffer, length: int) -> TensorDict:
-    """A batch ``[B, T]`` of a buffer of frames, with ``is_first`` where a window begins.
-
-    Args:
-        buffer: its storage is a `FrameStorage`, its sampler any that draws windows.
-        length: frames T of a row.
-    """
-    batch, info = buffer.sample(return_info=True)
-    if "is_first" in info:
-        batch["is_first"] = info["is_first"]
-    batch = batch.reshape(-1, length)
-    batch["is_first"][:, 0] = True
-    return batch
+    def loads(self, path: str | Path) -> None: ...

@@ -99,13 +99,6 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def store_folder(path: Path) -> Path:
-    """The folder of a store: ``path``, or the replay in it if that is a fine-tuning run's."""
-    replay = path / "replay"
-    is_run = not (path / "store.json").exists() and (replay / "store.json").is_file()
-    return replay if is_run else path
-
-
 def streams_of(meta: dict[str, Any]) -> dict[str, Stream]:
     """The streams that ``store.json`` declares."""
     return {
@@ -236,7 +229,9 @@ class ClipStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = store_folder(Path(path))
+        folder, replay = Path(path), Path(path, "replay")
+        is_run = not (folder / "store.json").exists() and (replay / "store.json").is_file()
+        self.path = replay if is_run else folder
         self.meta = read_meta(self.path)
         try:
             self._open(path)
@@ -255,32 +250,24 @@ class ClipStore:
             )
         self.streams = streams_of(self.meta)
         self.shards = MappedShards(self.path, self.streams)
-        self._read_clips()
-        if self.num_bytes <= VERIFY_ON_OPEN_BYTES:
-            self.verify()
-
-    def _read_clips(self) -> None:
         records: list[dict[str, Any]] = []
-        shard: list[int] = []
-        row: list[int] = []
+        place: list[tuple[int, int]] = []
         for number, seal in self._seals():
             self._check_sizes(number, seal)
-            file = shard_file(self.path, CLIPS, number)
-            if sha256(file) != seal["sha256"][CLIPS]:
-                raise self._damaged(file, "its checksum differs")
-            position = 0
-            for record in read_records(file):
+            self._check_digest(number, seal, CLIPS)
+            row = 0
+            for record in read_records(shard_file(self.path, CLIPS, number)):
                 records.append(record)
-                shard.append(number)
-                row.append(position)
-                position += record["frames"]
+                place.append((number, row))
+                row += record["frames"]
         self.names: list[str] = [r["name"] for r in records]
         self.labels: list[str | int | None] = [r["label"] for r in records]
         self.splits: list[str | None] = [r["split"] for r in records]
         self.infos: list[dict[str, Any] | None] = [r["info"] for r in records]
         self.frames = np.array([r["frames"] for r in records], dtype=np.int64)
-        self.shard = np.array(shard, dtype=np.int64)
-        self.row = np.array(row, dtype=np.int64)
+        self.shard, self.row = np.array(place, dtype=np.int64).reshape(-1, 2).T
+        if self.num_bytes <= VERIFY_ON_OPEN_BYTES:
+            self.verify()
 
     def _seals(self) -> Iterator[tuple[int, dict[str, Any]]]:
         return enumerate(self.meta["shards"], evicted_of(self.meta)["shards"])
@@ -295,6 +282,11 @@ class ClipStore:
             size, expected = file.stat().st_size, seal["frames"] * self.streams[name].frame_bytes
             if size != expected:
                 raise self._damaged(file, f"it has {size} bytes, not {expected}")
+
+    def _check_digest(self, number: int, seal: dict[str, Any], name: str) -> None:
+        file = shard_file(self.path, name, number)
+        if sha256(file) != seal["sha256"][name]:
+            raise self._damaged(file, "its checksum differs")
 
     def _damaged(self, file: Path, why: str) -> StoreError:
         return StoreError(
@@ -328,10 +320,8 @@ class ClipStore:
             StoreError: naming the first file that differs.
         """
         for number, seal in self._seals():
-            for name, digest in seal["sha256"].items():
-                file = shard_file(self.path, name, number)
-                if sha256(file) != digest:
-                    raise self._damaged(file, "its checksum differs")
+            for name in seal["sha256"]:
+                self._check_digest(number, seal, name)
 
     def skipped(self) -> list[tuple[str, str]]:
         """Name and reason of each clip that the source had and that could not be used."""

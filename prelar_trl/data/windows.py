@@ -22,9 +22,8 @@ With ``pack`` episodes shorter than m are drawn too: whole, m being their length
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -38,23 +37,16 @@ from prelar_trl.utils import check_choice, check_integers
 Strategy = Literal["episodes", "frames", "epoch", "prioritize_ends"]
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """Contiguous pieces that fill ``rows`` rows of ``length`` frames, in row-major order.
 
-    All tensors are int64 ``[M]``, M >= rows (M == rows unless rows are filled by several windows).
-
-    Args:
-        episode: which episode a piece comes from.
-        start: its first frame, counted from the episode's beginning.
-        frames: its number of frames.
-        offset: where it lies in the flattened ``[rows * length]`` batch.
+    All are int64 ``[M]``, M >= rows (M == rows unless rows are filled by several windows).
     """
 
     episode: Tensor
-    start: Tensor
+    start: Tensor  # first frame, counted from the episode's beginning
     frames: Tensor
-    offset: Tensor
+    offset: Tensor  # in the flattened [rows * length] batch
 
 
 class StatefulSampler(Sampler):
@@ -66,12 +58,7 @@ class StatefulSampler(Sampler):
         torch.save(self.state_dict(), Path(path, "sampler.pt"))
 
     def loads(self, path: str | Path) -> None:
-        """Reads what `dumps` wrote.
-
-        Raises:
-            DamagedFileError: the file is damaged.
-            ValueError: it holds no state of such a sampler.
-        """
+        """Reads what `dumps` wrote; ValueError if it is damaged or something else."""
         file = Path(path, "sampler.pt")
         state = read_tensors(file)
         try:
@@ -117,17 +104,14 @@ class WindowSampler(StatefulSampler):
         if length < 1:
             raise ValueError(f"window length {length} must be at least 1 frame")
         check_integers(1, 2**16, world_size=world_size)
-        check_integers(0, rank=rank)
+        check_integers(0, world_size - 1, rank=rank)
         check_integers(-(2**63), 2**63 - 1, seed=seed)
         given = min_length is not None or max_length is not None or pack
         if strategy != "prioritize_ends" and given:
             raise ValueError(
                 f"min_length, max_length and pack belong to prioritize_ends, not to {strategy!r}"
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} must lie in 0..{world_size - 1} (world_size - 1)")
-        self.length = length
-        self.strategy = strategy
+        self.length, self.strategy, self.pack = length, strategy, pack
         self.min_length = length if min_length is None else min_length
         self.max_length = length if max_length is None else max_length
         if not 1 <= self.min_length <= self.max_length:
@@ -135,7 +119,6 @@ class WindowSampler(StatefulSampler):
                 f"min_length={self.min_length} must lie in 1..max_length={self.max_length}"
             )
         check_integers(min_length=self.min_length, max_length=self.max_length)
-        self.pack = pack
         self.rank, self.world_size = rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
         self._shuffler = torch.Generator()
@@ -226,7 +209,11 @@ class WindowSampler(StatefulSampler):
                 f"longest {longest}"
             )
         drawn = self._draw_all(rows * self.world_size)
-        return drawn if self.world_size == 1 else self._own_rows(drawn, rows)
+        if self.world_size == 1:
+            return drawn
+        row, column = drawn.offset // self.length, drawn.offset % self.length
+        own = Windows(*drawn[:3], row // self.world_size * self.length + column)
+        return Windows(*(each[row % self.world_size == self.rank] for each in own))
 
     def sample(self, storage: Storage | None, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
         """TorchRL's sampler interface.
@@ -294,9 +281,9 @@ class WindowSampler(StatefulSampler):
 
     def _draw_prioritized(self, rows: int) -> Windows:
         if self.min_length >= self.length and not self._short:  # one window fills a row
-            windows = self._prioritized(rows)
-            frames = windows[2].clamp(max=self.length)
-            return Windows(windows[0], windows[1], frames, torch.arange(rows) * self.length)
+            episode, start, frames = self._prioritized(rows)
+            offset = torch.arange(rows) * self.length
+            return Windows(episode, start, frames.clamp(max=self.length), offset)
         pieces: list[tuple[int, int, int, int]] = []
         end = rows * self.length
         offset = 0
@@ -313,19 +300,11 @@ class WindowSampler(StatefulSampler):
     def _prioritized(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         episode = self._weighted(count)
         total = self._lengths[episode]
-        frames = total.clamp(max=self.max_length)
         least = total.clamp(max=self.min_length)
-        frames = torch.maximum(frames - self._uniform(least), least)
+        frames = torch.maximum(total.clamp(max=self.max_length) - self._uniform(least), least)
         last = total - frames
         start = torch.minimum(self._uniform(last + 1 + least), last)
         return episode, start, frames
-
-    def _own_rows(self, windows: Windows, rows: int) -> Windows:
-        row = windows.offset // self.length
-        keep = row % self.world_size == self.rank
-        column = windows.offset[keep] % self.length
-        offset = row[keep] // self.world_size * self.length + column
-        return Windows(windows.episode[keep], windows.start[keep], windows.frames[keep], offset)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next draws depend on, the episodes apart."""

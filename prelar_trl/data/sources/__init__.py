@@ -16,7 +16,6 @@ from prelar_trl.data.sources.something import (
     SomethingSomething,
     export_frames,
     list_file,
-    read_list,
     write_lists,
 )
 from prelar_trl.data.sources.torchrl import TensorDictFolder, is_tensordict
@@ -48,7 +47,6 @@ __all__ = [
     "opencv",
     "picture_clip",
     "prepare",
-    "read_list",
     "to_rgb",
     "video_clip",
     "write_lists",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -63,32 +63,44 @@ class Clip:
         return {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
 
 
-class Source(Protocol):
+class Source:
     """A data set that can be put into a clip store. Picklable: processes read from it.
 
-    Attributes:
-        kind: e.g. ``videos``.
-        decoder: what decodes the frames, with its version.
+    A kind of source gives ``kind``, e.g. ``videos``, and ``decoder``, what decodes the frames, with
+    its version; it fills ``_items`` and ``left_out``, and loads an item.
+
+    Args:
         root: the folder.
         options: how frames are made.
+        actions: also store the actions, for probes.
+
+    Attributes:
         left_out: what lies in the folder and is no clip, reason -> names.
+
+    Raises:
+        FileNotFoundError: ``root`` is no folder.
+        ValueError: actions together with a stride, which leaves steps out.
     """
 
     kind: str
     decoder: str
-    root: Path
-    options: FrameOptions
 
-    @property
-    def left_out(self) -> Mapping[str, list[str]]: ...
+    def __init__(self, root: str | Path, options: FrameOptions, actions: bool = False) -> None:
+        self.root, self.options, self.actions = Path(root), options, actions
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
+        if actions and options.stride > 1:
+            raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
+        self.left_out: dict[str, list[str]] = defaultdict(list)
+        self._items: list[Item] = []
 
-    def items(self) -> Sequence[Item]:
+    def items(self) -> list[Item]:
         """All clips, in an order that depends on the names alone."""
-        ...
+        return self._items
 
     def load(self, item: Item) -> Clip:
         """One clip: ``pixels`` uint8 ``[3, H, W]`` a frame, and what else there is."""
-        ...
+        raise NotImplementedError
 
 
 def text(path: str | Path) -> str:
@@ -109,12 +121,6 @@ def with_distinct_names(items: Sequence[Item]) -> list[Item]:
         taken.add(name)
         distinct.append(replace(item, name=name + slash))
     return distinct
-
-
-def check_actions(actions: bool, options: FrameOptions) -> None:
-    """Raises ValueError for actions together with a stride, which leaves steps out."""
-    if actions and options.stride > 1:
-        raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
 
 
 def leading_actions(left: np.ndarray) -> np.ndarray:
@@ -139,9 +145,9 @@ def choose_camera(pictures: Sequence[str], camera: str | None, root: Path) -> st
     Raises:
         ValueError: there is none, or several fit.
     """
-    fitting = [x for x in pictures if camera in (None, x, re.split(r"[./]", x)[-1])]
-    if camera is not None and camera in pictures:
+    if camera in pictures:
         return camera
+    fitting = [x for x in pictures if camera in (None, re.split(r"[./]", x)[-1])]
     if len(fitting) == 1:
         return fitting[0]
     if not pictures:

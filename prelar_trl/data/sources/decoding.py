@@ -74,16 +74,16 @@ def _video(
     with container:
         stream = picture_stream(container)
         stream.thread_type = "NONE"  # one process a core is faster than threads within a clip
+        decoding, scale = _Decoding(container, stream, notes, section), _Scaler(options)
         if section is None:
-            sizes = trusted(_Decoding(container, stream, notes), _Scaler(options), options.stride)
-        else:
-            scale = _SectionScaler(options, section)
-            sizes = trusted(_SectionDecoding(container, stream, notes, section), scale, 1)
-        first = next(sizes, None)
-        if first is None:
-            raise ClipError("damaged: no frame can be decoded" if notes else "no frame in it")
-        yield first
-        yield from sizes
+            yield from trusted(decoding, scale, options.stride)
+            return
+
+        def scale_chosen(frame: av.VideoFrame) -> Sizes | None:
+            number = section.number(frame)
+            return scale(frame) if number >= 0 and number % options.stride == 0 else None
+
+        yield from trusted(decoding, scale_chosen, 1)
 
 
 def picture_stream(container: InputContainer) -> VideoStream:
@@ -94,26 +94,32 @@ def picture_stream(container: InputContainer) -> VideoStream:
     """
     streams = [s for s in container.streams.video if not s.disposition & COVERS]
     known = [s for s in streams if s.codec_context is not None]  # damage invents streams
-    if streams and not known:
-        raise ClipError("no decoder for its pictures")
-    streams = known
-    if not streams:
-        raise ClipError("no picture in it (audio only?)")
+    if not known:
+        why = "no decoder for its pictures" if streams else "no picture in it (audio only?)"
+        raise ClipError(why)
     return max(
-        streams,
+        known,
         key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, -s.index),
     )
 
 
 class _Decoding:
-    """Decodes a stream to its end, whatever happens.
+    """Decodes a stream, or from the last key frame before a section to its end, whatever happens.
 
     Frames come in the order in which they are shown, as (number, frame): the number counts packets
     in the order of decoding. A packet that is damaged or cannot be decoded gives (number, None).
     """
 
-    def __init__(self, container: InputContainer, stream: VideoStream, notes: Counter[str]) -> None:
-        self.container, self.stream, self.notes = container, stream, notes
+    def __init__(
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        notes: Counter[str],
+        section: Section | None,
+    ) -> None:
+        self.container, self.stream, self.notes, self.section = container, stream, notes, section
+        if section is not None:
+            container.seek(int(section.begin / (stream.time_base or 1)), stream=stream)
         self.end = 0.0  # seconds, of the last frame
         self.longest = 0.0  # between two frames, jumps aside
 
@@ -125,6 +131,8 @@ class _Decoding:
                 yield number, None
             for frame in frames or ():
                 self._note_time(frame)
+                if self.section and self.section.number(frame) >= self.section.frames:
+                    return
                 yield (number if frame.opaque is None else cast(int, frame.opaque)), frame
         if self._promised() > 1.05 * self.end + 0.5:
             self.notes[BREAKS_OFF] = 1
@@ -173,27 +181,6 @@ class _Decoding:
         return 0.0
 
 
-class _SectionDecoding(_Decoding):
-    """Decodes from the last key frame before a section to its end."""
-
-    def __init__(
-        self,
-        container: InputContainer,
-        stream: VideoStream,
-        notes: Counter[str],
-        section: Section,
-    ) -> None:
-        super().__init__(container, stream, notes)
-        self.section = section
-        container.seek(int(section.begin / (stream.time_base or 1)), stream=stream)
-
-    def __iter__(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
-        for number, frame in super().__iter__():
-            if frame is not None and self.section.number(frame) >= self.section.frames:
-                return
-            yield number, frame
-
-
 def trusted(
     decoding: _Decoding, scale: Callable[[av.VideoFrame], Sizes | None], stride: int
 ) -> Iterator[Sizes]:
@@ -230,7 +217,7 @@ def trusted(
 
 
 class _Scaler:
-    """Frames in the sizes that are needed, upright."""
+    """Brings frames to the sizes that are needed, upright."""
 
     def __init__(self, options: FrameOptions) -> None:
         self.options = options
@@ -257,17 +244,6 @@ class _Scaler:
         array = scaled.to_ndarray()
         top, left = (height - size) // 2, (width - size) // 2
         return array[top : top + size, left : left + size]
-
-
-class _SectionScaler:
-    """Every ``stride``-th frame of a section, scaled; None for the others."""
-
-    def __init__(self, options: FrameOptions, section: Section) -> None:
-        self.scale, self.stride, self.section = _Scaler(options), options.stride, section
-
-    def __call__(self, frame: av.VideoFrame) -> Sizes | None:
-        number = self.section.number(frame)
-        return self.scale(frame) if number >= 0 and number % self.stride == 0 else None
 
 
 def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:

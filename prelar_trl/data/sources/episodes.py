@@ -21,7 +21,7 @@ from prelar_trl.data.sources.base import (
     ClipError,
     Frame,
     Item,
-    check_actions,
+    Source,
     text,
     with_distinct_names,
 )
@@ -33,36 +33,23 @@ from prelar_trl.utils import atomic_write
 _STAMP = "20000101T000000"  # exported files carry no date, so that they can be compared
 
 
-class EpisodeFolder:
-    """The ``.npz`` files of a folder, ordered by name.
+class EpisodeFolder(Source):
+    """The ``.npz`` files of a folder, ordered by name; see `Source`.
 
-    Args:
-        root: the folder.
-        options: how frames are made; a stride leaves actions out.
-        actions: also store the actions, for probes. RLBench's are left out officially.
-
-    Raises:
-        FileNotFoundError: ``root`` is no folder.
-        ValueError: actions were asked for together with a stride.
+    RLBench's actions are left out officially.
     """
 
     kind = "episodes"
     decoder = f"NumPy, {PICTURE_DECODER}"
 
     def __init__(self, root: str | Path, options: FrameOptions, *, actions: bool = False) -> None:
-        self.root, self.options, self.actions = Path(root), options, actions
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
-        check_actions(actions, options)
-        self.left_out: dict[str, list[str]] = {}
+        super().__init__(root, options, actions)
         for file in sorted(self.root.iterdir()):
             if file.suffix.lower() != ".npz" and not file.is_dir():
                 reason = f"{file.suffix} files" if file.suffix else "files without suffix"
-                self.left_out.setdefault(reason, []).append(text(file.name))
-
-    def items(self) -> list[Item]:
-        """See `Source.items`."""
-        return with_distinct_names([Item(text(file.name), file) for file in npz_files(self.root)])
+                self.left_out[reason].append(text(file.name))
+        items = [Item(text(file.name), file) for file in npz_files(self.root)]
+        self._items = with_distinct_names(items)
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""

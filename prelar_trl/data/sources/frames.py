@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
@@ -39,21 +39,16 @@ class FrameOptions:
     def __post_init__(self) -> None:
         check_settings(type(self), vars(self))
 
-    @property
-    def info(self) -> dict[str, Any]:
-        """As JSON, for the store's metadata."""
-        return asdict(self)
-
 
 Sizes = tuple[np.ndarray, np.ndarray | None]  # [size, size, 3] and gray [FLOW_SIZE, FLOW_SIZE]
 
 
 def sized_clip(frames: Iterator[Sizes], options: FrameOptions, notes: Counter[str]) -> Clip:
-    """A clip of frames that have their size already."""
-    return Clip(_frames(frames, options), notes)
+    """A clip of frames that have their size already; ``notes`` as in `Clip`."""
+    return Clip(_frames(frames, options, notes), notes)
 
 
-def _frames(frames: Iterator[Sizes], options: FrameOptions) -> Iterator[Frame]:
+def _frames(frames: Iterator[Sizes], options: FrameOptions, notes: Counter[str]) -> Iterator[Frame]:
     flow = FlowPictures(options.size) if options.flow else None
     empty = True
     for color, gray in islice(frames, options.max_frames):
@@ -63,7 +58,7 @@ def _frames(frames: Iterator[Sizes], options: FrameOptions) -> Iterator[Frame]:
             frame["flow"] = _channels_first(flow(gray))
         yield frame
     if empty:
-        raise ClipError("no frame in it")
+        raise ClipError("damaged: no frame can be decoded" if notes else "no frame in it")
 
 
 def _channels_first(frame: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prelar_trl.data.sources.base import Clip, ClipError, Item
+from prelar_trl.data.sources.base import Clip, ClipError, Item, Source
 from prelar_trl.data.sources.decoding import DECODER, video_clip
 from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, picture_clip
@@ -21,15 +21,15 @@ from prelar_trl.utils import atomic_write
 _SPLITS = {"train": "train", "validation": "heldout"}
 
 
-class SomethingSomething:
+class SomethingSomething(Source):
     """The data set as it is distributed: ``<id>.webm`` and ``labels/train/validation.json``.
 
+    Training clips come first, then validation clips, in the order of the lists.
     Both the newer names of the lists and the older ``something-something-v2-train.json`` are found,
     in ``root`` or one folder below, as are the videos.
 
     Args:
-        root: the folder.
-        options: how frames are made.
+        root, options: see `Source`.
         labels: keep clips of these classes only: class numbers or template texts (with or without
             brackets). None keeps all.
 
@@ -49,13 +49,11 @@ class SomethingSomething:
         *,
         labels: Sequence[int | str] | None = None,
     ) -> None:
-        self.root, self.options = Path(root), options
-        self.left_out: dict[str, list[str]] = {}
+        super().__init__(root, options)
         self.classes = _read_classes(_find_list(self.root, "labels"))
         files = {name: _find_list(self.root, name) for name in _SPLITS}
         wanted = None if labels is None else {_class_number(x, self.classes) for x in labels}
-        self._videos = _video_folder(self.root)
-        self._items: list[Item] = []
+        videos = _video_folder(self.root)
         places: dict[str, str] = {}
         for name, split in _SPLITS.items():
             for place, clip, template in _read_records(files[name]):
@@ -67,11 +65,7 @@ class SomethingSomething:
                     )
                 _note_place(places, clip, place)
                 if wanted is None or number in wanted:
-                    self._items.append(Item(clip, self._videos / f"{clip}.webm", number, split))
-
-    def items(self) -> list[Item]:
-        """Training clips, then validation clips, in the order of the lists."""
-        return self._items
+                    self._items.append(Item(clip, videos / f"{clip}.webm", number, split))
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
@@ -80,12 +74,12 @@ class SomethingSomething:
         return video_clip(item.path, self.options)
 
 
-class FrameLists:
+class FrameLists(Source):
     """Official JPEG layout: ``<root>/<id>/000001.jpg ...`` and text lists of ``id frames class``.
 
     Args:
         root: the folder of the clips' folders.
-        options: how frames are made.
+        options: see `Source`.
         lists: split -> text list, e.g. ``{"train": "train.txt", "heldout": "validation.txt"}``.
         labels: keep clips of these class numbers only.
 
@@ -106,26 +100,18 @@ class FrameLists:
         lists: dict[str, str | Path],
         labels: Sequence[int] | None = None,
     ) -> None:
-        self.root, self.options = Path(root), options
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
+        super().__init__(root, options)
         for label in labels or ():
             if not isinstance(label, int):
                 raise ValueError(
                     f"label {label!r} is no class number: text lists hold no templates"
                 )
-        self.left_out: dict[str, list[str]] = {}
-        self._items: list[Item] = []
         places: dict[str, str] = {}
         for split, file in lists.items():
-            for line, (name, frames, number) in _read_lines(Path(file)):
-                _note_place(places, name, f"{str(file)!r} line {line}")
+            for place, name, frames, number in _read_list(Path(file)):
+                _note_place(places, name, place)
                 if labels is None or number in labels:
                     self._items.append(Item(name, self.root / name, number, split, frames))
-
-    def items(self) -> list[Item]:
-        """The clips in the order of the lists."""
-        return self._items
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
@@ -136,16 +122,8 @@ class FrameLists:
         return picture_clip(paths, self.options)
 
 
-def read_list(file: Path) -> list[tuple[str, int, int]]:
-    """Reads an official text list: ``(id, frames, class)`` a line. Ids may hold spaces.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file and line.
-    """
-    return [entry for _, entry in _read_lines(file)]
-
-
-def _read_lines(file: Path) -> Iterator[tuple[int, tuple[str, int, int]]]:
+def _read_list(file: Path) -> Iterator[tuple[str, str, int, int]]:
+    """Place in the file, id (which may hold spaces), frames and class of each line."""
     if not file.is_file():
         raise FileNotFoundError(f"list {str(file)!r} does not exist")
     try:
@@ -155,24 +133,19 @@ def _read_lines(file: Path) -> Iterator[tuple[int, tuple[str, int, int]]]:
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line:
             continue
+        place = f"{str(file)!r} line {number}"
         try:
             name, frames, label = line.rsplit(maxsplit=2)
-            entry = (name, int(frames), int(label))
-            if entry[1] < 1:
+            length, number = int(frames), int(label)
+            if length < 1:
                 raise ValueError
         except ValueError:
-            raise ValueError(
-                f"{str(file)!r} line {number} is {line!r}, not 'id frames class'"
-            ) from None
-        yield number, entry
+            raise ValueError(f"{place} is {line!r}, not 'id frames class'") from None
+        yield place, name, length, number
 
 
 def _note_place(places: dict[str, str], clip: str, place: str) -> None:
-    """Remembers where a clip is listed.
-
-    Raises:
-        ValueError: it is listed already.
-    """
+    """Remembers where a clip is listed; ValueError if it is already."""
     if clip in places:
         raise ValueError(f"clip {clip!r} is listed twice: {places[clip]} and {place}")
     places[clip] = place
@@ -241,13 +214,15 @@ def _class_number(label: int | str, classes: dict[str, int]) -> int:
 def list_file(root: Path, name: str) -> Path | None:
     """Where a JSON list of the data set lies, None if nowhere."""
     names = (f"{name}.json", f"something-something-v2-{name}.json")
-    folders = [root, *sorted(filter(os.path.isdir, root.iterdir()))] if root.is_dir() else []
-    return next((f / n for f in folders for n in names if os.path.isfile(f / n)), None)
+    return next((f / n for f in _folders(root) for n in names if os.path.isfile(f / n)), None)
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folder and those in it."""
+    return [root, *sorted(filter(os.path.isdir, root.iterdir()))]
 
 
 def _find_list(root: Path, name: str) -> Path:
-    if not root.is_dir():
-        raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
     file = list_file(root, name)
     if file is None:
         raise FileNotFoundError(f"no {name}.json in {str(root)!r} or in a folder below it")
@@ -290,7 +265,7 @@ def _read_records(file: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _video_folder(root: Path) -> Path:
-    for folder in (root, *sorted(filter(os.path.isdir, root.iterdir()))):
+    for folder in _folders(root):
         if next(folder.glob("*.webm"), None) is not None:
             return folder
     raise FileNotFoundError(f"no .webm file in {str(root)!r} or in a folder below it")

@@ -22,9 +22,8 @@ import numpy as np
 
 from prelar_trl.data.sources.base import (
     Clip,
-    Frame,
     Item,
-    check_actions,
+    Source,
     choose_camera,
     leading_actions,
 )
@@ -68,7 +67,7 @@ class Entry:
         return np.memmap(self.path, self.dtype, "r", shape=self.shape)
 
 
-class TensorDictFolder:
+class TensorDictFolder(Source):
     """One picture of a TensorDict of steps; an episode is a clip.
 
     Episodes are the second dimension of a batch ``[E, T]`` (without what ``mask`` leaves out), else
@@ -76,8 +75,7 @@ class TensorDictFolder:
     a next picture, an episode's last frame is that of its last step.
 
     Args:
-        root: the folder.
-        options: how frames are made; a stride leaves actions out.
+        root, options: see `Source`.
         camera: the entry to show, such as ``observation/image``, or the last part of its name.
             Default: the only one. Pictures are uint8 ``[3, H, W]``, ``[H, W, 3]``, one channel, or
             ``[H, W]``.
@@ -100,8 +98,7 @@ class TensorDictFolder:
         camera: str | None = None,
         actions: bool = False,
     ) -> None:
-        self.root, self.options, self.actions = Path(root), options, actions
-        self.left_out: dict[str, list[str]] = {}
+        super().__init__(root, options, actions)
         folder = _td_folder(self.root)
         if not (folder / "meta.json").is_file():
             raise FileNotFoundError(f"{str(folder / 'meta.json')!r} is missing: no TensorDict")
@@ -120,26 +117,24 @@ class TensorDictFolder:
             if not name.startswith("next/") and _is_picture(entry, len(self.batch))
         ]
         self.camera = choose_camera(pictures, camera, self.root)
-        check_actions(actions, options)
         if actions and "action" not in self.entries:
             raise ValueError(f"source {str(root)!r} has no entry 'action'")
         others = [name for name in pictures if name != self.camera]
         if others:
             self.left_out["pictures that were not chosen"] = others
         self._episodes = {f"{n:06d}": rows for n, rows in enumerate(self._cut(folder))}
-
-    def items(self) -> list[Item]:
-        """See `Source.items`."""
         path = self.entries[self.camera].path
-        return [Item(name, path, frames=len(rows)) for name, rows in self._episodes.items()]
+        self._items = [Item(n, path, frames=len(rows)) for n, rows in self._episodes.items()]
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
         rows = self._episodes[item.name]
         clip = array_clip(self._pictures(rows), self.options)
-        if not self.actions:
-            return clip
-        return Clip(self._with_actions(clip, rows), clip.notes)
+        if self.actions:
+            actions = leading_actions(self._flat("action")[rows])
+            pairs = zip(clip.frames, actions, strict=False)
+            clip.frames = (frame | {ACTIONS: action} for frame, action in pairs)
+        return clip
 
     def _pictures(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         array = self._flat(self.camera)
@@ -147,11 +142,6 @@ class TensorDictFolder:
             yield _as_rgb(array[row])
         if f"next/{self.camera}" in self.entries:
             yield _as_rgb(self._flat(f"next/{self.camera}")[rows[-1]])
-
-    def _with_actions(self, clip: Clip, rows: np.ndarray) -> Iterator[Frame]:
-        actions = leading_actions(self._flat("action")[rows])
-        for frame, action in zip(clip.frames, actions, strict=False):
-            yield frame | {ACTIONS: action}
 
     def _flat(self, name: str) -> np.ndarray:
         """An entry with one batch dimension."""
