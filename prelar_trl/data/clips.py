@@ -97,12 +97,10 @@ class VideoClips:
         if labels:
             self._labeled = self._choose_labeled(labels, seed)
             self.storage.streams["action"] = ACTIONS
-            share = float(self._labeled.sum()) / self.num_clips
-            rows = max(1, round(share * batch_size))
+            rows = max(1, round(float(self._labeled.sum()) / self.num_clips * batch_size))
             labeled = make_sampler(seed=seed + 2)
-            episodes = self.storage.episodes()
             lengths = torch.where(self._labeled, self._lengths, 0)
-            labeled.set_episodes(lengths, starts=episodes["starts"])
+            labeled.set_episodes(lengths, starts=self.storage.episodes()["starts"])
             sampler = FixedShareSampler(labeled, self.sampler, rows)
         self.buffer = ReplayBuffer(
             storage=self.storage,
@@ -157,9 +155,8 @@ class VideoClips:
         batch = self._prefetcher.next()
         episode = batch.pop("episode")
         if "action" in self.storage.streams:
-            labeled = self._labeled[episode]
-            batch["labeled"] = labeled
-            batch["action"] = batch["action"] * labeled
+            batch["labeled"] = self._labeled[episode]
+            batch["action"] = batch["action"] * batch["labeled"]
         return batch.to(self.device, non_blocking=True)
 
     def sample_with_actions(self) -> TensorDict:
@@ -306,9 +303,7 @@ def _clips_of(store: ClipStore, split: Split, heldout: float) -> np.ndarray:
         )
     order = sorted(range(len(store)), key=lambda clip: _digest(store.names[clip]))
     count = min(max(1, round(heldout * len(store))), len(store) - 1)
-    held = np.zeros(len(store), dtype=bool)
-    held[order[:count]] = True
-    return every[held] if split == "heldout" else every[~held]
+    return every[np.isin(every, order[:count]) == (split == "heldout")]
 
 
 def _digest(text: str) -> bytes:

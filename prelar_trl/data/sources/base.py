@@ -24,30 +24,21 @@ class ClipError(ValueError):
 
 @dataclass(frozen=True)
 class Item:
-    """One clip of a source, not yet read.
+    """One clip of a source, not yet read."""
 
-    Args:
-        name: unique within the source, any text.
-        path: the file or folder.
-        label: class, template or None.
-        split: ``train``, ``heldout`` or None.
-        frames: how many frames a list promises, or None.
-    """
-
-    name: str
-    path: Path
-    label: str | int | None = None
-    split: str | None = None
-    frames: int | None = None
+    name: str  # unique within the source, any text
+    path: Path  # the file or folder
+    label: str | int | None = None  # class or template
+    split: str | None = None  # train or heldout
+    frames: int | None = None  # how many a list promises
 
 
 @dataclass
 class Clip:
     """A clip that is being read, one frame in memory at a time.
 
-    Args:
-        frames: can be read once; raises `ClipError` when the clip turns out to be of no use.
-        notes: what was left out of the clip, reason -> how many; known when ``frames`` has ended.
+    ``frames`` can be read once; it raises `ClipError` when the clip turns out to be of no use.
+    ``notes`` tells then what was left out of the clip, reason -> how many.
     """
 
     frames: Iterator[Frame]

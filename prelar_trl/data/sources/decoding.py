@@ -226,7 +226,10 @@ class _Scaler:
 
     def __call__(self, frame: av.VideoFrame) -> Sizes:
         if frame.key_frame or self.matrix == ():
-            self.matrix = display_matrix(frame)
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+            self.matrix = None
+            if matrix is not None:
+                self.matrix = tuple(np.frombuffer(matrix, np.int32).tolist())
         color = upright(self._scale(frame, self.options.size, "rgb24"), self.matrix)
         if not self.options.flow:
             return color, None
@@ -235,9 +238,8 @@ class _Scaler:
     def _scale(self, frame: av.VideoFrame, size: int, pixel_format: str) -> np.ndarray:
         width, height = size, size
         if self.options.resize == "crop":
-            short = min(frame.width, frame.height)
             sides = (frame.width, frame.height)
-            width, height = (max(size, round(side * size / short)) for side in sides)
+            width, height = (max(size, round(side * size / min(sides))) for side in sides)
         scaled = self.reformatters[pixel_format].reformat(
             frame, width, height, pixel_format, interpolation=Interpolation.AREA
         )
@@ -246,14 +248,8 @@ class _Scaler:
         return array[top : top + size, left : left + size]
 
 
-def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
-    """The 9 numbers of a frame's display matrix, row by row."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    return None if matrix is None else tuple(np.frombuffer(matrix, np.int32).tolist())
-
-
 def upright(picture: np.ndarray, matrix: tuple[int, ...] | None) -> np.ndarray:
-    """A picture ``[H, W, ...]`` turned and mirrored as a display matrix says.
+    """A picture ``[H, W, ...]`` turned and mirrored as a display matrix says, 9 numbers by row.
 
     The matrix takes (column, row) of the stored picture to that of the shown one:
     ``x' = a x + c y, y' = b x + d y``, here to the nearest quarter turn.

@@ -34,8 +34,6 @@ from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS
 from prelar_trl.utils import read_json
 
-__all__ = ["LeRobotDataset", "is_lerobot"]
-
 INFO = Path("meta", "info.json")
 MISSING = "frames missing at the end"
 

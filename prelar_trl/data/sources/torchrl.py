@@ -32,8 +32,6 @@ from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS
 from prelar_trl.utils import read_json
 
-__all__ = ["TensorDictFolder", "is_tensordict"]
-
 EPISODES = ("episode", "traj_ids", "collector/traj_ids")  # numbers of the episode of each row
 DONE = ("next/done", "done")
 
@@ -55,11 +53,7 @@ class Entry:
     dtype: str
 
     def open(self) -> np.ndarray:
-        """The whole array, not yet read.
-
-        Raises:
-            ValueError: the file has another size.
-        """
+        """The whole array, not yet read; ValueError if the file has another size."""
         size = self.path.stat().st_size
         needed = math.prod(self.shape) * np.dtype(self.dtype).itemsize
         if size != needed:
