@@ -26,6 +26,8 @@ from prelar_trl.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 _KEYS = ("pixels", "action", ("next", "pixels"), ("next", "reward"), ("next", "done"))
+_FLOATS = {"action": "[A]", ("next", "reward"): "[1]", "vector": "[V]", ("next", "vector"): "[V]"}
+_FLAGS = (("next", "done"), ("next", "terminated"), "is_first")
 _TRAJECTORY = ("collector", "traj_ids")
 _MASK = ("collector", "mask")
 _STREAMS = {
@@ -245,12 +247,13 @@ class EpisodeWriter(Writer):
         no = torch.zeros(data.shape, dtype=torch.bool)
         flags = (("next", "done"), "is_first", ("next", "dropped"))
         done, first, lost = (data.get(key, no).reshape(data.shape).cpu() for key in flags)
-        ids = data.get(_TRAJECTORY, None)
-        ids = None if ids is None else ids.reshape(data.shape).cpu()
-        for worker in range(data.shape[0]):
-            number = None if ids is None else ids[worker]
-            for begin, end in _pieces(done[worker], first[worker], number):
-                key = worker if ids is None else ("trajectory", int(ids[worker, begin]))
+        workers = torch.arange(len(data)).unsqueeze(1).expand(data.shape)
+        ids = data.get(_TRAJECTORY, workers).reshape(data.shape).cpu()
+        has_ids = _TRAJECTORY in data.keys(include_nested=True)
+        for worker in range(len(data)):
+            for begin, end in _pieces(done[worker], first[worker], ids[worker]):
+                number = int(ids[worker, begin])
+                key = ("trajectory", number) if has_ids else number
                 if bool(lost[worker, end - 1]):
                     self.pending.pop(key, None)
                     continue
@@ -269,12 +272,12 @@ class EpisodeWriter(Writer):
         keys = data.keys(include_nested=True, leaves_only=True)
         if _MASK in keys and not bool(data[_MASK].all()):
             raise ValueError("the data are padded: make the collector with split_trajs=False")
-        missing = [k for k in _KEYS if k not in keys]
-        if missing:
+        if missing := [k for k in _KEYS if k not in keys]:
             raise ValueError(f"the data lack {', '.join(map(str, missing))}")
         for key in ("pixels", ("next", "pixels")):
             pixels = data[key]
-            if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] % 3:
+            is_image = pixels.dtype == torch.uint8 and pixels.ndim == 5 and pixels.numel()
+            if not is_image or pixels.shape[2] % 3:
                 raise ValueError(
                     f"{key} must be uint8 [3, H, W] per step (or 3 channels a picture), got "
                     f"{pixels.dtype} {list(pixels.shape[2:])}"
@@ -282,26 +285,20 @@ class EpisodeWriter(Writer):
         if data["pixels"].shape != data["next", "pixels"].shape:
             shapes = [list(data[key].shape[2:]) for key in ("pixels", ("next", "pixels"))]
             raise ValueError(f"pixels is {shapes[0]} per step, but {shapes[1]} in next")
-        for key, shape in (("action", "[A]"), ("pixels", "[3, H, W]"), ("vector", "[V]")):
-            value = data.get(key, None)
-            if value is not None and (not value.numel() or (key == "action" and value.ndim != 3)):
-                raise ValueError(f"{key} must be {shape} per step, got {list(value.shape[2:])}")
-        for key in (("next", "reward"), ("next", "done"), ("next", "terminated"), "is_first"):
-            value = data.get(key, None)
-            if value is not None and value.numel() != data.numel():
-                raise ValueError(f"{key} must be [1] per step, got {list(value.shape[2:])}")
-            if value is not None and key != ("next", "reward") and value.dtype != torch.bool:
-                raise ValueError(f"{key} must be bool, got {value.dtype}")
-        for key in ("action", ("next", "reward"), "vector", ("next", "vector")):
-            if (value := data.get(key, None)) is None:
+        for key in (*_FLOATS, *_FLAGS):
+            if key not in keys:
                 continue
-            if not value.is_floating_point():
-                raise ValueError(f"{key} must be floating point, got {value.dtype}")
+            value, form = data[key], _FLOATS.get(key, "[1]")
+            is_whole = value.numel() == data.numel() if form == "[1]" else value.numel() > 0
+            if not is_whole or (key == "action" and value.ndim != 3):
+                raise ValueError(f"{key} must be {form} per step, got {list(value.shape[2:])}")
+            if not (value.is_floating_point() if key in _FLOATS else value.dtype == torch.bool):
+                kind = "floating point" if key in _FLOATS else "bool"
+                raise ValueError(f"{key} must be {kind}, got {value.dtype}")
             if not bool(value.isfinite().all()):
                 worker, step = (~value.isfinite()).nonzero()[0, :2].tolist()
                 raise ValueError(f"{key} is NaN or infinite at step {step} of environment {worker}")
-        vector = ["vector"] if "vector" in data.keys() else []
-        for key in ("pixels", "action", *vector):
+        for key in [key for key in ("pixels", "action", "vector") if key in keys]:
             have, got = self._storage.frame_shape(key), list(data[key].shape[2:])
             if have not in (None, got):
                 raise ValueError(
@@ -339,16 +336,12 @@ class EpisodeWriter(Writer):
             raise ValueError(f"{file} holds no unfinished episodes ({error!r})") from error
 
 
-def _pieces(done: Tensor, first: Tensor, number: Tensor | None) -> list[tuple[int, int]]:
+def _pieces(done: Tensor, first: Tensor, number: Tensor) -> list[tuple[int, int]]:
     """Cuts ``[T]`` behind a ``done``, before a ``first`` and where another number begins."""
-    cut = done.clone()
-    cut[:-1] |= first[1:]
-    if number is not None:
-        cut[:-1] |= number[1:] != number[:-1]
-    ends = (cut.nonzero().squeeze(-1) + 1).tolist()
-    if not ends or ends[-1] != len(done):
-        ends.append(len(done))
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    begin = torch.ones_like(done)
+    begin[1:] = done[:-1] | first[1:] | (number[1:] != number[:-1])
+    begins = begin.nonzero().squeeze(-1).tolist()
+    return list(zip(begins, [*begins[1:], len(done)], strict=True))
 
 
 def _rows(steps: TensorDictBase, new: bool) -> TensorDict:
