@@ -265,7 +265,6 @@ class VideoClips:
         storage.streams = {name: name for name in self.streams}
         storage.set_clips(
             [store.shards for store in self.stores],
-            frames.cumsum() - frames,
             frames,
             np.concatenate(where),
             weights=self._weights,

@@ -95,13 +95,14 @@ class EpisodeStorage(FrameStorage):
         clips = store.clips if store else []
         where = np.array([(0, c.shard, c.row) for c in clips], np.int64).reshape(-1, 3)
         frames = np.array([c.frames for c in clips], np.int64)
-        start = frames.cumsum() - frames
+        start = 0
         shards: Sequence[MappedShards] = ()
         if store is not None and clips:
-            start += store.num_evicted_frames
+            start = store.num_evicted_frames
             shards = self._shards or [MappedShards(self.path, store.streams)]
             self.streams = {k: x for k, x in _STREAMS.items() if x in store.streams}
-        self.set_clips(shards, start, frames, where, first=self.num_written - len(clips))
+        first = self.num_written - len(clips)
+        self.set_clips(shards, frames, where, start=start, first=first)
 
     def episodes(self) -> dict[str, Any]:
         """The whole clips; those that were found damaged have no frames."""

@@ -203,12 +203,6 @@ class Shards:
             if not record.get("whole", True):
                 self.damaged.add(record["name"])
 
-    def append(self, data: Mapping[str, Iterable[Buffer]], record: dict[str, Any]) -> None:
-        """Appends a clip to the open shard; see `OpenShard.append`."""
-        place = Place(record["name"], self.open.number, self.open.frames, record["frames"])
-        self.open.append(data, record)
-        self.clips.append(place)
-
     def seal(self) -> None:
         """Seals the open shard, if it holds a clip, and opens the next."""
         if self.open.clips:

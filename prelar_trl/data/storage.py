@@ -40,15 +40,15 @@ class FrameStorage(Storage):
         self.streams: dict[str, str] = {}
         self.revision = -1
         none = np.zeros(0, np.int64)
-        self.set_clips((), none, none, none.reshape(0, 3))
+        self.set_clips((), none, none.reshape(0, 3))
 
     def set_clips(
         self,
         shards: Sequence[MappedShards],
-        start: np.ndarray,
         frames: np.ndarray,
         where: np.ndarray,
         *,
+        start: int = 0,
         first: int = 0,
         weights: torch.Tensor | None = None,
     ) -> None:
@@ -56,16 +56,15 @@ class FrameStorage(Storage):
 
         Args:
             shards: the files of each store.
-            start: int64 ``[E]``, ascending: place of each clip's first frame.
             frames: int64 ``[E]``: length.
             where: int64 ``[E, 3]``: store, shard, first frame within the shard.
-            first: number of the first clip.
+            start, first: place of the first clip's first frame, and number of that clip.
             weights: ``[stores]``: how often each store is drawn, in any unit; see `WindowSampler`.
         """
         self._shards, self._first, self._weights = shards, first, weights
-        self._start, self._frames, self._where = start, frames, where
+        self._start, self._frames, self._where = start + frames.cumsum() - frames, frames, where
         self.revision += 1
-        self._end = int(start[-1] + frames[-1]) if len(start) else 0
+        self._end = start + int(frames.sum())
 
     @property
     def whole(self) -> slice:

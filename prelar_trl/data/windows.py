@@ -154,17 +154,13 @@ class WindowSampler(StatefulSampler):
         for name, x in (("starts", starts), ("groups", groups)):
             if x is not None and (x.dtype != torch.int64 or x.shape != lengths.shape):
                 raise ValueError(f"{name} {x.dtype} {list(x.shape)} must be int64 {len(lengths)}")
-        if group_weights is not None and groups is not None:
+        counts = (lengths - self.length + 1).clamp(min=0)
+        weights = (counts if self.strategy == "frames" else lengths >= self.shortest).double()
+        if groups is not None and group_weights is not None:
             if not bool((group_weights >= 0).all() & group_weights.isfinite().all()):
                 raise ValueError("group_weights must be finite, none negative")
             if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < len(group_weights):
                 raise ValueError(f"groups must lie in 0..{len(group_weights) - 1}")
-        counts = (lengths - self.length + 1).clamp(min=0)
-        if self.strategy == "frames":
-            weights = counts.double()
-        else:
-            weights = (lengths >= self.shortest).double()
-        if groups is not None and group_weights is not None:
             if self.strategy == "epoch":
                 raise ValueError("strategy='epoch' takes every clip once: leave out the weights")
             share = torch.zeros(len(group_weights), dtype=torch.float64)
@@ -175,7 +171,6 @@ class WindowSampler(StatefulSampler):
         self._starts, self._capacity = starts, capacity
         self._cumulative = weights.cumsum(0)
         self._eligible = weights.nonzero().squeeze(-1)
-        self._short = bool((lengths[self._eligible] < self.length).any())
         if self._order is not None and len(self._order) != len(self._eligible):
             self._order = self._order_rng = None  # other episodes: the epoch begins anew
 
@@ -280,10 +275,6 @@ class WindowSampler(StatefulSampler):
         return self._eligible[torch.randperm(len(self._eligible), generator=self._shuffler)]
 
     def _draw_prioritized(self, rows: int) -> Windows:
-        if self.min_length >= self.length and not self._short:  # one window fills a row
-            episode, start, frames = self._prioritized(rows)
-            offset = torch.arange(rows) * self.length
-            return Windows(episode, start, frames.clamp(max=self.length), offset)
         pieces: list[tuple[int, int, int, int]] = []
         end = rows * self.length
         offset = 0

@@ -282,7 +282,10 @@ class ClipWriter:
             if self._shards.open.clips and size > self.settings["shard_bytes"]:
                 self._shards.seal()
                 self._write_meta()
-            self._shards.append(data, record)
+            shard = self._shards.open
+            place = Place(name, shard.number, shard.frames, frames)
+            shard.append(data, record)
+        self.clips.append(place)
         self.done.add(name)
 
     def _mark_unfinished(self) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
@@ -32,22 +31,16 @@ REORDERED = 16  # B-frames in a row, at most; streams of nothing but B-frames ex
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a video file, in seconds from its beginning: ``begin <= time < end``."""
+class Section(NamedTuple):
+    """A part of a video file: so many frames from ``begin``, in seconds, on."""
 
     begin: float
-    end: float
+    frames: int
     fps: float
 
     def number(self, frame: av.VideoFrame) -> int:
         """Which frame of the section it is; below 0 before it."""
         return round(((frame.time or 0.0) - self.begin) * self.fps)
-
-    @property
-    def frames(self) -> int:
-        """How many it has."""
-        return round((self.end - self.begin) * self.fps)
 
 
 def video_clip(path: Path, options: FrameOptions, section: Section | None = None) -> Clip:

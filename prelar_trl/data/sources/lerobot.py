@@ -101,16 +101,14 @@ class LeRobotDataset(Source):
         for name, episode in sorted(self._episodes.items()):
             label = next(map(str, episode.get("tasks") or ()), None)
             file = self._file(episode, self.is_video)
-            self._items.append(Item(name, file, label, frames=episode["length"]))
+            self._items.append(Item(name, file, label))
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
         episode = self._episodes[item.name]
         if self.is_video:
-            prefix = f"videos/{self.camera}/"
-            begin = episode[prefix + "from_timestamp"]
-            fps = float(self.info["fps"])
-            section = Section(begin, begin + episode["length"] / fps, fps)
+            begin = episode[f"videos/{self.camera}/from_timestamp"]
+            section = Section(begin, episode["length"], float(self.info["fps"]))
             clip = video_clip(item.path, self.options, section)
         else:
             clip = array_clip(self._pictures(episode), self.options)

@@ -118,7 +118,7 @@ class TensorDictFolder(Source):
             self.left_out["pictures that were not chosen"] = others
         self._episodes = {f"{n:06d}": rows for n, rows in enumerate(self._cut(folder))}
         path = self.entries[self.camera].path
-        self._items = [Item(n, path, frames=len(rows)) for n, rows in self._episodes.items()]
+        self._items = [Item(name, path) for name in self._episodes]
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
