@@ -16,8 +16,7 @@ from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from prelar_trl.data.prefetch import Prefetcher
-from prelar_trl.data.storage import FrameStorage
+from prelar_trl.data.storage import FrameStorage, Prefetcher
 from prelar_trl.data.store import ACTIONS, ClipStore
 from prelar_trl.data.windows import FixedShareSampler, Strategy, WindowSampler
 from prelar_trl.utils import check_choice, check_integers

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from prelar_trl.data.episodes import EpisodeStorage, EpisodeWriter
-from prelar_trl.data.prefetch import Prefetcher
+from prelar_trl.data.storage import Prefetcher
 from prelar_trl.data.windows import Strategy, WindowSampler
 from prelar_trl.utils import check_integers
 

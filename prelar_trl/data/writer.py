@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prelar_trl.data.shards import Buffer, Place, Shards
-from prelar_trl.data.spool import Spool
+from prelar_trl.data.shards import Buffer, Place, Shards, Spool
 from prelar_trl.data.store import (
     ACTIONS,
     FORMAT,

@@ -7,19 +7,46 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.bounds import Positive, PositiveInt, at_least, check_settings
+from prelar_trl.data.sources.flow import FlowPictures
 
 Frame = dict[str, np.ndarray]  # stream -> one frame, e.g. pixels uint8 [3, H, W]
+Sizes = tuple[np.ndarray, np.ndarray | None]  # [size, size, 3] and gray [FLOW_SIZE, FLOW_SIZE]
 
 
 class ClipError(ValueError):
     """A clip that cannot be used; the message is the reason, without the clip's name."""
+
+
+@dataclass(frozen=True)
+class FrameOptions:
+    """How frames are made.
+
+    Args:
+        size: height and width of a stored frame.
+        resize: ``squeeze`` ignores the aspect ratio (official); ``crop`` takes the middle square.
+        stride: every how many frames one is kept.
+        max_frames: kept frames after which a clip is cut off; None keeps all.
+        flow: also store optical flow as a picture, in the stream ``flow``.
+        white: value that becomes white in pictures of more than 8 bits; None: 65535 for integers,
+            1 for floating-point numbers.
+    """
+
+    size: Annotated[int, at_least(8)] = 64
+    resize: Literal["squeeze", "crop"] = "squeeze"
+    stride: PositiveInt = 1
+    max_frames: PositiveInt | None = None
+    flow: bool = False
+    white: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(type(self), vars(self))
 
 
 @dataclass(frozen=True)
@@ -147,3 +174,25 @@ def choose_camera(pictures: Sequence[str], camera: str | None, root: Path) -> st
     if camera is None:
         raise ValueError(f"source {str(root)!r} has several cameras: add camera=<one of {known}>")
     raise ValueError(f"source {str(root)!r} has no camera {camera!r}; it has {known}")
+
+
+def sized_clip(frames: Iterator[Sizes], options: FrameOptions, notes: Counter[str]) -> Clip:
+    """A clip of frames that have their size already; ``notes`` as in `Clip`."""
+    return Clip(_frames(frames, options, notes), notes)
+
+
+def _frames(frames: Iterator[Sizes], options: FrameOptions, notes: Counter[str]) -> Iterator[Frame]:
+    flow = FlowPictures(options.size) if options.flow else None
+    empty = True
+    for color, gray in islice(frames, options.max_frames):
+        empty = False
+        frame = {"pixels": _channels_first(color)}
+        if flow is not None and gray is not None:
+            frame["flow"] = _channels_first(flow(gray))
+        yield frame
+    if empty:
+        raise ClipError("damaged: no frame can be decoded" if notes else "no frame in it")
+
+
+def _channels_first(frame: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(frame.transpose(2, 0, 1))  # [3, H, W]

@@ -17,9 +17,8 @@ from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from prelar_trl.data.sources.base import Clip, ClipError
+from prelar_trl.data.sources.base import Clip, ClipError, FrameOptions, Sizes, sized_clip
 from prelar_trl.data.sources.flow import FLOW_SIZE
-from prelar_trl.data.sources.frames import FrameOptions, Sizes, sized_clip
 
 DECODER = (
     f"PyAV {av.__version__} (libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))})"

@@ -20,12 +20,12 @@ from prelar_trl.data.sources.base import (
     Clip,
     ClipError,
     Frame,
+    FrameOptions,
     Item,
     Source,
     text,
     with_distinct_names,
 )
-from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS, ClipStore
 from prelar_trl.utils import atomic_write

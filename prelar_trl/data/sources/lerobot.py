@@ -23,13 +23,13 @@ from prelar_trl.data.sources.base import (
     Clip,
     ClipError,
     Frame,
+    FrameOptions,
     Item,
     Source,
     choose_camera,
     leading_actions,
 )
 from prelar_trl.data.sources.decoding import DECODER, Section, video_clip
-from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS
 from prelar_trl.utils import read_json

@@ -12,9 +12,8 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, ImageSequence
 
-from prelar_trl.data.sources.base import Clip, ClipError
+from prelar_trl.data.sources.base import Clip, ClipError, FrameOptions, Sizes, sized_clip
 from prelar_trl.data.sources.flow import FLOW_SIZE
-from prelar_trl.data.sources.frames import FrameOptions, Sizes, sized_clip
 
 PICTURE_DECODER = f"Pillow {PIL.__version__}"
 ANIMATED = (".gif", ".webp", ".png", ".apng", ".avif", ".tif", ".tiff")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import av.logging
 
+from prelar_trl.data.shards import Spool, SpoolError
 from prelar_trl.data.sources.base import ClipError, Item, Source
-from prelar_trl.data.spool import Spool, SpoolError
 from prelar_trl.data.store import SPOOL, ClipStore
 from prelar_trl.data.writer import ClipWriter
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prelar_trl.data.sources.base import Clip, ClipError, Item, Source
+from prelar_trl.data.sources.base import Clip, ClipError, FrameOptions, Item, Source
 from prelar_trl.data.sources.decoding import DECODER, video_clip
-from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, picture_clip
 from prelar_trl.data.store import ClipStore
 from prelar_trl.utils import atomic_write

@@ -8,9 +8,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from prelar_trl.data.sources.base import Clip, ClipError, Item, Source, text, with_distinct_names
+from prelar_trl.data.sources.base import (
+    Clip,
+    ClipError,
+    FrameOptions,
+    Item,
+    Source,
+    text,
+    with_distinct_names,
+)
 from prelar_trl.data.sources.decoding import DECODER, video_clip
-from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.numbering import in_time_order
 from prelar_trl.data.sources.pictures import (
     ANIMATED,
