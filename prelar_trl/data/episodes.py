@@ -42,15 +42,9 @@ _SHARD_BYTES = 2**28
 
 
 class EpisodeStorage(FrameStorage):
-    """A ring of frames in a clip store, an episode a clip; the oldest shards are deleted.
+    """A ring of ``capacity`` frames in a clip store, an episode a clip.
 
-    Args:
-        path: the folder; made if it is missing.
-        capacity: frames kept.
-        pin_memory: read into pinned memory, for a GPU.
-
-    Attributes:
-        num_written: episodes that were ever appended; the number of the next.
+    The oldest shards are deleted. ``num_written`` episodes were ever appended.
 
     Raises:
         ValueError: the folder holds something else, or a replay of another capacity.
@@ -204,11 +198,7 @@ class EpisodeStorage(FrameStorage):
         shutil.copytree(self.path, path)
 
     def loads(self, path: str | Path) -> None:
-        """Takes the place of what `dumps` wrote. What was here is deleted.
-
-        Raises:
-            ValueError: the copy has another capacity.
-        """
+        """Takes what `dumps` wrote; ValueError if that has another capacity."""
         path = Path(path)
         if any(path.iterdir()):
             capacity = read_meta(path)["info"].get("capacity")

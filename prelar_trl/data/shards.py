@@ -44,12 +44,7 @@ class Spool:
         self._files: dict[str, BinaryIO] = {}
 
     def append(self, frame: Mapping[str, np.ndarray]) -> None:
-        """Writes one frame of every stream.
-
-        Raises:
-            ValueError: the streams are others than those of the first frame.
-            SpoolError: no space is left, or the folder cannot be written.
-        """
+        """Writes one frame of every stream; `SpoolError` if it cannot be written."""
         streams = {k: Stream(k, str(a.dtype), a.shape) for k, a in sorted(frame.items())}
         if not self.frames:
             self.streams = streams
@@ -221,10 +216,8 @@ class Shards:
     def resume(self, meta: dict[str, Any], *, keep_damaged: bool = False) -> bool:
         """Finds the clips on the disk; of the open shard the whole ones, the rest is cut off.
 
-        Args:
-            meta: contents of ``store.json``.
-            keep_damaged: look at the data of all shards, and cut nothing off before the last whole
-                clip of the open one: what is damaged stays, see ``damaged``.
+        With ``keep_damaged`` the data of all shards are looked at, and nothing is cut off before the
+        last whole clip of the open one: what is damaged stays, see ``damaged``.
 
         Returns:
             False if there was no clip; what a first one may have left is removed then.
@@ -272,14 +265,9 @@ class Shards:
             self.open.cut()  # what a crash in `truncate` may have left
 
     def evict(self, before: int, save: Callable[[], None]) -> list[Place]:
-        """Deletes the oldest sealed shards, as far as all their clips are below ``before``.
+        """Deletes the oldest sealed shards, as far as all their `clips` are below ``before``.
 
-        Args:
-            before: index in `clips`, which forgets the clips of these shards.
-            save: writes ``store.json``; called before the files go.
-
-        Returns:
-            The clips that are gone.
+        ``save`` writes ``store.json``, before the files go. Returns the clips that are gone.
         """
         first, last = self.evicted["shards"], self.open.number
         if before < len(self.clips):

@@ -169,12 +169,7 @@ def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class MappedShards:
-    """The streams of a store, memory-mapped and read-only; a shard may still grow.
-
-    Args:
-        path: the store.
-        streams: name -> `Stream`.
-    """
+    """The streams of a store, memory-mapped and read-only; a shard may still grow."""
 
     def __init__(self, path: Path, streams: dict[str, Stream]) -> None:
         self.path, self.streams = path, streams

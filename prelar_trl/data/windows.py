@@ -211,7 +211,7 @@ class WindowSampler(StatefulSampler):
         return Windows(*(each[row % self.world_size == self.rank] for each in own))
 
     def sample(self, storage: Storage | None, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        """TorchRL's sampler interface.
+        """See TorchRL's ``Sampler``.
 
         Args:
             storage: a `FrameStorage` declares its episodes itself; for others see `set_episodes`.
@@ -309,9 +309,7 @@ class WindowSampler(StatefulSampler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken; the same episodes must be declared.
 
-        Raises:
-            KeyError, TypeError, ValueError, RuntimeError: it is no such state; the sampler stays
-                as it was.
+        KeyError, TypeError, ValueError, RuntimeError for no such state; nothing has changed then.
         """
         rng, order_rng, position = (state_dict[name] for name in ("rng", "order_rng", "position"))
         order_size = state_dict.get("order_size")
@@ -329,18 +327,15 @@ class WindowSampler(StatefulSampler):
 
 
 class FixedShareSampler(StatefulSampler):
-    """Fills the first rows of a batch from one `WindowSampler` and the others from another.
+    """Fills the first ``rows`` rows of a batch from one `WindowSampler`, the others from another.
 
-    Args:
-        first, others: samplers of windows of one length; their episodes are declared by hand.
-        rows: how many rows ``first`` fills.
+    Their windows have one length, and the episodes of the first are declared by hand.
     """
 
     def __init__(self, first: WindowSampler, others: WindowSampler, rows: int) -> None:
         self.first, self.others, self.rows = first, others, rows
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        """As `WindowSampler.sample`."""
         size = min(self.rows * self.first.length, batch_size)
         drawn = [self.first.sample(None, size)]
         if size < batch_size:
@@ -349,11 +344,9 @@ class FixedShareSampler(StatefulSampler):
         return torch.cat(index), {"is_first": torch.cat([each["is_first"] for each in info])}
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
         return {"labels": self.first.state_dict(), "sampler": self.others.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken."""
         self.first.load_state_dict(state_dict["labels"])
         self.others.load_state_dict(state_dict["sampler"])
 

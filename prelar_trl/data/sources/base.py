@@ -72,11 +72,7 @@ class Clip:
     notes: Counter[str] = field(default_factory=Counter)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The whole clip in memory: stream -> ``[T, ...]``.
-
-        Raises:
-            ClipError: the clip is damaged, empty or otherwise of no use.
-        """
+        """The whole clip in memory: stream -> ``[T, ...]``."""
         frames = list(self.frames)
         return {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
 
@@ -120,6 +116,26 @@ class Source:
         """One clip: ``pixels`` uint8 ``[3, H, W]`` a frame, and what else there is."""
         raise NotImplementedError
 
+    def choose_camera(self, pictures: Sequence[str], camera: str | None) -> str:
+        """The picture that ``camera`` names, wholly or by the last part of its name.
+
+        Parts are separated by dots or slashes; without a name there must be one picture only. The
+        others are left out. ValueError if there is none, or several fit.
+        """
+        fitting = [x for x in pictures if camera in (None, re.split(r"[./]", x)[-1])]
+        if camera in pictures:
+            fitting = [camera]
+        if len(fitting) == 1:
+            if others := [name for name in pictures if name not in fitting]:
+                self.left_out["cameras that were not chosen"] = others
+            return fitting[0]
+        where, known = f"source {str(self.root)!r}", ", ".join(pictures)
+        if not pictures:
+            raise ValueError(f"{where} holds no picture")
+        if camera is None:
+            raise ValueError(f"{where} has several cameras: add camera=<one of {known}>")
+        raise ValueError(f"{where} has no camera {camera!r}; it has {known}")
+
 
 def text(path: str | Path) -> str:
     r"""A path as text that UTF-8 can hold: undecodable bytes become ``\xff``."""
@@ -144,36 +160,12 @@ def with_distinct_names(items: Sequence[Item]) -> list[Item]:
 def leading_actions(left: np.ndarray) -> np.ndarray:
     """Actions that led to each frame, float32 ``[T + 1, A]``, of those that left from one ``[T]``.
 
-    The first is zero.
-
-    Raises:
-        ClipError: they hold NaN or infinity.
+    The first is zero. ClipError for NaN or infinity.
     """
     left = left.reshape(len(left), -1).astype(np.float32)
     if not np.isfinite(left).all():
         raise ClipError("action must be finite, holds NaN or infinity")
     return np.concatenate([np.zeros_like(left[:1]), left])
-
-
-def choose_camera(pictures: Sequence[str], camera: str | None, root: Path) -> str:
-    """The one of several pictures that ``camera`` names, wholly or by the last part of its name.
-
-    Parts are separated by dots or slashes; without a name there must be one picture only.
-
-    Raises:
-        ValueError: there is none, or several fit.
-    """
-    if camera in pictures:
-        return camera
-    fitting = [x for x in pictures if camera in (None, re.split(r"[./]", x)[-1])]
-    if len(fitting) == 1:
-        return fitting[0]
-    if not pictures:
-        raise ValueError(f"source {str(root)!r} holds no picture")
-    known = ", ".join(pictures)
-    if camera is None:
-        raise ValueError(f"source {str(root)!r} has several cameras: add camera=<one of {known}>")
-    raise ValueError(f"source {str(root)!r} has no camera {camera!r}; it has {known}")
 
 
 def sized_clip(frames: Iterator[Sizes], options: FrameOptions, notes: Counter[str]) -> Clip:

@@ -26,7 +26,6 @@ from prelar_trl.data.sources.base import (
     FrameOptions,
     Item,
     Source,
-    choose_camera,
     leading_actions,
 )
 from prelar_trl.data.sources.decoding import DECODER, Section, video_clip
@@ -90,13 +89,10 @@ class LeRobotDataset(Source):
             )
         features = self.info["features"]
         pictures = [name for name, x in features.items() if x["dtype"] in ("video", "image")]
-        self.camera = choose_camera(pictures, camera, self.root)
+        self.camera = self.choose_camera(pictures, camera)
         self.is_video = features[self.camera]["dtype"] == "video"
         if actions and "action" not in features:
             raise ValueError(f"LeRobot data set {str(root)!r} has no feature 'action'")
-        others = [name for name in pictures if name != self.camera]
-        if others:
-            self.left_out["cameras that were not chosen"] = others
         self._episodes = {f"episode_{e['episode_index']:06d}": e for e in self._read_episodes()}
         for name, episode in sorted(self._episodes.items()):
             label = next(map(str, episode.get("tasks") or ()), None)

@@ -25,7 +25,6 @@ from prelar_trl.data.sources.base import (
     FrameOptions,
     Item,
     Source,
-    choose_camera,
     leading_actions,
 )
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
@@ -101,21 +100,17 @@ class TensorDictFolder(Source):
             raise ValueError(f"{str(folder / 'meta.json')!r} is damaged: shape={meta.get('shape')}")
         self.batch = tuple(meta["shape"])
         self.entries = dict(_find(folder, ""))
+        where = f"source {str(root)!r}"
         if len(self.batch) not in (1, 2):
-            raise ValueError(
-                f"source {str(root)!r} has batch shape {self.batch}, not [N] or [E, T]"
-            )
+            raise ValueError(f"{where} has batch shape {self.batch}, not [N] or [E, T]")
         pictures = [
             name
             for name, entry in self.entries.items()
             if not name.startswith("next/") and _is_picture(entry, len(self.batch))
         ]
-        self.camera = choose_camera(pictures, camera, self.root)
+        self.camera = self.choose_camera(pictures, camera)
         if actions and "action" not in self.entries:
-            raise ValueError(f"source {str(root)!r} has no entry 'action'")
-        others = [name for name in pictures if name != self.camera]
-        if others:
-            self.left_out["pictures that were not chosen"] = others
+            raise ValueError(f"{where} has no entry 'action'")
         self._episodes = {f"{n:06d}": rows for n, rows in enumerate(self._cut(folder))}
         path = self.entries[self.camera].path
         self._items = [Item(name, path) for name in self._episodes]
