@@ -240,7 +240,8 @@ class VideoClips:
         if not self.streams:
             raise ValueError("streams=() must name image streams, such as pixels")
         for store in self.stores:
-            images = [s.name for s in store.streams.values() if s.is_image]
+            uint8 = [s for s in store.streams.values() if s.dtype == "uint8"]
+            images = [s.name for s in uint8 if len(s.shape) == 3]
             for name in self.streams:
                 if name not in images:
                     raise ValueError(
@@ -262,12 +263,8 @@ class VideoClips:
         ]
         storage = FrameStorage(int(frames.sum()), pin_memory=self.device.type == "cuda")
         storage.streams = {name: name for name in self.streams}
-        storage.set_clips(
-            [store.shards for store in self.stores],
-            frames,
-            np.concatenate(where),
-            weights=self._weights,
-        )
+        shards = [store.shards for store in self.stores]
+        storage.set_clips(shards, frames, np.concatenate(where), weights=self._weights)
         self._lengths = torch.from_numpy(frames)
         return storage
 
@@ -295,10 +292,8 @@ def _clips_of(store: ClipStore, split: Split, heldout: float) -> np.ndarray:
     if not 0 < heldout < 1:
         raise ValueError(f"heldout={heldout} must lie between 0 and 1")
     if len(store) < 2:
-        raise ValueError(
-            f"clip store {str(store.path)!r} has one clip only: nothing can be held out, use "
-            "split=all"
-        )
+        only = f"clip store {str(store.path)!r} has one clip only"
+        raise ValueError(f"{only}: nothing can be held out, use split=all")
     order = sorted(range(len(store)), key=lambda clip: _digest(store.names[clip]))
     count = min(max(1, round(heldout * len(store))), len(store) - 1)
     return every[np.isin(every, order[:count]) == (split == "heldout")]

@@ -18,8 +18,6 @@ from prelar_trl.data.store import (
     StoreError,
     Stream,
     evicted_of,
-    is_whole,
-    parse_record,
     read_records,
     sha256,
     shard_file,
@@ -122,15 +120,18 @@ class OpenShard:
         """The journal, up to a damaged line; ``whole`` says whether a clip's data agree with it."""
         records = []
         journal = self._file(CLIPS)
-        if journal.exists():
-            with ExitStack() as stack:
-                files = {k: stack.enter_context(self._file(k).open("rb")) for k in self.streams}
-                for line in journal.read_bytes().split(b"\n")[:-1]:
-                    record = parse_record(line)
-                    if record is None:
-                        break
-                    record["whole"] = is_whole(record, files, self.streams)
-                    records.append(record)
+        lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+        with ExitStack() as stack:
+            files = {
+                k: stack.enter_context(self._file(k).open("rb")) for k in self.streams if lines
+            }
+            for line in lines:
+                record = _parsed(line)
+                if record is None:
+                    break
+                sizes = {k: record["frames"] * s.frame_bytes for k, s in self.streams.items()}
+                crc32 = {k: _crc32(files[k], size) for k, size in sizes.items()}
+                records.append(record | {"whole": crc32 == record["crc32"]})
         return records
 
     def sync(self) -> None:
@@ -181,6 +182,25 @@ class OpenShard:
         return crc
 
 
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of a journal; None if it is damaged."""
+    try:
+        record = json.loads(line)
+        known = isinstance(record["name"], str) and "info" in record
+        return record if known and record["frames"] > 0 and record["crc32"] is not None else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _crc32(file: BinaryIO, size: int) -> int:
+    """CRC-32 of the next ``size`` bytes, or of what there is."""
+    crc = 0
+    while size and (block := file.read(min(size, BLOCK_BYTES))):
+        crc = zlib.crc32(block, crc)
+        size -= len(block)
+    return crc
+
+
 class Place(NamedTuple):
     """Where a clip lies: its first frame is ``row`` of ``shard``."""
 
@@ -216,7 +236,7 @@ class Shards:
     def resume(self, meta: dict[str, Any], *, keep_damaged: bool = False) -> bool:
         """Finds the clips on the disk; of the open shard the whole ones, the rest is cut off.
 
-        With ``keep_damaged`` the data of all shards are looked at, and nothing is cut off before the
+        With ``keep_damaged`` the data of all shards are read, and nothing is cut off before the
         last whole clip of the open one: what is damaged stays, see ``damaged``.
 
         Returns:

@@ -24,11 +24,10 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -58,11 +57,6 @@ class Stream:
     def frame_bytes(self) -> int:
         """Bytes of one frame."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-
-    @property
-    def is_image(self) -> bool:
-        """Whether a frame is a picture, uint8 ``[C, H, W]``."""
-        return self.dtype == "uint8" and len(self.shape) == 3
 
 
 def shard_file(path: Path, stream: str, shard: int) -> Path:
@@ -129,33 +123,6 @@ def sha256(file: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """A line of a journal; None if it is damaged."""
-    try:
-        record = json.loads(line)
-        known = isinstance(record["name"], str) and "info" in record
-        return record if known and record["frames"] > 0 and record["crc32"] is not None else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def is_whole(
-    record: dict[str, Any], handles: Mapping[str, BinaryIO], streams: Mapping[str, Stream]
-) -> bool:
-    """Whether a clip's data, next in the open files, agree with its record. They are passed."""
-    found = {k: _crc32(handles[k], record["frames"] * s.frame_bytes) for k, s in streams.items()}
-    return found == record["crc32"]
-
-
-def _crc32(file: BinaryIO, size: int) -> int:
-    """CRC-32 of the next ``size`` bytes, or of what there is."""
-    crc = 0
-    while size and (block := file.read(min(size, 2**20))):
-        crc = zlib.crc32(block, crc)
-        size -= len(block)
-    return crc
 
 
 def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

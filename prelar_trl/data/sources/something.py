@@ -42,11 +42,7 @@ class SomethingSomething(Source):
     decoder = DECODER
 
     def __init__(
-        self,
-        root: str | Path,
-        options: FrameOptions,
-        *,
-        labels: Sequence[int | str] | None = None,
+        self, root: str | Path, options: FrameOptions, *, labels: Sequence[int | str] | None = None
     ) -> None:
         super().__init__(root, options)
         self.classes = _read_classes(_find_list(self.root, "labels"))
@@ -135,12 +131,12 @@ def _read_list(file: Path) -> Iterator[tuple[str, str, int, int]]:
         place = f"{str(file)!r} line {number}"
         try:
             name, frames, label = line.rsplit(maxsplit=2)
-            length, number = int(frames), int(label)
-            if length < 1:
+            entry = name, int(frames), int(label)
+            if entry[1] < 1:
                 raise ValueError
         except ValueError:
             raise ValueError(f"{place} is {line!r}, not 'id frames class'") from None
-        yield place, name, length, number
+        yield place, *entry
 
 
 def _note_place(places: dict[str, str], clip: str, place: str) -> None:

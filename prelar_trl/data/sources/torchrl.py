@@ -20,13 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from prelar_trl.data.sources.base import (
-    Clip,
-    FrameOptions,
-    Item,
-    Source,
-    leading_actions,
-)
+from prelar_trl.data.sources.base import Clip, FrameOptions, Item, Source, leading_actions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS
 from prelar_trl.utils import read_json

@@ -86,11 +86,12 @@ class VideoFolder(Source):
             below = folder.relative_to(self.root)
             if any(name.startswith(".") or name.lower() in HIDDEN for name in below.parts):
                 media = sorted(f for f in files if f.lower().endswith(VIDEOS + PICTURES))
-                self._leave_out("files in hidden folders", below, media)
-                continue
-            videos, pictures, left_out = sorted_out(folder, files)
+                videos, pictures, left_out = [], [], {"files in hidden folders": media}
+            else:
+                videos, pictures, left_out = sorted_out(folder, files)
             for reason, names in left_out.items():
-                self._leave_out(reason, below, names)
+                for name in names:
+                    self.left_out[reason].append(text(below / name))
             for name in videos:
                 yield Item(text(below / name), folder / name)
             if pictures:
@@ -99,10 +100,6 @@ class VideoFolder(Source):
     def _unread(self, error: OSError) -> None:
         below = Path(error.filename).relative_to(self.root)
         self.left_out[f"folders that cannot be read ({error.strerror})"].append(text(below) + "/")
-
-    def _leave_out(self, reason: str, below: Path, names: list[str]) -> None:
-        if names:
-            self.left_out[reason] += [text(below / name) for name in names]
 
 
 def sorted_out(folder: Path, names: list[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
