@@ -145,8 +145,7 @@ class EpisodeStorage(FrameStorage):
 
     def frame_shape(self, key: str) -> list[int] | None:
         """Shape of one frame of ``key``; None before the first episode."""
-        streams = self._store.streams if self._store else {}
-        stream = streams.get(_STREAMS[key])
+        stream = self._store.streams.get(_STREAMS[key]) if self._store else None
         return None if stream is None else list(stream.shape)
 
     def close(self) -> None:
@@ -166,10 +165,7 @@ class EpisodeStorage(FrameStorage):
         self._held = [*self._held, state_dict["first"]][-count:]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`.
-
-        Where fewer are left, which is damage, a warning says so.
-        """
+        """See `EpisodeReplay.load_state_dict`."""
         end = state_dict["end"]
         if end > self.num_written:
             ends = (
@@ -184,12 +180,9 @@ class EpisodeStorage(FrameStorage):
             self._store.truncate(sum(int(clip.name) < end for clip in clips))
             self.num_written, self._shards = end, ()
             self._sync_clips()
-        if self._first > state_dict["first"]:
-            logger.warning(
-                "%d episodes that the state knew are deleted from the replay in %s",
-                self._first - state_dict["first"],
-                self.path,
-            )
+        if (gone := self._first - state_dict["first"]) > 0:
+            deleted = "%d episodes that the state knew are deleted from the replay in %s"
+            logger.warning(deleted, gone, self.path)
         self._held = [*state_dict["held"], state_dict["first"]]
 
     def dumps(self, path: str | Path) -> None:

@@ -118,14 +118,13 @@ class OpenShard:
 
     def records(self) -> list[dict[str, Any]]:
         """The journal, up to a damaged line; ``whole`` says whether a clip's data agree with it."""
-        records = []
         journal = self._file(CLIPS)
-        lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+        if not journal.exists():
+            return []
+        records = []
         with ExitStack() as stack:
-            files = {
-                k: stack.enter_context(self._file(k).open("rb")) for k in self.streams if lines
-            }
-            for line in lines:
+            files = {k: stack.enter_context(self._file(k).open("rb")) for k in self.streams}
+            for line in journal.read_bytes().split(b"\n")[:-1]:
                 record = _parsed(line)
                 if record is None:
                     break
@@ -211,23 +210,15 @@ class Place(NamedTuple):
 
 
 class Shards:
-    """The sealed shards of a store, and the open one behind them.
-
-    Attributes:
-        streams: what a clip consists of; empty before the first.
-        clips: where each clip lies.
-        evicted: ``shards``, ``clips`` and ``frames`` that `evict` has deleted.
-        damaged: names of those clips whose data do not agree with their checksums.
-        open: the shard that still grows.
-    """
+    """The sealed shards of a store, and the open one behind them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.streams: dict[str, Stream] = {}
+        self.streams: dict[str, Stream] = {}  # what a clip consists of; empty before the first
         self.clips: list[Place] = []
-        self.damaged: set[str] = set()
-        self.evicted = evicted_of({})
-        self.open = self._shard(0)
+        self.damaged: set[str] = set()  # names of clips that do not agree with their checksums
+        self.evicted = evicted_of({})  # shards, clips and frames that were deleted
+        self.open = self._shard(0)  # still grows
         self._seals: list[dict[str, Any]] = []
 
     def _shard(self, number: int, clips: int = 0, frames: int = 0) -> OpenShard:

@@ -107,11 +107,7 @@ def evicted_of(meta: dict[str, Any]) -> dict[str, int]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a ``.jsonl`` file; none if it is missing.
-
-    Raises:
-        StoreError: a line is damaged.
-    """
+    """The whole lines of a ``.jsonl`` file, none if it is missing; StoreError if one is damaged."""
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     try:
         return [json.loads(line) for line in lines]

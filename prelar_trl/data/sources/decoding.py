@@ -66,7 +66,7 @@ def _video(
     with container:
         stream = picture_stream(container)
         stream.thread_type = "NONE"  # one process a core is faster than threads within a clip
-        decoding, scale = _Decoding(container, stream, notes, section), _Scaler(options)
+        decoding, scale = _Decoding(stream, notes, section), _Scaler(options)
         if section is None:
             yield from trusted(decoding, scale, options.stride)
             return
@@ -79,20 +79,14 @@ def _video(
 
 
 def picture_stream(container: InputContainer) -> VideoStream:
-    """The stream to show: of those marked as default, else of all, the largest; no cover picture.
-
-    Raises:
-        ClipError: there is none, or none that can be decoded.
-    """
+    """The stream to show: of those marked as default, else of all, the largest; no cover."""
     streams = [s for s in container.streams.video if not s.disposition & COVERS]
     known = [s for s in streams if s.codec_context is not None]  # damage invents streams
     if not known:
         why = "no decoder for its pictures" if streams else "no picture in it (audio only?)"
         raise ClipError(why)
-    return max(
-        known,
-        key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, -s.index),
-    )
+    default = [s for s in known if s.disposition & Disposition.default]
+    return max(default or known, key=lambda s: (s.width * s.height, -s.index))
 
 
 class _Decoding:
@@ -102,16 +96,11 @@ class _Decoding:
     in the order of decoding. A packet that is damaged or cannot be decoded gives (number, None).
     """
 
-    def __init__(
-        self,
-        container: InputContainer,
-        stream: VideoStream,
-        notes: Counter[str],
-        section: Section | None,
-    ) -> None:
-        self.container, self.stream, self.notes, self.section = container, stream, notes, section
+    def __init__(self, stream: VideoStream, notes: Counter[str], section: Section | None) -> None:
+        self.stream, self.notes, self.section = stream, notes, section
+        self.container = cast(InputContainer, stream.container)
         if section is not None:
-            container.seek(int(section.begin / (stream.time_base or 1)), stream=stream)
+            self.container.seek(int(section.begin / (stream.time_base or 1)), stream=stream)
         self.end = 0.0  # seconds, of the last frame
         self.longest = 0.0  # between two frames, jumps aside
 

@@ -48,8 +48,8 @@ class EpisodeFolder(Source):
             if file.suffix.lower() != ".npz" and not file.is_dir():
                 reason = f"{file.suffix} files" if file.suffix else "files without suffix"
                 self.left_out[reason].append(text(file.name))
-        items = [Item(text(file.name), file) for file in npz_files(self.root)]
-        self._items = with_distinct_names(items)
+        files = npz_files(self.root)
+        self._items = with_distinct_names([Item(text(file.name), file) for file in files])
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
@@ -59,8 +59,7 @@ class EpisodeFolder(Source):
         image = _Array.find(path, "image")
         action = _Array.find(path, "action") if self.actions else None
         if image.dtype != np.uint8 or len(image.shape) != 4 or image.shape[-1] != 3:
-            found = f"{image.dtype} {list(image.shape)}"
-            raise ClipError(f"image must be uint8 [T, H, W, 3], is {found}")
+            raise ClipError(f"image must be uint8 [T, H, W, 3], is {image.dtype} {[*image.shape]}")
         frames = array_clip(image.rows(), self.options).frames
         if action is None:
             yield from frames
@@ -85,11 +84,7 @@ class _Array:
 
     @classmethod
     def find(cls, path: Path, key: str) -> _Array:
-        """Reads the header.
-
-        Raises:
-            ClipError: no such array, or it is larger than the file can hold.
-        """
+        """Reads the header; ClipError for no such array, or one larger than the file can hold."""
         name = f"{key}.npy"
         with _readable(), zipfile.ZipFile(path) as file:
             if name not in file.namelist():
@@ -152,17 +147,15 @@ def export_episodes(store: ClipStore, folder: str | Path) -> int:
         file = folder / f"{_STAMP}-{clip:08d}-{steps - 1}.npz"
         if file.exists():
             continue
-        first, last = np.zeros(steps, bool), np.zeros(steps, bool)
-        first[0] = last[-1] = True
-        known = ACTIONS in store.streams
+        time, known = np.arange(steps), ACTIONS in store.streams
         with atomic_write(file) as part, part.open("wb") as handle:
             np.savez_compressed(
                 handle,
                 image=pixels.transpose(0, 2, 3, 1),
                 action=store.read(clip, ACTIONS) if known else np.zeros((steps, 1), np.float32),
                 reward=np.zeros(steps, np.float32),
-                is_first=first,
-                is_last=last,
+                is_first=time == 0,
+                is_last=time == steps - 1,
                 is_terminal=np.zeros(steps, bool),
             )
         written += 1

@@ -66,7 +66,6 @@ class TensorDictFolder(Source):
         camera: the entry to show, such as ``observation/image``, or the last part of its name.
             Default: the only one. Pictures are uint8 ``[3, H, W]``, ``[H, W, 3]``, one channel, or
             ``[H, W]``.
-        actions: also store the actions, for probes: those that led to each frame.
 
     Raises:
         FileNotFoundError: no TensorDict is there.
@@ -133,16 +132,14 @@ class TensorDictFolder(Source):
 
     def _cut(self, folder: Path) -> Iterator[np.ndarray]:
         """The rows of each episode, in the flat batch."""
-        count = int(np.prod(self.batch))
-        rows, first = np.arange(count), np.zeros(count, bool)  # first rows of an episode
-        if len(self.batch) == 2:
-            first = rows % self.batch[1] == 0
-            if "mask" in self.entries:
-                kept = self._flat("mask").reshape(-1).astype(bool)
-                rows, first = rows[kept], first[kept]
-        else:
-            rows = _filled(folder, count)
+        rows = np.arange(math.prod(self.batch))
+        first = rows % self.batch[-1] == 0  # rows of an episode
+        if len(self.batch) == 1:
+            rows = _filled(folder, len(rows))
             first = first[: len(rows)]
+        elif "mask" in self.entries:
+            kept = self._flat("mask").reshape(-1).astype(bool)
+            rows, first = rows[kept], first[kept]
         for name in EPISODES:
             if name in self.entries:
                 number = self._flat(name).reshape(-1)[rows]
@@ -158,17 +155,13 @@ class TensorDictFolder(Source):
 
 def _filled(folder: Path, count: int) -> np.ndarray:
     """The rows of a buffer that hold something, the oldest first."""
-    try:
-        length = int(read_json(folder / "storage_metadata.json")["len"])
-    except OSError:
+    storage = read_json(folder / "storage_metadata.json", missing_ok=True)
+    if not storage:
         return np.arange(count)
-    if length < count:
-        return np.arange(length)
-    cursor = 0
-    writer = folder.parent / "writer" / "metadata.json"
-    if writer.is_file():
-        cursor = int(read_json(writer).get("cursor", 0))
-    return np.roll(np.arange(count), -cursor)
+    if storage["len"] < count:
+        return np.arange(storage["len"])
+    writer = read_json(folder.parent / "writer" / "metadata.json", missing_ok=True)
+    return np.roll(np.arange(count), -writer.get("cursor", 0))
 
 
 def _td_folder(root: Path) -> Path:
@@ -186,10 +179,8 @@ def _find(folder: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
         elif _is_shape(about.get("shape")) and "dtype" in about and not about.get("is_nested"):
             dtype = str(about["dtype"]).removeprefix("torch.")
             if dtype in np.sctypeDict and not np.dtype(dtype).hasobject:  # they are addresses
-                yield (
-                    f"{prefix}{key}",
-                    Entry(folder / f"{key}.memmap", tuple(about["shape"]), dtype),
-                )
+                entry = Entry(folder / f"{key}.memmap", tuple(about["shape"]), dtype)
+                yield f"{prefix}{key}", entry
 
 
 def _is_shape(value: Any) -> bool:
