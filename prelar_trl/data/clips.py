@@ -169,7 +169,7 @@ class VideoClips:
         """
         self._need_actions(" to probe")
         index, _ = self._probe_sampler.sample(self.storage, self.batch_size * self.clip_len)
-        batch = self.storage.read(index.numpy(), {n: n for n in self.streams} | {"action": ACTIONS})
+        batch = self.storage.read(index.numpy(), self.storage.streams | {"action": ACTIONS})
         batch = batch.exclude("episode").reshape(self.batch_size, self.clip_len)
         batch["is_first"][:, 0] = True
         return batch.to(self.device, non_blocking=True)

@@ -124,7 +124,7 @@ class EpisodeStorage(FrameStorage):
         if store is None:
             frame = arrays["pixels"][0]
             shard_bytes = min(_SHARD_BYTES, self.max_size * frame.size // _SHARDS)
-            store = self._open_store(*frame.shape[1:], shard_bytes)
+            store = self._open_store(frame.shape[1], frame.shape[2], shard_bytes)
         store.add_streams(arrays, name=f"{self.num_written:06d}")
         self.num_written += 1
         self._sync_clips()

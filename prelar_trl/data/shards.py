@@ -162,8 +162,7 @@ class OpenShard:
         self._files.clear()
 
     def delete(self) -> None:
-        """Deletes the files."""
-        self.close()
+        """Deletes the files, which are closed."""
         for key in (CLIPS, *self.streams):
             self._file(key).unlink(missing_ok=True)
 

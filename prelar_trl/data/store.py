@@ -125,9 +125,8 @@ def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= (
-            dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        name = prefix + key
+        flat |= dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -231,15 +230,14 @@ class ClipStore:
         return enumerate(self.meta["shards"], evicted_of(self.meta)["shards"])
 
     def _check_sizes(self, number: int, seal: dict[str, Any]) -> None:
-        for name in (CLIPS, *self.streams):
+        sizes = {k: seal["frames"] * s.frame_bytes for k, s in self.streams.items()}
+        for name in (CLIPS, *sizes):
             file = shard_file(self.path, name, number)
             if not file.is_file():
                 raise self._damaged(file, "it is missing")
-            if name == CLIPS:
-                continue
-            size, expected = file.stat().st_size, seal["frames"] * self.streams[name].frame_bytes
-            if size != expected:
-                raise self._damaged(file, f"it has {size} bytes, not {expected}")
+            size = file.stat().st_size
+            if size != sizes.get(name, size):
+                raise self._damaged(file, f"it has {size} bytes, not {sizes[name]}")
 
     def _check_digest(self, number: int, seal: dict[str, Any], name: str) -> None:
         file = shard_file(self.path, name, number)

@@ -122,9 +122,8 @@ class Source:
         Parts are separated by dots or slashes; without a name there must be one picture only. The
         others are left out. ValueError if there is none, or several fit.
         """
-        fitting = [x for x in pictures if camera in (None, re.split(r"[./]", x)[-1])]
-        if camera in pictures:
-            fitting = [camera]
+        fitting = [x for x in pictures if x == camera]
+        fitting = fitting or [x for x in pictures if camera in (None, re.split(r"[./]", x)[-1])]
         if len(fitting) == 1:
             if others := [name for name in pictures if name not in fitting]:
                 self.left_out["cameras that were not chosen"] = others

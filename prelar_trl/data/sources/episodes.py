@@ -133,10 +133,8 @@ def export_episodes(store: ClipStore, folder: str | Path) -> int:
     """Writes every clip of a store as an ``.npz`` episode that DreamerV2's replay reads.
 
     The store's actions are written if it has them, else zeros ``[T, 1]``; rewards are zero.
-    Files that exist are left alone, each file appears whole or not at all.
-
-    Returns:
-        The number of files written.
+    Files that exist are left alone, each file appears whole or not at all. Returns the number of
+    files written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -96,11 +96,9 @@ class FrameLists(Source):
         labels: Sequence[int] | None = None,
     ) -> None:
         super().__init__(root, options)
-        for label in labels or ():
-            if not isinstance(label, int):
-                raise ValueError(
-                    f"label {label!r} is no class number: text lists hold no templates"
-                )
+        if others := [label for label in labels or () if not isinstance(label, int)]:
+            unknown = f"label {others[0]!r} is no class number"
+            raise ValueError(f"{unknown}: text lists hold no templates")
         places: dict[str, str] = {}
         for split, file in lists.items():
             for place, name, frames, number in _read_list(Path(file)):
@@ -149,10 +147,8 @@ def _note_place(places: dict[str, str], clip: str, place: str) -> None:
 def write_lists(store: ClipStore, folder: str | Path) -> list[Path]:
     """Writes the official text lists of a store whose clips have splits and class numbers.
 
-    Returns:
-        The files: ``train.txt`` and ``validation.txt`` (the held-out clips), as far as there are.
+    Returns the files: ``train.txt`` and ``validation.txt`` (held-out clips), as far as there are.
     """
-    folder = Path(folder)
     written = []
     for name, split in _SPLITS.items():
         lines = [
@@ -161,8 +157,8 @@ def write_lists(store: ClipStore, folder: str | Path) -> list[Path]:
             if store.splits[clip] == split and isinstance(store.labels[clip], int)
         ]
         if lines:
-            folder.mkdir(parents=True, exist_ok=True)
-            written.append(folder / f"{name}.txt")
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            written.append(Path(folder, f"{name}.txt"))
             written[-1].write_text("".join(lines), encoding="utf-8")
     return written
 
@@ -170,15 +166,12 @@ def write_lists(store: ClipStore, folder: str | Path) -> list[Path]:
 def export_frames(store: ClipStore, folder: str | Path, *, quality: int = 95) -> int:
     """Writes a store in the official layout: ``<clip>/000001.jpg ...`` and the text lists.
 
-    Clips whose folder exists are left alone; each folder appears whole or not at all.
-
-    Returns:
-        The number of clips written.
+    Clips whose folder exists are left alone; each folder appears whole or not at all. Returns the
+    number of clips written.
     """
-    folder = Path(folder)
     written = 0
     for clip, name in enumerate(store.names):
-        place = folder / name.strip("/")
+        place = Path(folder, name.strip("/"))
         if place.exists():
             continue
         with atomic_write(place) as part:
