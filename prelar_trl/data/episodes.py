@@ -158,7 +158,7 @@ class EpisodeStorage(FrameStorage):
         if self._store is not None:
             self._store.sync()
         first = self._first + self.whole.start
-        return {"end": self.num_written, "first": first, "held": list(self._held)}
+        return {"end": self.num_written, "first": first, "held": [*self._held]}
 
     def hold(self, state_dict: dict[str, Any], count: int) -> None:
         """Deletes nothing that this state or the ``count - 1`` that were held before it know."""

@@ -89,12 +89,7 @@ class OpenShard:
     """
 
     def __init__(
-        self,
-        path: Path,
-        number: int,
-        streams: Mapping[str, Stream],
-        clips: int = 0,
-        frames: int = 0,
+        self, path: Path, number: int, streams: Mapping[str, Stream], clips: int, frames: int
     ) -> None:
         self.path, self.number, self.streams = path, number, streams
         self.clips, self.frames = clips, frames

@@ -104,13 +104,15 @@ class WindowSampler(StatefulSampler):
         if length < 1:
             raise ValueError(f"window length {length} must be at least 1 frame")
         check_integers(1, 2**16, world_size=world_size)
-        check_integers(0, world_size - 1, rank=rank)
+        check_integers(0, rank=rank)
         check_integers(-(2**63), 2**63 - 1, seed=seed)
         given = min_length is not None or max_length is not None or pack
         if strategy != "prioritize_ends" and given:
             raise ValueError(
                 f"min_length, max_length and pack belong to prioritize_ends, not to {strategy!r}"
             )
+        if rank >= world_size:
+            raise ValueError(f"rank={rank} must lie in 0..{world_size - 1} (world_size - 1)")
         self.length, self.strategy, self.pack = length, strategy, pack
         self.min_length = length if min_length is None else min_length
         self.max_length = length if max_length is None else max_length

@@ -96,8 +96,7 @@ class LeRobotDataset(Source):
         self._episodes = {f"episode_{e['episode_index']:06d}": e for e in self._read_episodes()}
         for name, episode in sorted(self._episodes.items()):
             label = next(map(str, episode.get("tasks") or ()), None)
-            file = self._file(episode, self.is_video)
-            self._items.append(Item(name, file, label))
+            self._items.append(Item(name, self._file(episode, self.is_video), label))
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""

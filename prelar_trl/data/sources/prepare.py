@@ -58,11 +58,11 @@ def prepare(
     """
     if min_frames < 1 or workers < 1:
         raise ValueError(f"min_frames={min_frames} and workers={workers} must be at least 1")
-    longest = source.options.max_frames
-    if longest is not None and longest < min_frames:
+    options = source.options
+    if options.max_frames is not None and options.max_frames < min_frames:
         raise ValueError(
-            f"max_frames={longest} cuts every clip off below min_frames={min_frames}: nothing "
-            "would be left"
+            f"max_frames={options.max_frames} cuts every clip off below min_frames={min_frames}: "
+            "nothing would be left"
         )
     items = source.items()
     if not items:
@@ -73,7 +73,6 @@ def prepare(
     name, count = Counter(item.name for item in items).most_common(1)[0]
     if count > 1:
         raise ValueError(f"source {str(source.root)!r} names {count} clips {name!r}")
-    options = source.options
     # Kind and list, so that a store is not continued from another source by mistake.
     digest = hashlib.sha256("\n".join(item.name for item in items).encode("utf-8")).hexdigest()
     writer = ClipWriter(
