@@ -28,8 +28,8 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
 
     Returns:
         ``[..., L+1]``: ``pixels``, ``action``, ``reward``, ``is_first``, ``terminated`` and, where
-        it is there, ``vector``, as :class:`prelar_trl.objectives.RSSMWorldModelLoss` reads them.
-        The input is not changed.
+        it is there, ``vector``: what :class:`prelar_trl.objectives.RSSMWorldModelLoss` reads as
+        ``[B, T]``. The input is not changed.
 
     Raises:
         KeyError: an entry is missing.

@@ -176,8 +176,9 @@ class EpisodeReplay:
     def hold(self, state_dict: dict[str, Any], count: int = 1) -> None:
         """Keeps what a state of `state_dict` knows on the disk, so that one can go back to it.
 
-        Call it when the state is saved; ``count`` states are held, this one and those before it.
-        It takes space beyond the capacity: for the frames since the oldest state that is held.
+        Call it when the state is saved; ``count`` states are held, this one (default) and those
+        before it. It takes space beyond the capacity: for the frames that were written since the
+        oldest state that is held.
         """
         self.storage.hold(state_dict, count)
 
