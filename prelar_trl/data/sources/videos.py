@@ -65,7 +65,7 @@ class VideoFolder(Source):
             animated = suffix in ANIMATED and suffix != ".gif"
             return (animation_clip if animated else video_clip)(item.path, self.options)
         files = [file.name for file in item.path.iterdir() if not file.is_dir()]
-        _, pictures, _ = sorted_out(item.path, files)
+        _, pictures, _ = classify(item.path, files)
         if not pictures:
             raise ClipError("no picture in the folder")
         names, strays = in_time_order(pictures)
@@ -76,7 +76,7 @@ class VideoFolder(Source):
 
     def _find(self) -> Iterator[Item]:
         seen: set[str] = set()
-        for place, folders, files in os.walk(self.root, onerror=self._unread, followlinks=True):
+        for place, folders, files in os.walk(self.root, onerror=self._note_error, followlinks=True):
             if os.path.realpath(place) in seen:
                 folders.clear()
                 continue
@@ -88,7 +88,7 @@ class VideoFolder(Source):
                 media = sorted(f for f in files if f.lower().endswith(VIDEOS + PICTURES))
                 videos, pictures, left_out = [], [], {"files in hidden folders": media}
             else:
-                videos, pictures, left_out = sorted_out(folder, files)
+                videos, pictures, left_out = classify(folder, files)
             for reason, names in left_out.items():
                 for name in names:
                     self.left_out[reason].append(text(below / name))
@@ -97,12 +97,12 @@ class VideoFolder(Source):
             if pictures:
                 yield Item(text(below if below.parts else self.root.absolute().name) + "/", folder)
 
-    def _unread(self, error: OSError) -> None:
+    def _note_error(self, error: OSError) -> None:
         below = Path(error.filename).relative_to(self.root)
         self.left_out[f"folders that cannot be read ({error.strerror})"].append(text(below) + "/")
 
 
-def sorted_out(folder: Path, names: list[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
+def classify(folder: Path, names: list[str]) -> tuple[list[str], list[str], dict[str, list[str]]]:
     """Tells what the files ``names`` of a folder are, each in order.
 
     Returns:
