@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from prelar_trl.data import ClipStore
-from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources import FrameOptions
 from prelar_trl.data.sources.torchrl import TensorDictFolder
 from prelar_trl.envs import make_env
 from prelar_trl.recipes.prepare_videos import run

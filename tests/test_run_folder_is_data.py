@@ -19,7 +19,7 @@ import yaml
 import prelar_trl
 from prelar_trl.checkpoint import load_checkpoint, save_checkpoint
 from prelar_trl.data import EpisodeReplay, VideoClips
-from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources import FrameOptions
 from prelar_trl.data.sources.torchrl import TensorDictFolder
 from prelar_trl.recipes.evaluate import evaluate
 from prelar_trl.recipes.finetune import finetune

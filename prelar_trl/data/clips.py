@@ -16,8 +16,7 @@ from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
 from torchrl.data.replay_buffers.samplers import Sampler
 
-from prelar_trl.data.prefetch import Prefetcher
-from prelar_trl.data.storage import FrameStorage
+from prelar_trl.data.storage import FrameStorage, Prefetcher
 from prelar_trl.data.store import ACTIONS, ClipStore
 from prelar_trl.data.windows import FixedShareSampler, Strategy, WindowSampler
 from prelar_trl.utils import check_choice, check_integers
@@ -97,12 +96,10 @@ class VideoClips:
         if labels:
             self._labeled = self._choose_labeled(labels, seed)
             self.storage.streams["action"] = ACTIONS
-            share = float(self._labeled.sum()) / self.num_clips
-            rows = max(1, round(share * batch_size))
+            rows = max(1, round(float(self._labeled.sum()) / self.num_clips * batch_size))
             labeled = make_sampler(seed=seed + 2)
-            episodes = self.storage.episodes()
             lengths = torch.where(self._labeled, self._lengths, 0)
-            labeled.set_episodes(lengths, starts=episodes["starts"])
+            labeled.set_episodes(lengths, starts=self.storage.episodes()["starts"])
             sampler = FixedShareSampler(labeled, self.sampler, rows)
         self.buffer = ReplayBuffer(
             storage=self.storage,
@@ -157,9 +154,8 @@ class VideoClips:
         batch = self._prefetcher.next()
         episode = batch.pop("episode")
         if "action" in self.storage.streams:
-            labeled = self._labeled[episode]
-            batch["labeled"] = labeled
-            batch["action"] = batch["action"] * labeled
+            batch["labeled"] = self._labeled[episode]
+            batch["action"] = batch["action"] * batch["labeled"]
         return batch.to(self.device, non_blocking=True)
 
     def sample_with_actions(self) -> TensorDict:
@@ -173,7 +169,7 @@ class VideoClips:
         """
         self._need_actions(" to probe")
         index, _ = self._probe_sampler.sample(self.storage, self.batch_size * self.clip_len)
-        batch = self.storage.read(index.numpy(), {n: n for n in self.streams} | {"action": ACTIONS})
+        batch = self.storage.read(index.numpy(), self.storage.streams | {"action": ACTIONS})
         batch = batch.exclude("episode").reshape(self.batch_size, self.clip_len)
         batch["is_first"][:, 0] = True
         return batch.to(self.device, non_blocking=True)
@@ -244,7 +240,8 @@ class VideoClips:
         if not self.streams:
             raise ValueError("streams=() must name image streams, such as pixels")
         for store in self.stores:
-            images = [s.name for s in store.streams.values() if s.is_image]
+            uint8 = [s for s in store.streams.values() if s.dtype == "uint8"]
+            images = [s.name for s in uint8 if len(s.shape) == 3]
             for name in self.streams:
                 if name not in images:
                     raise ValueError(
@@ -266,13 +263,8 @@ class VideoClips:
         ]
         storage = FrameStorage(int(frames.sum()), pin_memory=self.device.type == "cuda")
         storage.streams = {name: name for name in self.streams}
-        storage.set_clips(
-            [store.shards for store in self.stores],
-            frames.cumsum() - frames,
-            frames,
-            np.concatenate(where),
-            weights=self._weights,
-        )
+        shards = [store.shards for store in self.stores]
+        storage.set_clips(shards, frames, np.concatenate(where), weights=self._weights)
         self._lengths = torch.from_numpy(frames)
         return storage
 
@@ -300,15 +292,11 @@ def _clips_of(store: ClipStore, split: Split, heldout: float) -> np.ndarray:
     if not 0 < heldout < 1:
         raise ValueError(f"heldout={heldout} must lie between 0 and 1")
     if len(store) < 2:
-        raise ValueError(
-            f"clip store {str(store.path)!r} has one clip only: nothing can be held out, use "
-            "split=all"
-        )
+        only = f"clip store {str(store.path)!r} has one clip only"
+        raise ValueError(f"{only}: nothing can be held out, use split=all")
     order = sorted(range(len(store)), key=lambda clip: _digest(store.names[clip]))
     count = min(max(1, round(heldout * len(store))), len(store) - 1)
-    held = np.zeros(len(store), dtype=bool)
-    held[order[:count]] = True
-    return every[held] if split == "heldout" else every[~held]
+    return every[np.isin(every, order[:count]) == (split == "heldout")]
 
 
 def _digest(text: str) -> bytes:

@@ -26,6 +26,8 @@ from prelar_trl.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 _KEYS = ("pixels", "action", ("next", "pixels"), ("next", "reward"), ("next", "done"))
+_FLOATS = {"action": "[A]", ("next", "reward"): "[1]", "vector": "[V]", ("next", "vector"): "[V]"}
+_FLAGS = (("next", "done"), ("next", "terminated"), "is_first")
 _TRAJECTORY = ("collector", "traj_ids")
 _MASK = ("collector", "mask")
 _STREAMS = {
@@ -40,15 +42,9 @@ _SHARD_BYTES = 2**28
 
 
 class EpisodeStorage(FrameStorage):
-    """A ring of frames in a clip store, an episode a clip; the oldest shards are deleted.
+    """A ring of ``capacity`` frames in a clip store, an episode a clip.
 
-    Args:
-        path: the folder; made if it is missing.
-        capacity: frames kept.
-        pin_memory: read into pinned memory, for a GPU.
-
-    Attributes:
-        num_written: episodes that were ever appended; the number of the next.
+    The oldest shards are deleted. ``num_written`` episodes were ever appended.
 
     Raises:
         ValueError: the folder holds something else, or a replay of another capacity.
@@ -57,12 +53,12 @@ class EpisodeStorage(FrameStorage):
     def __init__(self, path: Path, capacity: int, *, pin_memory: bool = False) -> None:
         super().__init__(capacity, pin_memory=pin_memory)
         self.path = path
-        self._store: ClipWriter | None = None
         self._held: list[int] = []  # first episodes of states, see `hold`
         self._open()
 
     def _open(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        self._store: ClipWriter | None = None
         if (self.path / "store.json").exists():
             meta = read_meta(self.path)
             self._open_store(meta["height"], meta["width"], meta["shard_bytes"])
@@ -70,8 +66,6 @@ class EpisodeStorage(FrameStorage):
             raise ValueError(
                 f"{str(self.path)!r} is not empty and holds no replay: name another folder"
             )
-        else:
-            self._store = None
         clips = self._store.clips if self._store else []
         self.num_written = int(clips[-1].name) + 1 if clips else 0
         self._sync_clips()
@@ -95,13 +89,14 @@ class EpisodeStorage(FrameStorage):
         clips = store.clips if store else []
         where = np.array([(0, c.shard, c.row) for c in clips], np.int64).reshape(-1, 3)
         frames = np.array([c.frames for c in clips], np.int64)
-        start = frames.cumsum() - frames
+        start = 0
         shards: Sequence[MappedShards] = ()
         if store is not None and clips:
-            start += store.num_evicted_frames
+            start = store.num_evicted_frames
             shards = self._shards or [MappedShards(self.path, store.streams)]
             self.streams = {k: x for k, x in _STREAMS.items() if x in store.streams}
-        self.set_clips(shards, start, frames, where, first=self.num_written - len(clips))
+        first = self.num_written - len(clips)
+        self.set_clips(shards, frames, where, start=start, first=first)
 
     def episodes(self) -> dict[str, Any]:
         """The whole clips; those that were found damaged have no frames."""
@@ -112,14 +107,7 @@ class EpisodeStorage(FrameStorage):
         return episodes
 
     def append(self, frames: TensorDict) -> Tensor:
-        """Writes one episode.
-
-        Args:
-            frames: ``[L + 1]``: ``pixels``, ``action``, ``reward``, ``terminated``, and by option
-                ``vector``.
-
-        Returns:
-            Its indices int64 ``[L + 1]``.
+        """Writes one episode ``[L + 1]``, as `to_frames` gives it; returns its indices int64.
 
         Raises:
             ValueError: it is longer than the capacity, or its shapes differ.
@@ -134,9 +122,9 @@ class EpisodeStorage(FrameStorage):
         }
         store = self._store
         if store is None:
-            pixels = arrays["pixels"][0]
-            size = min(_SHARD_BYTES, self.max_size * pixels.size // _SHARDS)
-            store = self._open_store(pixels.shape[1], pixels.shape[2], size)
+            frame = arrays["pixels"][0]
+            shard_bytes = min(_SHARD_BYTES, self.max_size * frame.size // _SHARDS)
+            store = self._open_store(frame.shape[1], frame.shape[2], shard_bytes)
         store.add_streams(arrays, name=f"{self.num_written:06d}")
         self.num_written += 1
         self._sync_clips()
@@ -157,8 +145,7 @@ class EpisodeStorage(FrameStorage):
 
     def frame_shape(self, key: str) -> list[int] | None:
         """Shape of one frame of ``key``; None before the first episode."""
-        streams = self._store.streams if self._store else {}
-        stream = streams.get(_STREAMS[key])
+        stream = self._store.streams.get(_STREAMS[key]) if self._store else None
         return None if stream is None else list(stream.shape)
 
     def close(self) -> None:
@@ -171,17 +158,14 @@ class EpisodeStorage(FrameStorage):
         if self._store is not None:
             self._store.sync()
         first = self._first + self.whole.start
-        return {"end": self.num_written, "first": first, "held": list(self._held)}
+        return {"end": self.num_written, "first": first, "held": [*self._held]}
 
     def hold(self, state_dict: dict[str, Any], count: int) -> None:
         """Deletes nothing that this state or the ``count - 1`` that were held before it know."""
         self._held = [*self._held, state_dict["first"]][-count:]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Drops the episodes that were written since; see `EpisodeReplay.load_state_dict`.
-
-        Where fewer are left, which is damage, a warning says so.
-        """
+        """See `EpisodeReplay.load_state_dict`."""
         end = state_dict["end"]
         if end > self.num_written:
             ends = (
@@ -196,12 +180,9 @@ class EpisodeStorage(FrameStorage):
             self._store.truncate(sum(int(clip.name) < end for clip in clips))
             self.num_written, self._shards = end, ()
             self._sync_clips()
-        if self._first > state_dict["first"]:
-            logger.warning(
-                "%d episodes that the state knew are deleted from the replay in %s",
-                self._first - state_dict["first"],
-                self.path,
-            )
+        if (gone := self._first - state_dict["first"]) > 0:
+            deleted = "%d episodes that the state knew are deleted from the replay in %s"
+            logger.warning(deleted, gone, self.path)
         self._held = [*state_dict["held"], state_dict["first"]]
 
     def dumps(self, path: str | Path) -> None:
@@ -210,11 +191,7 @@ class EpisodeStorage(FrameStorage):
         shutil.copytree(self.path, path)
 
     def loads(self, path: str | Path) -> None:
-        """Takes the place of what `dumps` wrote. What was here is deleted.
-
-        Raises:
-            ValueError: the copy has another capacity.
-        """
+        """Takes what `dumps` wrote; ValueError if that has another capacity."""
         path = Path(path)
         if any(path.iterdir()):
             capacity = read_meta(path)["info"].get("capacity")
@@ -238,15 +215,10 @@ class EpisodeWriter(Writer):
         self.pending: dict[Hashable, list[TensorDict]] = {}
 
     def add(self, data: TensorDictBase) -> Tensor:
-        """Takes one step, batch ``[]``. Otherwise as `extend`."""
         return self.extend(data.reshape(1, 1))
 
     def extend(self, data: TensorDictBase) -> Tensor:
-        """Takes steps of batch ``[T]`` or ``[N, T]``; see `EpisodeReplay.extend`.
-
-        Returns:
-            Indices int64 ``[M]`` of the frames of the episodes that were finished.
-        """
+        """See `EpisodeReplay.extend`."""
         if not data.ndim:
             raise ValueError("extend needs a time dimension: use add for a single step")
         if isinstance(data, LazyStackedTensorDict):  # a collector's
@@ -256,17 +228,16 @@ class EpisodeWriter(Writer):
         data = data.reshape(-1, data.shape[-1])  # [N, T]
         self._check(data)
         written = [torch.zeros(0, dtype=torch.int64)]
-        done = data["next", "done"].reshape(data.shape).cpu()  # [N, T]
-        first = data.get("is_first", None)
-        first = torch.zeros_like(done) if first is None else first.reshape(done.shape).cpu()
-        lost = data.get(("next", "dropped"), None)
-        lost = torch.zeros_like(done) if lost is None else lost.reshape(done.shape).cpu()
-        ids = data.get(_TRAJECTORY, None)
-        ids = None if ids is None else ids.reshape(done.shape).cpu()
-        for worker in range(data.shape[0]):
-            number = None if ids is None else ids[worker]
-            for begin, end in _pieces(done[worker], first[worker], number):
-                key = worker if ids is None else ("trajectory", int(ids[worker, begin]))
+        no = torch.zeros(data.shape, dtype=torch.bool)
+        flags = (("next", "done"), "is_first", ("next", "dropped"))
+        done, first, lost = (data.get(key, no).reshape(data.shape).cpu() for key in flags)
+        workers = torch.arange(len(data)).unsqueeze(1).expand(data.shape)
+        ids = data.get(_TRAJECTORY, workers).reshape(data.shape).cpu()
+        has_ids = _TRAJECTORY in data.keys(include_nested=True)
+        for worker in range(len(data)):
+            for begin, end in _pieces(done[worker], first[worker], ids[worker]):
+                number = int(ids[worker, begin])
+                key = ("trajectory", number) if has_ids else number
                 if bool(lost[worker, end - 1]):
                     self.pending.pop(key, None)
                     continue
@@ -285,12 +256,12 @@ class EpisodeWriter(Writer):
         keys = data.keys(include_nested=True, leaves_only=True)
         if _MASK in keys and not bool(data[_MASK].all()):
             raise ValueError("the data are padded: make the collector with split_trajs=False")
-        missing = [k for k in _KEYS if k not in keys]
-        if missing:
+        if missing := [k for k in _KEYS if k not in keys]:
             raise ValueError(f"the data lack {', '.join(map(str, missing))}")
         for key in ("pixels", ("next", "pixels")):
             pixels = data[key]
-            if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[2] % 3:
+            is_image = pixels.dtype == torch.uint8 and pixels.ndim == 5 and pixels.numel()
+            if not is_image or pixels.shape[2] % 3:
                 raise ValueError(
                     f"{key} must be uint8 [3, H, W] per step (or 3 channels a picture), got "
                     f"{pixels.dtype} {list(pixels.shape[2:])}"
@@ -298,26 +269,20 @@ class EpisodeWriter(Writer):
         if data["pixels"].shape != data["next", "pixels"].shape:
             shapes = [list(data[key].shape[2:]) for key in ("pixels", ("next", "pixels"))]
             raise ValueError(f"pixels is {shapes[0]} per step, but {shapes[1]} in next")
-        for key, shape in (("action", "[A]"), ("pixels", "[3, H, W]"), ("vector", "[V]")):
-            value = data.get(key, None)
-            if value is not None and (not value.numel() or (key == "action" and value.ndim != 3)):
-                raise ValueError(f"{key} must be {shape} per step, got {list(value.shape[2:])}")
-        for key in (("next", "reward"), ("next", "done"), ("next", "terminated"), "is_first"):
-            value = data.get(key, None)
-            if value is not None and value.numel() != data.numel():
-                raise ValueError(f"{key} must be [1] per step, got {list(value.shape[2:])}")
-            if value is not None and key != ("next", "reward") and value.dtype != torch.bool:
-                raise ValueError(f"{key} must be bool, got {value.dtype}")
-        for key in ("action", ("next", "reward"), "vector", ("next", "vector")):
-            if (value := data.get(key, None)) is None:
+        for key in (*_FLOATS, *_FLAGS):
+            if key not in keys:
                 continue
-            if not value.is_floating_point():
-                raise ValueError(f"{key} must be floating point, got {value.dtype}")
+            value, form = data[key], _FLOATS.get(key, "[1]")
+            is_whole = value.numel() == data.numel() if form == "[1]" else value.numel() > 0
+            if not is_whole or (key == "action" and value.ndim != 3):
+                raise ValueError(f"{key} must be {form} per step, got {list(value.shape[2:])}")
+            if not (value.is_floating_point() if key in _FLOATS else value.dtype == torch.bool):
+                kind = "floating point" if key in _FLOATS else "bool"
+                raise ValueError(f"{key} must be {kind}, got {value.dtype}")
             if not bool(value.isfinite().all()):
                 worker, step = (~value.isfinite()).nonzero()[0, :2].tolist()
                 raise ValueError(f"{key} is NaN or infinite at step {step} of environment {worker}")
-        vector = ["vector"] if "vector" in data.keys() else []
-        for key in ("pixels", "action", *vector):
+        for key in [key for key in ("pixels", "action", "vector") if key in keys]:
             have, got = self._storage.frame_shape(key), list(data[key].shape[2:])
             if have not in (None, got):
                 raise ValueError(
@@ -333,11 +298,7 @@ class EpisodeWriter(Writer):
         return {"pending": {key: TensorDict.cat(rows) for key, rows in self.pending.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the unfinished episodes.
-
-        Raises:
-            ValueError: one is no episode; nothing has changed then.
-        """
+        """Goes on with those; ValueError if one is no episode: nothing has changed then."""
         for rows in state_dict["pending"].values():
             check_frames(rows)
         self.pending = {key: [rows.clone()] for key, rows in state_dict["pending"].items()}
@@ -349,12 +310,7 @@ class EpisodeWriter(Writer):
         torch.save(pending, Path(path, "pending.pt"))
 
     def loads(self, path: str | Path) -> None:
-        """Reads what `dumps` wrote.
-
-        Raises:
-            DamagedFileError: the file is damaged.
-            ValueError: it holds something else.
-        """
+        """Reads what `dumps` wrote; ValueError if it is damaged or something else."""
         file = Path(path, "pending.pt")
         pending = read_tensors(file)
         try:
@@ -364,16 +320,12 @@ class EpisodeWriter(Writer):
             raise ValueError(f"{file} holds no unfinished episodes ({error!r})") from error
 
 
-def _pieces(done: Tensor, first: Tensor, number: Tensor | None) -> list[tuple[int, int]]:
+def _pieces(done: Tensor, first: Tensor, number: Tensor) -> list[tuple[int, int]]:
     """Cuts ``[T]`` behind a ``done``, before a ``first`` and where another number begins."""
-    cut = done.clone()
-    cut[:-1] |= first[1:]
-    if number is not None:
-        cut[:-1] |= number[1:] != number[:-1]
-    ends = (cut.nonzero().squeeze(-1) + 1).tolist()
-    if not ends or ends[-1] != len(done):
-        ends.append(len(done))
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    begin = torch.ones_like(done)
+    begin[1:] = done[:-1] | first[1:] | (number[1:] != number[:-1])
+    begins = begin.nonzero().squeeze(-1).tolist()
+    return list(zip(begins, [*begins[1:], len(done)], strict=True))
 
 
 def _rows(steps: TensorDictBase, new: bool) -> TensorDict:

@@ -7,8 +7,6 @@ from typing import cast
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-__all__ = ["check_frames", "to_dreamer_v3", "to_frames"]
-
 
 def to_frames(steps: TensorDictBase) -> TensorDict:
     """Steps ``(x_t, a_t, next)`` as frames, each with the action and reward that led to it.
@@ -30,9 +28,8 @@ def to_frames(steps: TensorDictBase) -> TensorDict:
 
     Returns:
         ``[..., L+1]``: ``pixels``, ``action``, ``reward``, ``is_first``, ``terminated`` and, where
-        it is there, ``vector``: what
-        :class:`prelar_trl.objectives.RSSMWorldModelLoss` reads as ``[B, T]``. The input is not
-        changed.
+        it is there, ``vector``: what :class:`prelar_trl.objectives.RSSMWorldModelLoss` reads as
+        ``[B, T]``. The input is not changed.
 
     Raises:
         KeyError: an entry is missing.
@@ -71,18 +68,16 @@ def _check_steps(steps: TensorDictBase) -> None:
     if not steps.ndim or not steps.numel():
         raise ValueError(f"steps of batch {list(steps.shape)}: time must be last, and not empty")
     keys = set(steps.keys(include_nested=True, leaves_only=True))
-    needed = ["pixels", "action", ("next", "pixels"), ("next", "reward")]
-    needed += [x for pair in [("vector", ("next", "vector"))] if keys & set(pair) for x in pair]
-    for key in needed:
+    observed = ["pixels", "vector"] if keys & {"vector", ("next", "vector")} else ["pixels"]
+    for key in (*observed, "action", *(("next", key) for key in observed), ("next", "reward")):
         if key not in keys:
             raise KeyError(f"the steps lack {key}")
-    for key in ("pixels", "vector"):
-        if key in keys and steps[key].shape != steps["next", key].shape:
-            now, then = list(steps[key].shape), list(steps["next", key].shape)
-            raise ValueError(f"{key} is {now}, but {then} in next")
-        if key in keys and steps[key].dtype != steps["next", key].dtype:
-            now, then = steps[key].dtype, steps["next", key].dtype
-            raise TypeError(f"{key} is {now}, but {then} in next")
+    for key in observed:
+        now, then = steps[key], steps["next", key]
+        if now.shape != then.shape:
+            raise ValueError(f"{key} is {list(now.shape)}, but {list(then.shape)} in next")
+        if now.dtype != then.dtype:
+            raise TypeError(f"{key} is {now.dtype}, but {then.dtype} in next")
     if steps["action"].dim() != steps.ndim + 1:
         raise ValueError(f"action {list(steps['action'].shape)} must be {[*steps.shape, 'A']}")
     for name in ("reward", "done", "terminated"):

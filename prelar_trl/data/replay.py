@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from prelar_trl.data.episodes import EpisodeStorage, EpisodeWriter
-from prelar_trl.data.prefetch import Prefetcher
+from prelar_trl.data.storage import Prefetcher
 from prelar_trl.data.windows import Strategy, WindowSampler
 from prelar_trl.utils import check_integers
 
@@ -170,21 +170,15 @@ class EpisodeReplay:
 
     def state_dict(self) -> dict[str, Any]:
         """Random state, the place in the stream of episodes, and the unfinished episodes."""
-        return {
-            "sampler": self._prefetcher.state_dict(),
-            **self.storage.state_dict(),
-            **self._writer.state_dict(),
-        }
+        sampler = {"sampler": self._prefetcher.state_dict()}
+        return sampler | self.storage.state_dict() | self._writer.state_dict()
 
     def hold(self, state_dict: dict[str, Any], count: int = 1) -> None:
         """Keeps what a state of `state_dict` knows on the disk, so that one can go back to it.
 
-        Call it when the state is saved. It takes space beyond the capacity: for the frames that
-        were written since the oldest state that is held.
-
-        Args:
-            state_dict: the state.
-            count: how many states are held, this one and those before it. Default: 1.
+        Call it when the state is saved; ``count`` states are held, this one (default) and those
+        before it. It takes space beyond the capacity: for the frames that were written since the
+        oldest state that is held.
         """
         self.storage.hold(state_dict, count)
 

@@ -1,10 +1,12 @@
-"""`FrameStorage`: the clips of stores as a TorchRL storage of frames."""
+"""`FrameStorage`: clips of stores as a TorchRL storage of frames; `Prefetcher`: batches of them."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.storages import Storage
 
 from prelar_trl.data.store import MappedShards
+from prelar_trl.utils import check_integers
 
 Index = int | slice | torch.Tensor | np.ndarray | tuple[torch.Tensor]
 
@@ -39,25 +42,17 @@ class FrameStorage(Storage):
         super().__init__(max_size)
         self.pin_memory = pin_memory
         self.streams: dict[str, str] = {}
-        self._shards: Sequence[MappedShards] = ()
-        self.revision = 0
-        self._end = 0
-        self._weights: torch.Tensor | None = None
+        self.revision = -1
         none = np.zeros(0, np.int64)
-        self._start, self._frames, self._where, self._first = (
-            none,
-            none,
-            np.zeros((0, 3), np.int64),
-            0,
-        )
+        self.set_clips((), none, none.reshape(0, 3))
 
     def set_clips(
         self,
         shards: Sequence[MappedShards],
-        start: np.ndarray,
         frames: np.ndarray,
         where: np.ndarray,
         *,
+        start: int = 0,
         first: int = 0,
         weights: torch.Tensor | None = None,
     ) -> None:
@@ -65,16 +60,15 @@ class FrameStorage(Storage):
 
         Args:
             shards: the files of each store.
-            start: int64 ``[E]``, ascending: place of each clip's first frame.
             frames: int64 ``[E]``: length.
             where: int64 ``[E, 3]``: store, shard, first frame within the shard.
-            first: number of the first clip.
+            start, first: place of the first clip's first frame, and number of that clip.
             weights: ``[stores]``: how often each store is drawn, in any unit; see `WindowSampler`.
         """
         self._shards, self._first, self._weights = shards, first, weights
-        self._start, self._frames, self._where = start, frames, where
+        self._start, self._frames, self._where = start + frames.cumsum() - frames, frames, where
         self.revision += 1
-        self._end = int(start[-1] + frames[-1]) if len(start) else 0
+        self._end = start + int(frames.sum())
 
     @property
     def whole(self) -> slice:
@@ -93,7 +87,7 @@ class FrameStorage(Storage):
         }
 
     def get(self, index: Index) -> TensorDict:
-        """The frames at ``index``, a TensorDict of its shape; see the class."""
+        """See the class."""
         if isinstance(index, slice):
             flat = np.arange(len(self))[index]
             _, _, episode = self._locate(flat)
@@ -143,40 +137,88 @@ class FrameStorage(Storage):
         return min(self._end, self.max_size)
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
-        """Raises: frames come from a store."""
         raise RuntimeError("a FrameStorage is written through its store, not by index")
 
     def contains(self, item: int) -> bool:
-        """Whether a frame lies at index ``item``."""
         return 0 <= item < len(self) and int(self._locate(np.array([item]))[0][0]) >= 0
 
     def _empty(self) -> None:
         raise RuntimeError("a FrameStorage cannot be emptied: the store is on the disk")
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the store is on the disk."""
-        return {}
+        return {}  # the store is on the disk
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: the store is on the disk."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
-    def dumps(self, path: str | Path) -> None:
-        """Nothing: the store is on the disk."""
+    def dumps(self, path: str | Path) -> None: ...
 
-    def loads(self, path: str | Path) -> None:
-        """Nothing: the store is on the disk."""
+    def loads(self, path: str | Path) -> None: ...
 
 
-def sample_rows(buffer: ReplayBuffer, length: int) -> TensorDict:
-    """A batch ``[B, T]`` of a buffer of frames, with ``is_first`` where a window begins.
+class Drawn(NamedTuple):
+    """A batch, the sampler's state before it was drawn, and the storage's revision then."""
+
+    state: dict[str, Any]
+    revision: int
+    batch: TensorDict
+
+
+class Prefetcher:
+    """Draws batches of windows from a buffer, ahead of their use; they are those of no prefetching.
+
+    A batch that was drawn ahead counts as not drawn until it is used: `state_dict` is the state
+    from which the next batch follows, and where the clips have changed meanwhile it is drawn anew.
+    The buffer's lock keeps drawing apart from extending it.
 
     Args:
-        buffer: its storage is a `FrameStorage`, its sampler any that draws windows.
+        buffer: of a `FrameStorage`; its sampler draws windows and is not used elsewhere.
         length: frames T of a row.
+        ahead: batches drawn ahead by a thread. 0: none, and no thread.
     """
-    batch, info = buffer.sample(return_info=True)
-    if "is_first" in info:
-        batch["is_first"] = info["is_first"]
-    batch = batch.reshape(-1, length)
-    batch["is_first"][:, 0] = True
-    return batch
+
+    def __init__(self, buffer: ReplayBuffer, length: int, ahead: int) -> None:
+        check_integers(0, prefetch=ahead)
+        self.buffer, self.length, self.ahead = buffer, length, ahead
+        self.storage = cast(FrameStorage, buffer.storage)
+        self._executor = ThreadPoolExecutor(1, "prefetch") if ahead else None
+        self._drawn: deque[Future[Drawn]] = deque()
+
+    def next(self) -> TensorDict:
+        """The next batch ``[B, T]``, with ``is_first`` where a window begins."""
+        if self._executor is None:
+            return self._sample()
+        if self._drawn and self._drawn[0].result().revision != self.storage.revision:
+            self.discard()
+        while len(self._drawn) <= self.ahead:
+            self._drawn.append(self._executor.submit(self._draw))
+        return self._drawn.popleft().result().batch
+
+    def discard(self) -> None:
+        """Gives back what was drawn ahead, as if it had not been; waits for the thread."""
+        if self._drawn:
+            first, *_ = [drawn.result() for drawn in self._drawn]
+            self._drawn.clear()
+            self.buffer.sampler.load_state_dict(first.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sampler's state from which the next batch follows."""
+        if self._drawn:
+            return self._drawn[0].result().state
+        return self.buffer.sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken."""
+        self.discard()
+        self.buffer.sampler.load_state_dict(state_dict)
+
+    def _draw(self) -> Drawn:
+        state, revision = self.buffer.sampler.state_dict(), self.storage.revision
+        return Drawn(state, revision, self._sample())
+
+    def _sample(self) -> TensorDict:
+        batch, info = self.buffer.sample(return_info=True)
+        if "is_first" in info:
+            batch["is_first"] = info["is_first"]
+        batch = batch.reshape(-1, self.length)
+        batch["is_first"][:, 0] = True
+        return batch

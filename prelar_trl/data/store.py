@@ -24,11 +24,10 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -58,11 +57,6 @@ class Stream:
     def frame_bytes(self) -> int:
         """Bytes of one frame."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-
-    @property
-    def is_image(self) -> bool:
-        """Whether a frame is a picture, uint8 ``[C, H, W]``."""
-        return self.dtype == "uint8" and len(self.shape) == 3
 
 
 def shard_file(path: Path, stream: str, shard: int) -> Path:
@@ -99,13 +93,6 @@ def read_meta(path: Path) -> dict[str, Any]:
     return meta
 
 
-def store_folder(path: Path) -> Path:
-    """The folder of a store: ``path``, or the replay in it if that is a fine-tuning run's."""
-    replay = path / "replay"
-    is_run = not (path / "store.json").exists() and (replay / "store.json").is_file()
-    return replay if is_run else path
-
-
 def streams_of(meta: dict[str, Any]) -> dict[str, Stream]:
     """The streams that ``store.json`` declares."""
     return {
@@ -120,11 +107,7 @@ def evicted_of(meta: dict[str, Any]) -> dict[str, int]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a ``.jsonl`` file; none if it is missing.
-
-    Raises:
-        StoreError: a line is damaged.
-    """
+    """The whole lines of a ``.jsonl`` file, none if it is missing; StoreError if one is damaged."""
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     try:
         return [json.loads(line) for line in lines]
@@ -138,50 +121,17 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """A line of a journal; None if it is damaged."""
-    try:
-        record = json.loads(line)
-        known = isinstance(record["name"], str) and "info" in record
-        return record if known and record["frames"] > 0 and record["crc32"] is not None else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def is_whole(
-    record: dict[str, Any], handles: Mapping[str, BinaryIO], streams: Mapping[str, Stream]
-) -> bool:
-    """Whether a clip's data, next in the open files, agree with its record. They are passed."""
-    found = {k: _crc32(handles[k], record["frames"] * s.frame_bytes) for k, s in streams.items()}
-    return found == record["crc32"]
-
-
-def _crc32(file: BinaryIO, size: int) -> int:
-    """CRC-32 of the next ``size`` bytes, or of what there is."""
-    crc = 0
-    while size and (block := file.read(min(size, 2**20))):
-        crc = zlib.crc32(block, crc)
-        size -= len(block)
-    return crc
-
-
 def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= (
-            dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
+        name = prefix + key
+        flat |= dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
 
 
 class MappedShards:
-    """The streams of a store, memory-mapped and read-only; a shard may still grow.
-
-    Args:
-        path: the store.
-        streams: name -> `Stream`.
-    """
+    """The streams of a store, memory-mapped and read-only; a shard may still grow."""
 
     def __init__(self, path: Path, streams: dict[str, Stream]) -> None:
         self.path, self.streams = path, streams
@@ -236,7 +186,9 @@ class ClipStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = store_folder(Path(path))
+        folder, replay = Path(path), Path(path, "replay")
+        is_run = not (folder / "store.json").exists() and (replay / "store.json").is_file()
+        self.path = replay if is_run else folder
         self.meta = read_meta(self.path)
         try:
             self._open(path)
@@ -255,46 +207,42 @@ class ClipStore:
             )
         self.streams = streams_of(self.meta)
         self.shards = MappedShards(self.path, self.streams)
-        self._read_clips()
-        if self.num_bytes <= VERIFY_ON_OPEN_BYTES:
-            self.verify()
-
-    def _read_clips(self) -> None:
         records: list[dict[str, Any]] = []
-        shard: list[int] = []
-        row: list[int] = []
+        place: list[tuple[int, int]] = []
         for number, seal in self._seals():
             self._check_sizes(number, seal)
-            file = shard_file(self.path, CLIPS, number)
-            if sha256(file) != seal["sha256"][CLIPS]:
-                raise self._damaged(file, "its checksum differs")
-            position = 0
-            for record in read_records(file):
+            self._check_digest(number, seal, CLIPS)
+            row = 0
+            for record in read_records(shard_file(self.path, CLIPS, number)):
                 records.append(record)
-                shard.append(number)
-                row.append(position)
-                position += record["frames"]
+                place.append((number, row))
+                row += record["frames"]
         self.names: list[str] = [r["name"] for r in records]
         self.labels: list[str | int | None] = [r["label"] for r in records]
         self.splits: list[str | None] = [r["split"] for r in records]
         self.infos: list[dict[str, Any] | None] = [r["info"] for r in records]
         self.frames = np.array([r["frames"] for r in records], dtype=np.int64)
-        self.shard = np.array(shard, dtype=np.int64)
-        self.row = np.array(row, dtype=np.int64)
+        self.shard, self.row = np.array(place, dtype=np.int64).reshape(-1, 2).T
+        if self.num_bytes <= VERIFY_ON_OPEN_BYTES:
+            self.verify()
 
     def _seals(self) -> Iterator[tuple[int, dict[str, Any]]]:
         return enumerate(self.meta["shards"], evicted_of(self.meta)["shards"])
 
     def _check_sizes(self, number: int, seal: dict[str, Any]) -> None:
-        for name in (CLIPS, *self.streams):
+        sizes = {k: seal["frames"] * s.frame_bytes for k, s in self.streams.items()}
+        for name in (CLIPS, *sizes):
             file = shard_file(self.path, name, number)
             if not file.is_file():
                 raise self._damaged(file, "it is missing")
-            if name == CLIPS:
-                continue
-            size, expected = file.stat().st_size, seal["frames"] * self.streams[name].frame_bytes
-            if size != expected:
-                raise self._damaged(file, f"it has {size} bytes, not {expected}")
+            size = file.stat().st_size
+            if size != sizes.get(name, size):
+                raise self._damaged(file, f"it has {size} bytes, not {sizes[name]}")
+
+    def _check_digest(self, number: int, seal: dict[str, Any], name: str) -> None:
+        file = shard_file(self.path, name, number)
+        if sha256(file) != seal["sha256"][name]:
+            raise self._damaged(file, "its checksum differs")
 
     def _damaged(self, file: Path, why: str) -> StoreError:
         return StoreError(
@@ -328,10 +276,8 @@ class ClipStore:
             StoreError: naming the first file that differs.
         """
         for number, seal in self._seals():
-            for name, digest in seal["sha256"].items():
-                file = shard_file(self.path, name, number)
-                if sha256(file) != digest:
-                    raise self._damaged(file, "its checksum differs")
+            for name in seal["sha256"]:
+                self._check_digest(number, seal, name)
 
     def skipped(self) -> list[tuple[str, str]]:
         """Name and reason of each clip that the source had and that could not be used."""

@@ -22,9 +22,8 @@ With ``pack`` episodes shorter than m are drawn too: whole, m being their length
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -38,23 +37,16 @@ from prelar_trl.utils import check_choice, check_integers
 Strategy = Literal["episodes", "frames", "epoch", "prioritize_ends"]
 
 
-@dataclass(frozen=True)
-class Windows:
+class Windows(NamedTuple):
     """Contiguous pieces that fill ``rows`` rows of ``length`` frames, in row-major order.
 
-    All tensors are int64 ``[M]``, M >= rows (M == rows unless rows are filled by several windows).
-
-    Args:
-        episode: which episode a piece comes from.
-        start: its first frame, counted from the episode's beginning.
-        frames: its number of frames.
-        offset: where it lies in the flattened ``[rows * length]`` batch.
+    All are int64 ``[M]``, M >= rows (M == rows unless rows are filled by several windows).
     """
 
     episode: Tensor
-    start: Tensor
+    start: Tensor  # first frame, counted from the episode's beginning
     frames: Tensor
-    offset: Tensor
+    offset: Tensor  # in the flattened [rows * length] batch
 
 
 class StatefulSampler(Sampler):
@@ -66,12 +58,7 @@ class StatefulSampler(Sampler):
         torch.save(self.state_dict(), Path(path, "sampler.pt"))
 
     def loads(self, path: str | Path) -> None:
-        """Reads what `dumps` wrote.
-
-        Raises:
-            DamagedFileError: the file is damaged.
-            ValueError: it holds no state of such a sampler.
-        """
+        """Reads what `dumps` wrote; ValueError if it is damaged or something else."""
         file = Path(path, "sampler.pt")
         state = read_tensors(file)
         try:
@@ -124,10 +111,9 @@ class WindowSampler(StatefulSampler):
             raise ValueError(
                 f"min_length, max_length and pack belong to prioritize_ends, not to {strategy!r}"
             )
-        if not 0 <= rank < world_size:
+        if rank >= world_size:
             raise ValueError(f"rank={rank} must lie in 0..{world_size - 1} (world_size - 1)")
-        self.length = length
-        self.strategy = strategy
+        self.length, self.strategy, self.pack = length, strategy, pack
         self.min_length = length if min_length is None else min_length
         self.max_length = length if max_length is None else max_length
         if not 1 <= self.min_length <= self.max_length:
@@ -135,7 +121,6 @@ class WindowSampler(StatefulSampler):
                 f"min_length={self.min_length} must lie in 1..max_length={self.max_length}"
             )
         check_integers(min_length=self.min_length, max_length=self.max_length)
-        self.pack = pack
         self.rank, self.world_size = rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
         self._shuffler = torch.Generator()
@@ -171,17 +156,13 @@ class WindowSampler(StatefulSampler):
         for name, x in (("starts", starts), ("groups", groups)):
             if x is not None and (x.dtype != torch.int64 or x.shape != lengths.shape):
                 raise ValueError(f"{name} {x.dtype} {list(x.shape)} must be int64 {len(lengths)}")
-        if group_weights is not None and groups is not None:
+        counts = (lengths - self.length + 1).clamp(min=0)
+        weights = (counts if self.strategy == "frames" else lengths >= self.shortest).double()
+        if groups is not None and group_weights is not None:
             if not bool((group_weights >= 0).all() & group_weights.isfinite().all()):
                 raise ValueError("group_weights must be finite, none negative")
             if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < len(group_weights):
                 raise ValueError(f"groups must lie in 0..{len(group_weights) - 1}")
-        counts = (lengths - self.length + 1).clamp(min=0)
-        if self.strategy == "frames":
-            weights = counts.double()
-        else:
-            weights = (lengths >= self.shortest).double()
-        if groups is not None and group_weights is not None:
             if self.strategy == "epoch":
                 raise ValueError("strategy='epoch' takes every clip once: leave out the weights")
             share = torch.zeros(len(group_weights), dtype=torch.float64)
@@ -192,7 +173,6 @@ class WindowSampler(StatefulSampler):
         self._starts, self._capacity = starts, capacity
         self._cumulative = weights.cumsum(0)
         self._eligible = weights.nonzero().squeeze(-1)
-        self._short = bool((lengths[self._eligible] < self.length).any())
         if self._order is not None and len(self._order) != len(self._eligible):
             self._order = self._order_rng = None  # other episodes: the epoch begins anew
 
@@ -226,10 +206,14 @@ class WindowSampler(StatefulSampler):
                 f"longest {longest}"
             )
         drawn = self._draw_all(rows * self.world_size)
-        return drawn if self.world_size == 1 else self._own_rows(drawn, rows)
+        if self.world_size == 1:
+            return drawn
+        row, column = drawn.offset // self.length, drawn.offset % self.length
+        own = Windows(*drawn[:3], row // self.world_size * self.length + column)
+        return Windows(*(each[row % self.world_size == self.rank] for each in own))
 
     def sample(self, storage: Storage | None, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        """TorchRL's sampler interface.
+        """See TorchRL's ``Sampler``.
 
         Args:
             storage: a `FrameStorage` declares its episodes itself; for others see `set_episodes`.
@@ -293,10 +277,6 @@ class WindowSampler(StatefulSampler):
         return self._eligible[torch.randperm(len(self._eligible), generator=self._shuffler)]
 
     def _draw_prioritized(self, rows: int) -> Windows:
-        if self.min_length >= self.length and not self._short:  # one window fills a row
-            windows = self._prioritized(rows)
-            frames = windows[2].clamp(max=self.length)
-            return Windows(windows[0], windows[1], frames, torch.arange(rows) * self.length)
         pieces: list[tuple[int, int, int, int]] = []
         end = rows * self.length
         offset = 0
@@ -313,19 +293,11 @@ class WindowSampler(StatefulSampler):
     def _prioritized(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         episode = self._weighted(count)
         total = self._lengths[episode]
-        frames = total.clamp(max=self.max_length)
         least = total.clamp(max=self.min_length)
-        frames = torch.maximum(frames - self._uniform(least), least)
+        frames = torch.maximum(total.clamp(max=self.max_length) - self._uniform(least), least)
         last = total - frames
         start = torch.minimum(self._uniform(last + 1 + least), last)
         return episode, start, frames
-
-    def _own_rows(self, windows: Windows, rows: int) -> Windows:
-        row = windows.offset // self.length
-        keep = row % self.world_size == self.rank
-        column = windows.offset[keep] % self.length
-        offset = row[keep] // self.world_size * self.length + column
-        return Windows(windows.episode[keep], windows.start[keep], windows.frames[keep], offset)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next draws depend on, the episodes apart."""
@@ -339,9 +311,7 @@ class WindowSampler(StatefulSampler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken; the same episodes must be declared.
 
-        Raises:
-            KeyError, TypeError, ValueError, RuntimeError: it is no such state; the sampler stays
-                as it was.
+        KeyError, TypeError, ValueError, RuntimeError for no such state; nothing has changed then.
         """
         rng, order_rng, position = (state_dict[name] for name in ("rng", "order_rng", "position"))
         order_size = state_dict.get("order_size")
@@ -359,18 +329,15 @@ class WindowSampler(StatefulSampler):
 
 
 class FixedShareSampler(StatefulSampler):
-    """Fills the first rows of a batch from one `WindowSampler` and the others from another.
+    """Fills the first ``rows`` rows of a batch from one `WindowSampler`, the others from another.
 
-    Args:
-        first, others: samplers of windows of one length; their episodes are declared by hand.
-        rows: how many rows ``first`` fills.
+    Their windows have one length, and the episodes of the first are declared by hand.
     """
 
     def __init__(self, first: WindowSampler, others: WindowSampler, rows: int) -> None:
         self.first, self.others, self.rows = first, others, rows
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        """As `WindowSampler.sample`."""
         size = min(self.rows * self.first.length, batch_size)
         drawn = [self.first.sample(None, size)]
         if size < batch_size:
@@ -379,11 +346,9 @@ class FixedShareSampler(StatefulSampler):
         return torch.cat(index), {"is_first": torch.cat([each["is_first"] for each in info])}
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both."""
         return {"labels": self.first.state_dict(), "sampler": self.others.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken."""
         self.first.load_state_dict(state_dict["labels"])
         self.others.load_state_dict(state_dict["sampler"])
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from prelar_trl.data.arrays import Array, checked_actions, checked_frames
-from prelar_trl.data.shards import Buffer, Place, Shards
-from prelar_trl.data.spool import Spool
+from prelar_trl.data.shards import Buffer, Place, Shards, Spool
 from prelar_trl.data.store import (
     ACTIONS,
     FORMAT,
@@ -32,6 +31,7 @@ from prelar_trl.data.store import (
 from prelar_trl.utils import atomic_write, lock_folder
 
 logger = logging.getLogger(__name__)
+Array = np.ndarray | torch.Tensor
 
 
 class ClipWriter:
@@ -55,7 +55,12 @@ class ClipWriter:
             data are read on opening. Default: it is cut off, with what follows, to be made again.
 
     Attributes:
+        clips: where each clip lies.
+        streams: what a clip consists of; empty before the first.
+        damaged: names of the clips whose data do not agree with their checksums, as found on
+            opening.
         done: names of the clips and of those that were skipped.
+        reasons: why clips were skipped -> their names.
 
     Raises:
         StoreError: the folder holds a store with other settings, or one that another process
@@ -93,11 +98,18 @@ class ClipWriter:
             for reason, names in (left_out or {}).items()
         }
         self.done: set[str] = set()
-        self.reasons: dict[str, list[str]] = {}  # why clips were skipped -> their names
+        self.reasons: dict[str, list[str]] = {}
         self._shards = Shards(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        self.clips, self.streams = self._shards.clips, self._shards.streams
+        self.damaged = self._shards.damaged
         self._dirty = False  # does the folder say that the store is unfinished?
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = lock_folder(self.path)
+        except BlockingIOError:
+            raise StoreError(
+                f"another process is writing clip store {str(self.path)!r}: wait for it or stop it"
+            ) from None
         try:
             if (self.path / "store.json").exists():
                 self._resume(keep_damaged)
@@ -113,29 +125,19 @@ class ClipWriter:
             raise
 
     @property
-    def clips(self) -> list[Place]:
-        """Where each clip lies."""
-        return self._shards.clips
-
-    @property
     def num_clips(self) -> int:
         """Clips in the store."""
         return len(self.clips)
 
     @property
-    def streams(self) -> dict[str, Stream]:
-        """What a clip consists of; empty before the first."""
-        return self._shards.streams
-
-    @property
-    def damaged(self) -> set[str]:
-        """Names of the clips whose data do not agree with their checksums, as found on opening."""
-        return self._shards.damaged
-
-    @property
     def num_evicted_frames(self) -> int:
         """Frames that `evict` has deleted."""
         return self._shards.evicted["frames"]
+
+    @property
+    def num_skipped(self) -> int:
+        """How many clips could not be used."""
+        return sum(map(len, self.reasons.values()))
 
     def add(
         self,
@@ -165,40 +167,27 @@ class ClipWriter:
             OSError: no space is left; what was added before is safe.
         """
         size = (self.settings["height"], self.settings["width"])
-        arrays = {"pixels": checked_frames("frames", frames, size)}
-        arrays |= {key: checked_frames(key, value, size) for key, value in images.items()}
+        arrays = {"pixels": _images("frames", frames, size)}
+        arrays |= {key: _images(key, value, size) for key, value in images.items()}
         if actions is not None:
-            arrays[ACTIONS] = checked_actions(actions)
+            arrays[ACTIONS] = _actions(actions)
         name = f"{self.num_clips:06d}" if name is None else name
         self.add_streams(arrays, name=name, label=label, split=split, info=info)
 
-    def add_streams(self, arrays: Mapping[str, np.ndarray], *, name: str, **record: Any) -> None:
+    def add_streams(self, arrays: Mapping[str, np.ndarray], *, name: str, **about: Any) -> None:
         """Appends one clip of contiguous arrays ``[T, ...]``, a stream each. Otherwise as `add`."""
         length = len(arrays["pixels"])
         for key, array in arrays.items():
             if len(array) != length:
                 raise ValueError(f"clip {name!r}: {key} has {len(array)} rows for {length} frames")
-        self._append(
-            {k: Stream(k, str(a.dtype), a.shape[1:]) for k, a in sorted(arrays.items())},
-            {key: [array.reshape(-1).view(np.uint8).data] for key, array in arrays.items()},
-            {"name": name, "frames": length, "label": None, "split": None, "info": None} | record,
-        )
+        streams = {k: Stream(k, str(a.dtype), a.shape[1:]) for k, a in sorted(arrays.items())}
+        data = {key: [array.reshape(-1).view(np.uint8).data] for key, array in arrays.items()}
+        self._append(streams, data, length, name, **about)
 
-    def add_spool(
-        self,
-        spool: Spool,
-        *,
-        name: str,
-        label: str | int | None = None,
-        split: str | None = None,
-        info: dict[str, Any] | None = None,
-    ) -> None:
+    def add_spool(self, spool: Spool, *, name: str, **about: Any) -> None:
         """Appends the clip of a spool in blocks, and deletes the spool. Otherwise as `add`."""
-        self._append(
-            spool.streams,
-            {key: spool.blocks(key) for key in spool.streams},
-            {"name": name, "frames": spool.frames, "label": label, "split": split, "info": info},
-        )
+        data = {key: spool.blocks(key) for key in spool.streams}
+        self._append(spool.streams, data, spool.frames, name, **about)
         spool.delete()
 
     def skip(self, name: str, reason: str) -> None:
@@ -209,11 +198,6 @@ class ClipWriter:
             file.write(line.encode("utf-8") + b"\n")
         self.reasons.setdefault(reason, []).append(name)
         self.done.add(name)
-
-    @property
-    def num_skipped(self) -> int:
-        """How many clips could not be used."""
-        return sum(map(len, self.reasons.values()))
 
     def sync(self) -> None:
         """Waits until all clips are on the disk, so that they survive a loss of power."""
@@ -230,7 +214,9 @@ class ClipWriter:
         if not self.num_clips:
             self._discard()
             self.release()
-            raise ValueError(f"nothing was added to clip store {str(self.path)!r}{self._why()}")
+            why = [f"{len(x)} x {reason}, e.g. {x[0]!r}" for reason, x in self.reasons.items()]
+            nothing = f"nothing was added to clip store {str(self.path)!r}"
+            raise ValueError(nothing + (f": {'; '.join(why)}" if why else ""))
         if self._dirty:
             with self.saving():
                 self._shards.seal()
@@ -254,42 +240,33 @@ class ClipWriter:
 
     def evict(self, before: int) -> bool:
         """Deletes shards whose clips are all below ``before`` in `clips`; whether there was any."""
-        with self._forgetting():
-            return self._shards.evict(before, self._write_meta)
+        return self._forget(self._shards.evict(before, self._write_meta))
 
     def truncate(self, num_clips: int) -> None:
         """Deletes all clips but the first ``num_clips``."""
-        with self._forgetting():
-            self._shards.truncate(num_clips, self._write_meta)
+        if self._forget(self._shards.truncate(num_clips, self._write_meta)):
             self._dirty = True
 
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        before = {clip.name for clip in self.clips}
-        yield
-        gone = before - {clip.name for clip in self.clips}
-        self.done -= gone
-        self.damaged.difference_update(gone)
+    def _forget(self, clips: list[Place]) -> bool:
+        names = {clip.name for clip in clips}
+        self.done -= names
+        self.damaged -= names
+        return bool(clips)
 
     def _append(
         self,
         streams: dict[str, Stream],
         data: Mapping[str, Iterable[Buffer]],
-        record: dict[str, Any],
+        frames: int,
+        name: str,
+        label: str | int | None = None,
+        split: str | None = None,
+        info: dict[str, Any] | None = None,
     ) -> None:
-        name, frames = record["name"], record["frames"]
         if name in self.done:
             raise ValueError(f"clip name {name!r} is already in the store")
-        self._check_streams(streams, name)
-        with self.saving():
-            self._make_room(frames)
-            self._shards.append(data, record)
-        self.done.add(name)
-
-    def _check_streams(self, streams: dict[str, Stream], name: str) -> None:
-        """The first clip decides which streams the store has."""
-        if not self.streams:
-            self._shards.set_streams(streams)
+        if not self.streams:  # the first clip decides
+            self.streams.update(streams)
             self._dirty = False  # the folder does not know the streams yet
         if streams != self.streams:
             have, got = (
@@ -297,14 +274,18 @@ class ClipWriter:
                 for x in (self.streams, streams)
             )
             raise ValueError(f"clip {name!r} has the streams {got}; the store has {have}")
-
-    def _make_room(self, length: int) -> None:
-        """Begins a new shard if the open one is full."""
-        self._mark_unfinished()
-        size = (self._shards.open.frames + length) * self.streams["pixels"].frame_bytes
-        if self._shards.open.clips and size > self.settings["shard_bytes"]:
-            self._shards.seal()
-            self._write_meta()
+        record = {"name": name, "frames": frames, "label": label, "split": split, "info": info}
+        with self.saving():
+            self._mark_unfinished()
+            size = (self._shards.open.frames + frames) * self.streams["pixels"].frame_bytes
+            if self._shards.open.clips and size > self.settings["shard_bytes"]:
+                self._shards.seal()
+                self._write_meta()
+            shard = self._shards.open
+            place = Place(name, shard.number, shard.frames, frames)
+            shard.append(data, record)
+        self.clips.append(place)
+        self.done.add(name)
 
     def _mark_unfinished(self) -> None:
         if not self._dirty:
@@ -327,27 +308,13 @@ class ClipWriter:
             ) from None
 
     def _write_meta(self, *, complete: bool = False) -> None:
-        meta = (
-            self.settings
-            | self._shards.meta()
-            | {
-                "complete": complete,
-                "skipped": self.num_skipped if complete else None,
-            }
-        )
+        meta = self.settings | self._shards.meta() | {"complete": complete}
+        meta["skipped"] = self.num_skipped if complete else None
         if self.left_out:
             meta["left_out"] = self.left_out
         text = json.dumps(meta, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
         with atomic_write(self.path / "store.json", sync=True) as part:
             part.write_text(text, encoding="utf-8")
-
-    def _take_lock(self) -> int:
-        try:
-            return lock_folder(self.path)
-        except BlockingIOError:
-            raise StoreError(
-                f"another process is writing clip store {str(self.path)!r}: wait for it or stop it"
-            ) from None
 
     def _resume(self, keep_damaged: bool) -> None:
         meta = read_meta(self.path)
@@ -365,7 +332,12 @@ class ClipWriter:
             )
         self._dirty = begun and not meta["complete"]
         self.done.update(clip.name for clip in self.clips)
-        self._recover_skipped()
+        skipped = self.path / SKIPPED
+        for record in read_records(skipped):
+            self.reasons.setdefault(record["reason"], []).append(record["name"])
+            self.done.add(record["name"])
+        if skipped.exists():
+            os.truncate(skipped, skipped.read_bytes().rfind(b"\n") + 1)
         shutil.rmtree(self.path / SPOOL, ignore_errors=True)
         if not begun:
             self._mark_unfinished()
@@ -378,17 +350,27 @@ class ClipWriter:
         for name in (SKIPPED, "store.json"):
             (self.path / name).unlink(missing_ok=True)
 
-    def _why(self) -> str:
-        """Why nothing was added."""
-        parts = [
-            f"{len(names)} x {reason}, e.g. {names[0]!r}" for reason, names in self.reasons.items()
-        ]
-        return f": {'; '.join(parts)}" if parts else ""
 
-    def _recover_skipped(self) -> None:
-        file = self.path / SKIPPED
-        for record in read_records(file):
-            self.reasons.setdefault(record["reason"], []).append(record["name"])
-            self.done.add(record["name"])
-        if file.exists():
-            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
+def _array(value: Array) -> np.ndarray:
+    return np.ascontiguousarray(value.cpu().numpy() if isinstance(value, torch.Tensor) else value)
+
+
+def _images(key: str, value: Array, size: tuple[int, int]) -> np.ndarray:
+    array = _array(value)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != (3, *size):
+        raise ValueError(
+            f"{key} must be uint8 [T, 3, {size[0]}, {size[1]}], "
+            f"got {array.dtype} {list(array.shape)}"
+        )
+    if not len(array):
+        raise ValueError(f"{key} has no frame")
+    return array
+
+
+def _actions(value: Array) -> np.ndarray:
+    array = _array(value)
+    if array.dtype != np.float32 or array.ndim != 2:
+        raise ValueError(f"actions must be float32 [T, A], got {array.dtype} {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise ValueError("actions hold NaN or infinity")
+    return array

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from prelar_trl.data.sources.base import Clip, ClipError, Item, Source
+from prelar_trl.data.sources.base import Clip, ClipError, FrameOptions, Item, Source
 from prelar_trl.data.sources.decoding import video_clip
 from prelar_trl.data.sources.episodes import EpisodeFolder, export_episodes, npz_files
 from prelar_trl.data.sources.flow import FlowPictures, flow_colors, opencv
-from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.lerobot import LeRobotDataset, is_lerobot
 from prelar_trl.data.sources.numbering import in_time_order
 from prelar_trl.data.sources.pictures import animation_clip, array_clip, picture_clip, to_rgb
@@ -16,7 +15,6 @@ from prelar_trl.data.sources.something import (
     SomethingSomething,
     export_frames,
     list_file,
-    read_list,
     write_lists,
 )
 from prelar_trl.data.sources.torchrl import TensorDictFolder, is_tensordict
@@ -48,7 +46,6 @@ __all__ = [
     "opencv",
     "picture_clip",
     "prepare",
-    "read_list",
     "to_rgb",
     "video_clip",
     "write_lists",

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Annotated, Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.bounds import Positive, PositiveInt, at_least, check_settings
+from prelar_trl.data.sources.flow import FlowPictures
 
 Frame = dict[str, np.ndarray]  # stream -> one frame, e.g. pixels uint8 [3, H, W]
+Sizes = tuple[np.ndarray, np.ndarray | None]  # [size, size, 3] and gray [FLOW_SIZE, FLOW_SIZE]
 
 
 class ClipError(ValueError):
@@ -23,72 +25,115 @@ class ClipError(ValueError):
 
 
 @dataclass(frozen=True)
-class Item:
-    """One clip of a source, not yet read.
+class FrameOptions:
+    """How frames are made.
 
     Args:
-        name: unique within the source, any text.
-        path: the file or folder.
-        label: class, template or None.
-        split: ``train``, ``heldout`` or None.
-        frames: how many frames a list promises, or None.
+        size: height and width of a stored frame.
+        resize: ``squeeze`` ignores the aspect ratio (official); ``crop`` takes the middle square.
+        stride: every how many frames one is kept.
+        max_frames: kept frames after which a clip is cut off; None keeps all.
+        flow: also store optical flow as a picture, in the stream ``flow``.
+        white: value that becomes white in pictures of more than 8 bits; None: 65535 for integers,
+            1 for floating-point numbers.
     """
 
-    name: str
-    path: Path
-    label: str | int | None = None
-    split: str | None = None
-    frames: int | None = None
+    size: Annotated[int, at_least(8)] = 64
+    resize: Literal["squeeze", "crop"] = "squeeze"
+    stride: PositiveInt = 1
+    max_frames: PositiveInt | None = None
+    flow: bool = False
+    white: Positive | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(type(self), vars(self))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip of a source, not yet read."""
+
+    name: str  # unique within the source, any text
+    path: Path  # the file or folder
+    label: str | int | None = None  # class or template
+    split: str | None = None  # train or heldout
+    frames: int | None = None  # how many a list promises
 
 
 @dataclass
 class Clip:
     """A clip that is being read, one frame in memory at a time.
 
-    Args:
-        frames: can be read once; raises `ClipError` when the clip turns out to be of no use.
-        notes: what was left out of the clip, reason -> how many; known when ``frames`` has ended.
+    ``frames`` can be read once; it raises `ClipError` when the clip turns out to be of no use.
+    ``notes`` tells then what was left out of the clip, reason -> how many.
     """
 
     frames: Iterator[Frame]
     notes: Counter[str] = field(default_factory=Counter)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The whole clip in memory: stream -> ``[T, ...]``.
-
-        Raises:
-            ClipError: the clip is damaged, empty or otherwise of no use.
-        """
+        """The whole clip in memory: stream -> ``[T, ...]``."""
         frames = list(self.frames)
         return {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}
 
 
-class Source(Protocol):
+class Source:
     """A data set that can be put into a clip store. Picklable: processes read from it.
 
-    Attributes:
-        kind: e.g. ``videos``.
-        decoder: what decodes the frames, with its version.
+    A kind of source gives ``kind``, e.g. ``videos``, and ``decoder``, what decodes the frames, with
+    its version; it fills ``_items`` and ``left_out``, and loads an item.
+
+    Args:
         root: the folder.
         options: how frames are made.
+        actions: also store the actions, for probes.
+
+    Attributes:
         left_out: what lies in the folder and is no clip, reason -> names.
+
+    Raises:
+        FileNotFoundError: ``root`` is no folder.
+        ValueError: actions together with a stride, which leaves steps out.
     """
 
     kind: str
     decoder: str
-    root: Path
-    options: FrameOptions
 
-    @property
-    def left_out(self) -> Mapping[str, list[str]]: ...
+    def __init__(self, root: str | Path, options: FrameOptions, actions: bool = False) -> None:
+        self.root, self.options, self.actions = Path(root), options, actions
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
+        if actions and options.stride > 1:
+            raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
+        self.left_out: dict[str, list[str]] = defaultdict(list)
+        self._items: list[Item] = []
 
-    def items(self) -> Sequence[Item]:
+    def items(self) -> list[Item]:
         """All clips, in an order that depends on the names alone."""
-        ...
+        return self._items
 
     def load(self, item: Item) -> Clip:
         """One clip: ``pixels`` uint8 ``[3, H, W]`` a frame, and what else there is."""
-        ...
+        raise NotImplementedError
+
+    def choose_camera(self, pictures: Sequence[str], camera: str | None) -> str:
+        """The picture that ``camera`` names, wholly or by the last part of its name.
+
+        Parts are separated by dots or slashes; without a name there must be one picture only. The
+        others are left out. ValueError if there is none, or several fit.
+        """
+        fitting = [x for x in pictures if x == camera]
+        fitting = fitting or [x for x in pictures if camera in (None, re.split(r"[./]", x)[-1])]
+        if len(fitting) == 1:
+            if others := [name for name in pictures if name not in fitting]:
+                self.left_out["cameras that were not chosen"] = others
+            return fitting[0]
+        where, known = f"source {str(self.root)!r}", ", ".join(pictures)
+        if not pictures:
+            raise ValueError(f"{where} holds no picture")
+        if camera is None:
+            raise ValueError(f"{where} has several cameras: add camera=<one of {known}>")
+        raise ValueError(f"{where} has no camera {camera!r}; it has {known}")
 
 
 def text(path: str | Path) -> str:
@@ -111,19 +156,10 @@ def with_distinct_names(items: Sequence[Item]) -> list[Item]:
     return distinct
 
 
-def check_actions(actions: bool, options: FrameOptions) -> None:
-    """Raises ValueError for actions together with a stride, which leaves steps out."""
-    if actions and options.stride > 1:
-        raise ValueError(f"actions=true needs stride=1, got stride={options.stride}")
-
-
 def leading_actions(left: np.ndarray) -> np.ndarray:
     """Actions that led to each frame, float32 ``[T + 1, A]``, of those that left from one ``[T]``.
 
-    The first is zero.
-
-    Raises:
-        ClipError: they hold NaN or infinity.
+    The first is zero. ClipError for NaN or infinity.
     """
     left = left.reshape(len(left), -1).astype(np.float32)
     if not np.isfinite(left).all():
@@ -131,22 +167,23 @@ def leading_actions(left: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(left[:1]), left])
 
 
-def choose_camera(pictures: Sequence[str], camera: str | None, root: Path) -> str:
-    """The one of several pictures that ``camera`` names, wholly or by the last part of its name.
+def sized_clip(frames: Iterator[Sizes], options: FrameOptions, notes: Counter[str]) -> Clip:
+    """A clip of frames that have their size already; ``notes`` as in `Clip`."""
+    return Clip(_frames(frames, options, notes), notes)
 
-    Parts are separated by dots or slashes; without a name there must be one picture only.
 
-    Raises:
-        ValueError: there is none, or several fit.
-    """
-    fitting = [x for x in pictures if camera in (None, x, re.split(r"[./]", x)[-1])]
-    if camera is not None and camera in pictures:
-        return camera
-    if len(fitting) == 1:
-        return fitting[0]
-    if not pictures:
-        raise ValueError(f"source {str(root)!r} holds no picture")
-    known = ", ".join(pictures)
-    if camera is None:
-        raise ValueError(f"source {str(root)!r} has several cameras: add camera=<one of {known}>")
-    raise ValueError(f"source {str(root)!r} has no camera {camera!r}; it has {known}")
+def _frames(frames: Iterator[Sizes], options: FrameOptions, notes: Counter[str]) -> Iterator[Frame]:
+    flow = FlowPictures(options.size) if options.flow else None
+    empty = True
+    for color, gray in islice(frames, options.max_frames):
+        empty = False
+        frame = {"pixels": _channels_first(color)}
+        if flow is not None and gray is not None:
+            frame["flow"] = _channels_first(flow(gray))
+        yield frame
+    if empty:
+        raise ClipError("damaged: no frame can be decoded" if notes else "no frame in it")
+
+
+def _channels_first(frame: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(frame.transpose(2, 0, 1))  # [3, H, W]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
@@ -18,9 +17,8 @@ from av.video.frame import PictureType
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from prelar_trl.data.sources.base import Clip, ClipError
+from prelar_trl.data.sources.base import Clip, ClipError, FrameOptions, Sizes, sized_clip
 from prelar_trl.data.sources.flow import FLOW_SIZE
-from prelar_trl.data.sources.frames import FrameOptions, Sizes, sized_clip
 
 DECODER = (
     f"PyAV {av.__version__} (libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))})"
@@ -32,22 +30,16 @@ REORDERED = 16  # B-frames in a row, at most; streams of nothing but B-frames ex
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a video file, in seconds from its beginning: ``begin <= time < end``."""
+class Section(NamedTuple):
+    """A part of a video file: so many frames from ``begin``, in seconds, on."""
 
     begin: float
-    end: float
+    frames: int
     fps: float
 
     def number(self, frame: av.VideoFrame) -> int:
         """Which frame of the section it is; below 0 before it."""
         return round(((frame.time or 0.0) - self.begin) * self.fps)
-
-    @property
-    def frames(self) -> int:
-        """How many it has."""
-        return round((self.end - self.begin) * self.fps)
 
 
 def video_clip(path: Path, options: FrameOptions, section: Section | None = None) -> Clip:
@@ -74,46 +66,41 @@ def _video(
     with container:
         stream = picture_stream(container)
         stream.thread_type = "NONE"  # one process a core is faster than threads within a clip
+        decoding, scale = _Decoding(stream, notes, section), _Scaler(options)
         if section is None:
-            sizes = trusted(_Decoding(container, stream, notes), _Scaler(options), options.stride)
-        else:
-            scale = _SectionScaler(options, section)
-            sizes = trusted(_SectionDecoding(container, stream, notes, section), scale, 1)
-        first = next(sizes, None)
-        if first is None:
-            raise ClipError("damaged: no frame can be decoded" if notes else "no frame in it")
-        yield first
-        yield from sizes
+            yield from trusted(decoding, scale, options.stride)
+            return
+
+        def scale_chosen(frame: av.VideoFrame) -> Sizes | None:
+            number = section.number(frame)
+            return scale(frame) if number >= 0 and number % options.stride == 0 else None
+
+        yield from trusted(decoding, scale_chosen, 1)
 
 
 def picture_stream(container: InputContainer) -> VideoStream:
-    """The stream to show: of those marked as default, else of all, the largest; no cover picture.
-
-    Raises:
-        ClipError: there is none, or none that can be decoded.
-    """
+    """The stream to show: of those marked as default, else of all, the largest; no cover."""
     streams = [s for s in container.streams.video if not s.disposition & COVERS]
     known = [s for s in streams if s.codec_context is not None]  # damage invents streams
-    if streams and not known:
-        raise ClipError("no decoder for its pictures")
-    streams = known
-    if not streams:
-        raise ClipError("no picture in it (audio only?)")
-    return max(
-        streams,
-        key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height, -s.index),
-    )
+    if not known:
+        why = "no decoder for its pictures" if streams else "no picture in it (audio only?)"
+        raise ClipError(why)
+    default = [s for s in known if s.disposition & Disposition.default]
+    return max(default or known, key=lambda s: (s.width * s.height, -s.index))
 
 
 class _Decoding:
-    """Decodes a stream to its end, whatever happens.
+    """Decodes a stream, or from the last key frame before a section to its end, whatever happens.
 
     Frames come in the order in which they are shown, as (number, frame): the number counts packets
     in the order of decoding. A packet that is damaged or cannot be decoded gives (number, None).
     """
 
-    def __init__(self, container: InputContainer, stream: VideoStream, notes: Counter[str]) -> None:
-        self.container, self.stream, self.notes = container, stream, notes
+    def __init__(self, stream: VideoStream, notes: Counter[str], section: Section | None) -> None:
+        self.stream, self.notes, self.section = stream, notes, section
+        self.container = cast(InputContainer, stream.container)
+        if section is not None:
+            self.container.seek(int(section.begin / (stream.time_base or 1)), stream=stream)
         self.end = 0.0  # seconds, of the last frame
         self.longest = 0.0  # between two frames, jumps aside
 
@@ -125,6 +112,8 @@ class _Decoding:
                 yield number, None
             for frame in frames or ():
                 self._note_time(frame)
+                if self.section and self.section.number(frame) >= self.section.frames:
+                    return
                 yield (number if frame.opaque is None else cast(int, frame.opaque)), frame
         if self._promised() > 1.05 * self.end + 0.5:
             self.notes[BREAKS_OFF] = 1
@@ -173,27 +162,6 @@ class _Decoding:
         return 0.0
 
 
-class _SectionDecoding(_Decoding):
-    """Decodes from the last key frame before a section to its end."""
-
-    def __init__(
-        self,
-        container: InputContainer,
-        stream: VideoStream,
-        notes: Counter[str],
-        section: Section,
-    ) -> None:
-        super().__init__(container, stream, notes)
-        self.section = section
-        container.seek(int(section.begin / (stream.time_base or 1)), stream=stream)
-
-    def __iter__(self) -> Iterator[tuple[int, av.VideoFrame | None]]:
-        for number, frame in super().__iter__():
-            if frame is not None and self.section.number(frame) >= self.section.frames:
-                return
-            yield number, frame
-
-
 def trusted(
     decoding: _Decoding, scale: Callable[[av.VideoFrame], Sizes | None], stride: int
 ) -> Iterator[Sizes]:
@@ -230,7 +198,7 @@ def trusted(
 
 
 class _Scaler:
-    """Frames in the sizes that are needed, upright."""
+    """Brings frames to the sizes that are needed, upright."""
 
     def __init__(self, options: FrameOptions) -> None:
         self.options = options
@@ -239,7 +207,10 @@ class _Scaler:
 
     def __call__(self, frame: av.VideoFrame) -> Sizes:
         if frame.key_frame or self.matrix == ():
-            self.matrix = display_matrix(frame)
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+            self.matrix = None
+            if matrix is not None:
+                self.matrix = tuple(np.frombuffer(matrix, np.int32).tolist())
         color = upright(self._scale(frame, self.options.size, "rgb24"), self.matrix)
         if not self.options.flow:
             return color, None
@@ -248,9 +219,8 @@ class _Scaler:
     def _scale(self, frame: av.VideoFrame, size: int, pixel_format: str) -> np.ndarray:
         width, height = size, size
         if self.options.resize == "crop":
-            short = min(frame.width, frame.height)
             sides = (frame.width, frame.height)
-            width, height = (max(size, round(side * size / short)) for side in sides)
+            width, height = (max(size, round(side * size / min(sides))) for side in sides)
         scaled = self.reformatters[pixel_format].reformat(
             frame, width, height, pixel_format, interpolation=Interpolation.AREA
         )
@@ -259,25 +229,8 @@ class _Scaler:
         return array[top : top + size, left : left + size]
 
 
-class _SectionScaler:
-    """Every ``stride``-th frame of a section, scaled; None for the others."""
-
-    def __init__(self, options: FrameOptions, section: Section) -> None:
-        self.scale, self.stride, self.section = _Scaler(options), options.stride, section
-
-    def __call__(self, frame: av.VideoFrame) -> Sizes | None:
-        number = self.section.number(frame)
-        return self.scale(frame) if number >= 0 and number % self.stride == 0 else None
-
-
-def display_matrix(frame: av.VideoFrame) -> tuple[int, ...] | None:
-    """The 9 numbers of a frame's display matrix, row by row."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    return None if matrix is None else tuple(np.frombuffer(matrix, np.int32).tolist())
-
-
 def upright(picture: np.ndarray, matrix: tuple[int, ...] | None) -> np.ndarray:
-    """A picture ``[H, W, ...]`` turned and mirrored as a display matrix says.
+    """A picture ``[H, W, ...]`` turned and mirrored as a display matrix says, 9 numbers by row.
 
     The matrix takes (column, row) of the stored picture to that of the shown one:
     ``x' = a x + c y, y' = b x + d y``, here to the nearest quarter turn.

@@ -20,12 +20,12 @@ from prelar_trl.data.sources.base import (
     Clip,
     ClipError,
     Frame,
+    FrameOptions,
     Item,
-    check_actions,
+    Source,
     text,
     with_distinct_names,
 )
-from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS, ClipStore
 from prelar_trl.utils import atomic_write
@@ -33,36 +33,23 @@ from prelar_trl.utils import atomic_write
 _STAMP = "20000101T000000"  # exported files carry no date, so that they can be compared
 
 
-class EpisodeFolder:
-    """The ``.npz`` files of a folder, ordered by name.
+class EpisodeFolder(Source):
+    """The ``.npz`` files of a folder, ordered by name; see `Source`.
 
-    Args:
-        root: the folder.
-        options: how frames are made; a stride leaves actions out.
-        actions: also store the actions, for probes. RLBench's are left out officially.
-
-    Raises:
-        FileNotFoundError: ``root`` is no folder.
-        ValueError: actions were asked for together with a stride.
+    RLBench's actions are left out officially.
     """
 
     kind = "episodes"
     decoder = f"NumPy, {PICTURE_DECODER}"
 
     def __init__(self, root: str | Path, options: FrameOptions, *, actions: bool = False) -> None:
-        self.root, self.options, self.actions = Path(root), options, actions
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
-        check_actions(actions, options)
-        self.left_out: dict[str, list[str]] = {}
+        super().__init__(root, options, actions)
         for file in sorted(self.root.iterdir()):
             if file.suffix.lower() != ".npz" and not file.is_dir():
                 reason = f"{file.suffix} files" if file.suffix else "files without suffix"
-                self.left_out.setdefault(reason, []).append(text(file.name))
-
-    def items(self) -> list[Item]:
-        """See `Source.items`."""
-        return with_distinct_names([Item(text(file.name), file) for file in npz_files(self.root)])
+                self.left_out[reason].append(text(file.name))
+        files = npz_files(self.root)
+        self._items = with_distinct_names([Item(text(file.name), file) for file in files])
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
@@ -72,8 +59,7 @@ class EpisodeFolder:
         image = _Array.find(path, "image")
         action = _Array.find(path, "action") if self.actions else None
         if image.dtype != np.uint8 or len(image.shape) != 4 or image.shape[-1] != 3:
-            found = f"{image.dtype} {list(image.shape)}"
-            raise ClipError(f"image must be uint8 [T, H, W, 3], is {found}")
+            raise ClipError(f"image must be uint8 [T, H, W, 3], is {image.dtype} {[*image.shape]}")
         frames = array_clip(image.rows(), self.options).frames
         if action is None:
             yield from frames
@@ -98,11 +84,7 @@ class _Array:
 
     @classmethod
     def find(cls, path: Path, key: str) -> _Array:
-        """Reads the header.
-
-        Raises:
-            ClipError: no such array, or it is larger than the file can hold.
-        """
+        """Reads the header; ClipError for no such array, or one larger than the file can hold."""
         name = f"{key}.npy"
         with _readable(), zipfile.ZipFile(path) as file:
             if name not in file.namelist():
@@ -151,10 +133,8 @@ def export_episodes(store: ClipStore, folder: str | Path) -> int:
     """Writes every clip of a store as an ``.npz`` episode that DreamerV2's replay reads.
 
     The store's actions are written if it has them, else zeros ``[T, 1]``; rewards are zero.
-    Files that exist are left alone, each file appears whole or not at all.
-
-    Returns:
-        The number of files written.
+    Files that exist are left alone, each file appears whole or not at all. Returns the number of
+    files written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,17 +145,15 @@ def export_episodes(store: ClipStore, folder: str | Path) -> int:
         file = folder / f"{_STAMP}-{clip:08d}-{steps - 1}.npz"
         if file.exists():
             continue
-        first, last = np.zeros(steps, bool), np.zeros(steps, bool)
-        first[0] = last[-1] = True
-        known = ACTIONS in store.streams
+        time, known = np.arange(steps), ACTIONS in store.streams
         with atomic_write(file) as part, part.open("wb") as handle:
             np.savez_compressed(
                 handle,
                 image=pixels.transpose(0, 2, 3, 1),
                 action=store.read(clip, ACTIONS) if known else np.zeros((steps, 1), np.float32),
                 reward=np.zeros(steps, np.float32),
-                is_first=first,
-                is_last=last,
+                is_first=time == 0,
+                is_last=time == steps - 1,
                 is_terminal=np.zeros(steps, bool),
             )
         written += 1

@@ -17,11 +17,7 @@ FULL_SPEED = 1 / 8
 
 
 def opencv() -> ModuleType:
-    """OpenCV.
-
-    Raises:
-        ImportError: it is not installed.
-    """
+    """OpenCV; ImportError if it is not installed."""
     if importlib.util.find_spec("cv2") is None:
         raise ImportError(
             "optical flow needs OpenCV, which is not installed: pip install opencv-python-headless"
@@ -33,11 +29,7 @@ def opencv() -> ModuleType:
 
 
 class FlowPictures:
-    """Flow from each frame to the next as a picture, frame by frame.
-
-    Args:
-        size: height and width of the pictures.
-    """
+    """Flow from each frame to the next as a picture of ``size`` x ``size``, frame by frame."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -46,13 +38,9 @@ class FlowPictures:
         self._before: np.ndarray | None = None
 
     def __call__(self, gray: np.ndarray) -> np.ndarray:
-        """The flow that led to this frame; white for the first one.
+        """The flow, uint8 ``[size, size, 3]``, that led to this frame; white for the first one.
 
-        Args:
-            gray: uint8 ``[FLOW_SIZE, FLOW_SIZE]``.
-
-        Returns:
-            uint8 ``[size, size, 3]``.
+        ``gray`` is uint8 ``[FLOW_SIZE, FLOW_SIZE]``.
         """
         after = np.ascontiguousarray(gray)
         before, self._before = self._before, after

@@ -23,18 +23,15 @@ from prelar_trl.data.sources.base import (
     Clip,
     ClipError,
     Frame,
+    FrameOptions,
     Item,
-    check_actions,
-    choose_camera,
+    Source,
     leading_actions,
 )
 from prelar_trl.data.sources.decoding import DECODER, Section, video_clip
-from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS
 from prelar_trl.utils import read_json
-
-__all__ = ["LeRobotDataset", "is_lerobot"]
 
 INFO = Path("meta", "info.json")
 MISSING = "frames missing at the end"
@@ -48,12 +45,11 @@ def is_lerobot(root: Path) -> bool:
         return False
 
 
-class LeRobotDataset:
+class LeRobotDataset(Source):
     """One camera of a LeRobot data set; an episode is a clip, its task the label.
 
     Args:
-        root: the folder of the data set.
-        options: how frames are made; a stride leaves actions out.
+        root, options: see `Source`.
         camera: the feature to show, such as ``observation.images.top``, or the last part of its
             name. Default: the only one.
         actions: also store the actions, for probes. LeRobot's leave from a frame, here they lead to
@@ -63,7 +59,7 @@ class LeRobotDataset:
         ImportError: pyarrow is not installed.
         FileNotFoundError: a file is missing.
         ValueError: another version, no such camera, several cameras and none chosen, actions
-            together with a stride or without an action in the data set.
+            together with a stride, or without ``action`` in the data set.
     """
 
     kind = "lerobot"
@@ -81,8 +77,7 @@ class LeRobotDataset:
             raise ImportError(
                 "LeRobot data sets need pyarrow, which is not installed: pip install pyarrow"
             )
-        self.root, self.options, self.actions = Path(root), options, actions
-        self.left_out: dict[str, list[str]] = {}
+        super().__init__(root, options, actions)
         if not (self.root / INFO).is_file():
             raise FileNotFoundError(f"{str(self.root / INFO)!r} is missing: no LeRobot data set")
         self.info = read_json(self.root / INFO)
@@ -94,38 +89,31 @@ class LeRobotDataset:
             )
         features = self.info["features"]
         pictures = [name for name, x in features.items() if x["dtype"] in ("video", "image")]
-        self.camera = choose_camera(pictures, camera, self.root)
+        self.camera = self.choose_camera(pictures, camera)
         self.is_video = features[self.camera]["dtype"] == "video"
-        check_actions(actions, options)
         if actions and "action" not in features:
             raise ValueError(f"LeRobot data set {str(root)!r} has no feature 'action'")
-        others = [name for name in pictures if name != self.camera]
-        if others:
-            self.left_out["cameras that were not chosen"] = others
         self._episodes = {f"episode_{e['episode_index']:06d}": e for e in self._read_episodes()}
-
-    def items(self) -> list[Item]:
-        """See `Source.items`."""
-        return [
-            Item(name, self._file(e), label=_label(e), frames=e["length"])
-            for name, e in sorted(self._episodes.items())
-        ]
+        for name, episode in sorted(self._episodes.items()):
+            label = next(map(str, episode.get("tasks") or ()), None)
+            self._items.append(Item(name, self._file(episode, self.is_video), label))
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
         episode = self._episodes[item.name]
         if self.is_video:
-            prefix = f"videos/{self.camera}/"
-            begin = episode[prefix + "from_timestamp"]
-            fps = float(self.info["fps"])
-            section = Section(begin, begin + episode["length"] / fps, fps)
+            begin = episode[f"videos/{self.camera}/from_timestamp"]
+            section = Section(begin, episode["length"], float(self.info["fps"]))
             clip = video_clip(item.path, self.options, section)
         else:
-            clip = array_clip(self._pictures(item, episode), self.options)
-        return Clip(self._frames(clip, item, episode), clip.notes)
+            clip = array_clip(self._pictures(episode), self.options)
+        return Clip(self._frames(clip, episode), clip.notes)
 
-    def _frames(self, clip: Clip, item: Item, episode: dict[str, Any]) -> Iterator[Frame]:
-        actions = self._actions(episode) if self.actions else None
+    def _frames(self, clip: Clip, episode: dict[str, Any]) -> Iterator[Frame]:
+        actions = None
+        if self.actions:  # LeRobot's leave from a frame
+            left = np.array(self._rows(episode, "action").to_pylist(), np.float32)
+            actions = leading_actions(left)[:-1]
         count = 0
         for count, frame in enumerate(clip.frames, 1):
             yield frame if actions is None else frame | {ACTIONS: actions[count - 1]}
@@ -136,7 +124,7 @@ class LeRobotDataset:
                 raise ClipError("damaged: its frames cannot be matched with the actions")
             clip.notes[MISSING] = expected - count
 
-    def _pictures(self, item: Item, episode: dict[str, Any]) -> Iterator[np.ndarray]:
+    def _pictures(self, episode: dict[str, Any]) -> Iterator[np.ndarray]:
         for cell in self._rows(episode, self.camera).to_pylist():
             try:
                 picture = Image.open(io.BytesIO(cell["bytes"]))
@@ -144,30 +132,21 @@ class LeRobotDataset:
             except Exception:  # decoders fail on damage in many ways
                 raise ClipError("damaged: a picture cannot be read") from None
 
-    def _actions(self, episode: dict[str, Any]) -> np.ndarray:
-        """Those that led to each frame, float32 ``[T, A]``."""
-        left = np.array(self._rows(episode, "action").to_pylist(), np.float32)
-        return leading_actions(left)[:-1]
-
     def _rows(self, episode: dict[str, Any], column: str) -> Any:
         """A column of an episode's rows, in the order of its frames."""
         import pyarrow.parquet as pq  # an extra of this project, so not at the top
 
-        path = self._place(episode, "data/", self.info["data_path"])
+        path = self._file(episode, is_video=False)
         wanted = [("episode_index", "=", episode["episode_index"])]
         table = pq.read_table(path, columns=[column, "frame_index"], filters=wanted)
         if len(table) != episode["length"]:
             raise ClipError(f"{len(table)} rows of data for {episode['length']} frames")
         return table.sort_by("frame_index")[column]
 
-    def _file(self, episode: dict[str, Any]) -> Path:
-        """The file that holds an episode's pictures."""
-        prefix, pattern = "data/", self.info["data_path"]
-        if self.is_video:
-            prefix, pattern = f"videos/{self.camera}/", self.info["video_path"]
-        return self._place(episode, prefix, pattern)
-
-    def _place(self, episode: dict[str, Any], prefix: str, pattern: str) -> Path:
+    def _file(self, episode: dict[str, Any], is_video: bool) -> Path:
+        """The file that holds an episode's video, or its rows."""
+        prefix = f"videos/{self.camera}/" if is_video else "data/"
+        pattern = self.info["video_path" if is_video else "data_path"]
         place = {key: episode[prefix + key] for key in ("chunk_index", "file_index")}
         return self.root / pattern.format(video_key=self.camera, **place)
 
@@ -183,8 +162,3 @@ class LeRobotDataset:
             columns = [name for name in schema.names if not name.startswith("stats/")]
             episodes += pq.read_table(file, columns=columns).to_pylist()
         return episodes
-
-
-def _label(episode: dict[str, Any]) -> str | None:
-    tasks = episode.get("tasks") or []
-    return str(tasks[0]) if len(tasks) else None

@@ -78,9 +78,8 @@ def _refuse_grid(names: Sequence[_Name]) -> None:
     """
     columns = [set(c) for c in zip(*(each.numbers for each in names), strict=False)]
     varying = [sorted(column) for column in columns if len(column) > 1]
-    if len(varying) != 2 or len(varying[0]) * len(varying[1]) != len(names):
-        return
-    if len({len(each.numbers) for each in names}) > 1:
+    counts = {len(each.numbers) for each in names}
+    if len(varying) != 2 or len(varying[0]) * len(varying[1]) != len(names) or len(counts) > 1:
         return
     low = varying[1]
     wraps_at = (low[1] - low[0]) * len(low)

@@ -12,9 +12,8 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, ImageSequence
 
-from prelar_trl.data.sources.base import Clip, ClipError
+from prelar_trl.data.sources.base import Clip, ClipError, FrameOptions, Sizes, sized_clip
 from prelar_trl.data.sources.flow import FLOW_SIZE
-from prelar_trl.data.sources.frames import FrameOptions, Sizes, sized_clip
 
 PICTURE_DECODER = f"Pillow {PIL.__version__}"
 ANIMATED = (".gif", ".webp", ".png", ".apng", ".avif", ".tif", ".tiff")
@@ -88,28 +87,24 @@ def resized(picture: Image.Image, options: FrameOptions) -> Sizes:
 
 
 class _Converter:
-    """`to_rgb` for the pictures of one clip."""
+    """`to_rgb` for the pictures of one clip; notes it if little can be seen of them."""
 
-    def __init__(self, white: float | None) -> None:
-        self.white = white
-        self.deep = 0  # pictures of 16 bits
-        self.brightest = 0
+    def __init__(self, white: float | None, notes: Counter[str]) -> None:
+        self.white, self.notes = white, notes
+        self.brightest = 0  # of 16 bits
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         rgb = to_rgb(picture, self.white)
-        if picture.mode.startswith("I"):
-            self.deep += 1
+        if self.white is None and picture.mode.startswith("I"):
+            self.notes[DARK] += 1
             self.brightest = max(self.brightest, int(np.asarray(rgb)[..., 0].max()))
+            if self.brightest >= 32:
+                del self.notes[DARK]
         return rgb
-
-    def note(self, notes: Counter[str]) -> None:
-        """Notes a clip of which little can be seen."""
-        if self.deep and self.white is None and self.brightest < 32:
-            notes[DARK] = self.deep
 
 
 def _pictures(paths: Sequence[Path], options: FrameOptions, notes: Counter[str]) -> Iterator[Sizes]:
-    converter = _Converter(options.white)
+    converter = _Converter(options.white, notes)
     bad: list[str] = []
     for path in paths:
         try:
@@ -124,11 +119,10 @@ def _pictures(paths: Sequence[Path], options: FrameOptions, notes: Counter[str])
         yield frame
     if bad and len(bad) == len(paths):
         raise ClipError(f"damaged: {bad[0]!a} is no readable picture")
-    converter.note(notes)
 
 
 def _animation(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterator[Sizes]:
-    converter = _Converter(options.white)
+    converter = _Converter(options.white, notes)
     try:
         with Image.open(path) as file:
             # An APNG may begin with a picture for programs that cannot play it.
@@ -139,4 +133,3 @@ def _animation(path: Path, options: FrameOptions, notes: Counter[str]) -> Iterat
         raise
     except Exception:  # decoders fail on damage in many ways
         notes["breaks off before its end"] += 1
-    converter.note(notes)

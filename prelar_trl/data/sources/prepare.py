@@ -15,12 +15,13 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 import av.logging
 
+from prelar_trl.data.shards import Spool, SpoolError
 from prelar_trl.data.sources.base import ClipError, Item, Source
-from prelar_trl.data.spool import Spool, SpoolError
 from prelar_trl.data.store import SPOOL, ClipStore
 from prelar_trl.data.writer import ClipWriter
 
@@ -57,11 +58,11 @@ def prepare(
     """
     if min_frames < 1 or workers < 1:
         raise ValueError(f"min_frames={min_frames} and workers={workers} must be at least 1")
-    longest = source.options.max_frames
-    if longest is not None and longest < min_frames:
+    options = source.options
+    if options.max_frames is not None and options.max_frames < min_frames:
         raise ValueError(
-            f"max_frames={longest} cuts every clip off below min_frames={min_frames}: nothing "
-            "would be left"
+            f"max_frames={options.max_frames} cuts every clip off below min_frames={min_frames}: "
+            "nothing would be left"
         )
     items = source.items()
     if not items:
@@ -72,28 +73,26 @@ def prepare(
     name, count = Counter(item.name for item in items).most_common(1)[0]
     if count > 1:
         raise ValueError(f"source {str(source.root)!r} names {count} clips {name!r}")
-    options = source.options
+    # Kind and list, so that a store is not continued from another source by mistake.
+    digest = hashlib.sha256("\n".join(item.name for item in items).encode("utf-8")).hexdigest()
     writer = ClipWriter(
         path,
-        source=_described(source, items),
+        source=f"prepare_videos, {source.kind}, {len(items)} clips, list {digest[:12]}",
         height=options.size,
         width=options.size,
         decoder=source.decoder,
         resize=options.resize,
         shard_bytes=shard_bytes,
-        info={"min_frames": min_frames, "frames": options.info} | (info or {}),
+        info={"min_frames": min_frames, "frames": asdict(options)} | (info or {}),
         left_out=source.left_out,
     )
-    with writer, writer.saving():
-        left = [item for item in items if item.name not in writer.done]
-        done = len(items) - len(left)
-        loads = load_in_order(source, left, workers, writer.path / SPOOL)
-        with closing(loads):
-            for item, loaded in loads:
-                frames = _put(writer, item, loaded, min_frames)
-                done += 1
-                if progress is not None:
-                    progress(done, len(items), frames)
+    left = [item for item in items if item.name not in writer.done]
+    loads = load_in_order(source, left, workers, writer.path / SPOOL)
+    with writer, writer.saving(), closing(loads):
+        for done, (item, loaded) in enumerate(loads, len(items) - len(left) + 1):
+            frames = _put(writer, item, loaded, min_frames)
+            if progress is not None:
+                progress(done, len(items), frames)
     return ClipStore(path)
 
 
@@ -110,13 +109,6 @@ def _put(writer: ClipWriter, item: Item, loaded: Loaded, min_frames: int) -> int
     info = {"notes": notes} if notes else None
     writer.add_spool(spool, name=item.name, label=item.label, split=item.split, info=info)
     return spool.frames
-
-
-def _described(source: Source, items: Sequence[Item]) -> str:
-    """Kind and list of the source, so that a store is not continued from another one by mistake."""
-    names = "\n".join(item.name for item in items)
-    digest = hashlib.sha256(names.encode("utf-8")).hexdigest()[:12]
-    return f"prepare_videos, {source.kind}, {len(items)} clips, list {digest}"
 
 
 def load_in_order(

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from prelar_trl.data.sources.base import Clip, ClipError, Item
+from prelar_trl.data.sources.base import Clip, ClipError, FrameOptions, Item, Source
 from prelar_trl.data.sources.decoding import DECODER, video_clip
-from prelar_trl.data.sources.frames import FrameOptions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, picture_clip
 from prelar_trl.data.store import ClipStore
 from prelar_trl.utils import atomic_write
@@ -21,15 +20,15 @@ from prelar_trl.utils import atomic_write
 _SPLITS = {"train": "train", "validation": "heldout"}
 
 
-class SomethingSomething:
+class SomethingSomething(Source):
     """The data set as it is distributed: ``<id>.webm`` and ``labels/train/validation.json``.
 
+    Training clips come first, then validation clips, in the order of the lists.
     Both the newer names of the lists and the older ``something-something-v2-train.json`` are found,
     in ``root`` or one folder below, as are the videos.
 
     Args:
-        root: the folder.
-        options: how frames are made.
+        root, options: see `Source`.
         labels: keep clips of these classes only: class numbers or template texts (with or without
             brackets). None keeps all.
 
@@ -43,19 +42,13 @@ class SomethingSomething:
     decoder = DECODER
 
     def __init__(
-        self,
-        root: str | Path,
-        options: FrameOptions,
-        *,
-        labels: Sequence[int | str] | None = None,
+        self, root: str | Path, options: FrameOptions, *, labels: Sequence[int | str] | None = None
     ) -> None:
-        self.root, self.options = Path(root), options
-        self.left_out: dict[str, list[str]] = {}
+        super().__init__(root, options)
         self.classes = _read_classes(_find_list(self.root, "labels"))
         files = {name: _find_list(self.root, name) for name in _SPLITS}
         wanted = None if labels is None else {_class_number(x, self.classes) for x in labels}
-        self._videos = _video_folder(self.root)
-        self._items: list[Item] = []
+        videos = _video_folder(self.root)
         places: dict[str, str] = {}
         for name, split in _SPLITS.items():
             for place, clip, template in _read_records(files[name]):
@@ -67,11 +60,7 @@ class SomethingSomething:
                     )
                 _note_place(places, clip, place)
                 if wanted is None or number in wanted:
-                    self._items.append(Item(clip, self._videos / f"{clip}.webm", number, split))
-
-    def items(self) -> list[Item]:
-        """Training clips, then validation clips, in the order of the lists."""
-        return self._items
+                    self._items.append(Item(clip, videos / f"{clip}.webm", number, split))
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
@@ -80,12 +69,12 @@ class SomethingSomething:
         return video_clip(item.path, self.options)
 
 
-class FrameLists:
+class FrameLists(Source):
     """Official JPEG layout: ``<root>/<id>/000001.jpg ...`` and text lists of ``id frames class``.
 
     Args:
         root: the folder of the clips' folders.
-        options: how frames are made.
+        options: see `Source`.
         lists: split -> text list, e.g. ``{"train": "train.txt", "heldout": "validation.txt"}``.
         labels: keep clips of these class numbers only.
 
@@ -106,26 +95,16 @@ class FrameLists:
         lists: dict[str, str | Path],
         labels: Sequence[int] | None = None,
     ) -> None:
-        self.root, self.options = Path(root), options
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
-        for label in labels or ():
-            if not isinstance(label, int):
-                raise ValueError(
-                    f"label {label!r} is no class number: text lists hold no templates"
-                )
-        self.left_out: dict[str, list[str]] = {}
-        self._items: list[Item] = []
+        super().__init__(root, options)
+        if others := [label for label in labels or () if not isinstance(label, int)]:
+            unknown = f"label {others[0]!r} is no class number"
+            raise ValueError(f"{unknown}: text lists hold no templates")
         places: dict[str, str] = {}
         for split, file in lists.items():
-            for line, (name, frames, number) in _read_lines(Path(file)):
-                _note_place(places, name, f"{str(file)!r} line {line}")
+            for place, name, frames, number in _read_list(Path(file)):
+                _note_place(places, name, place)
                 if labels is None or number in labels:
                     self._items.append(Item(name, self.root / name, number, split, frames))
-
-    def items(self) -> list[Item]:
-        """The clips in the order of the lists."""
-        return self._items
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
@@ -136,16 +115,8 @@ class FrameLists:
         return picture_clip(paths, self.options)
 
 
-def read_list(file: Path) -> list[tuple[str, int, int]]:
-    """Reads an official text list: ``(id, frames, class)`` a line. Ids may hold spaces.
-
-    Raises:
-        FileNotFoundError, ValueError: naming the file and line.
-    """
-    return [entry for _, entry in _read_lines(file)]
-
-
-def _read_lines(file: Path) -> Iterator[tuple[int, tuple[str, int, int]]]:
+def _read_list(file: Path) -> Iterator[tuple[str, str, int, int]]:
+    """Place in the file, id (which may hold spaces), frames and class of each line."""
     if not file.is_file():
         raise FileNotFoundError(f"list {str(file)!r} does not exist")
     try:
@@ -155,24 +126,19 @@ def _read_lines(file: Path) -> Iterator[tuple[int, tuple[str, int, int]]]:
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line:
             continue
+        place = f"{str(file)!r} line {number}"
         try:
             name, frames, label = line.rsplit(maxsplit=2)
-            entry = (name, int(frames), int(label))
+            entry = name, int(frames), int(label)
             if entry[1] < 1:
                 raise ValueError
         except ValueError:
-            raise ValueError(
-                f"{str(file)!r} line {number} is {line!r}, not 'id frames class'"
-            ) from None
-        yield number, entry
+            raise ValueError(f"{place} is {line!r}, not 'id frames class'") from None
+        yield place, *entry
 
 
 def _note_place(places: dict[str, str], clip: str, place: str) -> None:
-    """Remembers where a clip is listed.
-
-    Raises:
-        ValueError: it is listed already.
-    """
+    """Remembers where a clip is listed; ValueError if it is already."""
     if clip in places:
         raise ValueError(f"clip {clip!r} is listed twice: {places[clip]} and {place}")
     places[clip] = place
@@ -181,10 +147,8 @@ def _note_place(places: dict[str, str], clip: str, place: str) -> None:
 def write_lists(store: ClipStore, folder: str | Path) -> list[Path]:
     """Writes the official text lists of a store whose clips have splits and class numbers.
 
-    Returns:
-        The files: ``train.txt`` and ``validation.txt`` (the held-out clips), as far as there are.
+    Returns the files: ``train.txt`` and ``validation.txt`` (held-out clips), as far as there are.
     """
-    folder = Path(folder)
     written = []
     for name, split in _SPLITS.items():
         lines = [
@@ -193,8 +157,8 @@ def write_lists(store: ClipStore, folder: str | Path) -> list[Path]:
             if store.splits[clip] == split and isinstance(store.labels[clip], int)
         ]
         if lines:
-            folder.mkdir(parents=True, exist_ok=True)
-            written.append(folder / f"{name}.txt")
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            written.append(Path(folder, f"{name}.txt"))
             written[-1].write_text("".join(lines), encoding="utf-8")
     return written
 
@@ -202,15 +166,12 @@ def write_lists(store: ClipStore, folder: str | Path) -> list[Path]:
 def export_frames(store: ClipStore, folder: str | Path, *, quality: int = 95) -> int:
     """Writes a store in the official layout: ``<clip>/000001.jpg ...`` and the text lists.
 
-    Clips whose folder exists are left alone; each folder appears whole or not at all.
-
-    Returns:
-        The number of clips written.
+    Clips whose folder exists are left alone; each folder appears whole or not at all. Returns the
+    number of clips written.
     """
-    folder = Path(folder)
     written = 0
     for clip, name in enumerate(store.names):
-        place = folder / name.strip("/")
+        place = Path(folder, name.strip("/"))
         if place.exists():
             continue
         with atomic_write(place) as part:
@@ -241,13 +202,15 @@ def _class_number(label: int | str, classes: dict[str, int]) -> int:
 def list_file(root: Path, name: str) -> Path | None:
     """Where a JSON list of the data set lies, None if nowhere."""
     names = (f"{name}.json", f"something-something-v2-{name}.json")
-    folders = [root, *sorted(filter(os.path.isdir, root.iterdir()))] if root.is_dir() else []
-    return next((f / n for f in folders for n in names if os.path.isfile(f / n)), None)
+    return next((f / n for f in _folders(root) for n in names if os.path.isfile(f / n)), None)
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folder and those in it."""
+    return [root, *sorted(filter(os.path.isdir, root.iterdir()))]
 
 
 def _find_list(root: Path, name: str) -> Path:
-    if not root.is_dir():
-        raise FileNotFoundError(f"source folder {str(root)!r} does not exist")
     file = list_file(root, name)
     if file is None:
         raise FileNotFoundError(f"no {name}.json in {str(root)!r} or in a folder below it")
@@ -290,7 +253,7 @@ def _read_records(file: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _video_folder(root: Path) -> Path:
-    for folder in (root, *sorted(filter(os.path.isdir, root.iterdir()))):
+    for folder in _folders(root):
         if next(folder.glob("*.webm"), None) is not None:
             return folder
     raise FileNotFoundError(f"no .webm file in {str(root)!r} or in a folder below it")

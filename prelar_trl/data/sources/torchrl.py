@@ -20,20 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from prelar_trl.data.sources.base import (
-    Clip,
-    Frame,
-    Item,
-    check_actions,
-    choose_camera,
-    leading_actions,
-)
-from prelar_trl.data.sources.frames import FrameOptions
+from prelar_trl.data.sources.base import Clip, FrameOptions, Item, Source, leading_actions
 from prelar_trl.data.sources.pictures import PICTURE_DECODER, array_clip
 from prelar_trl.data.store import ACTIONS
 from prelar_trl.utils import read_json
-
-__all__ = ["TensorDictFolder", "is_tensordict"]
 
 EPISODES = ("episode", "traj_ids", "collector/traj_ids")  # numbers of the episode of each row
 DONE = ("next/done", "done")
@@ -56,11 +46,7 @@ class Entry:
     dtype: str
 
     def open(self) -> np.ndarray:
-        """The whole array, not yet read.
-
-        Raises:
-            ValueError: the file has another size.
-        """
+        """The whole array, not yet read; ValueError if the file has another size."""
         size = self.path.stat().st_size
         needed = math.prod(self.shape) * np.dtype(self.dtype).itemsize
         if size != needed:
@@ -68,7 +54,7 @@ class Entry:
         return np.memmap(self.path, self.dtype, "r", shape=self.shape)
 
 
-class TensorDictFolder:
+class TensorDictFolder(Source):
     """One picture of a TensorDict of steps; an episode is a clip.
 
     Episodes are the second dimension of a batch ``[E, T]`` (without what ``mask`` leaves out), else
@@ -76,12 +62,10 @@ class TensorDictFolder:
     a next picture, an episode's last frame is that of its last step.
 
     Args:
-        root: the folder.
-        options: how frames are made; a stride leaves actions out.
+        root, options: see `Source`.
         camera: the entry to show, such as ``observation/image``, or the last part of its name.
             Default: the only one. Pictures are uint8 ``[3, H, W]``, ``[H, W, 3]``, one channel, or
             ``[H, W]``.
-        actions: also store the actions, for probes: those that led to each frame.
 
     Raises:
         FileNotFoundError: no TensorDict is there.
@@ -100,8 +84,7 @@ class TensorDictFolder:
         camera: str | None = None,
         actions: bool = False,
     ) -> None:
-        self.root, self.options, self.actions = Path(root), options, actions
-        self.left_out: dict[str, list[str]] = {}
+        super().__init__(root, options, actions)
         folder = _td_folder(self.root)
         if not (folder / "meta.json").is_file():
             raise FileNotFoundError(f"{str(folder / 'meta.json')!r} is missing: no TensorDict")
@@ -110,36 +93,30 @@ class TensorDictFolder:
             raise ValueError(f"{str(folder / 'meta.json')!r} is damaged: shape={meta.get('shape')}")
         self.batch = tuple(meta["shape"])
         self.entries = dict(_find(folder, ""))
+        where = f"source {str(root)!r}"
         if len(self.batch) not in (1, 2):
-            raise ValueError(
-                f"source {str(root)!r} has batch shape {self.batch}, not [N] or [E, T]"
-            )
+            raise ValueError(f"{where} has batch shape {self.batch}, not [N] or [E, T]")
         pictures = [
             name
             for name, entry in self.entries.items()
             if not name.startswith("next/") and _is_picture(entry, len(self.batch))
         ]
-        self.camera = choose_camera(pictures, camera, self.root)
-        check_actions(actions, options)
+        self.camera = self.choose_camera(pictures, camera)
         if actions and "action" not in self.entries:
-            raise ValueError(f"source {str(root)!r} has no entry 'action'")
-        others = [name for name in pictures if name != self.camera]
-        if others:
-            self.left_out["pictures that were not chosen"] = others
+            raise ValueError(f"{where} has no entry 'action'")
         self._episodes = {f"{n:06d}": rows for n, rows in enumerate(self._cut(folder))}
-
-    def items(self) -> list[Item]:
-        """See `Source.items`."""
         path = self.entries[self.camera].path
-        return [Item(name, path, frames=len(rows)) for name, rows in self._episodes.items()]
+        self._items = [Item(name, path) for name in self._episodes]
 
     def load(self, item: Item) -> Clip:
         """See `Source.load`."""
         rows = self._episodes[item.name]
         clip = array_clip(self._pictures(rows), self.options)
-        if not self.actions:
-            return clip
-        return Clip(self._with_actions(clip, rows), clip.notes)
+        if self.actions:
+            actions = leading_actions(self._flat("action")[rows])
+            pairs = zip(clip.frames, actions, strict=False)
+            clip.frames = (frame | {ACTIONS: action} for frame, action in pairs)
+        return clip
 
     def _pictures(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         array = self._flat(self.camera)
@@ -148,11 +125,6 @@ class TensorDictFolder:
         if f"next/{self.camera}" in self.entries:
             yield _as_rgb(self._flat(f"next/{self.camera}")[rows[-1]])
 
-    def _with_actions(self, clip: Clip, rows: np.ndarray) -> Iterator[Frame]:
-        actions = leading_actions(self._flat("action")[rows])
-        for frame, action in zip(clip.frames, actions, strict=False):
-            yield frame | {ACTIONS: action}
-
     def _flat(self, name: str) -> np.ndarray:
         """An entry with one batch dimension."""
         array = self.entries[name].open()
@@ -160,16 +132,14 @@ class TensorDictFolder:
 
     def _cut(self, folder: Path) -> Iterator[np.ndarray]:
         """The rows of each episode, in the flat batch."""
-        count = int(np.prod(self.batch))
-        rows, first = np.arange(count), np.zeros(count, bool)  # first rows of an episode
-        if len(self.batch) == 2:
-            first = rows % self.batch[1] == 0
-            if "mask" in self.entries:
-                kept = self._flat("mask").reshape(-1).astype(bool)
-                rows, first = rows[kept], first[kept]
-        else:
-            rows = _filled(folder, count)
+        rows = np.arange(math.prod(self.batch))
+        first = rows % self.batch[-1] == 0  # rows of an episode
+        if len(self.batch) == 1:
+            rows = _filled(folder, len(rows))
             first = first[: len(rows)]
+        elif "mask" in self.entries:
+            kept = self._flat("mask").reshape(-1).astype(bool)
+            rows, first = rows[kept], first[kept]
         for name in EPISODES:
             if name in self.entries:
                 number = self._flat(name).reshape(-1)[rows]
@@ -185,17 +155,13 @@ class TensorDictFolder:
 
 def _filled(folder: Path, count: int) -> np.ndarray:
     """The rows of a buffer that hold something, the oldest first."""
-    try:
-        length = int(read_json(folder / "storage_metadata.json")["len"])
-    except OSError:
+    storage = read_json(folder / "storage_metadata.json", missing_ok=True)
+    if not storage:
         return np.arange(count)
-    if length < count:
-        return np.arange(length)
-    cursor = 0
-    writer = folder.parent / "writer" / "metadata.json"
-    if writer.is_file():
-        cursor = int(read_json(writer).get("cursor", 0))
-    return np.roll(np.arange(count), -cursor)
+    if storage["len"] < count:
+        return np.arange(storage["len"])
+    writer = read_json(folder.parent / "writer" / "metadata.json", missing_ok=True)
+    return np.roll(np.arange(count), -writer.get("cursor", 0))
 
 
 def _td_folder(root: Path) -> Path:
@@ -213,10 +179,8 @@ def _find(folder: Path, prefix: str) -> Iterator[tuple[str, Entry]]:
         elif _is_shape(about.get("shape")) and "dtype" in about and not about.get("is_nested"):
             dtype = str(about["dtype"]).removeprefix("torch.")
             if dtype in np.sctypeDict and not np.dtype(dtype).hasobject:  # they are addresses
-                yield (
-                    f"{prefix}{key}",
-                    Entry(folder / f"{key}.memmap", tuple(about["shape"]), dtype),
-                )
+                entry = Entry(folder / f"{key}.memmap", tuple(about["shape"]), dtype)
+                yield f"{prefix}{key}", entry
 
 
 def _is_shape(value: Any) -> bool:
