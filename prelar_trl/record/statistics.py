@@ -63,9 +63,9 @@ def bootstrap_interval(
         seed: of the draws. Default: 0.
     """
     _check_bootstrap(confidence, samples)
-    redrawn = _redraw(_table(scores), samples, np.random.default_rng(seed))
-    low, high = _interval(np.array([statistic(table) for table in redrawn]), confidence)
-    return float(low), float(high)
+    (redrawn,) = _redraw(samples, seed, _table(scores))
+    low, high = _interval(np.array([statistic(table) for table in redrawn]), confidence).tolist()
+    return low, high
 
 
 def bootstrap_band(
@@ -141,9 +141,7 @@ def performance_profile(
             f"profile: finite thresholds [points] are needed, got {thresholds.tolist()}"
         )
     above = table[..., None] > thresholds
-    low, high = bootstrap_band(
-        above, confidence=confidence, samples=samples, seed=seed, statistic="mean"
-    )
+    low, high = bootstrap_band(above, confidence=confidence, samples=samples, seed=seed)
     return above.mean(axis=(0, 1)), low, high
 
 
@@ -208,10 +206,8 @@ def ratio_of_means(
     x, y = _pair(scores, baseline)
     if not (y > 0).all():
         raise ValueError(f"ratio of means: the baseline must be positive, got {y.tolist()}")
-    rng = np.random.default_rng(seed)
-    means = (_redraw(table, samples, rng).mean(axis=(1, 2)) for table in (x, y))
-    low, high = _interval(np.divide(*means), confidence)
-    return Estimate(float(x.mean() / y.mean()), float(low), float(high))
+    means = (table.mean(axis=(1, 2)) for table in _redraw(samples, seed, x, y))
+    return Estimate(float(x.mean() / y.mean()), *_interval(np.divide(*means), confidence).tolist())
 
 
 def probability_of_improvement(
@@ -240,10 +236,8 @@ def probability_of_improvement(
     """
     _check_bootstrap(confidence, samples)
     x, y = _pair(scores, baseline)
-    rng = np.random.default_rng(seed)
-    redrawn = _wins(_redraw(x, samples, rng), _redraw(y, samples, rng))
-    low, high = _interval(redrawn, confidence)
-    return Estimate(float(_wins(x, y)), float(low), float(high))
+    redrawn = _wins(*_redraw(samples, seed, x, y))
+    return Estimate(float(_wins(x, y)), *_interval(redrawn, confidence).tolist())
 
 
 def wilson_interval(
@@ -294,10 +288,13 @@ def _pair(scores: ArrayLike, baseline: ArrayLike) -> tuple[np.ndarray, np.ndarra
     return x, y
 
 
-def _redraw(table: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """[samples, runs, tasks]: the runs of each task with replacement."""
-    rows = rng.integers(len(table), size=(samples, *table.shape))
-    return np.take_along_axis(table[None], rows, axis=1)
+def _redraw(samples: int, seed: int, *tables: np.ndarray) -> list[np.ndarray]:
+    """[samples, runs, tasks] of each table: the runs of each task with replacement."""
+    rng, redrawn = np.random.default_rng(seed), []
+    for table in tables:
+        rows = rng.integers(len(table), size=(samples, *table.shape))
+        redrawn.append(np.take_along_axis(table[None], rows, axis=1))
+    return redrawn
 
 
 def _aggregate(values: np.ndarray, statistic: Literal["mean", "iqm"]) -> np.ndarray:
