@@ -17,6 +17,7 @@ from prelar_trl.record import (
     Series,
     read_metrics,
     write_comparison,
+    write_csv,
 )
 from prelar_trl.sweep.jobs import Job, Suite
 from prelar_trl.utils import without_null, write_json
@@ -47,12 +48,8 @@ class CurveResults:
         result.parent.mkdir(parents=True, exist_ok=True)
         metrics = read_metrics(run.metrics)
         series = [metrics[name] for name in EVALUATIONS.values()]
-        with open(result.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", *EVALUATIONS])
-            values = [x.values for x in series]
-            for step, *row in zip(series[0].steps, *values, strict=True):
-                writer.writerow([int(step), *(f"{value:.6g}" for value in row)])
+        table = zip(map(int, series[0].steps), *(x.values for x in series), strict=True)
+        write_csv(result.with_suffix(".csv"), ["step", *EVALUATIONS], table)
         times = read_metrics(run.times)
         seconds = sum(
             times[name].values.sum() for name in ("startup_s", "seconds") if name in times
