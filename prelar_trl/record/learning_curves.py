@@ -1,8 +1,6 @@
 """Learning curves of many runs as they are published: by task and aggregated, with intervals.
 
-Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice", NeurIPS
-2021: mean and interquartile mean with stratified bootstrap intervals, performance profiles,
-probability of improvement.
+What is drawn is Agarwal et al.'s, see :mod:`prelar_trl.record.statistics`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,13 +43,19 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has logged nothing yet")
     names, rows = read_rows(path)
-    metrics = {}
+    return to_series(rows, "step", [name for name in names if name != "step"])
+
+
+def to_series(
+    rows: Sequence[Mapping[str, str]], step: str, names: Iterable[str]
+) -> dict[str, Series]:
+    """Columns of a table with one of steps, without empty cells; those that have no other left."""
+    series = {}
     for name in names:
-        pairs = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
-        if name != "step" and pairs:
-            steps, values = np.array(pairs).T
-            metrics[name] = Series(steps, values)
-    return metrics
+        pairs = [(float(row[step]), float(row[name])) for row in rows if row[name]]
+        if pairs:
+            series[name] = Series(*np.array(pairs).T)
+    return series
 
 
 def smooth(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:

@@ -135,6 +135,7 @@ class Launcher(Protocol):
         return None
 
 
+@dataclass
 class LocalLauncher(Launcher):
     """Processes of this machine, which end with the sweep.
 
@@ -142,8 +143,7 @@ class LocalLauncher(Launcher):
         lock: an open file, held until the last of them has ended.
     """
 
-    def __init__(self, lock: IO) -> None:
-        self.lock = lock
+    lock: IO
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
         return program.start(self.lock), {}
@@ -181,8 +181,7 @@ class SlurmLauncher(Launcher):
         try:
             self.executor.update_parameters(**options)
         except (NameError, TypeError) as error:
-            lines = str(error).splitlines()
-            raise ValueError(f"slurm: {' '.join(' '.join(lines).split())}") from None
+            raise ValueError(f"slurm: {' '.join(str(error).split())}") from None
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
         self.executor.update_parameters(name=name)
@@ -195,11 +194,11 @@ class SlurmLauncher(Launcher):
         return SlurmHandle(self.job_type(self.folder, record["slurm_job"]))
 
 
+@dataclass
 class SlurmHandle:
     """A job of a SLURM cluster."""
 
-    def __init__(self, job: Any) -> None:
-        self.job = job
+    job: Any
 
     def poll(self) -> int | None:
         if not self.job.done():

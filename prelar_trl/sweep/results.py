@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from prelar_trl.utils import without_null, write_json
 EVALUATIONS = {"return": "eval/return", "success": "eval/success"}
 
 
+@dataclass
 class CurveResults:
     """The evaluations of each run, and what made it: ``<suite>/runs/<run>.csv`` and ``.json``.
 
@@ -32,8 +34,7 @@ class CurveResults:
         folder: of all suites.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def path(self, job: Job) -> Path:
         return self.folder / job.suite / "runs" / f"{job.name}.json"
@@ -88,9 +89,8 @@ class CurveResults:
         self._summarize()
 
     def _summarize(self) -> None:
-        with open(self.folder / "summary.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list[str](SUMMARY), extrasaction="ignore")
-            writer.writeheader()
-            for table in sorted(self.folder.glob("*/table.csv")):
-                with open(table, newline="", encoding="utf-8") as rows:
-                    writer.writerows(csv.DictReader(rows))
+        rows = []
+        for table in sorted(self.folder.glob("*/table.csv")):
+            with open(table, newline="", encoding="utf-8") as file:
+                rows += [[row[name] for name in SUMMARY] for row in csv.DictReader(file)]
+        write_csv(self.folder / "summary.csv", SUMMARY, rows)
