@@ -7,8 +7,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["psnr", "ssim"]
-
 MAX_PSNR = 100.0
 SIZE, SIGMA = 11, 1.5  # the window: a Gaussian
 C1, C2 = 0.01**2, 0.03**2

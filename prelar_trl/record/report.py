@@ -146,10 +146,13 @@ def _run(label: str, folder: RunFolder) -> dict[str, Any]:
     if git:
         versions["commit"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
     versions["command"] = " ".join(versions.get("command", []))
-    tables = {"Evaluation": evaluation, "Configuration": folder.config, "Versions": versions}
+    config = folder.config
+    tables = {"Evaluation": evaluation, "Configuration": config, "Versions": versions}
+    keys = ("method", "env", "size", "seed", "updates", "env_steps")
+    facts = [f"{key} {config[key]}" for key in keys if isinstance(config.get(key), (str, int))]
     return {
         "label": label,
-        "description": _describe(label, folder.config),
+        "description": ", ".join([label, *facts]),
         "metrics": metrics,
         "not_finite": [name for name, x in metrics.items() if not np.isfinite(x.values).all()],
         "cards": _cards(metrics, evaluation),
@@ -201,12 +204,6 @@ def _phase(config: dict[str, Any]) -> str:
     if "env_steps" in config:
         return "Fine-tuning"
     return "Pre-training" if "updates" in config else "Runs"
-
-
-def _describe(label: str, config: dict[str, Any]) -> str:
-    keys = ("method", "env", "size", "seed", "updates", "env_steps")
-    facts = [f"{key} {config[key]}" for key in keys if isinstance(config.get(key), (str, int))]
-    return ", ".join([label, *facts])
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -169,9 +169,7 @@ class RunFolder:
     def note_continuation(self, step: int, changed: Mapping[str, Any] | None = None) -> None:
         """Add to ``versions.json`` that a session continues this run after ``step`` steps.
 
-        Args:
-            step: of the checkpoint.
-            changed: settings that the session changes; ``config.yaml`` gets them too.
+        ``changed`` are settings that the session changes; ``config.yaml`` gets them too.
         """
         record = self.versions
         session = {"step": step, **describe_session(record.get("seed"))}

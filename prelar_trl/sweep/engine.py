@@ -97,15 +97,7 @@ class Engine:
                 )
 
     def work(self, launcher: Launcher, parallel: int) -> int:
-        """Run what is not finished.
-
-        Args:
-            launcher: starts the programs.
-            parallel: how many at a time.
-
-        Returns:
-            how many jobs failed or were stopped.
-        """
+        """Run what is not finished, so many at a time; how many jobs failed or were stopped."""
         handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._work(launcher, parallel)

@@ -48,11 +48,7 @@ class Program:
         return (self.folder / "checkpoints" / "last.pt").is_file()
 
     def start(self, lock: IO | None = None) -> subprocess.Popen:
-        """Start it; a folder without a checkpoint is made anew.
-
-        Args:
-            lock: an open file that it holds open. Default: none.
-        """
+        """Start it, holding ``lock`` open; a folder without a checkpoint is made anew."""
         command, resume = list(self.command), self.has_checkpoint
         if self.resumes:
             command.append(f"resume={'true' if resume else 'false'}")
