@@ -219,7 +219,9 @@ def _collect(runs: Sequence[EvaluatedRun], score: str) -> list[_Curves]:
         for group, series in by_group.items():
             steps, values = at_shared_steps(series)
             if len(steps):
-                bands = {x: mean_band(steps, values, x) for x in STATISTICS}
+                bands: Mapping[Statistic, Band] = {
+                    x: mean_band(steps, values, x) for x in STATISTICS
+                }
                 curves.append(_Curves(task, group, group in reference, steps, values, bands))
     return curves
 
