@@ -99,14 +99,18 @@ class Section:
 
 
 class _Curves(NamedTuple):
-    """Curves of a group on a task, or on all, at the steps that all of its runs share."""
+    """Curves of a group on a task, or on all, at the steps that all of its runs share.
 
+    The first four are also those of a :class:`Row` and a :class:`Point`.
+    """
+
+    score: str
     task: str
     group: str
     reference: bool
     steps: np.ndarray
     values: np.ndarray  # [runs, tasks, points]
-    bands: Mapping[Statistic, Band]
+    bands: Mapping[str, Band]  # by statistic
 
     def at(self, step: int) -> int | None:
         """Index of a step; None if nothing was evaluated then."""
@@ -151,12 +155,11 @@ def write_learning_curves(
         curves = _collect(runs, score)
         steps = _table_steps(curves, at, score)
         pictures = _draw(score, curves, steps[-1], baseline, styles, folder)
-        sections.append(Section(score, _rows(score, curves, steps, baseline), pictures))
+        sections.append(Section(score, _rows(curves, steps, baseline), pictures))
         for x in curves:
             values = (*x.bands["mean"][1:], *x.bands["iqm"][1:])
             for step, *numbers in zip(map(int, x.steps), *values, strict=True):
-                known = (score, x.task, x.group, x.reference, step, len(x.values))
-                points.append(Point(*known, *numbers))
+                points.append(Point(*x[:4], step, len(x.values), *numbers))
     table = [row for section in sections for row in section.rows]
     write_csv(folder / "table.csv", Row._fields, table)
     write_csv(folder / "curves.csv", Point._fields, points)
@@ -219,10 +222,9 @@ def _collect(runs: Sequence[EvaluatedRun], score: str) -> list[_Curves]:
         for group, series in by_group.items():
             steps, values = at_shared_steps(series)
             if len(steps):
-                bands: Mapping[Statistic, Band] = {
-                    x: mean_band(steps, values, x) for x in STATISTICS
-                }
-                curves.append(_Curves(task, group, group in reference, steps, values, bands))
+                own = (score, task, group, group in reference)
+                bands = {x: mean_band(steps, values, x) for x in STATISTICS}
+                curves.append(_Curves(*own, steps, values, bands))
     return curves
 
 
@@ -241,7 +243,7 @@ def _table_steps(curves: Sequence[_Curves], at: Sequence[int] | None, score: str
     return sorted(at)
 
 
-def _rows(score: str, curves: Sequence[_Curves], steps: Sequence[int], baseline: str) -> list[Row]:
+def _rows(curves: Sequence[_Curves], steps: Sequence[int], baseline: str) -> list[Row]:
     rows, baselines = [], {x.task: x for x in curves if x.group == baseline}
     for x in curves:
         other = None if x.reference or x.group == baseline else baselines.get(x.task)
@@ -252,20 +254,10 @@ def _rows(score: str, curves: Sequence[_Curves], steps: Sequence[int], baseline:
             scores, better = x.values[..., place], ()
             if other is not None and others is not None:
                 better = probability_of_improvement(scores, other.values[..., others])
-            rows.append(
-                Row(
-                    score,
-                    x.task,
-                    x.group,
-                    x.reference,
-                    step,
-                    len(scores),
-                    float(scores.mean()),
-                    float(scores.std(ddof=1)) if scores.size > 1 else 0.0,
-                    *(float(curve[place]) for curve in x.bands["iqm"][1:]),
-                    *better,
-                )
-            )
+            std = float(scores.std(ddof=1)) if scores.size > 1 else 0.0
+            iqm = (float(curve[place]) for curve in x.bands["iqm"][1:])
+            mean = float(scores.mean())
+            rows.append(Row(*x[:4], step, len(scores), mean, std, *iqm, *better))
     return rows
 
 

@@ -43,19 +43,18 @@ class Progress:
     hidden: bool = False
 
     def __post_init__(self) -> None:
-        self.count, self._bar = self.initial, None
-        if self.stream.isatty() and not self.hidden:
+        self._bar = tqdm(
+            total=self.total,
+            initial=self.initial,
+            desc=self.name,
+            file=self.stream,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            disable=self.hidden or not self.stream.isatty(),
+        )
+        if not self._bar.disable:
             self.every = 0.5
-            self._bar = tqdm(
-                total=self.total,
-                initial=self.initial,
-                desc=self.name,
-                file=self.stream,
-                bar_format=BAR,
-                dynamic_ncols=True,
-                unit=self.unit,
-            )
-        self._frames = 0
+        self.count, self._frames = self.initial, 0
         self._metrics: Mapping[str, float | Tensor] = {}
         self._start = self._shown = (time.monotonic(), self.initial, 0)  # when, updates, frames
 
@@ -78,8 +77,7 @@ class Progress:
         """Show the last state, with the mean pace, and end."""
         if not self.hidden:
             self._show(last=True)
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def _show(self, last: bool = False) -> None:
         now, (start, start_count, _) = time.monotonic(), self._start
@@ -90,7 +88,7 @@ class Progress:
             parts.append(f"{_number((self._frames - frames) / seconds)} frames/s")
         parts += [f"{key} {_number(float(value))}" for key, value in self._metrics.items()]
         text = ", ".join(parts)
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.n = self.count
             self._bar.set_postfix_str(text)
         else:

@@ -46,7 +46,7 @@ def video_grid(
     max_sequences: int = 6,
     scale: int = 2,
 ) -> Tensor:
-    """Rows truth | model | error, one column a sequence, as a video.
+    """Rows truth | model | error, one column a sequence, as a video uint8 [T, 3, h, w].
 
     The error row is twice the absolute difference. With ``context``, the frame round the model's
     row and the caption tell the frames that were seen from those that were imagined.
@@ -57,9 +57,6 @@ def video_grid(
         context: number of frames that the model has seen; None: no such mark.
         max_sequences: at most this many columns. Default: 6.
         scale: nearest-neighbor enlargement of each tile. Default: 2.
-
-    Returns:
-        uint8 [T, 3, h, w].
     """
     truth, model = _pair(truth, model)
     truth, model = truth[:max_sequences], model[:max_sequences]
@@ -83,7 +80,7 @@ def video_grid(
 def frame_strip(
     truth: Tensor, model: Tensor, *, context: int | None = None, columns: int = 12, scale: int = 2
 ) -> Tensor:
-    """One sequence as a picture: rows truth | model | error, time from left to right.
+    """One sequence as a picture uint8 [3, h, w]: rows truth | model | error, time to the right.
 
     Args:
         truth: uint8 [T, 3, H, W].
@@ -91,9 +88,6 @@ def frame_strip(
         context: as in :func:`video_grid`.
         columns: number of evenly spaced frames shown; the first and last always are.
         scale: nearest-neighbor enlargement of each tile. Default: 2.
-
-    Returns:
-        uint8 [3, h, w].
     """
     if truth.ndim != 4:
         raise ValueError(f"frame_strip: one sequence [T, 3, H, W] is needed, got {truth.ndim} dims")
@@ -110,14 +104,11 @@ def frame_strip(
 
 
 def film_rows(rows: Mapping[str, Tensor], *, columns: int = 12, scale: int = 2) -> Tensor:
-    """Several sequences as a picture: one labeled row each, time from left to right.
+    """Several sequences as a picture uint8 [3, h, w]: one labeled row each, time to the right.
 
     Args:
         rows: label -> uint8, or float in [0, 1], [T, 3, H, W]; all of one shape.
         columns, scale: as in :func:`frame_strip`.
-
-    Returns:
-        uint8 [3, h, w].
     """
     videos = [to_uint8(video).cpu() for video in rows.values()]
     times = _evenly(len(videos[0]), columns)
@@ -137,7 +128,7 @@ def contact_sheet(
     caption: str = "",
     scale: int = 1,
 ) -> Tensor:
-    """Many pictures of one size as one.
+    """Many pictures of one size as one, uint8 [3, h, w].
 
     Args:
         pictures: uint8 [3, H, W] each, or one tensor [N, 3, H, W].
@@ -145,9 +136,6 @@ def contact_sheet(
         columns: default: a sheet slightly wider than high.
         caption: a line above.
         scale: nearest-neighbor enlargement. Default: 1.
-
-    Returns:
-        uint8 [3, h, w].
     """
     pictures = list(pictures)
     if not pictures:

@@ -133,11 +133,7 @@ class Launcher(Protocol):
 
 @dataclass
 class LocalLauncher(Launcher):
-    """Processes of this machine, which end with the sweep.
-
-    Args:
-        lock: an open file, held until the last of them has ended.
-    """
+    """Processes of this machine, which end with the sweep and hold its open file until then."""
 
     lock: IO
 

@@ -28,11 +28,7 @@ EVALUATIONS = {"return": "eval/return", "success": "eval/success"}
 
 @dataclass
 class CurveResults:
-    """The evaluations of each run, and what made it: ``<suite>/runs/<run>.csv`` and ``.json``.
-
-    Args:
-        folder: of all suites.
-    """
+    """The evaluations of each run, and what made it: ``<suite>/runs/<run>.csv`` and ``.json``."""
 
     folder: Path
 
