@@ -49,7 +49,7 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:
 def to_series(
     rows: Sequence[Mapping[str, str]], step: str, names: Iterable[str]
 ) -> dict[str, Series]:
-    """Columns of a table with one of steps, without empty cells; those that have no other left."""
+    """Columns of a table over its column ``step``; empty cells and columns are left out."""
     series = {}
     for name in names:
         pairs = [(float(row[step]), float(row[name])) for row in rows if row[name]]
