@@ -113,14 +113,12 @@ def memory_limited(store: Path, limit_mb: int) -> dict[str, float] | None:
     except OSError:
         return None
     try:
-        procs = str(group / "cgroup.procs")
-        code = (
-            f"import os; open({procs!r}, 'w').write(str(os.getpid()))\n"
-            "import sys; sys.argv = ['data', '--sample-only', sys.argv[1]]\n"
-            f"import runpy; runpy.run_path({str(Path(__file__))!r}, run_name='__main__')"
-        )
         out = subprocess.run(
-            [sys.executable, "-c", code, str(store)], check=True, capture_output=True, text=True
+            [sys.executable, __file__, "--sample-only", str(store)],
+            preexec_fn=lambda: (group / "cgroup.procs").write_text(str(os.getpid())),
+            check=True,
+            capture_output=True,
+            text=True,
         )
         return json.loads(out.stdout.splitlines()[-1])
     finally:

@@ -38,21 +38,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.train import make_updates, measure, random_batch
-from prelar_trl.config import METHODS
+from benchmarks.exchange import BATCH, cases
+from benchmarks.train import make_updates, measure, random_batch, total_ms
 from prelar_trl.fast import use_tensor_cores
 
 ROOT = Path(__file__).parents[1]
-PHASES = [
-    (method, phase)
-    for phase in ("pretrain", "finetune")
-    for method, preset in METHODS.items()
-    if getattr(preset, phase) is not None
-]
+PHASES = list(cases())
 FIRST = [("prelar", "pretrain"), ("prelar", "finetune"), ("apv", "finetune")]
 FIRST += [("dreamerv2", "finetune"), ("contextwm", "finetune")]  # each has a part of its own
 CASES = FIRST + [case for case in PHASES if case not in FIRST]
-BATCH = {"pretrain": (16, 25), "finetune": (50, 50)}  # as published
 FRAMES = 200  # drawn
 SHARES = {"waits": 3, "times": 8, "tests": 4, "rendering": 1, "baseline": 5, "compiled": 6}
 SAME = ("method", "phase", "size", "batch", "length", "precision")  # of two updates to compare
@@ -231,27 +225,22 @@ def collect(command: list[str], seconds: float) -> Result:
     except subprocess.TimeoutExpired as expired:
         out, error = (expired.stdout or b"").decode(), f"cut off after {seconds:.0f} s"
     results = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    took = time.perf_counter() - start
     last = [] if results else out.strip().splitlines()[-1:]  # of pytest, how many passed
-    return {"results": results, "last_line": last, "seconds": took} | (
-        {"error": error} if error else {}
-    )
+    told = {"results": results, "last_line": last, "seconds": time.perf_counter() - start}
+    return told | ({"error": error} if error else {})
 
 
 def add_ratios(baseline: list[Result], ours: list[Result]) -> None:
     """Give a baseline's updates ``ratio`` and ``memory_ratio`` where ours were measured too."""
 
-    def which(row: Result) -> list[Any]:
-        return [row.get(name) for name in SAME]
+    def which(row: Result) -> str:
+        return str([row.get(name) for name in SAME])
 
-    def total(row: Result) -> float:
-        return row["world_model_ms"] + row["behavior_ms"]
-
-    measured = {str(which(row)): row for row in ours if "world_model_ms" in row}
+    measured = {which(row): row for row in ours if "world_model_ms" in row}
     for row in baseline:
-        our = measured.get(str(which(row)))
+        our = measured.get(which(row))
         if our is not None and "world_model_ms" in row:
-            row["ratio"] = total(our) / total(row)
+            row["ratio"] = total_ms(our) / total_ms(row)
             row["memory_ratio"] = our["peak_mib"] / row["peak_mib"]
 
 
@@ -269,9 +258,7 @@ def page(report: Result) -> str:
             lines += ["**not reached: the time was up**", ""]
         rows = part.get("results", [])
         hidden = ("updates_ms", "device", "plain", "threads", "warmup", "updates")
-        columns = [
-            key for key in dict.fromkeys(k for row in rows for k in row) if key not in hidden
-        ]
+        columns = dict.fromkeys(key for row in rows for key in row if key not in hidden)
         if columns:
             lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
             for row in rows:
@@ -303,12 +290,11 @@ def main() -> None:
     me = [sys.executable, "-m", "benchmarks.gpu", "--device", options.device, "--part"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     marked = "gpu" if options.device == "cuda" else "not gpu"
-    commands = {name: [*me, name] for name in ("waits", "times")}
-    commands["tests"] = [*pytest, "tests/test_devices.py", "-m", marked]
-    commands["rendering"] = [*me, "rendering"]
-    if options.baseline:
-        commands["baseline"] = ["bash", "-c", options.baseline]
-    commands["compiled"] = [*me, "compiled"]
+    others = {"tests": [*pytest, "tests/test_devices.py", "-m", marked]}
+    others["baseline"] = ["bash", "-c", options.baseline or ""]
+    commands = {name: others.get(name, [*me, name]) for name in SHARES}
+    if not options.baseline:
+        del commands["baseline"]
     options.out.mkdir(parents=True, exist_ok=True)
     report: Result = {"device": describe(options.device)}
     waiting = list(commands)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import shutil
 import sys
 import tempfile
@@ -23,7 +22,8 @@ import torch
 from prelar_trl.envs import toy_return
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.schema import FinetuneConfig
-from prelar_trl.record import plot_curves, read_metrics
+from prelar_trl.record import plot_curves, read_metrics, write_csv
+from prelar_trl.utils import write_json
 
 STEPS = 25  # an episode
 SHARE = 0.9  # of the best policy's return
@@ -82,11 +82,8 @@ def main() -> None:
             step_name="environment step",
         )
         with open(run / "metrics.csv", newline="") as source:
-            rows = [{name: row.get(name, "") for name in COLUMNS} for row in csv.DictReader(source)]
-        with open(args.out / "curve.csv", "w", newline="") as target:
-            writer = csv.DictWriter(target, COLUMNS)
-            writer.writeheader()
-            writer.writerows(row for row in rows if any(row[name] for name in COLUMNS[1:]))
+            rows = [[row.get(name, "") for name in COLUMNS] for row in csv.DictReader(source)]
+        write_csv(args.out / "curve.csv", COLUMNS, (row for row in rows if any(row[1:])))
         shutil.copy(run / "versions.json", args.out / "versions.json")
 
     reached = float(metrics["eval/return"].values[-1])
@@ -101,7 +98,7 @@ def main() -> None:
         "seed": args.seed,
         "threads": torch.get_num_threads(),
     }
-    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.out / "result.json", result)
     print(
         f"return {reached:.1f} of {best:.1f} (random {random:.1f}, needed {SHARE * best:.1f}) "
         f"after {minutes:.1f} minutes: {'passed' if passed else 'FAILED'}; see {args.out}"

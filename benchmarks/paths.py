@@ -16,8 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import av
-import numpy as np
 import torch
 
 from prelar_trl.data import EpisodeReplay, VideoClips
@@ -26,6 +24,7 @@ from prelar_trl.envs import make_env
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.interaction import Collection, EpisodeCollector
+from prelar_trl.record import write_video
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import WorldModelUpdate
 
@@ -51,19 +50,11 @@ def traced(files: list[str]) -> Iterator[None]:
         sys.setprofile(None)
 
 
-def write_video(path: Path, frames: int = 30) -> None:
-    rng = np.random.default_rng(0)
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("mpeg4", rate=10, width=64, height=64, pix_fmt="yuv420p")
-        for picture in rng.integers(0, 255, (frames, 64, 64, 3), np.uint8):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
-        out.mux(stream.encode())
-
-
 def frame_path(folder: Path) -> tuple[list[str], list[str]]:
     """Files from video to store, and from store to loss."""
     (folder / "videos").mkdir()
-    write_video(folder / "videos" / "a.mp4")
+    frames = torch.randint(0, 256, (30, 3, 64, 64), dtype=torch.uint8)
+    write_video(folder / "videos" / "a.mp4", frames)
     to_store: list[str] = []
     with traced(to_store):
         prepare(VideoFolder(folder / "videos", FrameOptions()), folder / "store", workers=1)

@@ -31,7 +31,7 @@ import numpy as np
 import scipy.stats
 from matplotlib.figure import Figure
 
-from prelar_trl.record import Series, read_metrics
+from prelar_trl.record import Series, read_metrics, write_csv
 from prelar_trl.utils import STOPPED
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -277,8 +277,8 @@ def summarize(
 ) -> list[str]:
     """Write and print ``summary.csv``, write what became of the hurt workers; what is wrong."""
     head = ["env", "minutes", "steps", "memory_slope_per_hour", "speed_slope_per_hour"]
-    lines = [[*head, "speed_slope_95", "lost", "dropped", "killed", "hung"]]
-    faults = []
+    head += ["speed_slope_95", "lost", "dropped", "killed", "hung"]
+    lines, faults = [], []
     for env, rows in tables.items():
         seconds, _, _, _, steps, lost, killed, hung = rows[-1]
         late, slopes = after_warm_up(rows), ["", "", ""]
@@ -297,20 +297,16 @@ def summarize(
             faults.append(f"in {env} {alone} workers failed that nobody had hurt")
         if more := unexplained(rows, hurts[env]):
             faults.append(f"in {env} {more} episodes are lost that were no hurt worker's")
-        table = [["seconds", "how", "noticed", "episode_dropped"]]
+        table = []
         for x in theirs:
-            noticed = "" if x.noticed is None else f"{x.noticed:.0f}"
-            table.append([f"{x.seconds:.0f}", x.how, noticed, str(int(x.dropped))])
-        write(out / f"{env.replace('/', '_')}_hurt.csv", table)
-    write(out / "summary.csv", lines)
-    for line in lines:
+            noticed = None if x.noticed is None else f"{x.noticed:.0f}"
+            table.append([f"{x.seconds:.0f}", x.how, noticed, int(x.dropped)])
+        columns = ["seconds", "how", "noticed", "episode_dropped"]
+        write_csv(out / f"{env.replace('/', '_')}_hurt.csv", columns, table)
+    write_csv(out / "summary.csv", head, lines)
+    for line in (head, *lines):
         print(*line, sep="\t")
     return faults
-
-
-def write(path: Path, lines: list[list[str]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(lines)
 
 
 def main() -> None:

@@ -66,6 +66,12 @@ def test_several_tasks_are_also_taken_together():
     assert rows[-1].steps == (250 + 500) / 2 and rows[-1].ratio_to_dreamerv2 == 0.5
 
 
+def test_of_all_tasks_together_each_counts_with_as_many_runs_as_the_fewest():
+    curves = {"a": {"fast": [run(200), run(300), run(400)]}, "b": {"fast": [run(600), run(800)]}}
+    rows = [(row.task, row.seeds, row.steps) for row in compare(comparison(curves=curves))]
+    assert rows == [("a", 3, 300), ("b", 2, 700), ("all", 2, (200 + 300 + 600 + 800) / 4)]
+
+
 def test_tables_and_pictures_are_written(tmp_path):
     write_comparison(comparison(), tmp_path / "out")
     with open(tmp_path / "out" / "table.csv", newline="") as file:

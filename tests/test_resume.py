@@ -16,7 +16,6 @@ from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Collection, Evaluation
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import EvaluateConfig
-from tests.test_recipes import two_at_once
 from tests.toy_runs import (
     TINY,
     checkpoint,
@@ -25,6 +24,7 @@ from tests.toy_runs import (
     interrupt_after,
     make_clips,
     pretrain_config,
+    two_at_once,
 )
 
 # Episodes of 13 steps: none ends where an update, a checkpoint or an evaluation is due.

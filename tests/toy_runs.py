@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torchrl.envs import SerialEnv
 
+from prelar_trl.envs import make_env
 from prelar_trl.probes import mlp_r2
 from prelar_trl.recipes.collect_videos import collect
 from prelar_trl.recipes.entry import settings
@@ -119,6 +121,11 @@ def interrupt_after(
         return real(self, batch)
 
     monkeypatch.setattr(WorldModelUpdate, "__call__", call)
+
+
+def two_at_once(name, *, seed, num_workers, **options):
+    """As ``num_workers=2``, without the seconds that processes take to start."""
+    return SerialEnv(2, [partial(make_env, name, seed=seed + i, **options) for i in range(2)])
 
 
 def shorten_mlp_probe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from prelar_trl.record.comparison import (
-    SUMMARY,
-    Comparison,
-    MethodStyle,
-    write_comparison,
-)
+from prelar_trl.record.comparison import SUMMARY, Comparison, MethodStyle, write_comparison
 from prelar_trl.record.comparison_plots import (
     Band,
     Dots,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,9 @@ from prelar_trl.record.comparison_plots import (
     plot_learning_curves,
     plot_steps_to_threshold,
 )
+from prelar_trl.record.learning_curves import ALL_TASKS, at_shared_steps, group_by_task, mean_band
 from prelar_trl.record.plots import Series
 from prelar_trl.record.statistics import (
-    Estimate,
-    bootstrap_band,
     bootstrap_interval,
     interquartile_mean,
     probability_of_improvement,
@@ -28,7 +27,6 @@ from prelar_trl.record.statistics import (
 )
 from prelar_trl.record.table import write_csv
 
-ALL_TASKS = "all"
 SUMMARY = (
     *("suite", "task", "method", "seeds", "threshold", "steps"),
     *("ratio_to_dreamerv2", "ratio_low", "ratio_high"),
@@ -65,8 +63,7 @@ class Comparison:
     baseline: str = "dreamerv2"
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One method on one task, or on all of them; None where there is no run of the baseline.
 
     ``final_*`` are scores of the last evaluation, ``steps*`` environment steps to the threshold,
@@ -113,15 +110,12 @@ def compare(comparison: Comparison) -> list[Row]:
 
     Where tasks have unequal numbers of runs, ``all`` takes as many of each as the fewest.
     """
-    tasks = list(comparison.curves)
-    groups = {task: [task] for task in tasks} | ({ALL_TASKS: tasks} if len(tasks) > 1 else {})
     rows = []
-    for name, group in groups.items():
-        methods = [m for m in comparison.styles if all(comparison.curves[t].get(m) for t in group)]
-        scores = {method: _scores(comparison, method, group) for method in methods}
+    for task, runs in group_by_task(comparison.curves).items():
+        methods = [method for method in comparison.styles if method in runs]
+        scores = {method: _scores(runs[method], comparison.threshold) for method in methods}
         baseline = scores.get(comparison.baseline)
-        for method, own in scores.items():
-            rows.append(_row(comparison, name, method, own, baseline))
+        rows += [_row(comparison, task, method, own, baseline) for method, own in scores.items()]
     return rows
 
 
@@ -130,8 +124,7 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = compare(comparison)
-    columns = [field.name for field in fields(Row)]
-    write_csv(folder / "table.csv", columns, [astuple(row) for row in rows])
+    write_csv(folder / "table.csv", Row._fields, rows)
     (folder / "table.md").write_text(_markdown(comparison, rows), encoding="utf-8")
 
     styles = {style.label: (style.color, style.line) for style in comparison.styles.values()}
@@ -141,10 +134,11 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> 
         if row.task == ALL_TASKS:
             continue
         label = comparison.styles[row.method].label
-        bands.setdefault(row.task, {})[label] = _band(comparison.curves[row.task][row.method])
-        scores = _scores(comparison, row.method, [row.task])
-        runs = scores.steps[:, 0].tolist(), scores.censored[:, 0].tolist()
-        dots.setdefault(row.task, {})[label] = Dots(*runs, row.steps, row.steps_low, row.steps_high)
+        runs = comparison.curves[row.task][row.method]
+        bands.setdefault(row.task, {})[label] = mean_band(*at_shared_steps([runs]))
+        _, steps, censored = (x[:, 0].tolist() for x in _scores([runs], comparison.threshold))
+        own = Dots(steps, censored, row.steps, row.steps_low, row.steps_high)
+        dots.setdefault(row.task, {})[label] = own
     plot_learning_curves(
         bands,
         folder / "curves.png",
@@ -156,13 +150,9 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike[str]) -> 
     return rows
 
 
-def _scores(comparison: Comparison, method: str, tasks: Sequence[str]) -> _Scores:
-    count = min(len(comparison.curves[task][method]) for task in tasks)
-    runs = [comparison.curves[task][method][:count] for task in tasks]
-    reached = [
-        [steps_to_threshold(run.steps, run.values, comparison.threshold) for run in task]
-        for task in runs
-    ]
+def _scores(runs: Sequence[Sequence[Series]], threshold: float) -> _Scores:
+    """Of runs by task."""
+    reached = [[steps_to_threshold(*run, threshold) for run in task] for task in runs]
     return _Scores(
         np.array([[run.values[-1] for run in task] for task in runs]).T,
         np.array([[run.steps for run in task] for task in reached]).T,
@@ -173,89 +163,68 @@ def _scores(comparison: Comparison, method: str, tasks: Sequence[str]) -> _Score
 def _row(
     comparison: Comparison, task: str, method: str, own: _Scores, baseline: _Scores | None
 ) -> Row:
-    single = own.final.size == 1
-    versus: dict[str, float] = {}
+    versus: list[float] = []
     if method == comparison.baseline:
-        versus = {"ratio_to_dreamerv2": 1.0, "ratio_low": 1.0, "ratio_high": 1.0}
+        versus = [1.0, 1.0, 1.0]
     elif baseline is not None:
-        ratio = ratio_of_means(own.steps, baseline.steps)
-        versus = _estimate("ratio", ratio) | {"ratio_to_dreamerv2": ratio.value}
-        del versus["ratio"]
-        versus |= _estimate("better", probability_of_improvement(own.final, baseline.final))
-        versus |= _estimate("faster", probability_of_improvement(-own.steps, -baseline.steps))
-    iqm = Estimate(interquartile_mean(own.final), *bootstrap_interval(own.final))
-    steps = Estimate(own.steps.mean(), *bootstrap_interval(own.steps, statistic=np.mean))
+        versus += ratio_of_means(own.steps, baseline.steps)
+        versus += probability_of_improvement(own.final, baseline.final)
+        versus += probability_of_improvement(-own.steps, -baseline.steps)
     return Row(
-        suite=comparison.suite,
-        task=task,
-        method=method,
-        seeds=len(own.final),
-        final_mean=float(own.final.mean()),
-        final_std=0.0 if single else float(own.final.std(ddof=1)),
-        threshold=float(comparison.threshold),
-        censored=int(own.censored.sum()),
-        **_estimate("final_iqm", iqm),
-        **_estimate("steps", steps),
-        **versus,
+        comparison.suite,
+        task,
+        method,
+        len(own.final),
+        float(own.final.mean()),
+        float(own.final.std(ddof=1)) if own.final.size > 1 else 0.0,
+        interquartile_mean(own.final),
+        *bootstrap_interval(own.final),
+        float(comparison.threshold),
+        float(own.steps.mean()),
+        *bootstrap_interval(own.steps, statistic=np.mean),
+        int(own.censored.sum()),
+        *versus,
     )
 
 
-def _estimate(name: str, estimate: Estimate) -> dict[str, float]:
-    names = (name, f"{name}_low", f"{name}_high")
-    return dict(zip(names, map(float, estimate), strict=True))
-
-
-def _band(runs: Sequence[Series]) -> Band:
-    """Mean and interval at the steps at which all runs were evaluated."""
-    steps = runs[0].steps
-    for run in runs[1:]:
-        steps = np.intersect1d(steps, run.steps)
-    curves = np.stack([run.values[np.isin(run.steps, steps)] for run in runs])
-    return Band(steps, curves.mean(axis=0), *bootstrap_band(curves))
-
-
 def _markdown(comparison: Comparison, rows: Sequence[Row]) -> str:
-    score, baseline = comparison.score, comparison.baseline
-    if baseline in comparison.styles:
-        baseline = comparison.styles[baseline].label
-    several = len({row.task for row in rows}) > 1
-    names = ["task"] if several else []
-    names += ["method", "runs", f"final {score}", "interquartile mean", "steps to threshold"]
-    names += ["not reached", f"steps / {baseline}'s", f"P(better {score})", "P(fewer steps)"]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    score, baseline, styles = comparison.score, comparison.baseline, comparison.styles
+    other = styles[baseline].label if baseline in styles else baseline
+    names = ["task", "method", "runs", f"final {score}", "interquartile mean"]
+    names += ["steps to threshold", "not reached", f"steps / {other}'s"]
+    lines = [[*names, f"P(better {score})", "P(fewer steps)"]]
     for row in rows:
-        label = comparison.styles[row.method].label
-        bound = "≥ " if row.censored else ""
-        cells = [row.task] if several else []
-        cells += [
-            label,
+        steps = _interval(row.steps, row.steps_low, row.steps_high, ",.0f")
+        ratio = _interval(row.ratio_to_dreamerv2, row.ratio_low, row.ratio_high, ".2f")
+        cells = [
+            row.task,
+            styles[row.method].label,
             str(row.seeds),
             f"{row.final_mean:.3g} ± {row.final_std:.2g}",
-            _interval(row.final_iqm, row.final_iqm_low, row.final_iqm_high),
-            bound + _interval(row.steps, row.steps_low, row.steps_high, ",.0f"),
+            _interval(row.final_iqm, row.final_iqm_low, row.final_iqm_high, ".3g"),
+            f"≥ {steps}" if row.censored else steps,
             str(row.censored),
+            "1" if row.method == baseline else ratio,
+            _interval(row.better, row.better_low, row.better_high, ".2f"),
+            _interval(row.faster, row.faster_low, row.faster_high, ".2f"),
         ]
-        if row.method == comparison.baseline:
-            cells += ["1", "", ""]
-        else:
-            cells += [
-                _interval(row.ratio_to_dreamerv2, row.ratio_low, row.ratio_high, ".2f"),
-                _interval(row.better, row.better_low, row.better_high, ".2f"),
-                _interval(row.faster, row.faster_low, row.faster_high, ".2f"),
-            ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
+        lines.append(cells)
+    if len({row.task for row in rows}) < 2:
+        lines = [cells[1:] for cells in lines]
+    table = ["| " + " | ".join(cells) + " |" for cells in lines]
+    table.insert(1, "|" + "---|" * len(lines[0]))
+    table += [
         "",
         f"Final: {score} of the last evaluation, mean ± standard deviation over the runs. Steps: "
         f"environment steps to the first evaluation of at least {comparison.threshold:g} that the "
         "next one confirms; a run that never gets there counts with its length and one evaluation "
-        f"interval. P: probability of a better {score}, or of fewer steps, than {baseline}'s. "
+        f"interval. P: probability of a better {score}, or of fewer steps, than {other}'s. "
         "In brackets: 95% stratified bootstrap interval.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(table) + "\n"
 
 
-def _interval(value: float | None, low: float | None, high: float | None, form: str = ".3g") -> str:
+def _interval(value: float | None, low: float | None, high: float | None, form: str) -> str:
     if value is None or low is None or high is None:
         return ""
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"

@@ -1,8 +1,6 @@
 """Learning curves of many runs as they are published: by task and aggregated, with intervals.
 
-Agarwal et al., "Deep reinforcement learning at the edge of the statistical precipice", NeurIPS
-2021: mean and interquartile mean with stratified bootstrap intervals, performance profiles,
-probability of improvement.
+What is drawn is Agarwal et al.'s, see :mod:`prelar_trl.record.statistics`.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -23,7 +22,6 @@ from prelar_trl.record.comparison_plots import (
 )
 from prelar_trl.record.plots import COLORS, Series
 from prelar_trl.record.statistics import (
-    Estimate,
     aggregate_curve,
     bootstrap_band,
     performance_profile,
@@ -101,12 +99,18 @@ class Section:
 
 
 class _Curves(NamedTuple):
-    """Curves of a group, [runs, tasks, points], at the steps that all of them share."""
+    """Curves of a group on a task, or on all, at the steps that all of its runs share.
 
-    steps: np.ndarray
-    values: np.ndarray
-    bands: Mapping[Statistic, Band]
+    The first four are also those of a :class:`Row` and a :class:`Point`.
+    """
+
+    score: str
+    task: str
+    group: str
     reference: bool
+    steps: np.ndarray
+    values: np.ndarray  # [runs, tasks, points]
+    bands: Mapping[str, Band]  # by statistic
 
     def at(self, step: int) -> int | None:
         """Index of a step; None if nothing was evaluated then."""
@@ -150,15 +154,12 @@ def write_learning_curves(
     for score in dict.fromkeys(name for run in own for name in run.scores):
         curves = _collect(runs, score)
         steps = _table_steps(curves, at, score)
-        rows = [
-            row
-            for task, by_group in curves.items()
-            for group, x in by_group.items()
-            for row in _rows(score, task, group, x, by_group.get(baseline), steps, baseline)
-        ]
         pictures = _draw(score, curves, steps[-1], baseline, styles, folder)
-        sections.append(Section(score, rows, pictures))
-        points += _points(score, curves)
+        sections.append(Section(score, _rows(curves, steps, baseline), pictures))
+        for x in curves:
+            values = (*x.bands["mean"][1:], *x.bands["iqm"][1:])
+            for step, *numbers in zip(map(int, x.steps), *values, strict=True):
+                points.append(Point(*x[:4], step, len(x.values), *numbers))
     table = [row for section in sections for row in section.rows]
     write_csv(folder / "table.csv", Row._fields, table)
     write_csv(folder / "curves.csv", Point._fields, points)
@@ -178,37 +179,57 @@ def _styles(runs: Sequence[EvaluatedRun], groups: Sequence[str]) -> dict[str, tu
     return styles
 
 
-def _collect(runs: Sequence[EvaluatedRun], score: str) -> dict[str, dict[str, _Curves]]:
-    """Task, and ``all`` if there are several -> group -> curves."""
+def group_by_task(
+    curves: Mapping[str, Mapping[str, Sequence[Series]]],
+) -> dict[str, dict[str, list[Sequence[Series]]]]:
+    """From task -> group -> runs to the same, and ``all`` if there are several -> runs by task.
+
+    ``all`` has the groups that have run every task, and as many runs of each as of the fewest.
+    """
+    names = {task: [task] for task in curves} | ({ALL_TASKS: [*curves]} if len(curves) > 1 else {})
+    grouped: dict[str, dict[str, list[Sequence[Series]]]] = {}
+    for name, tasks in names.items():
+        grouped[name] = {}
+        for group in curves[tasks[0]]:
+            runs = [curves[task].get(group, ()) for task in tasks]
+            if count := min(map(len, runs)):
+                grouped[name][group] = [of_task[:count] for of_task in runs]
+    return grouped
+
+
+def at_shared_steps(runs: Sequence[Sequence[Series]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps [points] at which all runs were evaluated, and values [runs, tasks, points]."""
+    steps = reduce(np.intersect1d, (run.steps for task in runs for run in task))
+    values = [[run.values[np.isin(run.steps, steps)] for run in task] for task in runs]
+    return steps, np.array(values).swapaxes(0, 1)
+
+
+def mean_band(steps: np.ndarray, curves: np.ndarray, statistic: Statistic = "mean") -> Band:
+    """Mean of curves [runs, tasks, points] and its interval."""
+    middle = aggregate_curve(curves, statistic)
+    return Band(steps, middle, *bootstrap_band(curves, statistic=statistic))
+
+
+def _collect(runs: Sequence[EvaluatedRun], score: str) -> list[_Curves]:
+    """Of each task, and of ``all`` if there are several."""
     table: dict[str, dict[str, list[Series]]] = {}
     reference = {run.group for run in runs if run.reference}
     for run in sorted(runs, key=lambda run: run.reference):
         if score in run.scores and (run.task in table or not run.reference):
             table.setdefault(run.task, {}).setdefault(run.group, []).append(run.scores[score])
-    tasks = {task: [task] for task in table} | ({ALL_TASKS: list(table)} if len(table) > 1 else {})
-    curves: dict[str, dict[str, _Curves]] = {}
-    for name, members in tasks.items():
-        for group in dict.fromkeys(group for task in members for group in table[task]):
-            if not all(group in table[task] for task in members):
-                continue
-            count = min(len(table[task][group]) for task in members)
-            series = [table[task][group][:count] for task in members]
-            steps = series[0][0].steps
-            for one in (x for task in series for x in task):
-                steps = np.intersect1d(steps, one.steps)
+    curves = []
+    for task, by_group in group_by_task(table).items():
+        for group, series in by_group.items():
+            steps, values = at_shared_steps(series)
             if len(steps):
-                values = [[x.values[np.isin(x.steps, steps)] for x in task] for task in series]
-                shared = np.array(values).swapaxes(0, 1)
-                bands: dict[Statistic, Band] = {x: _band(steps, shared, x) for x in STATISTICS}
-                own = _Curves(steps, shared, bands, group in reference)
-                curves.setdefault(name, {})[group] = own
+                own = (score, task, group, group in reference)
+                bands = {x: mean_band(steps, values, x) for x in STATISTICS}
+                curves.append(_Curves(*own, steps, values, bands))
     return curves
 
 
-def _table_steps(
-    curves: Mapping[str, Mapping[str, _Curves]], at: Sequence[int] | None, score: str
-) -> list[int]:
-    own = [x.steps for by_group in curves.values() for x in by_group.values() if not x.reference]
+def _table_steps(curves: Sequence[_Curves], at: Sequence[int] | None, score: str) -> list[int]:
+    own = [x.steps for x in curves if not x.reference]
     known = {int(step) for steps in own for step in steps}
     if at is None:
         found = [step for step in PUBLISHED_STEPS if step in known]
@@ -222,94 +243,55 @@ def _table_steps(
     return sorted(at)
 
 
-def _rows(
-    score: str,
-    task: str,
-    group: str,
-    curves: _Curves,
-    baseline: _Curves | None,
-    steps: Sequence[int],
-    baseline_name: str,
-) -> list[Row]:
-    rows = []
-    for step in steps:
-        place = curves.at(step)
-        if place is None:
-            continue
-        scores, iqm = curves.values[..., place], curves.bands["iqm"]
-        versus: list[float] = []
-        other = None if baseline is None else baseline.at(step)
-        if baseline is not None and other is not None:
-            if group != baseline_name and not curves.reference:
-                better = probability_of_improvement(scores, baseline.values[..., other])
-                versus = [float(x) for x in better]
-        rows.append(
-            Row(
-                score,
-                task,
-                group,
-                curves.reference,
-                step,
-                len(scores),
-                float(scores.mean()),
-                float(scores.std(ddof=1)) if scores.size > 1 else 0.0,
-                *(float(x[place]) for x in (iqm.mean, iqm.low, iqm.high)),
-                *versus,
-            )
-        )
+def _rows(curves: Sequence[_Curves], steps: Sequence[int], baseline: str) -> list[Row]:
+    rows, baselines = [], {x.task: x for x in curves if x.group == baseline}
+    for x in curves:
+        other = None if x.reference or x.group == baseline else baselines.get(x.task)
+        for step in steps:
+            place, others = x.at(step), other and other.at(step)
+            if place is None:
+                continue
+            scores, better = x.values[..., place], ()
+            if other is not None and others is not None:
+                better = probability_of_improvement(scores, other.values[..., others])
+            std = float(scores.std(ddof=1)) if scores.size > 1 else 0.0
+            iqm = (float(curve[place]) for curve in x.bands["iqm"][1:])
+            mean = float(scores.mean())
+            rows.append(Row(*x[:4], step, len(scores), mean, std, *iqm, *better))
     return rows
-
-
-def _band(steps: np.ndarray, curves: np.ndarray, statistic: Statistic) -> Band:
-    middle = aggregate_curve(curves, statistic)
-    return Band(steps, middle, *bootstrap_band(curves, statistic=statistic))
 
 
 def _draw(
     score: str,
-    curves: Mapping[str, Mapping[str, _Curves]],
+    curves: Sequence[_Curves],
     step: int,
     baseline: str,
     styles: Mapping[str, tuple[str, str]],
     folder: Path,
 ) -> dict[str, Path]:
     """The pictures of one score, by caption."""
-    tasks = {task: by_group for task, by_group in curves.items() if task != ALL_TASKS}
-    together = curves.get(ALL_TASKS) or next(iter(tasks.values()))
+    tasks = list(dict.fromkeys(x.task for x in curves if x.task != ALL_TASKS))
+    together = [x for x in curves if x.task == ALL_TASKS]
+    together = together or [x for x in curves if x.task == tasks[0]]
     name = f"evaluated {score}"
     limits = (0.0, 1.0) if score == "success" else None
 
     def files(kind: str) -> list[Path]:
         return [folder / f"{score}_{kind}{ending}" for ending in FORMATS]
 
-    panels = {
-        task: {group: x.bands["mean"] for group, x in by_group.items()}
-        for task, by_group in tasks.items()
-    }
-    columns = min(3, len(panels))
+    panels = {task: {x.group: x.bands["mean"] for x in curves if x.task == task} for task in tasks}
+    options = {"score_name": name, "limits": limits, "styles": styles}
     pictures = {
-        "Each task: mean": plot_learning_curves(
-            panels,
-            files("tasks"),
-            score_name=name,
-            limits=limits,
-            styles=styles,
-            columns=columns,
-        )
+        "Each task: mean": plot_learning_curves(panels, files("tasks"), columns=3, **options)
     }
     panels = {
-        title: {group: x.bands[statistic] for group, x in together.items()}
+        title: {x.group: x.bands[statistic] for x in together}
         for statistic, title in STATISTICS.items()
     }
     what = f"All {len(tasks)} tasks together" if len(tasks) > 1 else "The task"
-    pictures[what] = plot_learning_curves(
-        panels, files("aggregate"), score_name=name, limits=limits, styles=styles
-    )
-    scores = {
-        group: x.values[..., place]
-        for group, x in together.items()
-        if (place := x.at(step)) is not None
-    }
+    pictures[what] = plot_learning_curves(panels, files("aggregate"), **options)
+
+    scores = {x.group: x.values[..., place] for x in together if (place := x.at(step)) is not None}
     top = max(float(x.max()) for x in scores.values())
     low = min(0.0, *(float(x.min()) for x in scores.values()))
     thresholds = np.linspace(low, max(top, low + 1e-6), THRESHOLDS)
@@ -319,10 +301,11 @@ def _draw(
     pictures[f"Performance profile at step {step:,}"] = plot_profiles(
         {f"step {step:,}": profiles}, files("profile"), score_name=name, styles=styles
     )
-    improvement: dict[str, Estimate] = {
+    compared = {x.group for x in together if x.group != baseline and not x.reference}
+    improvement = {
         group: probability_of_improvement(x, scores[baseline])
         for group, x in scores.items()
-        if baseline in scores and group != baseline and not together[group].reference
+        if baseline in scores and group in compared
     }
     if improvement:
         pictures[f"Probability of improvement at step {step:,}"] = plot_estimates(
@@ -332,15 +315,3 @@ def _draw(
             styles=styles,
         )
     return pictures
-
-
-def _points(score: str, curves: Mapping[str, Mapping[str, _Curves]]) -> list[Point]:
-    points = []
-    for task, by_group in curves.items():
-        for group, x in by_group.items():
-            values = (y for band in ("mean", "iqm") for y in x.bands[band][1:])
-            for step, *bands in zip(x.steps, *values, strict=True):
-                points.append(
-                    Point(score, task, group, x.reference, int(step), len(x.values), *bands)
-                )
-    return points

@@ -8,7 +8,6 @@ import secrets
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, get_args
 
 import torch
@@ -51,8 +50,7 @@ class Logger:
         project: str = "prelar_trl",
     ) -> None:
         check_backends(backends)
-        self.run = run
-        self._resume_step = resume_step
+        self.run, self._resume_step = run, resume_step
         self._csv = CsvTable(run.metrics, resume_step=resume_step)
         self._times: CsvTable | None = None
         self._tensorboard = None
@@ -123,12 +121,7 @@ class Logger:
     def __enter__(self) -> Logger:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -152,12 +145,11 @@ def to_floats(metrics: Mapping[str, Scalar]) -> dict[str, float]:
             if value.numel() != 1:
                 raise ValueError(f"metric {name!r} must be one number, got {list(value.shape)}")
             tensors[name] = value.detach().reshape(()).double()
-        elif not isinstance(value, (float, int)) and not hasattr(value, "__float__"):
+        elif not hasattr(value, "__float__"):
             raise ValueError(f"metric {name!r} must be a number, got {value!r}")
-    fetched = {}
-    if tensors:
-        fetched = dict(zip(tensors, torch.stack([*tensors.values()]).tolist(), strict=True))
-    return {name: fetched[name] if name in fetched else float(metrics[name]) for name in metrics}
+    fetched = torch.stack([*tensors.values()]).tolist() if tensors else []
+    values = {**metrics, **dict(zip(tensors, fetched, strict=True))}
+    return {name: float(value) for name, value in values.items()}
 
 
 def _open_wandb(run: RunFolder, project: str) -> Any:

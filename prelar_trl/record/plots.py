@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,13 +43,19 @@ def read_metrics(path: str | os.PathLike[str]) -> dict[str, Series]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: the run has logged nothing yet")
     names, rows = read_rows(path)
-    metrics = {}
+    return to_series(rows, "step", [name for name in names if name != "step"])
+
+
+def to_series(
+    rows: Sequence[Mapping[str, str]], step: str, names: Iterable[str]
+) -> dict[str, Series]:
+    """Columns of a table over its column ``step``; empty cells and columns are left out."""
+    series = {}
     for name in names:
-        pairs = [(float(row["step"]), float(row[name])) for row in rows if row[name]]
-        if name != "step" and pairs:
-            steps, values = np.array(pairs).T
-            metrics[name] = Series(steps, values)
-    return metrics
+        pairs = [(float(row[step]), float(row[name])) for row in rows if row[name]]
+        if pairs:
+            series[name] = Series(*np.array(pairs).T)
+    return series
 
 
 def smooth(values: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,20 +93,15 @@ def plot_curves(
         if not any(metric in run for run in runs.values()):
             known = sorted({name for run in runs.values() for name in run})
             raise ValueError(f"no run has the metric {metric!r}: there are {', '.join(known)}")
-    columns = min(columns, len(metrics))
-    figure, axes = new_figure(math.ceil(len(metrics) / columns), columns)
-    for axis, metric in zip(axes, metrics, strict=False):
-        axis.set_title(metric, fontsize=9, loc="left")
+    figure, axes = new_figure(metrics, columns)
+    for axis, metric in zip(axes, metrics, strict=True):
         for i, (label, run) in enumerate(runs.items()):
             if metric in run:
                 _draw(axis, run[metric], label, COLORS[i % 7], STYLE[i // 7 % 4])
         _scale(axis, metric, [run[metric].values for run in runs.values() if metric in run])
         count_steps(axis, 5)
         axis.set_xlabel(step_name, fontsize=8)
-    for axis in axes[len(metrics) :]:
-        axis.set_axis_off()
-    if len(runs) > 1:
-        for axis in axes[: len(metrics)]:
+        if len(runs) > 1:
             axis.legend(fontsize=7, frameon=False)
     return save_figure(figure, path)
 
@@ -120,22 +121,15 @@ def plot_psnr_by_step(
         context: number of frames seen; the rest is imagined.
         label: of the vertical axis. Default: ``PSNR (dB)``.
     """
-    figure, (axis,) = new_figure(1, 1, panel=(5.4, 3.0))
+    figure, (axis,) = new_figure([""], panel=(5.4, 3.0))
     axis.axvspan(0.5, context + 0.5, color="#eef2f4", lw=0)
     for i, (name, values) in enumerate(curves.items()):
         frames = np.arange(1, len(values) + 1)
         axis.plot(frames, values, label=name, color=COLORS[i % 7], marker="o", ms=3, lw=1.5)
     axis.set_xlim(0.5, max(len(values) for values in curves.values()) + 0.5)
     count_steps(axis, 10)
-    axis.text(0.7, 1.02, "seen", transform=axis.get_xaxis_transform(), fontsize=8, color="#555")
-    axis.text(
-        context + 0.7,
-        1.02,
-        "imagined",
-        transform=axis.get_xaxis_transform(),
-        fontsize=8,
-        color="#555",
-    )
+    for x, text in ((0.7, "seen"), (context + 0.7, "imagined")):
+        axis.text(x, 1.02, text, transform=axis.get_xaxis_transform(), fontsize=8, color="#555")
     axis.set_xlabel("frame", fontsize=8)
     axis.set_ylabel(label, fontsize=8)
     if len(curves) > 1:
@@ -156,14 +150,9 @@ def plot_bars(
         path: the picture, png or svg.
         columns: panels in a row. Default: 3.
     """
-    columns = min(columns, len(panels))
-    bars = max(len(panel) for panel in panels.values())
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = new_figure(rows, columns, panel=(PANEL[0], 0.7 + 0.25 * bars))
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    for axis, (title, panel) in zip(axes, panels.items(), strict=False):
-        axis.set_title(title, fontsize=9, loc="left")
+    height = 0.7 + 0.25 * max(map(len, panels.values()))
+    figure, axes = new_figure(panels, columns, panel=(PANEL[0], height))
+    for axis, panel in zip(axes, panels.values(), strict=True):
         for i, values in enumerate(panel.values()):
             axis.barh(i, np.mean(values), color=COLORS[i % 7], alpha=0.45, height=0.7)
             axis.plot(values, [i] * len(values), "o", color=COLORS[i % 7], ms=3)
@@ -181,9 +170,8 @@ def plot_scatter(
     y_label: str,
 ) -> Path:
     """Draw one panel of points for each title: ``title -> (x, y)``."""
-    figure, axes = new_figure(1, len(points))
-    for axis, (title, (x, y)) in zip(axes, points.items(), strict=True):
-        axis.set_title(title, fontsize=9, loc="left")
+    figure, axes = new_figure(points, len(points))
+    for axis, (x, y) in zip(axes, points.values(), strict=True):
         axis.plot(x, y, "o", color=COLORS[0], ms=2, alpha=0.3, mew=0)
         axis.set_xlabel(x_label, fontsize=8)
         axis.set_ylabel(y_label, fontsize=8)
@@ -191,22 +179,30 @@ def plot_scatter(
 
 
 def new_figure(
-    rows: int, columns: int, panel: tuple[float, float] = PANEL
+    titles: Collection[str],
+    columns: int = 1,
+    panel: tuple[float, float] = PANEL,
+    title_size: float = 9,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with its axes, in the style of all pictures; ``panel`` is in inches.
+    """A figure with an axis for each title, at most ``columns`` in a row, ``panel`` inches each.
 
     Without pyplot: no global state, no display.
     """
     from matplotlib.figure import Figure
 
+    columns = min(columns, len(titles))
+    rows = math.ceil(len(titles) / columns)
     figure = Figure(figsize=(panel[0] * columns, panel[1] * rows), layout="constrained", dpi=150)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
+    for axis in axes[len(titles) :]:
+        axis.set_axis_off()
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set_title(title, fontsize=title_size, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#e4e7ea", lw=0.6)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8, colors="#444", length=2)
-    return figure, axes
+    return figure, axes[: len(titles)]
 
 
 def count_steps(axis: Axes, ticks: int, steps: Sequence[int] | None = None) -> None:
@@ -245,10 +241,6 @@ def save_figure(
     paths = [Path(x) for x in ([path] if isinstance(path, str | os.PathLike) else path)]
     for file in paths:
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, facecolor="white", metadata={"Date": None} if is_svg(file) else None)
+        made = {"Date": None} if file.suffix == ".svg" else None  # an svg would hold the time
+        figure.savefig(file, facecolor="white", metadata=made)
     return paths[0]
-
-
-def is_svg(path: Path) -> bool:
-    """Whether it is a drawing, which would hold the time at which it was made."""
-    return path.suffix == ".svg"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import timedelta
 from typing import TextIO
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
 
 
+@dataclass(eq=False)
 class Progress:
     """Shows how far a loop is, updates a second, frames a second and the newest metrics.
 
@@ -31,29 +33,30 @@ class Progress:
         hidden: show nothing. Default: False.
     """
 
-    def __init__(
-        self,
-        total: int,
-        *,
-        initial: int = 0,
-        name: str = "",
-        unit: str = "updates",
-        every: float = 30.0,
-        stream: TextIO | None = None,
-        hidden: bool = False,
-    ) -> None:
-        self.total, self.count, self.name, self.unit = total, initial, name, unit
-        self.stream = sys.stderr if stream is None else stream
-        self.hidden = hidden
-        terminal = self.stream.isatty() and not hidden
-        self._every = 0.5 if terminal else every
-        self._bar = None
-        if terminal:
-            options = {"bar_format": BAR, "dynamic_ncols": True, "unit": unit}
-            self._bar = tqdm(total=total, initial=initial, desc=name, file=self.stream, **options)
-        self._frames = 0
+    total: int
+    _: KW_ONLY
+    initial: int = 0
+    name: str = ""
+    unit: str = "updates"
+    every: float = 30.0
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    hidden: bool = False
+
+    def __post_init__(self) -> None:
+        self._bar = tqdm(
+            total=self.total,
+            initial=self.initial,
+            desc=self.name,
+            file=self.stream,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            disable=self.hidden or not self.stream.isatty(),
+        )
+        if not self._bar.disable:
+            self.every = 0.5
+        self.count, self._frames = self.initial, 0
         self._metrics: Mapping[str, float | Tensor] = {}
-        self._start = self._shown = (time.monotonic(), initial, 0)  # when, updates, frames
+        self._start = self._shown = (time.monotonic(), self.initial, 0)  # when, updates, frames
 
     def update(
         self,
@@ -67,15 +70,14 @@ class Progress:
         self._frames += frames
         if metrics is not None:
             self._metrics = {**self._metrics, **metrics}
-        if not self.hidden and time.monotonic() - self._shown[0] >= self._every:
+        if not self.hidden and time.monotonic() - self._shown[0] >= self.every:
             self._show()
 
     def close(self) -> None:
         """Show the last state, with the mean pace, and end."""
         if not self.hidden:
             self._show(last=True)
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def _show(self, last: bool = False) -> None:
         now, (start, start_count, _) = time.monotonic(), self._start
@@ -86,7 +88,7 @@ class Progress:
             parts.append(f"{_number((self._frames - frames) / seconds)} frames/s")
         parts += [f"{key} {_number(float(value))}" for key, value in self._metrics.items()]
         text = ", ".join(parts)
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.n = self.count
             self._bar.set_postfix_str(text)
         else:

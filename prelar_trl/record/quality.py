@@ -7,25 +7,20 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["psnr", "ssim"]
-
 MAX_PSNR = 100.0
 SIZE, SIGMA = 11, 1.5  # the window: a Gaussian
 C1, C2 = 0.01**2, 0.03**2
 
 
 def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each frame, in dB; higher is better.
+    """Peak signal-to-noise ratio of each frame, in dB, float32 [...]; higher is better.
 
     ``10 log10(1 / mse)`` with pixel values in [0, 1] and the mean over C, H, W; at most 100
-    (equal frames).
+    (equal frames). ``psnr(...).mean(0)`` of [B, T, C, H, W] is the curve by step.
 
     Args:
         prediction: uint8, or float in [0, 1]; [..., C, H, W].
         truth: the same shape; the type may differ.
-
-    Returns:
-        float32 [...]: ``psnr(...).mean(0)`` of [B, T, C, H, W] is the curve by step.
     """
     if prediction.shape != truth.shape:
         raise ValueError(
@@ -37,7 +32,7 @@ def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of each frame; 1 for equal frames, higher is better.
+    """Structural similarity of each frame, float32 ``[...]``; 1 for equal ones, higher is better.
 
     ``(2 m_x m_y + C1) (2 s_xy + C2) / ((m_x^2 + m_y^2 + C1) (s_x^2 + s_y^2 + C2))`` with pixel
     values in [0, 1] and local means, variances and covariance under an 11x11 Gaussian window of
@@ -47,9 +42,6 @@ def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     Args:
         prediction: uint8, or float in [0, 1]; ``[..., C, H, W]``, H and W at least 11.
         truth: the same shape; the type may differ.
-
-    Returns:
-        float32 ``[...]``.
     """
     if prediction.shape != truth.shape or prediction.dim() < 3:
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ HEADLINES = (
     ("loss_image", "Image loss"),
 )
 ORDER = ("eval/", "train/", "psnr", "action_usage", "action_psnr_gap", "loss")  # of the curves
+CAPTIONS = {"openloop": "Open-loop prediction", "eval": "Evaluation episode"}
 BOUNDS = ("_low", "_high")  # of an interval: in metrics.csv, but no curve of their own
 
 
@@ -145,10 +146,13 @@ def _run(label: str, folder: RunFolder) -> dict[str, Any]:
     if git:
         versions["commit"] = git["commit"] + (" with uncommitted changes" if git["dirty"] else "")
     versions["command"] = " ".join(versions.get("command", []))
-    tables = {"Evaluation": evaluation, "Configuration": folder.config, "Versions": versions}
+    config = folder.config
+    tables = {"Evaluation": evaluation, "Configuration": config, "Versions": versions}
+    keys = ("method", "env", "size", "seed", "updates", "env_steps")
+    facts = [f"{key} {config[key]}" for key in keys if isinstance(config.get(key), (str, int))]
     return {
         "label": label,
-        "description": _describe(label, folder.config),
+        "description": ", ".join([label, *facts]),
         "metrics": metrics,
         "not_finite": [name for name, x in metrics.items() if not np.isfinite(x.values).all()],
         "cards": _cards(metrics, evaluation),
@@ -183,10 +187,7 @@ def _media(folder: RunFolder) -> list[tuple[Path, str]]:
     data = folder.config.get("data")
     sheet = Path(str(data)) / "contact_sheet.png"
     shown = [(sheet, "Videos it learned from")] if data and sheet.is_file() else []
-    for folder_path, pattern in ((folder.videos, "*.mp4"), (folder.pictures, "*.png")):
-        files = _newest(sorted(folder_path.glob(pattern)))
-        shown += [(file, _caption(file)) for file in files]
-    return shown
+    return shown + _newest(folder.videos.glob("*.mp4")) + _newest(folder.pictures.glob("*.png"))
 
 
 def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -205,12 +206,6 @@ def _phase(config: dict[str, Any]) -> str:
     return "Pre-training" if "updates" in config else "Runs"
 
 
-def _describe(label: str, config: dict[str, Any]) -> str:
-    keys = ("method", "env", "size", "seed", "updates", "env_steps")
-    facts = [f"{key} {config[key]}" for key in keys if isinstance(config.get(key), (str, int))]
-    return ", ".join([label, *facts])
-
-
 def _labels(paths: Sequence[Path]) -> list[str]:
     """The folders' names, with as many parents as it takes to tell them apart."""
     paths = [path.resolve() for path in paths]
@@ -222,37 +217,26 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    for place, start in enumerate(ORDER):
-        if name.startswith(start):
-            return place, name
-    return len(ORDER), name
+    places = (place for place, start in enumerate(ORDER) if name.startswith(start))
+    return next(places, len(ORDER)), name
 
 
-def _newest(files: Sequence[Path]) -> list[Path]:
+def _newest(files: Iterable[Path]) -> list[tuple[Path, str]]:
     """Of each ``<kind>_<step>`` the newest; of open-loop predictions the first before it."""
-    kinds: dict[str, list[Path]] = {}
+    kinds: dict[str, list[tuple[int, Path]]] = {}
     for file in files:
-        kinds.setdefault(re.sub(r"_\d+$", "", file.stem), []).append(file)
+        kind, _, step = file.stem.rpartition("_")
+        kind, number = (kind, int(step)) if step.isdecimal() else (file.stem, -1)
+        kinds.setdefault(kind, []).append((number, file))
     shown = []
     for kind in sorted(kinds, key=lambda kind: (not kind.startswith("openloop"), kind)):
-        members = sorted(kinds[kind], key=_step)
-        if kind.startswith("openloop") and len(members) > 1:
-            shown.append(members[0])
-        shown.append(members[-1])
+        members = sorted(kinds[kind])
+        first = members[:1] if kind.startswith("openloop") and len(members) > 1 else []
+        words = kind.replace("_", " ").replace("psnr", "PSNR")
+        name = CAPTIONS.get(kind, words[:1].upper() + words[1:])
+        for step, file in [*first, members[-1]]:
+            shown.append((file, name if step < 0 else f"{name}, step {step:,}"))
     return shown
-
-
-def _step(file: Path) -> int:
-    match = re.search(r"_(\d+)$", file.stem)
-    return int(match[1]) if match else 0
-
-
-def _caption(file: Path) -> str:
-    kind = re.sub(r"_\d+$", "", file.stem)
-    name = {"openloop": "Open-loop prediction", "eval": "Evaluation episode"}.get(
-        kind, _title(kind)
-    )
-    return f"{name}, step {_step(file):,}" if kind != file.stem else name
 
 
 def _text(value: Any) -> str:
@@ -267,8 +251,3 @@ def _text(value: Any) -> str:
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
-
-
-def _title(name: str) -> str:
-    words = name.replace("_", " ").replace("psnr", "PSNR")
-    return words[:1].upper() + words[1:]

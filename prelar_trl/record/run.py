@@ -8,6 +8,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,19 +18,8 @@ import yaml
 
 from prelar_trl.utils import atomic_write, git_state, lock_folder, read_json, write_json
 
-PACKAGES = (
-    "prelar_trl",
-    "torch",
-    "torchrl",
-    "tensordict",
-    "numpy",
-    "gymnasium",
-    "metaworld",
-    "mujoco",
-    "dm_control",
-    "hydra-core",
-    "wandb",
-)
+PACKAGES = ("prelar_trl", "torch", "torchrl", "tensordict", "numpy", "gymnasium", "metaworld")
+PACKAGES += ("mujoco", "dm_control", "hydra-core", "wandb")
 MEBIBYTE = 2**20
 # Of a run folder; config.yaml last, by which it is known as one.
 CONTENTS = ("checkpoints", "videos", "pictures", "replay", "tensorboard", "wandb")
@@ -39,22 +29,28 @@ CONTENTS += ("metrics.csv", "times.csv", "not_finite.pt", "versions.json", "conf
 class RunFolder:
     """The folder of one run.
 
-    ``config.yaml``, ``versions.json``, ``metrics.csv``, ``times.csv`` (fine-tuning),
-    ``checkpoints/``, ``videos/`` and ``pictures/``. Make one with :meth:`create`, open an existing
-    one with :meth:`load`. Who writes into it locks it; ``with run:`` unlocks it at the end::
+    Make one with :meth:`create`, open an existing one with :meth:`load`. Who writes into it locks
+    it; ``with run:`` unlocks it at the end::
 
         run = RunFolder.load("runs/a")
         run.lock()
         with run: ...
 
     Attributes:
-        path: the folder.
+        path: the folder; ``config.yaml`` and ``versions.json`` in it say what made the run.
         config: the configuration that the run was started with.
+        metrics: ``metrics.csv``.
+        times: ``times.csv``, speed and where the time went (fine-tuning).
+        checkpoints: their folder.
+        videos: the folder of mp4 videos.
+        pictures: the folder of png pictures.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
-        self.path = path
-        self.config = config
+        self.path, self.config = path, config
+        self.metrics, self.times = path / "metrics.csv", path / "times.csv"
+        self.checkpoints, self.videos = path / "checkpoints", path / "videos"
+        self.pictures = path / "pictures"
         self._unlock: weakref.finalize | None = None
 
     def lock(self) -> None:
@@ -173,9 +169,7 @@ class RunFolder:
     def note_continuation(self, step: int, changed: Mapping[str, Any] | None = None) -> None:
         """Add to ``versions.json`` that a session continues this run after ``step`` steps.
 
-        Args:
-            step: of the checkpoint.
-            changed: settings that the session changes; ``config.yaml`` gets them too.
+        ``changed`` are settings that the session changes; ``config.yaml`` gets them too.
         """
         record = self.versions
         session = {"step": step, **describe_session(record.get("seed"))}
@@ -193,40 +187,13 @@ class RunFolder:
         """Package versions, git state, seed, command and start time of the run."""
         return read_json(self.path / "versions.json")
 
-    @property
-    def metrics(self) -> Path:
-        """The CSV file of metrics."""
-        return self.path / "metrics.csv"
-
-    @property
-    def times(self) -> Path:
-        """The CSV file of speed and of where the time went."""
-        return self.path / "times.csv"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def videos(self) -> Path:
-        """The folder of mp4 videos."""
-        return self.path / "videos"
-
-    @property
-    def pictures(self) -> Path:
-        """The folder of png pictures."""
-        return self.path / "pictures"
-
 
 def describe_session(seed: int | None = None) -> dict[str, Any]:
     """What made this process: versions, git state, command line, machine, seed, UTC time."""
     packages = {}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "seed": seed,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

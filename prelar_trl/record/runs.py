@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prelar_trl.record.learning_curves import EvaluatedRun
-from prelar_trl.record.plots import Series, read_metrics
+from prelar_trl.record.plots import read_metrics, to_series
 from prelar_trl.record.run import RunFolder
 from prelar_trl.utils import read_json
 
@@ -95,19 +93,11 @@ def read_reference(path: str | os.PathLike[str], name: str) -> list[EvaluatedRun
     for row in rows:
         runs.setdefault((row["method"], row["task"], row["seed"]), []).append(row)
     try:
-        return [
-            EvaluatedRun(f"{method} ({name})", task, _series(lines, scores), reference=True)
-            for (method, task, _), lines in runs.items()
-        ]
+        found = []
+        for (method, task, _), lines in runs.items():
+            lines.sort(key=lambda line: float(line["env_step"]))
+            series = to_series(lines, "env_step", scores)
+            found.append(EvaluatedRun(f"{method} ({name})", task, series, reference=True))
+        return found
     except ValueError as error:
         raise ValueError(f"reference {path}: {error}") from None
-
-
-def _series(lines: Sequence[Mapping[str, str]], scores: Sequence[str]) -> dict[str, Series]:
-    series = {}
-    for score in scores:
-        pairs = sorted((float(x["env_step"]), float(x[score])) for x in lines if x[score])
-        if pairs:
-            steps, values = np.array(pairs).T
-            series[score] = Series(steps, values)
-    return series

@@ -53,8 +53,6 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of a statistic by stratified bootstrap.
 
-    Runs are drawn with replacement within each task, independently of the other tasks.
-
     Args:
         scores: [runs, tasks], or [runs] for one task.
         statistic: from [runs, tasks] to a number. Default: :func:`interquartile_mean`.
@@ -63,9 +61,9 @@ def bootstrap_interval(
         seed: of the draws. Default: 0.
     """
     _check_bootstrap(confidence, samples)
-    redrawn = _redraw(_table(scores), samples, np.random.default_rng(seed))
-    low, high = _interval(np.array([statistic(table) for table in redrawn]), confidence)
-    return float(low), float(high)
+    (redrawn,) = _redraw(samples, seed, _table(scores))
+    low, high = _interval(np.array([statistic(table) for table in redrawn]), confidence).tolist()
+    return low, high
 
 
 def bootstrap_band(
@@ -76,15 +74,12 @@ def bootstrap_band(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pointwise interval of an aggregated curve; whole runs are redrawn, within each task.
+    """Pointwise interval of an aggregated curve, [points] each; whole runs are redrawn by task.
 
     Args:
         curves: [runs, points] of one task, or [runs, tasks, points].
         statistic: over runs and tasks: their mean, or interquartile mean. Default: ``mean``.
         confidence, samples, seed: as in :func:`bootstrap_interval`.
-
-    Returns:
-        lower and upper ends, [points] each.
     """
     curves = _curves(curves)
     _check_bootstrap(confidence, samples)
@@ -99,14 +94,11 @@ def bootstrap_band(
 
 
 def aggregate_curve(curves: ArrayLike, statistic: Literal["mean", "iqm"] = "mean") -> np.ndarray:
-    """Mean or interquartile mean over runs and tasks at each point.
+    """Mean or interquartile mean over runs and tasks at each point, [points].
 
     Args:
         curves: [runs, points] or [runs, tasks, points].
         statistic: default ``mean``.
-
-    Returns:
-        [points].
     """
     curves = _curves(curves)
     return _aggregate(curves.reshape(-1, curves.shape[-1]).T, statistic)
@@ -125,15 +117,13 @@ def performance_profile(
         F(tau) = 1/M sum_m 1/N sum_n 1[x_nm > tau]
 
     Agarwal et al. 2021, section 4.2: the score distribution. A method whose profile lies above
-    another's everywhere is stochastically better.
+    another's everywhere is stochastically better. Returned with the ends of its pointwise interval,
+    [points] each.
 
     Args:
         scores: ``x`` [N, M], runs and tasks, or [N] for one task.
         thresholds: ``tau`` [points].
         confidence, samples, seed: as in :func:`bootstrap_interval`.
-
-    Returns:
-        the profile and the ends of its pointwise interval, [points] each.
     """
     table, thresholds = _table(scores), np.asarray(thresholds, dtype=float)
     if thresholds.ndim != 1 or not np.isfinite(thresholds).all() or not thresholds.size:
@@ -141,9 +131,7 @@ def performance_profile(
             f"profile: finite thresholds [points] are needed, got {thresholds.tolist()}"
         )
     above = table[..., None] > thresholds
-    low, high = bootstrap_band(
-        above, confidence=confidence, samples=samples, seed=seed, statistic="mean"
-    )
+    low, high = bootstrap_band(above, confidence=confidence, samples=samples, seed=seed)
     return above.mean(axis=(0, 1)), low, high
 
 
@@ -178,11 +166,9 @@ def steps_to_threshold(
     intervals = np.diff(steps, prepend=0)
     if not (intervals > 0).all() or not np.isfinite(steps).all():
         raise ValueError(f"steps to a threshold: steps must increase, got {steps.tolist()}")
-    if len(scores) >= confirm:
-        windows = np.lib.stride_tricks.sliding_window_view(scores >= threshold, confirm)
-        stays = windows.all(axis=1)
-        if stays.any():
-            return StepsToThreshold(float(steps[stays.argmax()]), False)
+    for i in range(len(scores) - confirm + 1):
+        if (scores[i : i + confirm] >= threshold).all():
+            return StepsToThreshold(float(steps[i]), False)
     return StepsToThreshold(float(steps[-1] + intervals[-1]), True)
 
 
@@ -208,10 +194,8 @@ def ratio_of_means(
     x, y = _pair(scores, baseline)
     if not (y > 0).all():
         raise ValueError(f"ratio of means: the baseline must be positive, got {y.tolist()}")
-    rng = np.random.default_rng(seed)
-    means = (_redraw(table, samples, rng).mean(axis=(1, 2)) for table in (x, y))
-    low, high = _interval(np.divide(*means), confidence)
-    return Estimate(float(x.mean() / y.mean()), float(low), float(high))
+    means = (table.mean(axis=(1, 2)) for table in _redraw(samples, seed, x, y))
+    return Estimate(float(x.mean() / y.mean()), *_interval(np.divide(*means), confidence).tolist())
 
 
 def probability_of_improvement(
@@ -240,10 +224,8 @@ def probability_of_improvement(
     """
     _check_bootstrap(confidence, samples)
     x, y = _pair(scores, baseline)
-    rng = np.random.default_rng(seed)
-    redrawn = _wins(_redraw(x, samples, rng), _redraw(y, samples, rng))
-    low, high = _interval(redrawn, confidence)
-    return Estimate(float(_wins(x, y)), float(low), float(high))
+    redrawn = _wins(*_redraw(samples, seed, x, y))
+    return Estimate(float(_wins(x, y)), *_interval(redrawn, confidence).tolist())
 
 
 def wilson_interval(
@@ -294,10 +276,13 @@ def _pair(scores: ArrayLike, baseline: ArrayLike) -> tuple[np.ndarray, np.ndarra
     return x, y
 
 
-def _redraw(table: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
-    """[samples, runs, tasks]: the runs of each task with replacement."""
-    rows = rng.integers(len(table), size=(samples, *table.shape))
-    return np.take_along_axis(table[None], rows, axis=1)
+def _redraw(samples: int, seed: int, *tables: np.ndarray) -> list[np.ndarray]:
+    """[samples, runs, tasks] of each table: the runs of each task with replacement."""
+    rng, redrawn = np.random.default_rng(seed), []
+    for table in tables:
+        rows = rng.integers(len(table), size=(samples, *table.shape))
+        redrawn.append(np.take_along_axis(table[None], rows, axis=1))
+    return redrawn
 
 
 def _aggregate(values: np.ndarray, statistic: Literal["mean", "iqm"]) -> np.ndarray:

@@ -26,48 +26,42 @@ class CsvTable:
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        self.path = path
-        self.columns = ["step"]
+        self.path, self.columns, rows = path, ["step"], []
         if path.exists() and path.stat().st_size:
             self.columns, rows = read_rows(path)
-            kept = [row for row in rows if resume_step is None or float(row["step"]) <= resume_step]
-            self._rewrite(kept)
-        self._file = open(path, "a", newline="", encoding="utf-8")
-        self._new_header = self._file.tell() == 0
+        self._open([x for x in rows if resume_step is None or float(x["step"]) <= resume_step])
+
+    def _open(self, rows: Iterable[Mapping[str, str]]) -> None:
+        cells = ([row.get(name) for name in self.columns] for row in rows)
+        write_csv(self.path, self.columns, cells, sync=True)
+        self._file = open(self.path, "a", newline="", encoding="utf-8")
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; names that are missing in it stay empty."""
         new = [name for name in row if name not in self.columns]
-        if self._new_header:
-            self.columns += new
-            csv.writer(self._file).writerow(self.columns)
-            self._new_header = False
-        elif new:
+        if new:
             self._file.close()
             _, rows = read_rows(self.path)
             self.columns += new
-            self._rewrite(rows)
-            self._file = open(self.path, "a", newline="", encoding="utf-8")
+            self._open(rows)
         csv.DictWriter(self._file, self.columns).writerow(row)
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
-    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        with (
-            atomic_write(self.path, sync=True) as part,
-            open(part, "w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
 
+def write_csv(
+    path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], *, sync: bool = False
+) -> None:
+    """Write a whole CSV file, numbers with six digits, None as an empty cell.
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a whole CSV file, numbers with six digits, None as an empty cell."""
-    with atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+    ``sync``: as in :func:`prelar_trl.utils.atomic_write`.
+    """
+    with (
+        atomic_write(path, sync=sync) as part,
+        open(part, "w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(columns)
         for row in rows:

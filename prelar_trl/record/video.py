@@ -32,7 +32,9 @@ ROWS = ("truth", "model", f"error x{ERROR_GAIN}")
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float images in [0, 1] to uint8, rounded; values outside are clipped."""
+    """Float images in [0, 1] to uint8, rounded; values outside are clipped, uint8 stays."""
+    if images.dtype == torch.uint8:
+        return images
     return images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
@@ -44,7 +46,7 @@ def video_grid(
     max_sequences: int = 6,
     scale: int = 2,
 ) -> Tensor:
-    """Rows truth | model | error, one column a sequence, as a video.
+    """Rows truth | model | error, one column a sequence, as a video uint8 [T, 3, h, w].
 
     The error row is twice the absolute difference. With ``context``, the frame round the model's
     row and the caption tell the frames that were seen from those that were imagined.
@@ -55,9 +57,6 @@ def video_grid(
         context: number of frames that the model has seen; None: no such mark.
         max_sequences: at most this many columns. Default: 6.
         scale: nearest-neighbor enlargement of each tile. Default: 2.
-
-    Returns:
-        uint8 [T, 3, h, w].
     """
     truth, model = _pair(truth, model)
     truth, model = truth[:max_sequences], model[:max_sequences]
@@ -65,15 +64,13 @@ def video_grid(
     rows = (truth, model, _error(model, truth))
     frames = []
     for t in range(truth.shape[1]):
-        seen = context is not None and t < context
-        state = "" if context is None else ("  seen" if seen else "  imagined")
+        state = "" if context is None else ("  seen" if t < context else "  imagined")
         frames.append(
             _tile(
                 [[sequence[t] for sequence in row] for row in rows],
                 row_labels=ROWS,
                 caption=f"frame {t + 1:2d}{state}   model {values[t]:.1f} dB",
-                frame_row=None if context is None else 1,
-                frame_colors=[SEEN if seen else IMAGINED] * truth.shape[0],
+                model_frames=_frame_colors([t] * len(truth), context),
                 scale=scale,
             )
         )
@@ -81,14 +78,9 @@ def video_grid(
 
 
 def frame_strip(
-    truth: Tensor,
-    model: Tensor,
-    *,
-    context: int | None = None,
-    columns: int = 12,
-    scale: int = 2,
+    truth: Tensor, model: Tensor, *, context: int | None = None, columns: int = 12, scale: int = 2
 ) -> Tensor:
-    """One sequence as a picture: rows truth | model | error, time from left to right.
+    """One sequence as a picture uint8 [3, h, w]: rows truth | model | error, time to the right.
 
     Args:
         truth: uint8 [T, 3, H, W].
@@ -96,45 +88,34 @@ def frame_strip(
         context: as in :func:`video_grid`.
         columns: number of evenly spaced frames shown; the first and last always are.
         scale: nearest-neighbor enlargement of each tile. Default: 2.
-
-    Returns:
-        uint8 [3, h, w].
     """
     if truth.ndim != 4:
         raise ValueError(f"frame_strip: one sequence [T, 3, H, W] is needed, got {truth.ndim} dims")
     truth, model = (video[0] for video in _pair(truth, model))
-    length = truth.shape[0]
-    times = np.unique(np.linspace(0, length - 1, min(columns, length)).round().astype(int))
-    values = psnr(model, truth)
-    error = _error(model, truth)
+    times, values = _evenly(len(truth), columns), psnr(model, truth)
     return _tile(
-        [[video[t] for t in times] for video in (truth, model, error)],
+        [[video[t] for t in times] for video in (truth, model, _error(model, truth))],
         row_labels=ROWS,
-        column_labels=[f"{t + 1}: {values[t]:.1f} dB" for t in times],
+        labels=[(), (), [f"{t + 1}: {values[t]:.1f} dB" for t in times]],
         caption="" if context is None else f"{context} frames seen, the rest imagined",
-        frame_row=None if context is None else 1,
-        frame_colors=[SEEN if context is not None and t < context else IMAGINED for t in times],
+        model_frames=_frame_colors(times, context),
         scale=scale,
     )
 
 
 def film_rows(rows: Mapping[str, Tensor], *, columns: int = 12, scale: int = 2) -> Tensor:
-    """Several sequences as a picture: one labeled row each, time from left to right.
+    """Several sequences as a picture uint8 [3, h, w]: one labeled row each, time to the right.
 
     Args:
         rows: label -> uint8, or float in [0, 1], [T, 3, H, W]; all of one shape.
         columns, scale: as in :func:`frame_strip`.
-
-    Returns:
-        uint8 [3, h, w].
     """
-    videos = [(x if x.dtype == torch.uint8 else to_uint8(x)).cpu() for x in rows.values()]
-    length = len(videos[0])
-    times = np.unique(np.linspace(0, length - 1, min(columns, length)).round().astype(int))
+    videos = [to_uint8(video).cpu() for video in rows.values()]
+    times = _evenly(len(videos[0]), columns)
     return _tile(
         [[video[t] for t in times] for video in videos],
         row_labels=list(rows),
-        column_labels=[str(t + 1) for t in times],
+        labels=[()] * (len(videos) - 1) + [[str(t + 1) for t in times]],
         scale=scale,
     )
 
@@ -147,7 +128,7 @@ def contact_sheet(
     caption: str = "",
     scale: int = 1,
 ) -> Tensor:
-    """Many pictures of one size as one.
+    """Many pictures of one size as one, uint8 [3, h, w].
 
     Args:
         pictures: uint8 [3, H, W] each, or one tensor [N, 3, H, W].
@@ -155,32 +136,18 @@ def contact_sheet(
         columns: default: a sheet slightly wider than high.
         caption: a line above.
         scale: nearest-neighbor enlargement. Default: 1.
-
-    Returns:
-        uint8 [3, h, w].
     """
     pictures = list(pictures)
     if not pictures:
         raise ValueError("contact_sheet: no pictures")
     columns = columns or max(1, math.ceil(math.sqrt(1.4 * len(pictures))))
-    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
-    if labels is None:
-        return _tile(rows, caption=caption, scale=scale)
-    bands = [
-        _tile([row], column_labels=labels[i * columns : i * columns + len(row)], scale=scale)
-        for i, row in enumerate(rows)
-    ]
-    height = sum(band.shape[1] for band in bands)
-    top = LINE if caption else 0
-    sheet = torch.full((3, top + height, bands[0].shape[2]), 255, dtype=torch.uint8)
-    for band in bands:
-        sheet[:, top : top + band.shape[1], : band.shape[2]] = band
-        top += band.shape[1]
-    if caption:
-        image = Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
-        ImageDraw.Draw(image).text((GAP, GAP), caption, fill=INK, font=_font())
-        sheet = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return sheet
+    starts = range(0, len(pictures), columns)
+    return _tile(
+        [pictures[i : i + columns] for i in starts],
+        labels=[labels[i : i + columns] for i in starts] if labels else (),
+        caption=caption,
+        scale=scale,
+    )
 
 
 def write_video(
@@ -244,10 +211,18 @@ def _pair(truth: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
             "truth and model must both be [B, T, 3, H, W] or [T, 3, H, W], got "
             f"{list(truth.shape)} and {list(model.shape)}"
         )
-    truth, model = (
-        (video if video.dtype == torch.uint8 else to_uint8(video)).cpu() for video in (truth, model)
-    )
+    truth, model = to_uint8(truth).cpu(), to_uint8(model).cpu()
     return (truth[None], model[None]) if truth.ndim == 4 else (truth, model)
+
+
+def _evenly(length: int, count: int) -> Sequence[int]:
+    """At most ``count`` evenly spaced times, the first and the last among them."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int)).tolist()
+
+
+def _frame_colors(times: Sequence[int], context: int | None) -> list[tuple[int, int, int]]:
+    """Of the frames round the model's pictures; none where it is not said what it has seen."""
+    return [] if context is None else [SEEN if t < context else IMAGINED for t in times]
 
 
 def _error(model: Tensor, truth: Tensor) -> Tensor:
@@ -267,39 +242,38 @@ def _tile(
     rows: Sequence[Sequence[Tensor]],
     *,
     row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
+    labels: Sequence[Sequence[str]] = (),
     caption: str = "",
-    frame_row: int | None = None,
-    frame_colors: Sequence[tuple[int, int, int]] = (),
+    model_frames: Sequence[tuple[int, int, int]] = (),
     scale: int = 1,
 ) -> Tensor:
-    """Pictures uint8 [3, H, W] on a white sheet, with labels; uint8 [3, h, w]."""
+    """Pictures uint8 [3, H, W] on a white sheet, uint8 [3, h, w].
+
+    ``labels``: of each row, under its pictures. ``model_frames``: colors round those of the second.
+    """
     font = _font()
     height, width = (side * scale for side in rows[0][0].shape[-2:])
     left = GAP + (max(int(font.getlength(label)) for label in row_labels) + 8 if row_labels else 0)
-    top = GAP + (LINE if caption else 0)
-    bottom = LINE if column_labels else GAP
-    columns = max(len(row) for row in rows)
-    sheet_size = (
-        left + columns * (width + GAP),
-        top + len(rows) * (height + GAP) - GAP + bottom,
-    )
-    sheet = Image.new("RGB", sheet_size, BACKGROUND)
+    labels = labels or [()] * len(rows)
+    bottoms = np.cumsum([height + GAP + (LINE if below else 0) for below in labels])
+    bottoms = (bottoms + (LINE if caption else 0)).tolist()
+    right = left + max(map(len, rows)) * (width + GAP)
+    sheet = Image.new("RGB", (right, bottoms[-1] + (0 if labels[-1] else GAP)), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     if caption:
         draw.text((left, GAP), caption, fill=INK, font=font)
-    for i, row in enumerate(rows):
-        y = top + i * (height + GAP)
+    for i, (row, below, bottom) in enumerate(zip(rows, labels, bottoms, strict=True)):
+        y = bottom - height - (LINE if below else 0)
         if row_labels:
             draw.text((GAP, y + height // 2), row_labels[i], fill=INK, font=font, anchor="lm")
         for j, picture in enumerate(row):
             x = left + j * (width + GAP)
             array = _enlarge(picture, scale).permute(1, 2, 0).contiguous().numpy()
             sheet.paste(Image.fromarray(array), (x, y))
-            if i == frame_row:
+            if i == 1 and model_frames:
                 box = (x - 2, y - 2, x + width + 1, y + height + 1)
-                draw.rectangle(box, outline=frame_colors[j], width=2)
-    for j, label in enumerate(column_labels):
-        x = left + j * (width + GAP) + width // 2
-        draw.text((x, sheet_size[1] - 5), label, fill=INK, font=font, anchor="ms")
+                draw.rectangle(box, outline=model_frames[j], width=2)
+        for j, label in enumerate(below):
+            x = left + j * (width + GAP) + width // 2
+            draw.text((x, bottom - 5), label, fill=INK, font=font, anchor="ms")
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)

@@ -7,13 +7,7 @@ from __future__ import annotations
 
 from prelar_trl.sweep.engine import Engine, Results, module_command
 from prelar_trl.sweep.jobs import Job, Suite, Variant
-from prelar_trl.sweep.launchers import (
-    Launcher,
-    LocalLauncher,
-    Program,
-    RayLauncher,
-    SlurmLauncher,
-)
+from prelar_trl.sweep.launchers import Launcher, LocalLauncher, Program, RayLauncher, SlurmLauncher
 from prelar_trl.sweep.source import Source, lock_root, locked, prepare_source
 from prelar_trl.utils import STOPPED
 

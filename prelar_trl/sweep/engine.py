@@ -7,7 +7,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ class Results(Protocol):
         """Write it and what belongs to it; ``facts``: suite, run, inputs and commits."""
 
 
+@dataclass(eq=False)
 class Engine:
     """Jobs, and their states on disk: ``<job>.json`` and ``<job>.log`` beside the run's folder.
 
@@ -48,22 +50,15 @@ class Engine:
         say: gets lines for the user. Default: nobody.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        results: Results,
-        jobs: Iterable[Job],
-        command: Callable[[str, Mapping[str, Any]], list[str]],
-        *,
-        manifest: Path | None = None,
-        runtime: Mapping[str, Any] | None = None,
-        source: Source | None = None,
-        say: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self.root, self.results, self.jobs = root, results, list(jobs)
-        self.command, self.manifest, self.runtime = command, manifest, runtime or {}
-        self.source, self.say = source, say
-        self.stopping: float | None = None  # since when
+    root: Path
+    results: Results
+    jobs: Sequence[Job]
+    command: Callable[[str, Mapping[str, Any]], list[str]]
+    manifest: Path | None = None
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+    source: Source | None = None
+    say: Callable[[str], object] = lambda text: None
+    stopping: float | None = field(default=None, init=False)  # since when
 
     def record(self, job: Job) -> dict[str, Any]:
         """What is known of a job: state, inputs, commit; empty before its first start."""
@@ -102,15 +97,7 @@ class Engine:
                 )
 
     def work(self, launcher: Launcher, parallel: int) -> int:
-        """Run what is not finished.
-
-        Args:
-            launcher: starts the programs.
-            parallel: how many at a time.
-
-        Returns:
-            how many jobs failed or were stopped.
-        """
+        """Run what is not finished, so many at a time; how many jobs failed or were stopped."""
         handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._work(launcher, parallel)
@@ -119,14 +106,13 @@ class Engine:
                 signal.signal(number, handler)
 
     def _work(self, launcher: Launcher, parallel: int) -> int:
-        waiting, undone = self.unfinished(), 0
+        unfinished, undone = self.unfinished(), 0
         running: dict[Job, Handle] = {}
-        for job in waiting:
+        for job in unfinished:
             record = self.record(job)
-            handle = launcher.attach(record) if record.get("state") == "running" else None
-            if handle is not None:
+            if record.get("state") == "running" and (handle := launcher.attach(record)):
                 running[job] = handle
-        waiting = [job for job in waiting if job not in running]
+        waiting = [job for job in unfinished if job not in running]
         self._write_manifest()
         while True:
             for job in list(running):

@@ -41,17 +41,14 @@ class Program:
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     resumes: bool = True
+    process: subprocess.Popen | None = None  # once poll() has started it
 
     @property
     def has_checkpoint(self) -> bool:
         return (self.folder / "checkpoints" / "last.pt").is_file()
 
     def start(self, lock: IO | None = None) -> subprocess.Popen:
-        """Start it; a folder without a checkpoint is made anew.
-
-        Args:
-            lock: an open file that it holds open. Default: none.
-        """
+        """Start it, holding ``lock`` open; a folder without a checkpoint is made anew."""
         command, resume = list(self.command), self.has_checkpoint
         if self.resumes:
             command.append(f"resume={'true' if resume else 'false'}")
@@ -70,10 +67,19 @@ class Program:
                 preexec_fn=_as_child,
             )
 
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs; started when first asked after, as by Ray's actor."""
+        self.process = self.process or self.start()
+        return self.process.poll()
+
+    def terminate(self) -> None:
+        """Tell it to save and stop."""
+        if self.process is not None:
+            self.process.terminate()
+
     def __call__(self) -> int:
         """Run it to its end and return its exit code; what a SLURM job does."""
-        self._process = self.start()
-        while (code := self._process.poll()) is None:  # wait() would block checkpoint() below
+        while (code := self.poll()) is None:  # wait() would block checkpoint() below
             time.sleep(0.5)
         return code
 
@@ -81,12 +87,13 @@ class Program:
         """Called by submitit when the job is preempted or out of time: save, then once more."""
         from submitit.helpers import DelayedSubmission  # noqa: PLC0415  only there within a job
 
-        self._process.terminate()
+        assert self.process is not None
+        self.process.terminate()
         try:
-            self._process.wait(SAVE_S)
+            self.process.wait(SAVE_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()  # its last checkpoint counts
-        del self._process
+            self.process.kill()  # its last checkpoint counts
+        self.process = None  # it is started anew
         return DelayedSubmission(self)
 
 
@@ -113,7 +120,7 @@ class Launcher(Protocol):
     ``detached``: they go on when the sweep's own process ends, and the next one attaches to them.
     """
 
-    detached: bool
+    detached: bool = False
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
         """The started program, and what :meth:`attach` needs of it."""
@@ -121,28 +128,20 @@ class Launcher(Protocol):
 
     def attach(self, record: Mapping[str, Any]) -> Handle | None:
         """A program that an earlier process started, if it can still be asked after."""
+        return None
 
 
-class LocalLauncher:
-    """Processes of this machine, which end with the sweep.
+@dataclass
+class LocalLauncher(Launcher):
+    """Processes of this machine, which end with the sweep and hold its open file until then."""
 
-    Args:
-        lock: an open file, held until the last of them has ended.
-    """
-
-    detached = False
-
-    def __init__(self, lock: IO) -> None:
-        self.lock = lock
+    lock: IO
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
         return program.start(self.lock), {}
 
-    def attach(self, record: Mapping[str, Any]) -> None:
-        return None
 
-
-class SlurmLauncher:
+class SlurmLauncher(Launcher):
     """Jobs of a SLURM cluster, through ``submitit``.
 
     A job that is preempted or out of time saves and is put in the queue again, and goes on at its
@@ -174,8 +173,7 @@ class SlurmLauncher:
         try:
             self.executor.update_parameters(**options)
         except (NameError, TypeError) as error:
-            lines = str(error).splitlines()
-            raise ValueError(f"slurm: {' '.join(' '.join(lines).split())}") from None
+            raise ValueError(f"slurm: {' '.join(str(error).split())}") from None
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
         self.executor.update_parameters(name=name)
@@ -188,11 +186,11 @@ class SlurmLauncher:
         return SlurmHandle(self.job_type(self.folder, record["slurm_job"]))
 
 
+@dataclass
 class SlurmHandle:
     """A job of a SLURM cluster."""
 
-    def __init__(self, job: Any) -> None:
-        self.job = job
+    job: Any
 
     def poll(self) -> int | None:
         if not self.job.done():
@@ -205,7 +203,7 @@ class SlurmHandle:
         self.job.cancel()
 
 
-class RayLauncher:
+class RayLauncher(Launcher):
     """Programs on the machines of a Ray cluster, which end with the sweep.
 
     The machines need the same folders and Python packages. A program whose machine is lost counts
@@ -221,8 +219,6 @@ class RayLauncher:
         ValueError: an option that it does not know, or no cluster at that address.
     """
 
-    detached = False
-
     def __init__(self, options: Mapping[str, Any]) -> None:
         try:
             ray = importlib.import_module("ray")  # optional
@@ -231,34 +227,14 @@ class RayLauncher:
         actor = dict(options)
         address = actor.pop("address", None)
         try:
-            self.actor = ray.remote(RemoteProgram).options(**actor)
+            self.actor = ray.remote(Program).options(**actor)
             ray.init(address, log_to_driver=False, ignore_reinit_error=True)
         except (ConnectionError, TypeError, ValueError) as error:
             raise ValueError(f"ray: {' '.join(str(error).split())}") from None
         self.ray = ray
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
-        return RayHandle(self.ray, self.actor.remote(program)), {}
-
-    def attach(self, record: Mapping[str, Any]) -> None:
-        return None
-
-
-class RemoteProgram:
-    """A program where Ray has put it; started when it is first asked after."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.process: subprocess.Popen | None = None
-
-    def poll(self) -> int | None:
-        if self.process is None:
-            self.process = self.program.start()
-        return self.process.poll()
-
-    def terminate(self) -> None:
-        if self.process is not None:
-            self.process.terminate()
+        return RayHandle(self.ray, self.actor.remote(**vars(program))), {}
 
 
 class RayHandle:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from prelar_trl.record import (
     Series,
     read_metrics,
     write_comparison,
+    write_csv,
 )
 from prelar_trl.sweep.jobs import Job, Suite
 from prelar_trl.utils import without_null, write_json
@@ -24,15 +26,11 @@ from prelar_trl.utils import without_null, write_json
 EVALUATIONS = {"return": "eval/return", "success": "eval/success"}
 
 
+@dataclass
 class CurveResults:
-    """The evaluations of each run, and what made it: ``<suite>/runs/<run>.csv`` and ``.json``.
+    """The evaluations of each run, and what made it: ``<suite>/runs/<run>.csv`` and ``.json``."""
 
-    Args:
-        folder: of all suites.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def path(self, job: Job) -> Path:
         return self.folder / job.suite / "runs" / f"{job.name}.json"
@@ -47,12 +45,8 @@ class CurveResults:
         result.parent.mkdir(parents=True, exist_ok=True)
         metrics = read_metrics(run.metrics)
         series = [metrics[name] for name in EVALUATIONS.values()]
-        with open(result.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", *EVALUATIONS])
-            values = [x.values for x in series]
-            for step, *row in zip(series[0].steps, *values, strict=True):
-                writer.writerow([int(step), *(f"{value:.6g}" for value in row)])
+        table = zip(map(int, series[0].steps), *(x.values for x in series), strict=True)
+        write_csv(result.with_suffix(".csv"), ["step", *EVALUATIONS], table)
         times = read_metrics(run.times)
         seconds = sum(
             times[name].values.sum() for name in ("startup_s", "seconds") if name in times
@@ -91,9 +85,8 @@ class CurveResults:
         self._summarize()
 
     def _summarize(self) -> None:
-        with open(self.folder / "summary.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list[str](SUMMARY), extrasaction="ignore")
-            writer.writeheader()
-            for table in sorted(self.folder.glob("*/table.csv")):
-                with open(table, newline="", encoding="utf-8") as rows:
-                    writer.writerows(csv.DictReader(rows))
+        rows = []
+        for table in sorted(self.folder.glob("*/table.csv")):
+            with open(table, newline="", encoding="utf-8") as file:
+                rows += [[row[name] for name in SUMMARY] for row in csv.DictReader(file)]
+        write_csv(self.folder / "summary.csv", SUMMARY, rows)

@@ -44,14 +44,12 @@ def prepare_source(
         RuntimeError: git fails, or ``copy`` without a checkout.
     """
     present = git_state()
-    if copy is None:
-        copy = present is not None
-    if not copy:
-        if present is None:
-            return Source(f"prelar_trl {prelar_trl.__version__}")
-        return Source(present["commit"] + ("-dirty" if present["dirty"] else ""))
-    if present is None:
+    if present is None and copy:
         raise RuntimeError("copy=true: this package is no part of a git checkout; use copy=false")
+    if present is None:
+        return Source(f"prelar_trl {prelar_trl.__version__}")
+    if copy is False:
+        return Source(present["commit"] + ("-dirty" if present["dirty"] else ""))
     repository, tree = Path(prelar_trl.__file__).resolve().parents[1], root / COPY
     if not tree.is_dir():
         part = tree.with_name(f"{tree.name}.part")
@@ -83,11 +81,7 @@ def prepare_source(
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What a git command says.
-
-    Raises:
-        RuntimeError: it fails; with its error in one line.
-    """
+    """What a git command says; a RuntimeError with its error in one line if it fails."""
     done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"git {arguments[0]}: {' '.join(done.stderr.split())}")
