@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
+
+from prelar_trl.envs.workers import held_signals
 
 HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -56,14 +57,9 @@ def in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-@contextmanager
-def hold_signals() -> Iterator[None]:
+def hold_signals() -> AbstractContextManager[None]:
     """Ctrl-C and the like, which reach a terminal's whole group, wait until the end.
 
     Processes that start inside never get them: their parent ends them.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return held_signals(HELD)

@@ -25,7 +25,7 @@ from prelar_trl.envs.pictures import (
     white_of,
 )
 from prelar_trl.envs.spec_check import OutputCheck, OwnRandomActions, SpecCheck, shown
-from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels, ToSuccess
+from prelar_trl.envs.transforms import Success, SuccessReader, ToPixels
 
 NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
 
@@ -50,12 +50,8 @@ def wrap_env(
     # TorchRL reads the info of vector environments by itself, but not that of the last step.
     if isinstance(base, GymLikeEnv) and ("success" not in given or base.batch_size):
         base.set_info_dict_reader(SuccessReader(base.batch_size))
-    elif "success" not in given:
-        transforms.append(NoSuccess())
     else:
-        spec = env.observation_spec["success"]
-        if spec.dtype != torch.bool or spec.shape != (*env.batch_size, 1):
-            transforms.append(ToSuccess())
+        transforms.append(Success())
     if not isinstance(base, GymLikeEnv | SpecCheck):  # TorchRL makes gym's fit their specs
         own_random = type(base).rand_action is not EnvBase.rand_action
         base = OwnRandomActions(base) if own_random else SpecCheck(base)

@@ -21,7 +21,7 @@ import torch
 from torchrl.envs import EnvBase, GymWrapper, Transform
 
 from prelar_trl.envs.camera import Camera, RenderQuality
-from prelar_trl.envs.transforms import Pixels, State, SuccessReader
+from prelar_trl.envs.transforms import Gather, Pixels, SuccessReader
 
 EPISODE_STEPS = 500
 VIEW = {"distance": 1.8, "azimuth": 90, "elevation": -60}
@@ -151,7 +151,8 @@ def make_robodesk(
         raise ValueError(f"robodesk has one view, got cameras {', '.join(cameras)}")
     task = RoboDeskTask(name, **kwargs)
     env = GymWrapper(task)
-    transforms: list[Transform] = [State([*task.observation_space.keys()])]
+    keys = [*task.observation_space.keys()]
+    transforms: list[Transform] = [Gather("state", keys, drop=keys)]
     env.set_info_dict_reader(SuccessReader())
     if pixels is not None:
         transforms.append(Pixels([DeskCamera(task, pixels, render_quality)], pixels))
