@@ -22,14 +22,8 @@ COUNTERS = ("step", "before", "updates_due", "training_due", "evaluation_due", "
 class FinetuneState:
     """A fine-tuning run at one of its steps: all that is saved of it, and restored.
 
-    Args:
-        cfg: the run's.
-        known: of the environment, see :func:`prelar_trl.recipes.environments.interface`.
-        learner: what is trained.
-        collection: where it acts, with the replay.
-        processes: those that share each batch.
-
     Attributes:
+        known: of the environment, see :func:`prelar_trl.recipes.environments.interface`.
         step: of the environments of all processes.
         before: the step before that one.
         updates_due: those that the steps so far call for; a part of one is carried over.
