@@ -36,13 +36,7 @@ from prelar_trl.data import ClipStore, ClipWriter
 from prelar_trl.envs import make_env, metaworld_tasks, toy_expert
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import CollectVideosConfig
-from prelar_trl.record import (
-    Progress,
-    check_space,
-    contact_sheet,
-    wilson_interval,
-    write_picture,
-)
+from prelar_trl.record import Progress, check_space, contact_sheet, wilson_interval, write_picture
 
 EVALUATION_TASKS = (
     "lever-pull",

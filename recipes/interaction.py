@@ -229,10 +229,7 @@ class Collection:
         """The replay with the running episodes, and what the collector knows now."""
         replay = self.replay.state_dict()
         pending = {worker: rows.to_dict() for worker, rows in replay["pending"].items()}
-        return {
-            "replay": replay | {"pending": pending},
-            "collection": self.collector.state_dict(),
-        }
+        return {"replay": replay | {"pending": pending}, "collection": self.collector.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on with the running episodes, as far as they can be repeated."""

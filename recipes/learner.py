@@ -228,10 +228,7 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained:
 
 
 def make_alignment(
-    cfg: FinetuneConfig,
-    world_model: RSSMWorldModel,
-    pretrained: Pretrained,
-    device: torch.device,
+    cfg: FinetuneConfig, world_model: RSSMWorldModel, pretrained: Pretrained, device: torch.device
 ) -> Alignment:
     """What aligns the action encoder with the pre-trained latent actions."""
     if world_model.action_encoder is None:
@@ -253,10 +250,7 @@ def make_alignment(
 
 
 def make_rehearsal(
-    cfg: FinetuneConfig,
-    loss: RSSMWorldModelLoss,
-    pretrained: Pretrained,
-    device: torch.device,
+    cfg: FinetuneConfig, loss: RSSMWorldModelLoss, pretrained: Pretrained, device: torch.device
 ) -> Rehearsal:
     """The video's share of the loss."""
     if added_inputs(cast(RSSMWorldModel, loss.world_model)):

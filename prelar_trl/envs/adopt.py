@@ -18,12 +18,7 @@ from torchrl.envs import (
 )
 from torchrl.envs.gym_like import GymLikeEnv
 
-from prelar_trl.envs.pictures import (
-    PictureConverter,
-    check_picture,
-    looks_like_picture,
-    white_of,
-)
+from prelar_trl.envs.pictures import PictureConverter, check_picture, looks_like_picture, white_of
 from prelar_trl.envs.spec_check import OutputCheck, OwnRandomActions, SpecCheck, shown
 from prelar_trl.envs.transforms import Success, SuccessReader, ToPixels
 
