@@ -44,15 +44,16 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
+    if device.type != "cuda":
+        return device
+    if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: torch sees no GPU here; use device=cpu")
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+    if device.index >= torch.cuda.device_count():
         raise ValueError(f"device={name!r}: torch sees only {torch.cuda.device_count()} GPUs here")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        use_tensor_cores(device)
+    torch.cuda.set_device(device)
+    use_tensor_cores(device)
     return device
 
 
@@ -232,7 +233,7 @@ class NoLogger(Logger):
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None: ...
 
-    def log_times(self, times: Mapping[str, Any], step: int) -> None: ...
+    log_times = log
 
     def close(self) -> None: ...
 

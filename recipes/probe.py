@@ -20,7 +20,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -114,9 +113,14 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
         fit = defaultdict(list)
         for batch in draw(fitting, cfg.clips, has_actions):
             add(fit, features(world_model, untrained, batch))
+        known, asked = join(fit), join(test)
         panels = {}
         for probe_name, read in (("action_r2", linear_r2), ("action_r2_mlp", mlp_r2)):
-            scores = action_scores(join(fit), join(test), read)
+            scores = {
+                name: read(known[name], known["target"], asked[name], asked["target"]).tolist()
+                for name in FEATURES
+                if name in known
+            }
             for name, score in scores.items():
                 rows.append((probe_name, name, None, _mean(score)))
                 rows += [(probe_name, f"{name}_{i}", None, x) for i, x in enumerate(score)]
@@ -209,15 +213,6 @@ def features(
     if "latent_action" in found:
         found["latent_action_and_state"] = torch.cat([found["latent_action"], found["state"]], -1)
     return {name: x.flatten(0, 1).cpu() for name, x in found.items()}
-
-
-def action_scores(
-    fit: dict[str, Tensor], test: dict[str, Tensor], read: Callable[..., Tensor]
-) -> dict[str, list[float]]:
-    """R² of each dimension of the true action, from each kind of features."""
-    names = [name for name in FEATURES if name in fit]
-    target, test_target = fit["target"], test["target"]
-    return {name: read(fit[name], target, test[name], test_target).tolist() for name in names}
 
 
 def effect_rows(effects: dict[str, Tensor], run: RunFolder) -> list[Row]:

@@ -30,7 +30,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-        numbers = [*HELD, signal.SIGTERM] if in_main_thread() else []
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = [*HELD, signal.SIGTERM] if in_main_thread else []
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             numbers = [number for number in numbers if number != signal.SIGHUP]
         self._before = {s: signal.signal(s, self._note) for s in numbers}
@@ -50,11 +51,6 @@ class Interruption:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-
-
-def in_main_thread() -> bool:
-    """Whether signal handlers can be set here."""
-    return threading.current_thread() is threading.main_thread()
 
 
 def hold_signals() -> AbstractContextManager[None]:

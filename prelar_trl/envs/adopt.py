@@ -8,14 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from tensordict import NestedKey
 from torchrl.data import Bounded
-from torchrl.envs import (
-    Compose,
-    DoubleToFloat,
-    DTypeCastTransform,
-    EnvBase,
-    Transform,
-    TransformedEnv,
-)
+from torchrl.envs import Compose, DTypeCastTransform, EnvBase, Transform, TransformedEnv
 from torchrl.envs.gym_like import GymLikeEnv
 
 from prelar_trl.envs.pictures import PictureConverter, check_picture, looks_like_picture, white_of
@@ -133,16 +126,13 @@ def vector_keys(env: EnvBase, vectors: Sequence[str]) -> list[NestedKey]:
 
 def as_float32(env: EnvBase) -> list[Transform]:
     """Casts of float64 observations, of other floats as actions, of any type of reward."""
-    observations = env.observation_spec.items(True, True)
-    doubles = [key for key, spec in observations if spec.dtype == torch.float64]
-    actions = [key for key in env.action_keys if env.full_action_spec[key].dtype == torch.float64]
+    observations = dict(env.observation_spec.items(True, True))
+    doubles = [key for key, spec in observations.items() if spec.dtype == torch.float64]
     casts: list[Transform] = []
-    if doubles or actions:
-        casts.append(DoubleToFloat(in_keys=doubles, in_keys_inv=actions))
-    for key in env.action_keys:
-        dtype = env.full_action_spec[key].dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            casts.append(DTypeCastTransform(dtype, torch.float32, in_keys=[], in_keys_inv=[key]))
+    for dtype, seen in ((torch.float64, doubles), (torch.float16, []), (torch.bfloat16, [])):
+        taken = [key for key in env.action_keys if env.full_action_spec[key].dtype == dtype]
+        if seen or taken:
+            casts.append(DTypeCastTransform(dtype, torch.float32, in_keys=seen, in_keys_inv=taken))
     reward = env.full_reward_spec.get("reward", None)
     if reward is not None and reward.dtype != torch.float32:
         casts.append(DTypeCastTransform(reward.dtype, torch.float32, in_keys=["reward"]))

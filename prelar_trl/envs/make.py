@@ -106,9 +106,12 @@ def make_env(
         RuntimeError: this machine cannot draw MuJoCo's pictures.
     """
     check_integers(num_workers=num_workers, worker_failures=worker_failures)
-    check_integers(action_repeat=action_repeat, **_given(max_steps=max_steps))
+    check_integers(action_repeat=action_repeat)
+    if max_steps is not None:
+        check_integers(max_steps=max_steps)
     check_integers(0, seed=seed)
-    check_integers(1, LARGEST_PICTURE, **_given(pixels=pixels))
+    if pixels is not None:
+        check_integers(1, LARGEST_PICTURE, pixels=pixels)
     check_range(0.001, 1e6, worker_timeout=worker_timeout)
     device = _as_device(device)
     check_choice("render_quality", render_quality, get_args(RenderQuality))
@@ -214,10 +217,6 @@ def _as_device(device: Any) -> torch.device:
     if found.type == "meta":
         raise ValueError("device='meta' has no values: give cpu or cuda")
     return found
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def checked(env: EnvBase, name: str) -> TransformedEnv:

@@ -24,7 +24,6 @@ from prelar_trl.envs.camera import Camera, RenderQuality
 from prelar_trl.envs.transforms import Gather, Pixels, SuccessReader
 
 EPISODE_STEPS = 500
-VIEW = {"distance": 1.8, "azimuth": 90, "elevation": -60}
 LOOK_AT = (0.0, 0.535, 1.1)
 # The package draws 120x120 pixels, and makes 64x64 of this part of them.
 DRAWN, LEFT, TOP, RIGHT, BOTTOM = 120 / 64, 16.75 / 64, 25.0 / 64, 105.0 / 64, 88.75 / 64
@@ -127,8 +126,7 @@ class DeskCamera(Camera):
         view = mujoco.MjvCamera()
         view.type = mujoco.mjtCamera.mjCAMERA_FREE
         view.lookat[:] = LOOK_AT
-        for name, value in VIEW.items():
-            setattr(view, name, value)
+        view.distance, view.azimuth, view.elevation = 1.8, 90, -60
         self._camera = view
 
     def __call__(self) -> torch.Tensor:

@@ -152,14 +152,9 @@ class WorkerEnv(EnvBase):
     def _ask(
         self, questions: dict[int, tuple[Any, ...]], seconds: float | None = None
     ) -> tuple[dict[int, Any], dict[int, str]]:
-        """Send a command to each of these workers.
+        """The answers to questions by worker, and of those that have failed and were replaced, why.
 
-        Args:
-            questions: by worker.
-            seconds: until a worker hangs. Default: the timeout.
-
-        Returns:
-            The answers, and of those workers that have failed and were replaced, why.
+        A worker hangs after ``seconds``. Default: the timeout.
         """
         failed: dict[int, str] = {}
         for worker, question in questions.items():
