@@ -71,7 +71,8 @@ def env_names(env: str, tasks: str | Sequence[str]) -> list[str]:
         return [env]
     known = metaworld_tasks()
     if not isinstance(tasks, list | tuple):
-        tasks = {"evaluation": EVALUATION_TASKS, "all": known}.get(tasks, [tasks])
+        name = str(tasks)
+        tasks = {"evaluation": EVALUATION_TASKS, "all": known}.get(name, [name])
     if not tasks:
         raise ValueError("tasks is empty: write evaluation, all, or a list of Meta-world tasks")
     names = {task: str(task).replace("_", "-").removesuffix("-v3") for task in tasks}
