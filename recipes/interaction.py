@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -202,13 +203,12 @@ class EpisodeCollector:
         self.env.close(raise_if_closed=False)
 
 
+@dataclass
 class Collection:
     """Steps in the training environment, which end in the replay."""
 
-    def __init__(
-        self, collector: EpisodeCollector | AsyncEpisodeCollector, replay: EpisodeReplay
-    ) -> None:
-        self.collector, self.replay = collector, replay
+    collector: EpisodeCollector | AsyncEpisodeCollector
+    replay: EpisodeReplay
 
     def reset(self) -> None:
         self.collector.reset()
@@ -252,24 +252,23 @@ class Collection:
         self.collector.close()
 
 
+@dataclass
 class Evaluation:
     """Episodes with the policy's mode, from the same initial states each time.
 
     Its environment is made by the first one and kept: to start processes takes seconds.
     """
 
-    def __init__(
-        self,
-        cfg: FinetuneConfig,
-        env_factory: Any,
-        agent: Agent,
-        device: torch.device,
-        interruption: Interruption,
-    ) -> None:
-        self.cfg, self.env_factory, self.device = cfg, env_factory, device
-        self.interruption = interruption
-        self.cut_off = False  # an interruption has cut the last one off: nothing was logged
-        self.policy = evaluation_policy(agent, cfg.eval_noise, cfg.eval_state_mean)
+    cfg: FinetuneConfig
+    env_factory: Any
+    agent: Agent
+    device: torch.device
+    interruption: Interruption
+    cut_off: bool = False  # an interruption has cut the last one off: nothing was logged
+
+    def __post_init__(self) -> None:
+        noise, state_mean = self.cfg.eval_noise, self.cfg.eval_state_mean
+        self.policy = evaluation_policy(self.agent, noise, state_mean)
         self._env: EnvBase | None = None
 
     def __call__(self, logger: Logger, step: int) -> list[float] | None:

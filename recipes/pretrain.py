@@ -13,7 +13,7 @@ from prelar_trl.recipes.entry import start
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("pretrain"))
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -166,20 +166,16 @@ def build(cfg: PretrainConfig, processes: Processes) -> tuple[PretrainState, Vid
     return PretrainState(cfg, world_model, update, clips, processes), heldout
 
 
+@dataclass
 class PretrainState:
     """All that is saved of a pre-training run, and restored."""
 
-    def __init__(
-        self,
-        cfg: PretrainConfig,
-        world_model: RSSMWorldModel,
-        update: WorldModelUpdate,
-        clips: VideoClips,
-        processes: Processes,
-    ) -> None:
-        self.cfg, self.processes = cfg, processes
-        self.world_model, self.update, self.clips = world_model, update, clips
-        self.saved = 0  # updates at the newest checkpoint
+    cfg: PretrainConfig
+    world_model: RSSMWorldModel
+    update: WorldModelUpdate
+    clips: VideoClips
+    processes: Processes
+    saved: int = 0  # updates at the newest checkpoint
 
     def save(self, run: RunFolder) -> None:
         """Write the newest checkpoint; all processes must come here."""
