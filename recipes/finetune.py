@@ -99,9 +99,9 @@ def finetune(
                     if not learner.unaligned:
                         logger.log(aligned, state.step)
                 while state.updates_due >= 1 and not session.stopping():
-                    state.losses = learner.update(collection.sample(), guard.watch)
+                    losses = state.losses = learner.update(collection.sample(), guard.watch)
                     state.updates_due -= 1
-                    guard.check(state.losses, state.step)
+                    guard.check(losses, state.step)
                 if learner.unaligned or state.updates_due >= 1:
                     break  # interrupted: the run goes on with the rest of the updates
             state.training_due = False
