@@ -22,7 +22,7 @@ from prelar_trl.fast import accelerate
 from prelar_trl.models import make_agent
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.common import seed_everything
-from prelar_trl.recipes.interaction import Collector, EpisodeCollector, make_training_env
+from prelar_trl.recipes.interaction import EpisodeCollector, make_training_env
 from prelar_trl.recipes.learner import Learner
 from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.schema import FinetuneConfig
@@ -32,7 +32,7 @@ PATIENCE = 5.0  # seconds that the process has to end by itself
 
 
 class AsyncEpisodeCollector:
-    """A `Collector` in a process of its own, acting on the CPU with a copy of the weights.
+    """An `EpisodeCollector` in a process of its own, on the CPU with a copy of the weights.
 
     ::
 
@@ -57,7 +57,7 @@ class AsyncEpisodeCollector:
 
     def __init__(
         self,
-        make: Callable[[], Collector],
+        make: Callable[[], EpisodeCollector],
         policy: WorldModelPolicy,
         *,
         updates: Callable[[], int],
@@ -216,15 +216,7 @@ def collect_async(
 ) -> AsyncEpisodeCollector:
     """The collector of ``collector=async``: it is ahead by the steps between two updates.
 
-    Args:
-        cfg: the run's.
-        env_factory: makes its environments, see `build_env`.
-        known: of them, see :func:`prelar_trl.recipes.environments.interface`.
-        policy: the one that is trained.
-        learner: trains it.
-        processes: those that share each batch; each has such a collector.
-        num_envs: environments that step together.
-        step: at which the run begins or goes on, where its random actions are others.
+    ``step`` is where the run begins or goes on: its random actions are others each time.
     """
     seed = processes.seed(cfg.seed)
 

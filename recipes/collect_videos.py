@@ -36,13 +36,7 @@ from prelar_trl.data import ClipStore, ClipWriter
 from prelar_trl.envs import make_env, metaworld_tasks, toy_expert
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import CollectVideosConfig
-from prelar_trl.record import (
-    Progress,
-    check_space,
-    contact_sheet,
-    wilson_interval,
-    write_picture,
-)
+from prelar_trl.record import Progress, check_space, contact_sheet, wilson_interval, write_picture
 
 EVALUATION_TASKS = (
     "lever-pull",
@@ -52,6 +46,7 @@ EVALUATION_TASKS = (
     "reach",
     "dial-turn",
 )
+ENV_SETTINGS = ("camera", "render_quality", "pixels", "action_repeat", "max_steps")
 SHEET_EPISODES, SHEET_FRAMES = 8, 8
 Expert = Callable[[TensorDictBase], np.ndarray]
 
@@ -74,19 +69,17 @@ def env_names(env: str, tasks: str | Sequence[str]) -> list[str]:
     """
     if env != "metaworld":
         return [env]
-    if tasks == "evaluation":
-        chosen = list(EVALUATION_TASKS)
-    elif tasks == "all":
-        chosen = list(metaworld_tasks())
-    else:
-        chosen = [str(task) for task in (tasks if isinstance(tasks, list | tuple) else [tasks])]
-    if not chosen:
-        raise ValueError("tasks is empty: write evaluation, all, or a list of Meta-world tasks")
     known = metaworld_tasks()
-    for task in chosen:
-        if task.replace("_", "-").removesuffix("-v3") not in known:
+    if not isinstance(tasks, list | tuple):
+        name = str(tasks)
+        tasks = {"evaluation": EVALUATION_TASKS, "all": known}.get(name, [name])
+    if not tasks:
+        raise ValueError("tasks is empty: write evaluation, all, or a list of Meta-world tasks")
+    names = {task: str(task).replace("_", "-").removesuffix("-v3") for task in tasks}
+    for task, name in names.items():
+        if name not in known:
             raise ValueError(f"unknown Meta-world task {task!r}; there are {', '.join(known)}")
-    return [f"metaworld/{t.replace('_', '-').removesuffix('-v3')}" for t in chosen]
+    return [f"metaworld/{names[task]}" for task in tasks]
 
 
 def expert_for(name: str) -> Expert | None:
@@ -113,14 +106,8 @@ def collect_episode(number: int, *, names: list[str], cfg: CollectVideosConfig) 
     rng = np.random.default_rng([cfg.seed, number])
     index = rng.integers(len(names)) if cfg.random_tasks else number % len(names)
     name = names[int(index)]
-    env = cached_env(
-        name,
-        camera=cfg.camera,
-        render_quality=cfg.render_quality,
-        pixels=cfg.pixels,
-        action_repeat=cfg.action_repeat,
-        max_steps=cfg.max_steps,
-    )
+    options = {key: getattr(cfg, key) for key in ENV_SETTINGS}
+    env = cached_env(name, **options)
     env.set_seed(int(rng.integers(2**31)))
     expert = expert_for(name)
     if rng.random() < cfg.random_fraction:
@@ -175,15 +162,9 @@ def collect(cfg: CollectVideosConfig) -> ClipStore:
     not_settings = ("data", "episodes", "workers")
     info = {k: v for k, v in asdict(cfg).items() if k not in not_settings} | {"envs": names}
     size = cfg.pixels
-    writer = ClipWriter(
-        cfg.data,
-        source="collect_videos",
-        height=size,
-        width=size,
-        decoder="simulator",
-        info=info,
-    )
-    with writer:
+    with ClipWriter(
+        cfg.data, source="collect_videos", height=size, width=size, decoder="simulator", info=info
+    ) as writer:
         numbers = range(writer.num_clips, cfg.episodes)
         check_space(cfg.data, len(numbers) * (cfg.max_steps + 1) * 3 * size * size)
         job = partial(collect_episode, names=names, cfg=cfg)

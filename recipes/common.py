@@ -44,15 +44,16 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
+    if device.type != "cuda":
+        return device
+    if device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise ValueError(f"device={name!r}: torch sees no GPU here; use device=cpu")
-    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+    if device.index >= torch.cuda.device_count():
         raise ValueError(f"device={name!r}: torch sees only {torch.cuda.device_count()} GPUs here")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        use_tensor_cores(device)
+    torch.cuda.set_device(device)
+    use_tensor_cores(device)
     return device
 
 
@@ -150,11 +151,8 @@ def read_run(
 ) -> tuple[RunFolder, dict[str, Any]]:
     """A run folder that may come from anybody, and a checkpoint of it.
 
-    Args:
-        path: the folder.
-        trust_code: its model may be made by a module that the folder names.
-        checkpoint: which.
-        typed: model settings of this command, which need no trust.
+    With ``trust_code`` its model may be made by a module that the folder names; what this command
+    names itself, ``typed``, needs no trust.
 
     Raises:
         FileNotFoundError, ValueError: none, damage, or code that is not trusted.
@@ -179,11 +177,7 @@ def check_trust(run: str, name: str, value: Any, trust_code: bool) -> None:
 def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> None:
     """Write the newest checkpoint, and one that stays if a multiple of ``keep_every`` was passed.
 
-    Args:
-        cfg: the recipe's configuration.
-        run: the run's folder.
-        state: what to write; ``step`` among it.
-        before: the step of the checkpoint before it.
+    ``before`` is the step of the checkpoint before it; that of ``state`` is among it.
     """
     keep = cfg.keep if state["step"] > before else 1  # the same step again takes its own place
     path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)

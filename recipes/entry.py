@@ -37,9 +37,7 @@ class Stopped(SystemExit):
     Exit codes are those that schedulers know: 0 done, 1 failed, 75 stopped: start it again.
     """
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.code = STOPPED
+    code = STOPPED
 
 
 def start(name: str) -> None:

@@ -95,11 +95,7 @@ def interface(env: EnvBase) -> dict[str, Any]:
         views=seen["pixels"].shape[-3] // 3,
         vector=seen["vector"].shape[-1] if "vector" in seen.keys() else 0,
     )
-    return {
-        "action_dim": spec.shape[-1],
-        "discrete": isinstance(spec, OneHot),
-        "inputs": inputs,
-    }
+    return {"action_dim": spec.shape[-1], "discrete": isinstance(spec, OneHot), "inputs": inputs}
 
 
 def saved_interface(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from hydra.core.global_hydra import GlobalHydra
 from tensordict import TensorDict, TensorDictBase
 from torch.utils.flop_counter import FlopCounterMode
 
-from prelar_trl.config import Phase
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
 from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.entry import CONFIGS, settings
@@ -71,37 +69,31 @@ def resolve(job: Job) -> Any:
         return settings(compose(job.recipe, [*given, f"{place}=here"]))
 
 
+def length_of(cfg: PretrainConfig | FinetuneConfig) -> int:
+    """Steps of a training window."""
+    return cfg.clip_len if isinstance(cfg, PretrainConfig) else cfg.batch_length
+
+
 def update_of(cfg: PretrainConfig | FinetuneConfig) -> Update:
     """The cost of one update: counted on the meta device, which has shapes and computes nothing.
 
     Of the operations those forward and backward, without the optimizer's.
     """
-    names = ("method", "size", "model", "loss", "batch_size", "pixels")
-    names += ("clip_len",) if isinstance(cfg, PretrainConfig) else ("batch_length",)
-    if isinstance(cfg, FinetuneConfig):
-        names += ("horizon", "imag_batch")
-    return _count(cfg.phase, json.dumps({name: asdict(cfg)[name] for name in names}))
-
-
-@cache
-def _count(phase: Phase, text: str) -> Update:
-    given: dict[str, Any] = json.loads(text)
-    method, loss_settings = given["method"], overrides(given["loss"])
-    inputs = Inputs(given["pixels"])
-    options = {"size": given["size"], "inputs": inputs, **overrides(given["model"])}
-    batch = meta_batch(given["batch_size"], given.get("clip_len") or given["batch_length"], inputs)
+    inputs = Inputs(cfg.pixels)
+    options: dict[str, Any] = {"size": cfg.size, "inputs": inputs, **overrides(cfg.model)}
     behavior_update = bonus = None
     with torch.device("meta"):
-        if phase == "pretrain":
-            module = world_model = make_world_model(method, phase, action_dim=0, **options)
+        if isinstance(cfg, PretrainConfig):
+            module = world_model = make_world_model(cfg.method, cfg.phase, action_dim=0, **options)
         else:
-            module = agent = make_agent(method, action_dim=ACTION_DIM, **options)
+            module = agent = make_agent(cfg.method, action_dim=ACTION_DIM, **options)
             world_model, bonus = agent.world_model, agent.video_bonus
-            behavior_update = BehaviorUpdate(
-                agent, horizon=given["horizon"], imag_batch=given["imag_batch"]
-            )
-        loss = make_world_model_loss(method, phase, world_model, video_bonus=bonus, **loss_settings)
+            behavior_update = BehaviorUpdate(agent, horizon=cfg.horizon, imag_batch=cfg.imag_batch)
+        loss = make_world_model_loss(
+            cfg.method, cfg.phase, world_model, video_bonus=bonus, **overrides(cfg.loss)
+        )
         update = WorldModelUpdate(loss)
+        batch = make_batch(cfg.batch_size, length_of(cfg), inputs)
         with FlopCounterMode(display=False) as counter:
             state = update.forward_backward(batch, None)["state"]
             if behavior_update is not None:
@@ -110,21 +102,20 @@ def _count(phase: Phase, text: str) -> Update:
                     state.update(batch.select("terminated", "action"))
                 )
                 with frozen(world_model):
-                    behavior_update.forward_backward(starts[: given["imag_batch"]], True)
+                    behavior_update.forward_backward(starts[: behavior_update.imag_batch], True)
     state_bytes = sum(x.numel() * x.element_size() for x in module.state_dict().values())
     return Update(float(counter.get_total_flops()), state_bytes)
 
 
-def meta_batch(sequences: int, steps: int, inputs: Inputs) -> TensorDict:
-    """Shapes of a training batch ``[B, T]``."""
-    shape, meta = (sequences, steps), torch.device("meta")
-    picture = (3, inputs.size, inputs.size)
+def make_batch(sequences: int, steps: int, inputs: Inputs) -> TensorDict:
+    """A training batch ``[B, T]``."""
+    shape = (sequences, steps)
     entries = {
-        "pixels": torch.empty(*shape, *picture, dtype=torch.uint8, device=meta),
-        "action": torch.empty(*shape, ACTION_DIM, device=meta),
-        "reward": torch.empty(*shape, 1, device=meta),
-        "is_first": torch.empty(*shape, 1, dtype=torch.bool, device=meta),
-        "terminated": torch.empty(*shape, 1, dtype=torch.bool, device=meta),
+        "pixels": torch.zeros(*shape, 3, inputs.size, inputs.size, dtype=torch.uint8),
+        "action": torch.zeros(*shape, ACTION_DIM),
+        "reward": torch.zeros(*shape, 1),
+        "is_first": torch.zeros(*shape, 1, dtype=torch.bool),
+        "terminated": torch.zeros(*shape, 1, dtype=torch.bool),
     }
     return TensorDict(entries, batch_size=shape)
 
@@ -153,18 +144,17 @@ class Clock:
                     "benchmarks/train.py --json"
                 ) from None
 
-    def seconds(self, cfg: PretrainConfig | FinetuneConfig) -> float:
-        """Of an update: compiled if the run compiles and that was measured."""
-        length = cfg.clip_len if isinstance(cfg, PretrainConfig) else cfg.batch_length
+    def seconds(self, cfg: PretrainConfig | FinetuneConfig, flop: float) -> float:
+        """Of an update of ``flop`` operations: compiled if the run is and that was measured."""
         wanted = {"method": cfg.method, "phase": cfg.phase, "size": cfg.size}
-        wanted |= {"batch": cfg.batch_size, "length": length, "precision": cfg.precision}
+        wanted |= {"batch": cfg.batch_size, "length": length_of(cfg), "precision": cfg.precision}
         rows = [row for row in self.rows if wanted.items() <= row.items()]
         rows.sort(key=lambda row: row.get("compile", False) == (cfg.compile == "off"))
         if rows:
             self.measured += 1
             return (rows[0]["world_model_ms"] + rows[0]["behavior_ms"]) / 1e3
         self.declared += 1
-        return update_of(cfg).flop / (self.tflops * 1e12)
+        return flop / (self.tflops * 1e12)
 
     def label(self) -> str:
         """Where the hours come from."""
@@ -207,7 +197,8 @@ def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate]
         key = json.dumps([job.recipe, {k: x for k, x in job.settings.items() if k not in apart}])
         if key not in known:
             resolved = resolve(job)
-            known[key] = resolved, clock.seconds(resolved), update_of(resolved).state_bytes
+            flop, state_bytes = update_of(resolved)
+            known[key] = resolved, clock.seconds(resolved, flop), state_bytes
         resolved, seconds, state_bytes = known[key]
         own.kept_bytes += COPIES * state_bytes
         if job.recipe == "pretrain":

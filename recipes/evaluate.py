@@ -30,12 +30,7 @@ from prelar_trl.recipes.common import (
     seed_everything,
     summarize,
 )
-from prelar_trl.recipes.environments import (
-    build_env,
-    check_interface,
-    interface,
-    saved_interface,
-)
+from prelar_trl.recipes.environments import build_env, check_interface, interface, saved_interface
 from prelar_trl.recipes.interaction import evaluation_policy
 from prelar_trl.recipes.schema import EvaluateConfig
 from prelar_trl.record import bootstrap_interval, write_video
@@ -60,29 +55,27 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     trained = run.config
     noise, state_mean = trained.get("eval_noise", 0.0), trained.get("eval_state_mean", False)
     policy = evaluation_policy(agent, noise, state_mean)
+    name = cfg.env or trained["env"]
     if cfg.env is None:
-        check_trust(cfg.run, "env", trained["env"], cfg.trust_code)
+        check_trust(cfg.run, "env", name, cfg.trust_code)
+    same = ("camera", "cameras", "vectors", "action_repeat", "max_steps")
     env = build_env(
         env_factory,
-        cfg.env or trained["env"],
+        name,
         seed=cfg.seed,
         pixels=trained.get("pixels", 64),
-        camera=trained["camera"],
-        cameras=trained.get("cameras"),
-        vectors=trained.get("vectors"),
         render_quality=cfg.render_quality or trained["render_quality"],
-        action_repeat=trained["action_repeat"],
-        max_steps=trained["max_steps"],
         num_workers=min(cfg.num_workers, cfg.episodes),
+        **{option: trained.get(option) for option in same},
     )
-    check_interface(cfg.env or trained["env"], interface(env), cfg.run, saved_interface(checkpoint))
+    check_interface(name, interface(env), cfg.run, saved_interface(checkpoint))
     records, clips = play(env, StatefulPolicy(policy, device), cfg.episodes, cfg.video_episodes)
     env.close(raise_if_closed=False)
 
     total = summarize(records)
     returns = [record["return"] for record in records]
     result = {
-        "env": cfg.env or trained["env"],
+        "env": name,
         "episodes": cfg.episodes,
         "seed": cfg.seed,
         "step": checkpoint["step"],

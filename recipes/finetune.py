@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.checkpoint import save_checkpoint
 from prelar_trl.envs import make_env
 from prelar_trl.envs.workers import WorkerError
@@ -41,7 +40,6 @@ from prelar_trl.recipes.finetune_state import FinetuneState
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.interaction import (
     Collection,
-    Collector,
     EpisodeCollector,
     Evaluation,
     make_training_env,
@@ -101,9 +99,9 @@ def finetune(
                     if not learner.unaligned:
                         logger.log(aligned, state.step)
                 while state.updates_due >= 1 and not session.stopping():
-                    state.losses = learner.update(collection.sample(), guard.watch)
+                    losses = state.losses = learner.update(collection.sample(), guard.watch)
                     state.updates_due -= 1
-                    guard.check(state.losses, state.step)
+                    guard.check(losses, state.step)
                 if learner.unaligned or state.updates_due >= 1:
                     break  # interrupted: the run goes on with the rest of the updates
             state.training_due = False
@@ -171,7 +169,6 @@ def build(
     data_bytes = replay_bytes(cfg, env.observation_spec["pixels"].shape, processes)
     run, checkpoint = open_run(cfg, learner.agent, data_bytes, restart, processes)
     replay = open_replay(cfg, run.path, learner.video_clips, device, processes, checkpoint)
-    collector: Collector
     if here:
         collector = EpisodeCollector(env, policy, device, watch, seed)
     else:
@@ -205,12 +202,9 @@ def opened(
     cfg, collection, processes = state.cfg, state.collection, state.processes
     device = next(state.learner.agent.parameters()).device
     guard = UpdateGuard(run, state.learner.updates, cfg.max_skipped, processes.rank)
+    step = checkpoint["step"] if checkpoint else 0
     bar = Progress(
-        cfg.env_steps,
-        initial=checkpoint["step"] if checkpoint else 0,
-        name="finetune",
-        unit="steps",
-        hidden=not processes.first,
+        cfg.env_steps, initial=step, name="finetune", unit="steps", hidden=not processes.first
     )
     interruption = Interruption()
     evaluation = Evaluation(cfg, env_factory, state.learner.agent, device, interruption)
@@ -276,8 +270,8 @@ class Session:
             for episode in ended:
                 names = ("return", "success", "length")
                 self.logger.log({f"train/{name}": episode[name] for name in names}, state.step)
-            if state.collection.dropped > self.dropped:
-                self.dropped = state.collection.dropped
+            if state.collection.collector.dropped > self.dropped:
+                self.dropped = state.collection.collector.dropped
                 self.logger.log({"train/dropped": self.dropped}, state.step)
 
     def log_losses(self) -> None:
@@ -314,8 +308,5 @@ class Session:
 
 def main(cfg: FinetuneConfig) -> None:
     """Entry point."""
-    device = choose_device(cfg.device)
-    if device.type == "cpu":
-        with_tcmalloc()
-    with joined(device) as processes:
+    with joined(choose_device(cfg.device)) as processes:
         finetune(cfg, processes=processes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
@@ -19,45 +19,29 @@ from prelar_trl.record import RunFolder
 COUNTERS = ("step", "before", "updates_due", "training_due", "evaluation_due", "best")
 
 
+@dataclass
 class FinetuneState:
-    """A fine-tuning run at one of its steps: all that is saved of it, and restored.
+    """A fine-tuning run at one of its steps: all that is saved of it, and restored."""
 
-    Args:
-        cfg: the run's.
-        known: of the environment, see :func:`prelar_trl.recipes.environments.interface`.
-        learner: what is trained.
-        collection: where it acts, with the replay.
-        processes: those that share each batch.
+    cfg: FinetuneConfig
+    known: dict[str, Any]  # of the environment, see `interface`
+    learner: Learner
+    collection: Collection
+    processes: Processes
+    step: int = 0  # of the environments of all processes
+    before: int = 0  # the step before that one
+    saved: int = 0  # the step of the newest checkpoint
+    ready: bool = False  # there is something to learn from, in all processes
+    training_due: bool = False  # not all that follows a step is done: updates, what is logged
+    evaluation_due: bool = False  # an interruption has cut the last one off
+    best: list[float] | None = None  # success and return of the best evaluation
+    losses: TensorDictBase | None = None  # of the last update
 
-    Attributes:
-        step: of the environments of all processes.
-        before: the step before that one.
-        updates_due: those that the steps so far call for; a part of one is carried over.
-        training_due: not all that follows a step is done: updates, what is logged.
-        evaluation_due: an interruption has cut the last one off.
-        best: success and return of the best evaluation.
-        losses: of the last update.
-        ready: there is something to learn from, in all processes.
-        saved: the step of the newest checkpoint.
-    """
-
-    def __init__(
-        self,
-        cfg: FinetuneConfig,
-        known: dict[str, Any],
-        learner: Learner,
-        collection: Collection,
-        processes: Processes,
-    ) -> None:
-        self.cfg, self.known, self.processes = cfg, known, processes
-        self.learner, self.collection = learner, collection
-        self.step = self.before = self.saved = 0
-        self.updates_due = float(cfg.pretrain_updates)
-        self.training_due = self.evaluation_due = self.ready = False
-        self.best: list[float] | None = None
-        self.losses: TensorDictBase | None = None
-        environments = processes.size * collection.collector.num_envs
-        self._stride = environments * cfg.action_repeat
+    def __post_init__(self) -> None:
+        # Those that the steps so far call for; a part of one is carried over.
+        self.updates_due = float(self.cfg.pretrain_updates)
+        environments = self.processes.size * self.collection.collector.num_envs
+        self._stride = environments * self.cfg.action_repeat
 
     @property
     def can_train(self) -> bool:

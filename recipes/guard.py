@@ -21,18 +21,14 @@ class UpdateGuard:
         run: the run's folder.
         updates: what is trained; they skip by themselves what is not finite.
         most: so many in a row are too many.
-        rank: of this process among those that share the batches; the file of another one than the
-            first is ``not_finite-<rank>.pt``. Default: 0.
-
-    Attributes:
-        skipped: how many there were when it was last checked.
+        rank: of this process; the file of another one than the first is ``not_finite-<rank>.pt``.
     """
 
     def __init__(self, run: RunFolder, updates: Sequence[Update], most: int, rank: int = 0) -> None:
         self.file = run.path / (f"not_finite-{rank}.pt" if rank else "not_finite.pt")
         self.updates, self.most = updates, most
         self.on_cpu = not next(updates[0].module.parameters()).is_cuda
-        self.skipped = self._count()
+        self.skipped = self._count()  # as of the last check
         self._batches: Sequence[TensorDictBase] = ()
         self._rng = rng_state()
 
@@ -41,15 +37,10 @@ class UpdateGuard:
         self._batches, self._rng = batches, rng_state()
 
     def check(self, losses: TensorDictBase, step: int, *, last: bool = False) -> None:
-        """After an update: count.
-
-        Args:
-            losses: of the update.
-            step: of the run.
-            last: no update follows; one that was skipped is too many then.
+        """After the update at ``step`` of the run: count what was skipped.
 
         Raises:
-            RuntimeError: too many in a row.
+            RuntimeError: too many in a row; one is, if no update follows: ``last``.
         """
         # A GPU is not waited for at each update.
         if not (self.on_cpu or last or self.updates[0].count % self.most == 0):

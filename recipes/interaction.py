@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -24,27 +24,20 @@ from prelar_trl.recipes.signals import Interruption, hold_signals
 from prelar_trl.record import Logger
 from prelar_trl.stopwatch import Stopwatch
 
+if TYPE_CHECKING:
+    from prelar_trl.recipes.async_collection import AsyncEpisodeCollector
+
 EVAL_SEED = 10_000  # the evaluation environment's seed lies apart from the training one's
+# Settings of fine-tuning that are make_env's.
+ENV_SETTINGS = ("pixels", "camera", "cameras", "vectors", "render_quality", "action_repeat")
+ENV_SETTINGS += ("max_steps", "worker_timeout", "worker_failures")
 
 
 def make_training_env(
     cfg: FinetuneConfig, env_factory: Any, seed: int, num_workers: int
 ) -> EnvBase:
-    return build_env(
-        env_factory,
-        cfg.env,
-        seed=seed,
-        pixels=cfg.pixels,
-        camera=cfg.camera,
-        cameras=cfg.cameras,
-        vectors=cfg.vectors,
-        render_quality=cfg.render_quality,
-        action_repeat=cfg.action_repeat,
-        max_steps=cfg.max_steps,
-        num_workers=num_workers,
-        worker_timeout=cfg.worker_timeout,
-        worker_failures=cfg.worker_failures,
-    )
+    options = {name: getattr(cfg, name) for name in ENV_SETTINGS}
+    return build_env(env_factory, cfg.env, seed=seed, num_workers=num_workers, **options)
 
 
 def evaluation_policy(agent: Agent, noise: float, state_mean: bool) -> WorldModelPolicy:
@@ -55,68 +48,16 @@ def evaluation_policy(agent: Agent, noise: float, state_mean: bool) -> WorldMode
     )
 
 
-class Collector(Protocol):
-    """Steps in the training environment, here (`EpisodeCollector`) or elsewhere.
+class EpisodeCollector:
+    """Steps in the training environment; `AsyncEpisodeCollector` makes them in another process.
+
+    Every episode begins from a seed of its own, so that one that is running when the run stops can
+    be repeated when it goes on. Environments with a batch size that are no `WorkerEnv` cannot.
 
     Attributes:
         watch: tells where the time goes.
         num_envs: environments that step together.
-    """
-
-    watch: Stopwatch
-    num_envs: int
-
-    @property
-    def dropped(self) -> int:
-        """Episodes that are lost: they could not be repeated, or their worker has failed."""
-        ...
-
-    def reset(self) -> None:
-        """The first frame of new episodes."""
-        ...
-
-    def step(self, random: bool) -> tuple[TensorDictBase, list[dict[str, Any]]]:
-        """One step of every environment, by random actions or the policy's.
-
-        Returns:
-            The step, for the replay, and a record of each episode that ended with it: return,
-            success, length.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is known now."""
-        ...
-
-    def load_state_dict(
-        self, state: dict[str, Any], pending: dict[int, TensorDict]
-    ) -> dict[int, str]:
-        """Goes on with the running episodes, as far as they can be repeated.
-
-        Args:
-            state: of `state_dict`.
-            pending: by environment, the replay's rows of the episode that runs there; none where
-                no step was made.
-
-        Returns:
-            Of the ``pending`` episodes that are lost, why.
-        """
-        ...
-
-    def metrics(self) -> dict[str, float]:
-        """What is to be logged of the steps since the last call."""
-        ...
-
-    def close(self) -> None:
-        """Ends what it has started."""
-        ...
-
-
-class EpisodeCollector:
-    """A `Collector` in this process.
-
-    Every episode begins from a seed of its own, so that one that is running when the run stops can
-    be repeated when it goes on. Environments with a batch size that are no `WorkerEnv` cannot.
+        dropped: episodes that are lost: they could not be repeated, or their worker has failed.
     """
 
     def __init__(
@@ -137,9 +78,16 @@ class EpisodeCollector:
         self._tracker = EpisodeTracker(self.num_envs)
 
     def reset(self) -> None:
+        """The first frame of new episodes."""
         self._now = self._begin(None)
 
     def step(self, random: bool) -> tuple[TensorDictBase, list[dict[str, Any]]]:
+        """One step of every environment, by random actions or the policy's.
+
+        Returns:
+            The step, for the replay, and a record of each episode that ended with it: return,
+            success, length.
+        """
         with self.watch("policy"):
             if random:
                 td = self.env.rand_action(self._now)
@@ -186,6 +134,11 @@ class EpisodeCollector:
     def load_state_dict(
         self, state: dict[str, Any], pending: dict[int, TensorDict]
     ) -> dict[int, str]:
+        """Goes on with the running episodes, as far as they can be repeated.
+
+        ``pending`` has, by environment, the replay's rows of the episode that runs there; none
+        where no step was made. Returns why those of them are lost that are.
+        """
         self.dropped = state["dropped"]
         now: TensorDict | None = None
         faults: dict[int, str | None]
@@ -243,33 +196,25 @@ class EpisodeCollector:
         return None
 
     def metrics(self) -> dict[str, float]:
+        """What is to be logged of the steps since the last call."""
         return {}
 
     def close(self) -> None:
         self.env.close(raise_if_closed=False)
 
 
+@dataclass
 class Collection:
     """Steps in the training environment, which end in the replay."""
 
-    def __init__(self, collector: Collector, replay: EpisodeReplay) -> None:
-        self.collector, self.replay = collector, replay
-
-    @property
-    def dropped(self) -> int:
-        """Episodes that are lost."""
-        return self.collector.dropped
+    collector: EpisodeCollector | AsyncEpisodeCollector
+    replay: EpisodeReplay
 
     def reset(self) -> None:
-        """The first frame of new episodes."""
         self.collector.reset()
 
     def step(self, random: bool) -> list[dict[str, Any]]:
-        """One step of every environment, by random actions or the policy's.
-
-        Returns:
-            A record of each episode that ended: return, success, length.
-        """
+        """As the collector's: the records of the episodes that ended."""
         td, ended = self.collector.step(random)
         with self.collector.watch("replay"):
             self.replay.add(td)
@@ -284,10 +229,7 @@ class Collection:
         """The replay with the running episodes, and what the collector knows now."""
         replay = self.replay.state_dict()
         pending = {worker: rows.to_dict() for worker, rows in replay["pending"].items()}
-        return {
-            "replay": replay | {"pending": pending},
-            "collection": self.collector.state_dict(),
-        }
+        return {"replay": replay | {"pending": pending}, "collection": self.collector.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on with the running episodes, as far as they can be repeated."""
@@ -310,24 +252,23 @@ class Collection:
         self.collector.close()
 
 
+@dataclass
 class Evaluation:
     """Episodes with the policy's mode, from the same initial states each time.
 
     Its environment is made by the first one and kept: to start processes takes seconds.
     """
 
-    def __init__(
-        self,
-        cfg: FinetuneConfig,
-        env_factory: Any,
-        agent: Agent,
-        device: torch.device,
-        interruption: Interruption,
-    ) -> None:
-        self.cfg, self.env_factory, self.device = cfg, env_factory, device
-        self.interruption = interruption
-        self.cut_off = False  # an interruption has cut the last one off: nothing was logged
-        self.policy = evaluation_policy(agent, cfg.eval_noise, cfg.eval_state_mean)
+    cfg: FinetuneConfig
+    env_factory: Any
+    agent: Agent
+    device: torch.device
+    interruption: Interruption
+    cut_off: bool = False  # an interruption has cut the last one off: nothing was logged
+
+    def __post_init__(self) -> None:
+        noise, state_mean = self.cfg.eval_noise, self.cfg.eval_state_mean
+        self.policy = evaluation_policy(self.agent, noise, state_mean)
         self._env: EnvBase | None = None
 
     def __call__(self, logger: Logger, step: int) -> list[float] | None:
@@ -336,15 +277,17 @@ class Evaluation:
         if not cfg.eval_episodes:
             return None
         if self._env is None:
+            workers = min(cfg.num_workers, cfg.eval_episodes)
             with kept_rng():  # so that the first evaluation draws as a later one would
-                self._env = self._make_env(seed)
+                self._env = make_training_env(cfg, self.env_factory, seed, workers)
         env = self._env
         with kept_rng():  # the training's
             with hold_signals():
                 env.set_seed(seed)
-            stopped = partial(getattr, self.interruption, "requested")
             act = StatefulPolicy(self.policy, self.device)
-            records, films = play(env, act, cfg.eval_episodes, stopped=stopped)
+            records, films = play(
+                env, act, cfg.eval_episodes, stopped=lambda: self.interruption.requested
+            )
         self.cut_off = len(records) < cfg.eval_episodes
         if self.cut_off:
             return None
@@ -352,10 +295,6 @@ class Evaluation:
         logger.log({f"eval/{name}": value for name, value in total.items()}, step)
         logger.log_video("eval", films[0], step, fps=30)
         return [total["success"], total["return"]]
-
-    def _make_env(self, seed: int) -> EnvBase:
-        workers = min(self.cfg.num_workers, self.cfg.eval_episodes)
-        return make_training_env(self.cfg, self.env_factory, seed, workers)
 
     def close(self) -> None:
         if self._env is not None:

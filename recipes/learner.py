@@ -1,42 +1,48 @@
-"""What fine-tuning trains: the agent and its updates, as one object that is saved."""
+"""What fine-tuning trains, as one object that is saved, and what it takes from pre-training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDictBase
 
-from prelar_trl.config import PRETRAINED_PARTS
+from prelar_trl.config import METHODS, PRETRAINED_PARTS
 from prelar_trl.data import VideoClips
 from prelar_trl.fast import accelerate
-from prelar_trl.models import Agent, copy_pretrained, make_agent, make_world_model_loss
-from prelar_trl.pretrained import added_inputs, load_weights
-from prelar_trl.recipes.common import prepare_update
-from prelar_trl.recipes.pretrained import (
-    make_alignment,
-    make_rehearsal,
-    read_pretrained_run,
-    rehearsed_clips,
+from prelar_trl.hub import is_export, read_export
+from prelar_trl.models import (
+    Agent,
+    copy_pretrained,
+    make_agent,
+    make_inverse_model,
+    make_world_model_loss,
 )
+from prelar_trl.modules import RSSMWorldModel
+from prelar_trl.objectives import RSSMWorldModelLoss
+from prelar_trl.pretrained import added_inputs, load_weights
+from prelar_trl.recipes.common import prepare_update, read_run
 from prelar_trl.recipes.processes import Processes
+from prelar_trl.recipes.replays import prefetched
 from prelar_trl.recipes.schema import FinetuneConfig
+from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate
+
+Pretrained = dict[str, Any]  # a checkpoint, and under "config" the configuration of its run
 
 
 @dataclass
 class Learner:
     """The agent with its updates; ``alignment`` and rehearsed ``clips`` where a run has them."""
 
+    cfg: FinetuneConfig
     agent: Agent
     model_update: WorldModelUpdate
     behavior_update: BehaviorUpdate
-    behavior_after: int  # updates of the model alone
     alignment: Alignment | None
-    align_updates: int
     clips: VideoClips | None
     watch: Stopwatch
 
@@ -56,12 +62,7 @@ class Learner:
     ) -> TensorDictBase:
         """One update of the world model, and of the behavior from the states that it infers.
 
-        Args:
-            batch: of the replay.
-            watch: is shown all that goes into the update.
-
-        Returns:
-            The losses, scalars.
+        ``watch`` is shown all that goes into it. Returns the losses, scalars.
         """
         batches = [batch]
         if self.clips is not None:
@@ -72,7 +73,7 @@ class Learner:
             losses = self.model_update(*batches)
         state = losses.pop("state")
         assert isinstance(state, TensorDictBase)
-        if self.model_update.count <= self.behavior_after:
+        if self.model_update.count <= self.cfg.behavior_after:
             self.agent.eval()  # it acts now
             return losses
         with self.watch("behavior"):
@@ -87,7 +88,7 @@ class Learner:
     @property
     def unaligned(self) -> bool:
         """Whether they come first."""
-        return self.alignment is not None and self.aligned < self.align_updates
+        return self.aligned < (self.cfg.align_updates or 0)
 
     def align(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:
         """One update of the action encoder towards the pre-trained latent actions."""
@@ -123,9 +124,7 @@ def make_learner(
 ) -> Learner:
     """Networks, losses and optimizers, with the pre-trained weights if there are any.
 
-    Args:
-        known: of the environment, see :func:`prelar_trl.recipes.environments.interface`.
-        processes: those that share each batch.
+    ``known`` is of the environment, see :func:`prelar_trl.recipes.environments.interface`.
 
     Raises:
         ValueError: settings, or a pre-training run, that do not go together.
@@ -138,23 +137,20 @@ def make_learner(
         )
     pretrained = read_pretrained_run(cfg)
     parts = PRETRAINED_PARTS if cfg.load is None else cfg.load
-    if pretrained is not None and not cfg.resume:
+    if pretrained and not cfg.resume:
         copy_pretrained(agent.world_model, pretrained["model"], parts)
         if anew := added_inputs(agent.world_model):
             processes.say(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
     accelerate(agent.to(device).eval())
-    alignment = make_alignment(cfg, agent.world_model, pretrained, device)
+    alignment = rehearsal = clips = None
+    if cfg.align_updates:
+        alignment = make_alignment(cfg, agent.world_model, pretrained, device)
     loss = make_world_model_loss(
-        cfg.method,
-        "finetune",
-        agent.world_model,
-        video_bonus=agent.video_bonus,
-        **cfg.loss,
+        cfg.method, "finetune", agent.world_model, video_bonus=agent.video_bonus, **cfg.loss
     ).to(device)
-    rehearsal = make_rehearsal(cfg, loss, pretrained, device)
-    clips = None
-    if rehearsal is not None:
-        clips = rehearsed_clips(cfg, rehearsal, pretrained, device, processes)
+    if cfg.rehearse:
+        rehearsal = make_rehearsal(cfg, loss, pretrained, device)
+        clips = rehearsed_clips(cfg, rehearsal, pretrained["config"], device, processes)
     model_update = WorldModelUpdate(
         loss,
         lr=cfg.lr,
@@ -185,13 +181,123 @@ def make_learner(
         prepare_update(update, cfg.compile, processes)
     if alignment is not None:  # the model's update trains the action encoder, too
         prepare_update(alignment, "off", processes, overlap=False)
-    return Learner(
-        agent,
-        model_update,
-        behavior_update,
-        cfg.behavior_after,
-        alignment,
-        cfg.align_updates or 0,
-        clips,
-        watch,
+    return Learner(cfg, agent, model_update, behavior_update, alignment, clips, watch)
+
+
+def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained:
+    """The pre-training run; empty where there is none, or this run needs nothing of it.
+
+    Raises:
+        ValueError: it does not suit this run.
+    """
+    for name in ("align_updates", "rehearse", "load", "pretrained_lr"):
+        if getattr(cfg, name) not in (None, 0) and cfg.pretrained is None:
+            raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
+    if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
+        return {}
+    if is_export(cfg.pretrained):
+        checkpoint = read_export(cfg.pretrained, trust_code=cfg.trust_code)
+        config = checkpoint["training"]
+        if cfg.rehearse:
+            raise ValueError(
+                f"rehearse={cfg.rehearse} needs the videos of a pre-training run, of which "
+                f"pretrained={cfg.pretrained} holds only the model; use rehearse=0"
+            )
+    else:
+        run, checkpoint = read_run(cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model)
+        config = run.config
+    accepted = METHODS[cfg.method].checkpoint
+    if checkpoint["phase"] != "pretrain" or checkpoint["method"] not in accepted:
+        suits = f"runs of {', '.join(accepted)}" if accepted else "no pre-training run"
+        raise ValueError(
+            f"pretrained={cfg.pretrained} is a {checkpoint['phase']} run of "
+            f"{checkpoint['method']}; method={cfg.method} takes {suits}"
+        )
+    if checkpoint["size"] != cfg.size:
+        raise ValueError(
+            f"pretrained={cfg.pretrained} has size={checkpoint['size']}, this run size={cfg.size}; "
+            f"use size={checkpoint['size']}"
+        )
+    size = checkpoint.get("inputs", {}).get("size", 64)
+    if size != cfg.pixels:
+        raise ValueError(
+            f"pretrained={cfg.pretrained} saw pictures of {size}x{size}, this run pixels="
+            f"{cfg.pixels}; use pixels={size}"
+        )
+    return {**checkpoint, "config": config}
+
+
+def make_alignment(
+    cfg: FinetuneConfig, world_model: RSSMWorldModel, pretrained: Pretrained, device: torch.device
+) -> Alignment:
+    """What aligns the action encoder with the pre-trained latent actions."""
+    if world_model.action_encoder is None:
+        raise ValueError(
+            f"align_updates={cfg.align_updates}: method={cfg.method} has no action encoder"
+        )
+    inverse_model = accelerate(make_inverse_model(pretrained).to(device))
+    if inverse_model.frames == "flow":
+        raise ValueError(
+            f"align_updates={cfg.align_updates}: pretrained={cfg.pretrained} infers its latent "
+            "actions from optical flow, which an environment does not give; use align_updates=0"
+        )
+    return Alignment(
+        world_model.action_encoder,
+        inverse_model,
+        cfg.align_lr,
+        preprocess=lambda pixels: world_model.first_view(world_model.preprocess(pixels)),
+    )
+
+
+def make_rehearsal(
+    cfg: FinetuneConfig, loss: RSSMWorldModelLoss, pretrained: Pretrained, device: torch.device
+) -> Rehearsal:
+    """The video's share of the loss."""
+    if added_inputs(cast(RSSMWorldModel, loss.world_model)):
+        raise ValueError(
+            f"rehearse={cfg.rehearse}: videos show neither further cameras nor vectors; use "
+            "rehearse=0, or one picture"
+        )
+    inverse_model = None
+    if loss.world_model.action_encoder is not None:
+        inverse_model = accelerate(make_inverse_model(pretrained).to(device))
+    return Rehearsal(loss, inverse_model, cfg.rehearse)
+
+
+def rehearsed_clips(
+    cfg: FinetuneConfig,
+    rehearsal: Rehearsal,
+    config: Mapping[str, Any],
+    device: torch.device,
+    processes: Processes,
+) -> VideoClips:
+    """The clips that the pre-training run was trained on, as its share of each model batch.
+
+    Their windows are as long as the replay's, or as those of the pre-training run if these are
+    shorter: it has chosen its clips by them.
+    """
+    rows = processes.share("batch_size", cfg.batch_size)
+    if rows < 2:
+        raise ValueError(
+            f"rehearse={cfg.rehearse} needs batch_size of at least {2 * processes.size}, not "
+            f"{cfg.batch_size}"
+        )
+    if config.get("data") is None:
+        raise ValueError(
+            f"rehearse={cfg.rehearse}: the run pretrained={cfg.pretrained} was imported and names "
+            "no videos; use rehearse=0"
+        )
+    streams = [key for key in rehearsal.loss.world_model.in_keys if key in ("pixels", "flow")]
+    return VideoClips(
+        config["data"],
+        clip_len=min(cfg.batch_length, config["clip_len"]),
+        batch_size=min(max(1, round(cfg.rehearse * rows)), rows - 1),
+        seed=cfg.seed,
+        device=device,
+        streams=streams,
+        split="train" if config["heldout"] else "all",
+        heldout=config["heldout"],
+        prefetch=prefetched(cfg, device),
+        rank=processes.rank,
+        world_size=processes.size,
     )

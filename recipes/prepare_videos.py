@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from prelar_trl.data import ClipStore
@@ -42,7 +43,15 @@ from prelar_trl.recipes.schema import PrepareVideosConfig
 from prelar_trl.record import Progress
 
 EXPORTS = {"npz": export_episodes, "jpeg": export_frames}
-ONLY_FOR = {
+KINDS: dict[str, Callable[..., Source]] = {
+    "videos": VideoFolder,
+    "something": SomethingSomething,
+    "frames": FrameLists,
+    "episodes": EpisodeFolder,
+    "lerobot": LeRobotDataset,
+    "torchrl": TensorDictFolder,
+}
+ONLY_FOR = {  # settings, which are arguments of these kinds
     "labels": ("something", "frames"),
     "lists": ("frames",),
     "actions": ("episodes", "lerobot", "torchrl"),
@@ -81,10 +90,6 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
         ValueError, FileNotFoundError, ImportError: bad settings, before any work.
     """
     root = path(cfg.source)
-    if cfg.lists is not None and not (
-        isinstance(cfg.lists, dict) and all(isinstance(file, str) for file in cfg.lists.values())
-    ):
-        raise ValueError(f"lists={cfg.lists} must be {{train: <file>, heldout: <file>}}")
     options = FrameOptions(
         size=cfg.pixels,
         resize=cfg.resize,
@@ -99,25 +104,16 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
             raise ValueError(f"{key}= is for kind={' or '.join(kinds)}, this source is {kind!r}")
     if cfg.flow:
         opencv()
-    if kind == "something":
-        try:
-            return SomethingSomething(root, options, labels=cfg.labels)
-        except (ValueError, FileNotFoundError) as error:
-            if cfg.kind != "auto":
-                raise
-            hint = "if these are videos of another kind, add kind=videos"
-            raise type(error)(f"{error}; {hint}") from None
-    if kind == "frames":
-        if not cfg.lists:
-            raise ValueError("kind=frames needs lists={train: <file>, heldout: <file>}")
-        return FrameLists(root, options, lists=cfg.lists, labels=cfg.labels)
-    if kind == "episodes":
-        return EpisodeFolder(root, options, actions=cfg.actions)
-    if kind == "lerobot":
-        return LeRobotDataset(root, options, camera=cfg.camera, actions=cfg.actions)
-    if kind == "torchrl":
-        return TensorDictFolder(root, options, camera=cfg.camera, actions=cfg.actions)
-    return VideoFolder(root, options)
+    if kind == "frames" and not cfg.lists:
+        raise ValueError("kind=frames needs lists={train: <file>, heldout: <file>}")
+    own = {key: getattr(cfg, key) for key, kinds in ONLY_FOR.items() if kind in kinds}
+    try:
+        return KINDS[kind](root, options, **own)
+    except (ValueError, FileNotFoundError) as error:
+        if kind != "something" or cfg.kind != "auto":
+            raise
+        hint = "if these are videos of another kind, add kind=videos"
+        raise type(error)(f"{error}; {hint}") from None
 
 
 def run(cfg: PrepareVideosConfig) -> ClipStore:

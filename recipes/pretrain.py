@@ -13,16 +13,13 @@ from prelar_trl.recipes.entry import start
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("pretrain"))
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from tensordict import TensorDict
 
-from prelar_trl.allocator import with_tcmalloc
-from prelar_trl.checkpoint import rng_state, set_rng_state
+from prelar_trl.checkpoint import kept_rng, rng_state, set_rng_state
 from prelar_trl.config import METHODS
 from prelar_trl.data import VideoClips, shift_for_motion
 from prelar_trl.fast import accelerate
@@ -82,13 +79,7 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
     guard = UpdateGuard(run, [update], cfg.max_skipped, processes.rank)
     losses, stopped = None, False
     frames = cfg.batch_size * cfg.clip_len
-    bar = Progress(
-        cfg.updates,
-        initial=update.count,
-        name="pretrain",
-        unit="updates",
-        hidden=not processes.first,
-    )
+    bar = Progress(cfg.updates, initial=update.count, name="pretrain", hidden=not processes.first)
     with (
         run,
         open_logger(run, loggers, checkpoint, processes) as logger,
@@ -147,8 +138,8 @@ def settle_shift(cfg: PretrainConfig, processes: Processes) -> PretrainConfig:
                 "losses: continue it with that version, or start a new run"
             )
         return cfg
-    share: dict[str, Any] = {"split": "train", "heldout": cfg.heldout} if cfg.heldout else {}
-    pairs = VideoClips(cfg.data, clip_len=2, batch_size=MOTION_PAIRS, **share).sample()
+    split = "train" if cfg.heldout else "all"
+    pairs = VideoClips(cfg.data, 2, MOTION_PAIRS, split=split, heldout=cfg.heldout).sample()
     shift = shift_for_motion(pairs["pixels"], times)
     processes.say(
         f"latent actions see frames moved by up to {shift} pixels (model.{name}), {times:g} times "
@@ -164,13 +155,9 @@ def build(cfg: PretrainConfig, processes: Processes) -> tuple[PretrainState, Vid
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
+    inputs = Inputs(cfg.pixels)
     world_model = make_world_model(
-        cfg.method,
-        "pretrain",
-        action_dim=0,
-        inputs=Inputs(cfg.pixels),
-        size=cfg.size,
-        **cfg.model,
+        cfg.method, "pretrain", action_dim=0, inputs=inputs, size=cfg.size, **cfg.model
     )
     clips, heldout = open_clips(cfg, world_model, device, processes)
     loss = accelerate(make_loss(cfg, world_model, clips).to(device))
@@ -179,31 +166,16 @@ def build(cfg: PretrainConfig, processes: Processes) -> tuple[PretrainState, Vid
     return PretrainState(cfg, world_model, update, clips, processes), heldout
 
 
+@dataclass
 class PretrainState:
-    """All that is saved of a pre-training run, and restored.
+    """All that is saved of a pre-training run, and restored."""
 
-    Args:
-        cfg: the run's.
-        world_model: what is trained.
-        update: with the optimizer.
-        clips: where the training clips are drawn from.
-        processes: those that share each batch.
-
-    Attributes:
-        saved: updates at the newest checkpoint.
-    """
-
-    def __init__(
-        self,
-        cfg: PretrainConfig,
-        world_model: RSSMWorldModel,
-        update: WorldModelUpdate,
-        clips: VideoClips,
-        processes: Processes,
-    ) -> None:
-        self.cfg, self.processes = cfg, processes
-        self.world_model, self.update, self.clips = world_model, update, clips
-        self.saved = 0
+    cfg: PretrainConfig
+    world_model: RSSMWorldModel
+    update: WorldModelUpdate
+    clips: VideoClips
+    processes: Processes
+    saved: int = 0  # updates at the newest checkpoint
 
     def save(self, run: RunFolder) -> None:
         """Write the newest checkpoint; all processes must come here."""
@@ -279,7 +251,8 @@ class UsageGuard:
 
     def __call__(self, step: int) -> dict[str, float]:
         """``action_usage`` and ``action_psnr_gap``."""
-        with looking(self.world_model, self.batch):
+        self.world_model.eval()
+        with kept_rng():  # the training does not feel what is drawn here
             metrics = action_usage(self.world_model, self.batch, self.cfg.context)
         self.latest = {"usage": metrics["action_usage"]}
         early = step < max(self.cfg.updates // 10, self.cfg.loss["latent_warmup"] or 0)
@@ -293,40 +266,30 @@ class UsageGuard:
         return metrics
 
 
-@contextmanager
-def looking(world_model: RSSMWorldModel, batch: TensorDict) -> Iterator[None]:
-    """Evaluation mode, and random draws that the training does not feel."""
-    device = cast(torch.Tensor, batch["pixels"]).device
-    world_model.eval()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
 def open_clips(
     cfg: PretrainConfig, world_model: RSSMWorldModel, device: torch.device, processes: Processes
 ) -> tuple[VideoClips, VideoClips]:
     """Training clips and held-out clips."""
     streams = ["pixels"] + (["flow"] if "flow" in world_model.in_keys else [])
     common: dict[str, Any] = {"clip_len": cfg.clip_len, "device": device, "streams": streams}
-    splits = ("train", "heldout") if cfg.heldout else ("all", "all")
+    train, test = ("train", "heldout") if cfg.heldout else ("all", "all")
     if not 0 < cfg.context < cfg.clip_len:
         raise ValueError(
             f"context={cfg.context} must lie between 1 and clip_len={cfg.clip_len} - 1"
         )
-    share = {"heldout": cfg.heldout} if cfg.heldout else {}
     clips = VideoClips(
         cfg.data,
         batch_size=processes.share("batch_size", cfg.batch_size),
         seed=cfg.seed,
-        split=splits[0],
+        split=train,
+        heldout=cfg.heldout,
         prefetch=cfg.prefetch,
         labels=cfg.labels,
         rank=processes.rank,
         world_size=processes.size,
-        **share,
         **common,
     )
-    heldout = VideoClips(cfg.data, batch_size=8, seed=0, split=splits[1], **share, **common)
+    heldout = VideoClips(cfg.data, batch_size=8, seed=0, split=test, heldout=cfg.heldout, **common)
     height, width = clips.stores[0].size
     if (height, width) != (cfg.pixels, cfg.pixels):
         raise ValueError(
@@ -340,7 +303,8 @@ def predict(
     world_model: RSSMWorldModel, batch: TensorDict, logger: Logger, step: int, context: int
 ) -> None:
     """Open-loop prediction on held-out clips: PSNR, a video grid and a film strip."""
-    with looking(world_model, batch):
+    world_model.eval()
+    with kept_rng():
         model = world_model.open_loop(batch, context)
     quality = psnr(model, batch["pixels"]).mean(0).cpu()  # [T]
     logger.log(
@@ -357,8 +321,5 @@ def predict(
 
 def main(cfg: PretrainConfig) -> None:
     """Entry point."""
-    device = choose_device(cfg.device)
-    if device.type == "cpu":
-        with_tcmalloc()
-    with joined(device) as processes:
+    with joined(choose_device(cfg.device)) as processes:
         pretrain(cfg, processes)

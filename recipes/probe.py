@@ -20,7 +20,6 @@ if __name__ == "__main__":  # before the imports that take seconds
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -96,14 +95,12 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
     calibrate(untrained, fitting)
     for batch in draw(heldout, cfg.clips, has_actions):
         for metric, predictions in openloop_quality(world_model, batch, context).items():
-            for name, values in predictions.items():
-                quality[metric, name].append(values)
+            add(quality, {(metric, name): x for name, x in predictions.items()})
         if world_model.latent_action_encoder is not None:
-            for name, values in action_effects(world_model, batch, EXCHANGES).items():
-                effects[name].append(values)
-        for name, values in features(world_model, untrained, batch, has_actions).items():
-            test[name].append(values)
-    curves = {key: torch.cat(x).mean(0).tolist() for key, x in quality.items()}  # [T] each
+            add(effects, action_effects(world_model, batch, EXCHANGES))
+        if has_actions:
+            add(test, features(world_model, untrained, batch))
+    curves = {key: x.mean(0).tolist() for key, x in join(quality).items()}  # [T] each
     for (metric, name), curve in curves.items():
         rows += [(f"openloop_{metric}", name, t + 1 - context, x) for t, x in enumerate(curve)]
         rows.append((f"openloop_{metric}", f"{name}_mean", None, _mean(curve[context:])))
@@ -115,11 +112,15 @@ def probe(cfg: ProbeConfig) -> dict[str, Any]:
     if has_actions:
         fit = defaultdict(list)
         for batch in draw(fitting, cfg.clips, has_actions):
-            for name, values in features(world_model, untrained, batch, has_actions).items():
-                fit[name].append(values)
+            add(fit, features(world_model, untrained, batch))
+        known, asked = join(fit), join(test)
         panels = {}
         for probe_name, read in (("action_r2", linear_r2), ("action_r2_mlp", mlp_r2)):
-            scores = action_scores(join(fit), join(test), read)
+            scores = {
+                name: read(known[name], known["target"], asked[name], asked["target"]).tolist()
+                for name in FEATURES
+                if name in known
+            }
             for name, score in scores.items():
                 rows.append((probe_name, name, None, _mean(score)))
                 rows += [(probe_name, f"{name}_{i}", None, x) for i, x in enumerate(score)]
@@ -196,11 +197,9 @@ def calibrate(untrained: RSSMWorldModel, clips: VideoClips) -> None:
 
 @torch.no_grad()
 def features(
-    world_model: RSSMWorldModel, untrained: RSSMWorldModel, batch: TensorDict, has_actions: bool
+    world_model: RSSMWorldModel, untrained: RSSMWorldModel, batch: TensorDict
 ) -> dict[str, Tensor]:
     """What the true action (``target``) is read from, ``[B*(T-1), X]`` each."""
-    if not has_actions:
-        return {}
     images = world_model.preprocess(batch["pixels"])
     flow = normalize_pixels(batch["flow"], images.dtype) if "flow" in batch.keys() else None
     found = {
@@ -214,15 +213,6 @@ def features(
     if "latent_action" in found:
         found["latent_action_and_state"] = torch.cat([found["latent_action"], found["state"]], -1)
     return {name: x.flatten(0, 1).cpu() for name, x in found.items()}
-
-
-def action_scores(
-    fit: dict[str, Tensor], test: dict[str, Tensor], read: Callable[..., Tensor]
-) -> dict[str, list[float]]:
-    """R² of each dimension of the true action, from each kind of features."""
-    names = [name for name in FEATURES if name in fit]
-    target, test_target = fit["target"], test["target"]
-    return {name: read(fit[name], target, test[name], test_target).tolist() for name in names}
 
 
 def effect_rows(effects: dict[str, Tensor], run: RunFolder) -> list[Row]:
@@ -294,21 +284,24 @@ def toy_transfer(
         rest = actions[0][:, context - 1 :]  # the source's, from the target's last seen frame on
         played, _ = play_toy(path[1][:, context - 1], target[1], rest, envs[0][0])
         played = played[:, 1:].to(clips.device)
-        quality = transfer_quality(world_model, source, goal, played, context)
-        for name, value in quality.items():
-            values[name].append(value)
-    return [("transfer_psnr", name, None, float(torch.cat(x).mean())) for name, x in values.items()]
+        add(values, transfer_quality(world_model, source, goal, played, context))
+    return [("transfer_psnr", name, None, float(x.mean())) for name, x in join(values).items()]
 
 
-def join(pieces: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+def add(pieces: dict[Any, list[Tensor]], new: dict[Any, Tensor]) -> None:
+    """Append to the pieces of each name."""
+    for name, x in new.items():
+        pieces[name].append(x)
+
+
+def join(pieces: dict[Any, list[Tensor]]) -> dict[Any, Tensor]:
     """The pieces of each name as one tensor."""
     return {name: torch.cat(x) for name, x in pieces.items()}
 
 
 def _mean(values: list[float]) -> float:
     """The mean of the values that are numbers."""
-    numbers = [x for x in values if not math.isnan(x)]
-    return sum(numbers) / len(numbers) if numbers else math.nan
+    return torch.tensor(values, dtype=torch.float64).nanmean().item()
 
 
 def main(cfg: ProbeConfig) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.distributed import process_group
 from prelar_trl.recipes.entry import Stopped
 from prelar_trl.utils import STOPPED
@@ -95,6 +96,8 @@ ALONE = Processes()
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
     """The processes that torchrun has started with this one; `ALONE` without it."""
+    if device.type == "cpu":  # a program that took a GPU for possible starts anew only here
+        with_tcmalloc()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield ALONE
         return

@@ -45,13 +45,7 @@ def open_replay(
     processes: Processes,
     checkpoint: dict[str, Any] | None,
 ) -> EpisodeReplay:
-    """This process's replay, which gives its share of each batch.
-
-    Args:
-        run: the run's folder.
-        video_clips: rows of the share that are rehearsed video, not the replay's.
-        checkpoint: of a run that continues.
-    """
+    """This process's replay, which gives its share of each batch but for the ``video_clips``."""
     path = replay_folder(run, processes.rank)
     if checkpoint is not None and processes.rank > len(checkpoint.get("others", [])):
         shutil.rmtree(path, ignore_errors=True)  # left from when the run had more processes

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
+
+from prelar_trl.envs.workers import held_signals
 
 HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -29,7 +30,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-        numbers = [*HELD, signal.SIGTERM] if in_main_thread() else []
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        numbers = [*HELD, signal.SIGTERM] if in_main_thread else []
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             numbers = [number for number in numbers if number != signal.SIGHUP]
         self._before = {s: signal.signal(s, self._note) for s in numbers}
@@ -51,19 +53,9 @@ class Interruption:
             raise KeyboardInterrupt
 
 
-def in_main_thread() -> bool:
-    """Whether signal handlers can be set here."""
-    return threading.current_thread() is threading.main_thread()
-
-
-@contextmanager
-def hold_signals() -> Iterator[None]:
+def hold_signals() -> AbstractContextManager[None]:
     """Ctrl-C and the like, which reach a terminal's whole group, wait until the end.
 
     Processes that start inside never get them: their parent ends them.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return held_signals(HELD)

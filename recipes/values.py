@@ -106,7 +106,6 @@ Precision = Annotated[Choice, one_of(("32", "bf16"))]
 Quality = Annotated[Choice, one_of(get_args(RenderQuality))]
 Resize = Annotated[Choice, one_of(("squeeze", "crop"))]
 Resume = Annotated[
-    bool | str,
-    Rule(lambda x: x in (True, False, "auto"), "is unknown; choose true, false or auto"),
+    bool | str, Rule(lambda x: x in (True, False, "auto"), "is unknown; choose true, false or auto")
 ]
 Size = Annotated[Choice, one_of(SIZES)]

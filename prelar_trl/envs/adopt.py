@@ -8,24 +8,12 @@ from fnmatch import fnmatchcase
 import torch
 from tensordict import NestedKey
 from torchrl.data import Bounded
-from torchrl.envs import (
-    Compose,
-    DoubleToFloat,
-    DTypeCastTransform,
-    EnvBase,
-    Transform,
-    TransformedEnv,
-)
+from torchrl.envs import Compose, DTypeCastTransform, EnvBase, Transform, TransformedEnv
 from torchrl.envs.gym_like import GymLikeEnv
 
-from prelar_trl.envs.pictures import (
-    PictureConverter,
-    check_picture,
-    looks_like_picture,
-    white_of,
-)
+from prelar_trl.envs.pictures import PictureConverter, check_picture, looks_like_picture, white_of
 from prelar_trl.envs.spec_check import OutputCheck, OwnRandomActions, SpecCheck, shown
-from prelar_trl.envs.transforms import NoSuccess, SuccessReader, ToPixels, ToSuccess
+from prelar_trl.envs.transforms import Success, SuccessReader, ToPixels
 
 NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
 
@@ -50,12 +38,8 @@ def wrap_env(
     # TorchRL reads the info of vector environments by itself, but not that of the last step.
     if isinstance(base, GymLikeEnv) and ("success" not in given or base.batch_size):
         base.set_info_dict_reader(SuccessReader(base.batch_size))
-    elif "success" not in given:
-        transforms.append(NoSuccess())
     else:
-        spec = env.observation_spec["success"]
-        if spec.dtype != torch.bool or spec.shape != (*env.batch_size, 1):
-            transforms.append(ToSuccess())
+        transforms.append(Success())
     if not isinstance(base, GymLikeEnv | SpecCheck):  # TorchRL makes gym's fit their specs
         own_random = type(base).rand_action is not EnvBase.rand_action
         base = OwnRandomActions(base) if own_random else SpecCheck(base)
@@ -142,16 +126,13 @@ def vector_keys(env: EnvBase, vectors: Sequence[str]) -> list[NestedKey]:
 
 def as_float32(env: EnvBase) -> list[Transform]:
     """Casts of float64 observations, of other floats as actions, of any type of reward."""
-    observations = env.observation_spec.items(True, True)
-    doubles = [key for key, spec in observations if spec.dtype == torch.float64]
-    actions = [key for key in env.action_keys if env.full_action_spec[key].dtype == torch.float64]
+    observations = dict(env.observation_spec.items(True, True))
+    doubles = [key for key, spec in observations.items() if spec.dtype == torch.float64]
     casts: list[Transform] = []
-    if doubles or actions:
-        casts.append(DoubleToFloat(in_keys=doubles, in_keys_inv=actions))
-    for key in env.action_keys:
-        dtype = env.full_action_spec[key].dtype
-        if dtype in (torch.float16, torch.bfloat16):
-            casts.append(DTypeCastTransform(dtype, torch.float32, in_keys=[], in_keys_inv=[key]))
+    for dtype, seen in ((torch.float64, doubles), (torch.float16, []), (torch.bfloat16, [])):
+        taken = [key for key in env.action_keys if env.full_action_spec[key].dtype == dtype]
+        if seen or taken:
+            casts.append(DTypeCastTransform(dtype, torch.float32, in_keys=seen, in_keys_inv=taken))
     reward = env.full_reward_spec.get("reward", None)
     if reward is not None and reward.dtype != torch.float32:
         casts.append(DTypeCastTransform(reward.dtype, torch.float32, in_keys=["reward"]))

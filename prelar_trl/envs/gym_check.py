@@ -63,7 +63,7 @@ class GymCheck(gymnasium.Wrapper):
             if info.get(key) is None:  # it does not know
                 continue
             value = _as_array(info[key])
-            if value is None or value.dtype.kind not in "buif" or (value != value).any():
+            if value.dtype.kind not in "buif" or (value != value).any():
                 raise TypeError(
                     f"{self._name}: info has {key}={_short(info[key])}, which is no flag"
                 )
@@ -72,7 +72,7 @@ class GymCheck(gymnasium.Wrapper):
     def _one(self, value: Any, name: str, kinds: str) -> Any:
         """The one number, or flag, that it is."""
         array = _as_array(value)
-        if array is None or array.size != 1 or array.dtype.kind not in kinds:
+        if array.size != 1 or array.dtype.kind not in kinds:
             asked = "one number" if "f" in kinds else "a flag"
             raise TypeError(
                 f"{self._name}: step() gives {name}={_short(value)}; it must be {asked}"
@@ -96,14 +96,14 @@ class GymCheck(gymnasium.Wrapper):
                 self._check(value[key], part, f"{what} {key!r}")
         elif isinstance(space, spaces.Discrete):
             array = _as_array(value)
-            known = array is not None and array.size == 1 and array.dtype.kind in "bui"
-            if array is None or not known or not 0 <= array.item() < space.n:
+            known = array.size == 1 and array.dtype.kind in "bui"
+            if not known or not 0 <= array.item() < space.n:
                 raise ValueError(f"{self._name}: {what}, {_short(value)}; its space is {space}")
         elif isinstance(space, ARRAYS):
             array, dtype = _as_array(value), np.dtype(space.dtype)
-            if array is None or array.dtype.kind not in "buif" or array.shape != space.shape:
+            if array.dtype.kind not in "buif" or array.shape != space.shape:
                 given = "None" if value is None else type(value).__name__
-                if array is not None and array.dtype.kind in "buif":
+                if array.dtype.kind in "buif":
                     given = f"{array.dtype} {list(array.shape)}"
                 asked = f"{dtype} {list(space.shape)}"
                 raise ValueError(f"{self._name}: {what}, {given}; its space is {asked}")
@@ -123,9 +123,9 @@ def _short(value: Any) -> str:
     return " ".join(repr(value).split())[:60]
 
 
-def _as_array(value: Any) -> np.ndarray | None:
-    """None for what is none, such as lists of unlike lengths."""
+def _as_array(value: Any) -> np.ndarray:
+    """An array of objects for what is none of numbers, such as lists of unlike lengths."""
     try:
         return np.asarray(value)
     except (ValueError, TypeError):
-        return None
+        return np.asarray(None)

@@ -23,8 +23,8 @@ from torchrl.envs import (
 from prelar_trl.envs.actions import action_transforms
 from prelar_trl.envs.adopt import as_float32, check_env, vector_keys, wrap_env
 from prelar_trl.envs.backend import rendering_error
-from prelar_trl.envs.registry import find_suite, import_factory, is_import_path
-from prelar_trl.envs.transforms import ActionRepeat, State, StepCheck, Vector
+from prelar_trl.envs.registry import Suite, find_suite, import_factory, is_import_path
+from prelar_trl.envs.transforms import ActionRepeat, Gather, StepCheck
 from prelar_trl.envs.workers import WorkerEnv
 from prelar_trl.types import RenderQuality
 from prelar_trl.utils import check_choice, check_integers, check_range
@@ -106,19 +106,22 @@ def make_env(
         RuntimeError: this machine cannot draw MuJoCo's pictures.
     """
     check_integers(num_workers=num_workers, worker_failures=worker_failures)
-    check_integers(action_repeat=action_repeat, **_given(max_steps=max_steps))
+    check_integers(action_repeat=action_repeat)
+    if max_steps is not None:
+        check_integers(max_steps=max_steps)
     check_integers(0, seed=seed)
-    check_integers(1, LARGEST_PICTURE, **_given(pixels=pixels))
+    if pixels is not None:
+        check_integers(1, LARGEST_PICTURE, pixels=pixels)
     check_range(0.001, 1e6, worker_timeout=worker_timeout)
     device = _as_device(device)
     check_choice("render_quality", render_quality, get_args(RenderQuality))
+    chosen = _chosen(camera, cameras)
+    view = {"pixels": pixels, "cameras": chosen, "render_quality": render_quality}
     build = partial(
         _make_one,
         name_or_env,
-        pixels=pixels,
-        cameras=_chosen(camera, cameras),
+        view,
         vectors=() if vectors is None else _names("vectors", vectors),
-        render_quality=render_quality,
         action_repeat=action_repeat,
         max_steps=max_steps,
         **kwargs,
@@ -140,30 +143,32 @@ def make_env(
 
 def _make_one(
     name_or_env: str | Env | Callable[[], Env],
+    view: dict[str, Any],
+    /,
     *,
     seed: int,
-    pixels: int | None,
-    cameras: tuple[str, ...],
     vectors: tuple[str, ...],
-    render_quality: str,
     action_repeat: int,
     max_steps: int | None,
     **kwargs: Any,
 ) -> EnvBase:
-    view = {"pixels": pixels, "cameras": cameras, "render_quality": render_quality}
+    """See :func:`make_env`; ``view`` holds ``pixels``, ``cameras`` and ``render_quality``."""
     if isinstance(name_or_env, str) and is_import_path(name_or_env):
         name_or_env = import_factory(name_or_env)
     if isinstance(name_or_env, str):
-        base, transforms, limit = _from_name(name_or_env, **view, **kwargs)
-        max_steps = max_steps or limit
+        suite = _suite(name_or_env)
+        make = cast(Callable[..., Any], suite.make)
+        made = make(name_or_env.partition("/")[2], **view, **kwargs)
+        base, transforms = made if isinstance(made, tuple) else _from_object(made, view)
+        max_steps = max_steps or suite.max_steps
     else:
-        base, transforms = _from_object(name_or_env, **view)
+        base, transforms = _from_object(name_or_env, view)
     repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
     if vectors:  # before `state` takes the place of what it gathers
-        gathers = (i for i, transform in enumerate(transforms) if isinstance(transform, State))
-        place = next(gathers, len(transforms))
+        state = [x for x in transforms if isinstance(x, Gather) and x.out_keys == ["state"]]
+        place = transforms.index(state[0]) if state else len(transforms)
         seen = TransformedEnv(base, Compose(*cast(Any, transforms[:place])))
-        transforms.insert(place, Vector(vector_keys(seen, vectors)))
+        transforms.insert(place, Gather("vector", vector_keys(seen, vectors)))
         for transform in transforms:  # each has one parent at a time
             transform.reset_parent()
     env = TransformedEnv(base, Compose(*cast(Any, [*repeat, *transforms])))
@@ -214,49 +219,32 @@ def _as_device(device: Any) -> torch.device:
     return found
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def checked(env: EnvBase, name: str) -> TransformedEnv:
     """An environment whose actions and rewards are looked at, see `StepCheck`."""
     check = StepCheck(name, env.full_action_spec["action"])
     return cast(TransformedEnv, env.append_transform(check))
 
 
-def _from_name(
-    name: str, *, pixels: int | None, cameras: tuple[str, ...], render_quality: str, **kwargs: Any
-) -> tuple[EnvBase, list[Transform], int | None]:
-    """A suite's environment, its transforms, and the suite's own limit of an episode's steps."""
-    view = {"pixels": pixels, "cameras": cameras, "render_quality": render_quality}
+def _suite(name: str) -> Suite:
     try:
-        suite = find_suite(name)
+        return find_suite(name)
     except ModuleNotFoundError:
         raise
     except (ImportError, AttributeError) as error:  # OpenGL's library is missing or broken
         raise rendering_error(error) from error
-    make = cast(Callable[..., Any], suite.make)
-    made = make(name.partition("/")[2], **view, **kwargs)
-    base, transforms = made if isinstance(made, tuple) else _from_object(made, **view)
-    return base, transforms, suite.max_steps
 
 
-def _from_object(
-    env: Any, *, pixels: int | None, cameras: tuple[str, ...], render_quality: str
-) -> tuple[EnvBase, list[Transform]]:
+def _from_object(env: Any, view: dict[str, Any]) -> tuple[EnvBase, list[Transform]]:
     """A user's own environment, or the one that a user's function makes."""
     if not _is_env(env):
         env = env()
     if isinstance(env, EnvBase):
-        return wrap_env(env, pixels=pixels, cameras=cameras)
+        return wrap_env(env, pixels=view["pixels"], cameras=view["cameras"])
     if not isinstance(env, gymnasium.Env):
-        raise ValueError(f"an environment of TorchRL or gymnasium is needed, got {_short(env)}")
+        given = "nothing" if env is None else type(env).__name__
+        raise ValueError(f"an environment of TorchRL or gymnasium is needed, got {given}")
     wrap = importlib.import_module("prelar_trl.envs.wrappers").wrap_gym
-    return wrap(env, pixels=pixels, cameras=cameras, render_quality=render_quality)
-
-
-def _short(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
+    return wrap(env, **view)
 
 
 def _is_env(candidate: Any) -> bool:

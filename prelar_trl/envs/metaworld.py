@@ -9,15 +9,11 @@ from typing import Any
 import gymnasium
 import mujoco
 import numpy as np
-import torch
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-from tensordict import TensorDictBase
-from torchrl.data import Binary, Composite, Unbounded
 from torchrl.envs import EnvBase, GymWrapper, RenameTransform, Transform
-from torchrl.envs.gym_like import default_info_dict_reader
 
 from prelar_trl.envs.camera import Camera, RenderQuality
-from prelar_trl.envs.transforms import Pixels
+from prelar_trl.envs.transforms import Pixels, SuccessReader
 
 METAWORLD_TASKS: tuple[str, ...] = tuple(
     sorted(name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS)
@@ -44,12 +40,16 @@ def task_name(name: str) -> str:
 class MetaworldTask(gymnasium.Env):
     """One task with new object and goal positions at each reset, drawn from the seed.
 
-    Observations: float32 [39], the goal included. Actions: float32 [4] in [-1, 1]. Step 500 is
-    truncated. ``info["success"]`` is a bool array [1], at reset too.
+    Observations: ``observation`` float32 [39], the goal included, and of it ``robot`` [4], what
+    the robot feels of itself: the hand's position, and how far the gripper is open. Actions:
+    float32 [4] in [-1, 1]. Step 500 is truncated. ``info["success"]`` is a bool.
     """
 
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
-    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (39,), np.float32)
+    observation_space = gymnasium.spaces.Dict(
+        observation=gymnasium.spaces.Box(-np.inf, np.inf, (39,), np.float32),
+        robot=gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32),
+    )
 
     def __init__(self, task: str) -> None:
         self.sim = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
@@ -61,7 +61,7 @@ class MetaworldTask(gymnasium.Env):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if seed is not None:
             self.sim.seed(seed)
         observation, _ = self.sim.reset()
@@ -69,40 +69,22 @@ class MetaworldTask(gymnasium.Env):
         mujoco.mj_forward(self.sim.model, self.sim.data)
         current = self.sim._get_curr_obs_combined_no_goal()
         self.sim._prev_obs = current
-        observation = np.concatenate([current, current, observation[36:]], dtype=np.float32)
-        return observation, {"success": np.array([False])}
+        return _observed(np.concatenate([current, current, observation[36:]])), {}
 
     def step(
         self, action: np.ndarray
-    ) -> tuple[np.ndarray, float, bool, bool, dict[str, np.ndarray]]:
+    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         observation, reward, _, truncated, info = self.sim.step(action)
-        success = np.array([bool(info["success"])])
-        return observation.astype(np.float32), float(reward), False, truncated, {"success": success}
+        success = {"success": bool(info["success"])}
+        return _observed(observation), float(reward), False, truncated, success
 
     def close(self) -> None:
         self.sim.close()
 
 
-class Proprioception(Transform):
-    """Add what the robot feels of itself under ``proprio``, float32 [4]: of ``state`` the first.
-
-    The hand's position, and how far the gripper is open.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(in_keys=["state"], out_keys=["proprio"])
-
-    def _apply_transform(self, obs: torch.Tensor) -> torch.Tensor:
-        return obs[..., :4].clone()
-
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return self._call(tensordict_reset)
-
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        observation_spec["proprio"] = Unbounded(torch.Size([4]))
-        return observation_spec
+def _observed(state: np.ndarray) -> dict[str, np.ndarray]:
+    state = state.astype(np.float32)
+    return {"observation": state, "robot": state[:4].copy()}
 
 
 def make_metaworld(
@@ -111,10 +93,9 @@ def make_metaworld(
     """A task and the transforms that give it the project's keys; see :func:`make_env`."""
     task = MetaworldTask(task_name(name))
     env = GymWrapper(task)
-    env.set_info_dict_reader(
-        default_info_dict_reader(["success"], {"success": Binary(1, dtype=torch.bool)})
-    )
-    transforms: list[Transform] = [RenameTransform(["observation"], ["state"]), Proprioception()]
+    env.set_info_dict_reader(SuccessReader())
+    names = ["observation", "robot"], ["state", "proprio"]
+    transforms: list[Transform] = [RenameTransform(*names)]
     if pixels is not None:
         clash = [name for name in cameras if name in MOVED and MOVED[name][0] in cameras]
         if clash:

@@ -13,6 +13,7 @@ Alpha is dropped, gray becomes equal red, green and blue, and sizes are averaged
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,20 +24,14 @@ CHANNELS = (1, 3, 4)
 SMALLEST = 8  # sides of a picture among observations; smaller arrays are states
 
 
+@dataclass
 class PictureConverter:
-    """Turns pictures of one source into uint8 [*batch, 3, size, size].
+    """Turns pictures of one source into uint8 [*batch, 3, size, size]."""
 
-    Args:
-        size: height and width.
-        white: value of white in floats, 1 or 255; ``None`` judges by the values, see above.
-        batch_dims: number of leading dimensions that count pictures.
-        source: what gives the pictures, for messages.
-    """
-
-    def __init__(
-        self, size: int, *, white: float | None = None, batch_dims: int = 0, source: str = "picture"
-    ) -> None:
-        self.size, self.white, self.batch_dims, self.source = size, white, batch_dims, source
+    size: int  # height and width
+    white: float | None = None  # its value in floats, 1 or 255; None judges by the values
+    batch_dims: int = 0  # number of leading dimensions that count pictures
+    source: str = "picture"  # what gives the pictures, for messages
 
     def __call__(self, picture: Any) -> Tensor:
         """Raises ValueError, in one line, for what is no picture."""

@@ -21,10 +21,9 @@ import torch
 from torchrl.envs import EnvBase, GymWrapper, Transform
 
 from prelar_trl.envs.camera import Camera, RenderQuality
-from prelar_trl.envs.transforms import Pixels, State, SuccessReader
+from prelar_trl.envs.transforms import Gather, Pixels, SuccessReader
 
 EPISODE_STEPS = 500
-VIEW = {"distance": 1.8, "azimuth": 90, "elevation": -60}
 LOOK_AT = (0.0, 0.535, 1.1)
 # The package draws 120x120 pixels, and makes 64x64 of this part of them.
 DRAWN, LEFT, TOP, RIGHT, BOTTOM = 120 / 64, 16.75 / 64, 25.0 / 64, 105.0 / 64, 88.75 / 64
@@ -127,8 +126,7 @@ class DeskCamera(Camera):
         view = mujoco.MjvCamera()
         view.type = mujoco.mjtCamera.mjCAMERA_FREE
         view.lookat[:] = LOOK_AT
-        for name, value in VIEW.items():
-            setattr(view, name, value)
+        view.distance, view.azimuth, view.elevation = 1.8, 90, -60
         self._camera = view
 
     def __call__(self) -> torch.Tensor:
@@ -151,7 +149,8 @@ def make_robodesk(
         raise ValueError(f"robodesk has one view, got cameras {', '.join(cameras)}")
     task = RoboDeskTask(name, **kwargs)
     env = GymWrapper(task)
-    transforms: list[Transform] = [State([*task.observation_space.keys()])]
+    keys = [*task.observation_space.keys()]
+    transforms: list[Transform] = [Gather("state", keys, drop=keys)]
     env.set_info_dict_reader(SuccessReader())
     if pixels is not None:
         transforms.append(Pixels([DeskCamera(task, pixels, render_quality)], pixels))

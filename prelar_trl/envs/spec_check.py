@@ -6,7 +6,7 @@ an error that names nothing.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -62,7 +62,7 @@ class SpecCheck(TransformedEnv):
         self._check(found, self._after_step, f"{self._name}: step()")
         return found
 
-    def _check(self, found: Any, specs: dict[NestedKey, Declared], who: str) -> None:
+    def _check(self, found: Any, specs: dict[NestedKey, TensorSpec], who: str) -> None:
         if not isinstance(found, TensorDictBase):
             raise TypeError(f"{who} gives {_kind(found)}; it must give a TensorDict")
         batch, given = self.base_env.batch_size, found.batch_size
@@ -111,7 +111,7 @@ class OutputCheck(Transform):
         return self._checked(tensordict_reset, self._after_reset, "reset()")
 
     def _checked(
-        self, found: TensorDictBase, specs: dict[NestedKey, Declared], what: str
+        self, found: TensorDictBase, specs: dict[NestedKey, TensorSpec], what: str
     ) -> TensorDictBase:
         ahead = found.batch_size[: found.ndim - self._batch_dims]
         _check_given(found, specs, ahead, f"{self._name}: {what}")
@@ -123,39 +123,28 @@ def shown(key: NestedKey) -> str:
     return key if isinstance(key, str) else "/".join(map(str, key))
 
 
-class Declared(NamedTuple):
-    """What the spec of an entry says, read once."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-    choices: TensorSpec | None  # where only some numbers are allowed
-
-
-def _leaves(specs: Composite) -> dict[NestedKey, Declared]:
-    """What specs say of numbers, by their keys."""
+def _leaves(specs: Composite) -> dict[NestedKey, TensorSpec]:
+    """The specs of numbers, by their keys."""
     return {
-        key: Declared(spec.dtype, spec.shape, spec if _chooses(spec) else None)
+        key: spec
         for key, spec in specs.items(True, True)
         if spec.dtype is not None and min(spec.shape, default=0) >= 0  # -1: any size
     }
 
 
-def _chooses(spec: TensorSpec) -> bool:
-    return isinstance(spec, CHOICES) and spec.dtype != torch.bool
-
-
 def _check_given(
-    found: TensorDictBase, specs: dict[NestedKey, Declared], ahead: torch.Size, who: str
+    found: TensorDictBase, specs: dict[NestedKey, TensorSpec], ahead: torch.Size, who: str
 ) -> None:
     """Raise where an entry is not what its spec declares, behind the dimensions ``ahead``."""
-    for key, (dtype, shape, choices) in specs.items():
-        value, shape = found.get(key, None), ahead + shape
+    for key, spec in specs.items():
+        value, dtype, shape = found.get(key, None), spec.dtype, ahead + spec.shape
         if not isinstance(value, Tensor) or value.dtype != dtype or value.shape != shape:
             if value is None and key not in found.keys(True, True):
                 raise ValueError(f"{who} gives no {shown(key)!r}, which its specs declare")
             value = _converted(value, dtype, shape, f"{who} gives {shown(key)}")
             found.set(key, value)
-        if choices is not None and not ahead and not choices.is_in(value):
+        chosen = isinstance(spec, CHOICES) and dtype != torch.bool and not ahead
+        if chosen and not spec.is_in(value):
             raise ValueError(f"{who} gives {shown(key)} with values that its spec does not allow")
 
 

@@ -19,6 +19,15 @@ from prelar_trl.envs.pictures import PictureConverter
 from prelar_trl.envs.spec_check import SpecCheck
 
 
+class SameAtReset(Transform):
+    """Base of transforms that treat what a reset gives as they treat what a step gives."""
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+
 class ActionRepeat(Transform):
     """Apply each action ``repeat`` times: rewards are summed, success is any, an end ends it.
 
@@ -27,8 +36,6 @@ class ActionRepeat(Transform):
 
     def __init__(self, repeat: int) -> None:
         super().__init__()
-        if repeat < 1:
-            raise ValueError(f"action_repeat must be at least 1, got {repeat}")
         self.repeat = repeat
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -141,7 +148,7 @@ def _any_of(tensordict: TensorDictBase, keys: list[NestedKey]) -> torch.Tensor:
     return torch.cat(flags, -1).any(-1)
 
 
-class Pixels(Transform):
+class Pixels(SameAtReset):
     """Add the present pictures under ``pixels``, uint8 [3 V, size, size].
 
     Args:
@@ -167,11 +174,6 @@ class Pixels(Transform):
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         return next_tensordict.set("pixels", self.draw())
 
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return self._call(tensordict_reset)
-
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         shape = torch.Size([3 * len(self._pictures), self._size, self._size])
         observation_spec["pixels"] = Bounded(0, 255, shape, dtype=torch.uint8)
@@ -183,7 +185,7 @@ class Pixels(Transform):
                 picture.close()
 
 
-class ToPixels(Transform):
+class ToPixels(SameAtReset):
     """Move V pictures among the observations to ``pixels``, uint8 [*batch, 3 V, size, size].
 
     Args:
@@ -198,11 +200,6 @@ class ToPixels(Transform):
         views = [convert(next_tensordict[key]) for key, convert in self._converters.items()]
         return next_tensordict.exclude(*self._converters).set("pixels", torch.cat(views, -3))
 
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return self._call(tensordict_reset)
-
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         size = next(iter(self._converters.values())).size
         shape = torch.Size([*observation_spec.shape, 3 * len(self._converters), size, size])
@@ -212,68 +209,32 @@ class ToPixels(Transform):
         return observation_spec
 
 
-def _joined(tensordict: TensorDictBase, keys: Sequence[NestedKey]) -> torch.Tensor:
-    """Entries of any shape and number type as one float32 vector, ``[*batch, S]``."""
-    batch = tensordict.batch_size
-    return torch.cat([tensordict[key].reshape(*batch, -1).float() for key in keys], -1)
-
-
-def _joined_spec(spec: Composite, keys: Sequence[NestedKey]) -> Unbounded:
-    """The spec of what `_joined` gives."""
-    size = sum(spec[key].shape[len(spec.shape) :].numel() for key in keys)
-    return Unbounded(torch.Size([*spec.shape, size]))
-
-
-class Vector(Transform):
-    """Put observations, one behind the other, under ``vector``, float32 [*batch, size].
+class Gather(SameAtReset):
+    """Put observations, one behind the other, under one key, float32 [*batch, S].
 
     Args:
-        keys: what an agent is to see, of any shape and number type; they stay where they are.
+        out: the key.
+        keys: of the observations, of any shape and number type. None of them: there is no ``out``.
+        drop: observations that are left out afterwards.
     """
 
-    def __init__(self, keys: Sequence[NestedKey]) -> None:
-        super().__init__(in_keys=list(keys), out_keys=["vector"])
+    def __init__(self, out: str, keys: Sequence[NestedKey], drop: Sequence[NestedKey] = ()) -> None:
+        super().__init__(in_keys=list(keys), out_keys=[out] if keys else [])
+        self._drop = list(drop)
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        return next_tensordict.set("vector", _joined(next_tensordict, self.in_keys))
-
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return self._call(tensordict_reset)
+        batch = next_tensordict.batch_size
+        parts = [next_tensordict[key].reshape(*batch, -1).float() for key in self.in_keys]
+        kept = next_tensordict.exclude(*self._drop)
+        return kept.set(self.out_keys[0], torch.cat(parts, -1)) if parts else kept
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        observation_spec["vector"] = _joined_spec(observation_spec, self.in_keys)
-        return observation_spec
-
-
-class State(Transform):
-    """Gather observations in ``state``, float32 [*batch, S].
-
-    Args:
-        keys: what is gathered, of any shape and number type.
-        drop: what is left out besides, such as text.
-    """
-
-    def __init__(self, keys: list[NestedKey], drop: Sequence[NestedKey] = ()) -> None:
-        super().__init__(in_keys=keys, out_keys=["state"] if keys else [])
-        self._keys, self._drop = keys, list(drop)
-
-    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        kept = next_tensordict.exclude(*self._keys, *self._drop)
-        return kept.set("state", _joined(next_tensordict, self._keys)) if self._keys else kept
-
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return self._call(tensordict_reset)
-
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        state = _joined_spec(observation_spec, self._keys)
-        for key in (*self._keys, *self._drop):
+        batch = observation_spec.shape
+        size = sum(observation_spec[key].shape[len(batch) :].numel() for key in self.in_keys)
+        for key in self._drop:
             del observation_spec[key]
-        if self._keys:
-            observation_spec["state"] = state
+        for key in self.out_keys:
+            observation_spec[key] = Unbounded(torch.Size([*batch, size]))
         return observation_spec
 
 
@@ -302,50 +263,25 @@ class SuccessReader(BaseInfoDictReader):
         return {"success": Binary(1, torch.Size([*self._batch, 1]), dtype=torch.bool)}
 
 
-class ToSuccess(Transform):
-    """Turn ``success`` of any number type and shape into bool [*batch, 1].
+class Success(SameAtReset):
+    """Make ``success`` bool [*batch, 1], of any number type and shape; False where there is none.
 
     Raises (by a reset or a step):
         ValueError: it is NaN.
     """
 
     def __init__(self) -> None:
-        super().__init__(in_keys=["success"], out_keys=["success"])
+        super().__init__(out_keys=["success"])
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        value = next_tensordict["success"]
+        batch = next_tensordict.batch_size
+        value = next_tensordict.get("success", torch.zeros(*batch, 1))
         if value.isnan().any():
             raise ValueError("the environment gives success=NaN, which is no flag")
-        flags = value.reshape(*next_tensordict.batch_size, -1) > 0
+        flags = value.reshape(*batch, -1) > 0
         return next_tensordict.exclude("success").set("success", flags.any(-1, keepdim=True))
-
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return self._call(tensordict_reset)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         shape = torch.Size([*observation_spec.shape, 1])
         observation_spec["success"] = Binary(1, shape, dtype=torch.bool)
-        return observation_spec
-
-
-class NoSuccess(Transform):
-    """Add ``success`` = False, bool [*batch, 1], to an environment that does not know success."""
-
-    def __init__(self) -> None:
-        super().__init__(out_keys=["success"])
-
-    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        shape = (*next_tensordict.batch_size, 1)
-        return next_tensordict.set("success", torch.zeros(shape, dtype=torch.bool))
-
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
-        return self._call(tensordict_reset)
-
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        shape = (*observation_spec.shape, 1)
-        observation_spec["success"] = Binary(1, torch.Size(shape), dtype=torch.bool)
         return observation_spec

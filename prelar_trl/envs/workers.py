@@ -10,7 +10,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
@@ -152,14 +152,9 @@ class WorkerEnv(EnvBase):
     def _ask(
         self, questions: dict[int, tuple[Any, ...]], seconds: float | None = None
     ) -> tuple[dict[int, Any], dict[int, str]]:
-        """Send a command to each of these workers.
+        """The answers to questions by worker, and of those that have failed and were replaced, why.
 
-        Args:
-            questions: by worker.
-            seconds: until a worker hangs. Default: the timeout.
-
-        Returns:
-            The answers, and of those workers that have failed and were replaced, why.
+        A worker hangs after ``seconds``. Default: the timeout.
         """
         failed: dict[int, str] = {}
         for worker, question in questions.items():
@@ -227,7 +222,7 @@ def start_process(
     context.set_forkserver_preload(["__main__", __name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *args), daemon=daemon)
-    with _held_signals():
+    with held_signals(SIGNALS):  # it gets none of them until it ignores them
         process.start()
     theirs.close()
     return process, ours
@@ -243,7 +238,7 @@ def settle_process() -> None:
 
 def _end(workers: list[_Worker]) -> None:
     for worker in workers:
-        worker.hang_up()
+        worker.connection.close()  # it ends by itself when it reads that
     deadline = time.monotonic() + 5.0  # of all together, however many hang
     for worker in workers:
         worker.kill(patience=max(0.0, deadline - time.monotonic()))
@@ -254,11 +249,11 @@ class _Worker:
     """The parent's side of one process."""
 
     def __init__(self, make: bytes, seed: int) -> None:
-        self.process, self._connection = start_process(_work, make, seed)
+        self.process, self.connection = start_process(_work, make, seed)
 
     def send(self, *question: Any) -> None:
         try:
-            self._connection.send_bytes(pickle.dumps(question))
+            self.connection.send_bytes(pickle.dumps(question))
         except OSError:
             raise WorkerError(self._death()) from None
 
@@ -266,9 +261,9 @@ class _Worker:
         """What it gives within that time."""
         begin = time.monotonic()
         try:
-            if not self._connection.poll(max(0.0, seconds)):
+            if not self.connection.poll(max(0.0, seconds)):
                 raise WorkerError(f"gave no answer for {time.monotonic() - begin:.0f} s")
-            error, answer = pickle.loads(self._connection.recv_bytes())
+            error, answer = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             raise WorkerError(self._death()) from None
         if error is not None:
@@ -279,13 +274,9 @@ class _Worker:
         self.process.join(5.0)
         return f"died (exit code {self.process.exitcode})"
 
-    def hang_up(self) -> None:
-        """It ends by itself when it reads that."""
-        self._connection.close()
-
     def kill(self, patience: float = 0.0) -> None:
         """Ends it, at once or after that many seconds."""
-        self.hang_up()
+        self.connection.close()
         self.process.join(patience)
         self.process.kill()
         self.process.join()
@@ -362,9 +353,9 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _held_signals() -> Iterator[None]:
-    """A process that starts inside gets none of the signals until it ignores them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+def held_signals(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """These signals wait until the end, for processes that start inside too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from prelar_trl.envs.actions import NO_FACTORS
 from prelar_trl.envs.adopt import find_pictures, pixels_transform
 from prelar_trl.envs.camera import Camera, RenderQuality
 from prelar_trl.envs.gym_check import GymCheck
-from prelar_trl.envs.transforms import NoSuccess, Pixels, State, SuccessReader
+from prelar_trl.envs.transforms import Gather, Pixels, Success, SuccessReader
 
 OWN_NAMES = ("is_first", "step_count", "episode_reward", "vector", "state", "action", "next")
 OWN_NAMES += ("reward", "done", "terminated", "truncated")
@@ -159,7 +159,7 @@ def make_dm_control(
     if name.count("/") != 1:
         raise ValueError(f"write dm_control/<domain>/<task>, got dm_control/{name}")
     env = DMControlEnv(*name.split("/"), **kwargs)
-    transforms: list[Transform] = [_state(env), NoSuccess()]
+    transforms: list[Transform] = [_state(env), Success()]
     if pixels is not None:
         physics = env.physics
         transforms.append(
@@ -168,11 +168,12 @@ def make_dm_control(
     return env, transforms
 
 
-def _state(env: EnvBase, drop: Sequence[NestedKey] = (), keep: Sequence[NestedKey] = ()) -> State:
+def _state(env: EnvBase, drop: Sequence[NestedKey] = (), keep: Sequence[NestedKey] = ()) -> Gather:
     """Gather the observations that are numbers in ``state``, float32 [S], those of ``keep`` not."""
     specs = dict(env.observation_spec.items(True, True))
     drop = [*drop, *(key for key, spec in specs.items() if spec.dtype is None)]
-    return State([key for key in specs if key not in drop and key not in keep], drop)
+    keys = [key for key in specs if key not in drop and key not in keep]
+    return Gather("state", keys, drop=[*keys, *drop])
 
 
 def _cameras(
