@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ __all__ = [
     "check_integers",
     "check_range",
     "git_state",
+    "hold_signals",
     "listed",
     "lock_folder",
     "read_json",
@@ -177,3 +179,13 @@ def without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in settings.items()
         if value is not None
     }
+
+
+@contextmanager
+def hold_signals(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """These signals wait until the end; for processes that start inside, until they take them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -24,11 +24,11 @@ from prelar_trl.fast import CompileMode, compile_update, skip_on_device, use_ten
 from prelar_trl.recipes.processes import ALONE, Processes
 from prelar_trl.recipes.resume import CHECKPOINT, changed_settings, plain
 from prelar_trl.recipes.schema import RunConfig
-from prelar_trl.recipes.signals import hold_signals
+from prelar_trl.recipes.signals import GROUP_SIGNALS
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
 from prelar_trl.types import Backend
 from prelar_trl.updates import Update
-from prelar_trl.utils import atomic_write
+from prelar_trl.utils import atomic_write, hold_signals
 
 BEST = "best.pt"  # evaluated, while fine-tuning
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
@@ -177,7 +177,7 @@ def check_trust(run: str, name: str, value: Any, trust_code: bool) -> None:
 def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> None:
     """Write the newest checkpoint, and one that stays if a multiple of ``keep_every`` was passed.
 
-    ``before`` is the step of the checkpoint before it; that of ``state`` is among it.
+    ``before`` is the step of the checkpoint before it; the state's own is ``state["step"]``.
     """
     keep = cfg.keep if state["step"] > before else 1  # the same step again takes its own place
     path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)
@@ -303,7 +303,7 @@ def play(
         A record of each episode (return, success, length), and the frames of the first
         ``videos``, uint8 ``[T, 3, H, W]`` each, :data:`FILM_FRAMES` at most.
     """
-    with hold_signals():
+    with hold_signals(GROUP_SIGNALS):
         td = env.reset()
     workers = td.numel()
     quota = [episodes // workers + (i < episodes % workers) for i in range(workers)]

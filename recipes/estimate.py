@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,12 @@ from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate, frozen
 
 ACTION_DIM = 4  # Meta-world's
 EPISODE = 500  # steps, where nothing else is set
-FRAME_BYTES = 3 * 64 * 64
 COPIES = 3  # of the weights in a checkpoint: Adam has two moments
 GIBIBYTE = 2**30
 
 
 class Update(NamedTuple):
-    """One update: its arithmetic, and the bytes of the weights that a run keeps."""
+    """One update: its arithmetic, and the bytes of the weights that it changes."""
 
     flop: float
     state_bytes: int
@@ -108,7 +108,7 @@ def update_of(cfg: PretrainConfig | FinetuneConfig) -> Update:
 
 
 def make_batch(sequences: int, steps: int, inputs: Inputs) -> TensorDict:
-    """A training batch ``[B, T]``."""
+    """A training batch ``[B, T]`` of zeros; on the meta device if that is the default."""
     shape = (sequences, steps)
     entries = {
         "pixels": torch.zeros(*shape, 3, inputs.size, inputs.size, dtype=torch.uint8),
@@ -200,7 +200,8 @@ def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate]
             flop, state_bytes = update_of(resolved)
             known[key] = resolved, clock.seconds(resolved, flop), state_bytes
         resolved, seconds, state_bytes = known[key]
-        own.kept_bytes += COPIES * state_bytes
+        checkpoints = resolved.keep + (job.recipe == "finetune")  # and the best
+        own.kept_bytes += checkpoints * COPIES * state_bytes
         if job.recipe == "pretrain":
             own.pretrainings += 1
             own.pretrain_hours += resolved.updates * seconds / 3600
@@ -211,14 +212,14 @@ def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate]
             own.update_hours += updates * seconds / 3600
             own.env_hours += steps * cfg.env_step_s / 3600
             frames = min(resolved.capacity, resolved.env_steps // resolved.action_repeat)
-            own.replay_bytes = max(own.replay_bytes, frames * FRAME_BYTES)
+            own.replay_bytes = max(own.replay_bytes, frames * 3 * resolved.pixels**2)
     return estimates, clock.label()
 
 
 def work_of(cfg: FinetuneConfig) -> tuple[int, int]:
     """Updates of a run, and environment steps with those of its evaluations."""
     updates = cfg.pretrain_updates + int((cfg.env_steps - cfg.prefill) / cfg.train_every)
-    evaluations = max(0, cfg.env_steps - cfg.first_evaluation) // cfg.eval_every + 1
+    evaluations = 1 + ceil(max(0, cfg.env_steps - cfg.first_evaluation) / cfg.eval_every)
     episode = (cfg.max_steps or EPISODE) * cfg.action_repeat
     return updates, cfg.env_steps + evaluations * cfg.eval_episodes * episode
 

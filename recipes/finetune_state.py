@@ -38,7 +38,7 @@ class FinetuneState:
     losses: TensorDictBase | None = None  # of the last update
 
     def __post_init__(self) -> None:
-        # Those that the steps so far call for; a part of one is carried over.
+        # Updates that the steps so far call for; a part of one is carried over.
         self.updates_due = float(self.cfg.pretrain_updates)
         environments = self.processes.size * self.collection.collector.num_envs
         self._stride = environments * self.cfg.action_repeat

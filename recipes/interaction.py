@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -20,12 +20,10 @@ from prelar_trl.modules import StatefulPolicy, WorldModelPolicy
 from prelar_trl.recipes.common import EpisodeTracker, play, summarize
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import FinetuneConfig
-from prelar_trl.recipes.signals import Interruption, hold_signals
+from prelar_trl.recipes.signals import GROUP_SIGNALS, Interruption
 from prelar_trl.record import Logger
 from prelar_trl.stopwatch import Stopwatch
-
-if TYPE_CHECKING:
-    from prelar_trl.recipes.async_collection import AsyncEpisodeCollector
+from prelar_trl.utils import hold_signals
 
 EVAL_SEED = 10_000  # the evaluation environment's seed lies apart from the training one's
 # Settings of fine-tuning that are make_env's.
@@ -48,8 +46,26 @@ def evaluation_policy(agent: Agent, noise: float, state_mean: bool) -> WorldMode
     )
 
 
+class Collector(Protocol):
+    """What `EpisodeCollector` does, here or in another process."""
+
+    watch: Stopwatch
+    num_envs: int
+
+    @property
+    def dropped(self) -> int: ...
+    def reset(self) -> None: ...
+    def step(self, random: bool) -> tuple[TensorDictBase, list[dict[str, Any]]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(
+        self, state: dict[str, Any], pending: dict[int, TensorDict]
+    ) -> dict[int, str]: ...
+    def metrics(self) -> dict[str, float]: ...
+    def close(self) -> None: ...
+
+
 class EpisodeCollector:
-    """Steps in the training environment; `AsyncEpisodeCollector` makes them in another process.
+    """Steps in the training environment.
 
     Every episode begins from a seed of its own, so that one that is running when the run stops can
     be repeated when it goes on. Environments with a batch size that are no `WorkerEnv` cannot.
@@ -109,7 +125,7 @@ class EpisodeCollector:
                 return now
         begun = [count + int(it) for count, it in zip(self._begun, over, strict=True)]
         seeds = [episode_seed(self.seed, worker, n - 1) for worker, n in enumerate(begun)]
-        with hold_signals():
+        with hold_signals(GROUP_SIGNALS):
             if not self.env.batch_size:
                 first = begin_episode(self.env, seeds[0])
             elif self._processes is None:
@@ -207,7 +223,7 @@ class EpisodeCollector:
 class Collection:
     """Steps in the training environment, which end in the replay."""
 
-    collector: EpisodeCollector | AsyncEpisodeCollector
+    collector: Collector
     replay: EpisodeReplay
 
     def reset(self) -> None:
@@ -282,7 +298,7 @@ class Evaluation:
                 self._env = make_training_env(cfg, self.env_factory, seed, workers)
         env = self._env
         with kept_rng():  # the training's
-            with hold_signals():
+            with hold_signals(GROUP_SIGNALS):
                 env.set_seed(seed)
             act = StatefulPolicy(self.policy, self.device)
             records, films = play(

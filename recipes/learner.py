@@ -87,7 +87,7 @@ class Learner:
 
     @property
     def unaligned(self) -> bool:
-        """Whether they come first."""
+        """Whether updates of the action encoder alone are still to be made, before all others."""
         return self.aligned < (self.cfg.align_updates or 0)
 
     def align(self, batch: TensorDictBase) -> dict[str, torch.Tensor]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from contextlib import AbstractContextManager
 from types import FrameType
 
-from prelar_trl.envs.workers import held_signals
-
-HELD = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Ctrl-C and the like, which reach a terminal's whole group.
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interruption:
@@ -31,7 +29,7 @@ class Interruption:
     def __enter__(self) -> Interruption:
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         in_main_thread = threading.current_thread() is threading.main_thread()
-        numbers = [*HELD, signal.SIGTERM] if in_main_thread else []
+        numbers = [*GROUP_SIGNALS, signal.SIGTERM] if in_main_thread else []
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
             numbers = [number for number in numbers if number != signal.SIGHUP]
         self._before = {s: signal.signal(s, self._note) for s in numbers}
@@ -51,11 +49,3 @@ class Interruption:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             raise KeyboardInterrupt
-
-
-def hold_signals() -> AbstractContextManager[None]:
-    """Ctrl-C and the like, which reach a terminal's whole group, wait until the end.
-
-    Processes that start inside never get them: their parent ends them.
-    """
-    return held_signals(HELD)

@@ -145,6 +145,41 @@ def test_runs_of_another_grid_are_compared_at_their_last_step(tmp_path):
         write_learning_curves(runs, tmp_path, baseline="c")
 
 
+def test_tasks_of_other_lengths_are_compared_where_they_were_evaluated(tmp_path):
+    """A step that one task alone knows is in the table, and pictures of all take an earlier one."""
+    long = [evaluated("a", "long", 0.5), evaluated("b", "long", 0.7)]
+    for name, last in (("half", 105_000), ("short", 20_000)):
+        short = [
+            EvaluatedRun(run.group, name, {"success": Series(*(x[STEPS <= last] for x in s))})
+            for run in long
+            for s in (run.scores["success"],)
+        ]
+        (first, *_) = write_learning_curves(long + short, tmp_path / name)
+        assert first.score == "success"
+        steps = {(row.task, row.step) for row in first.rows}
+        assert ("long", 245_000) in steps and (name, 245_000) not in steps
+        captions = [caption for caption in first.pictures if caption.startswith("Performance")]
+        expected = ["Performance profile at step 105,000"] if name == "half" else []
+        assert captions == expected
+
+
+def test_without_a_group_that_has_run_all_tasks_one_is_shown_and_named(tmp_path):
+    (section, _) = write_learning_curves(
+        [evaluated("a", "reach", 0.5), evaluated("b", "push", 0.5)], tmp_path
+    )
+    assert "Task reach" in section.pictures
+    assert not [caption for caption in section.pictures if "together" in caption]
+
+
+def test_runs_that_share_no_step_are_named(tmp_path):
+    runs = [
+        EvaluatedRun("a", "toy", {"return": Series(np.array([step]), np.array([1.0]))})
+        for step in (10.0, 20.0)
+    ]
+    with pytest.raises(ValueError, match="no step at which return was evaluated in all runs"):
+        write_learning_curves(runs, tmp_path)
+
+
 # From disk
 
 
@@ -197,7 +232,7 @@ REFERENCE = "method,task,seed,env_step,success\napv,reach,0,15000,0.5\napv,reach
 
 def test_a_reference_file_gives_runs_under_the_name_of_their_source(tmp_path):
     file = tmp_path / "reference.csv"
-    file.write_text(REFERENCE + "apv,reach,1,5000,0.2\n")
+    file.write_text(REFERENCE + "apv,reach,1,5000,0.2\napv,reach,2,,\napv,reach,3\n")
     runs = read_reference(file, "Meta-world v2")
     assert [run.group for run in runs] == ["apv (Meta-world v2)"] * 2
     assert all(run.reference for run in runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 
 import torch
@@ -38,6 +39,15 @@ def test_without_a_terminal_progress_is_a_line_every_so_often_and_at_the_end():
             for _ in range(3):
                 bar.update()
         assert len(stream.getvalue().splitlines()) == lines
+
+
+def test_without_a_terminal_no_thread_is_started():
+    """A signal that the main thread holds back would be handled through another one."""
+    before = threading.active_count()
+    for options in ({"stream": io.StringIO()}, {"stream": Terminal(), "hidden": True}):
+        with Progress(3, **options) as bar:
+            bar.update()
+            assert threading.active_count() == before
 
 
 def test_a_resumed_bar_counts_only_its_own_updates_for_the_rate():

@@ -61,6 +61,21 @@ def test_a_config_that_yaml_cannot_hold_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "run").exists()
 
 
+def test_a_restarted_run_has_nothing_left_of_any_process(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"seed": 1})
+    for folder in ("replay", "replay-1", "checkpoints"):
+        (run.path / folder).mkdir(exist_ok=True)
+        (run.path / folder / "x").write_text("old")
+    for file in ("metrics.csv", "not_finite-1.pt", "slurm.log"):
+        (run.path / file).write_text("old")
+    run.restart({"seed": 2})
+    assert {path.name for path in run.path.iterdir() if path.suffix != ".lock"} == {
+        *("checkpoints", "videos", "pictures", "config.yaml", "versions.json", "slurm.log")
+    }
+    assert not list(run.checkpoints.iterdir())
+    assert RunFolder.load(run.path).config == {"seed": 2}
+
+
 def test_loading_what_is_no_run_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         RunFolder.load(tmp_path / "nothing")

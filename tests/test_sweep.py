@@ -20,9 +20,10 @@ import yaml
 from prelar_trl.recipes.collect_videos import env_names
 from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.sweep import make_jobs, make_suite, sweep
-from prelar_trl.record import Progress
+from prelar_trl.record import SUMMARY, Progress
 from prelar_trl.sweep import Job
 from prelar_trl.sweep.engine import PROGRESS
+from prelar_trl.sweep.results import CurveResults
 from tests.files import contents
 from tests.sweeps import (
     command,
@@ -320,6 +321,18 @@ def test_the_report_compares_what_is_finished(continued):
     assert list(rows[0]) == columns.split(",")
     assert [line["method"] for line in rows] == ["dreamerv2", "apv"]
     assert (continued.results / "trial" / "table.md").read_text().startswith("| method | runs |")
+
+
+def test_a_table_that_is_no_suites_is_left_out_of_the_summary(tmp_path):
+    for folder, text in (
+        ("toy", ",".join(SUMMARY) + "\ntoy,toy,apv,8,20,5,1,1,1\n"),
+        ("own", "a\n1\n"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "table.csv").write_text(text)
+    CurveResults(tmp_path)._summarize()
+    with open(tmp_path / "summary.csv", newline="") as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["apv"]
 
 
 def test_finished_runs_are_not_repeated_where_only_the_results_are_left(continued, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from prelar_trl.recipes.collect_videos import EVALUATION_TASKS
 from prelar_trl.recipes.estimate import resolve, update_of, work_of
 from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.schema import FinetuneConfig
 from prelar_trl.recipes.sweep import check_settings, make_jobs, sweep
 from prelar_trl.record import read_metrics
 from tests.sweeps import sweep_config
@@ -94,6 +95,15 @@ def test_a_dry_run_lists_runs_and_declared_hours_and_disk(capsys, tmp_path):
     apv = next(line for line in out.splitlines() if line.startswith("apv ")).split()
     assert apv[1] == "2" and apv[3:5] == ["2", "1,200"]  # 100 + 500 updates each
     assert re.search(r"disk: \d+ GiB of checkpoints stay", out)
+
+
+def test_evaluations_are_those_that_a_run_makes():
+    """Every 100 steps after 500 random ones, and where the last of them is not, at the end."""
+    cfg = FinetuneConfig(run="x", env_steps=1000, prefill=500, eval_every=100, eval_episodes=1)
+    cfg.max_steps, cfg.action_repeat = 10, 1
+    for env_steps, evaluations in ((1000, 5), (1050, 6), (550, 1)):
+        cfg.env_steps = env_steps
+        assert work_of(cfg)[1] == env_steps + evaluations * 10
 
 
 def test_measured_updates_take_the_place_of_declared_ones(capsys, tmp_path):

@@ -10,8 +10,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -26,6 +25,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import step_mdp
 
 from prelar_trl.envs.episodes import begin_episode, repeat_episode
+from prelar_trl.utils import hold_signals
 
 logger = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def start_process(
     context.set_forkserver_preload(["__main__", __name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=target, args=(theirs, *args), daemon=daemon)
-    with held_signals(SIGNALS):  # it gets none of them until it ignores them
+    with hold_signals(SIGNALS):  # it gets none of them until it ignores them
         process.start()
     theirs.close()
     return process, ours
@@ -350,13 +350,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-@contextmanager
-def held_signals(numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """These signals wait until the end, for processes that start inside too."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

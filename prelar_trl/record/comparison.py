@@ -64,12 +64,12 @@ class Comparison:
 
 
 class Row(NamedTuple):
-    """One method on one task, or on all of them; None where there is no run of the baseline.
+    """One method on one task, or on all of them.
 
     ``final_*`` are scores of the last evaluation, ``steps*`` environment steps to the threshold,
     of which ``censored`` runs never reached it and count with a lower bound. ``*_low`` and
     ``*_high`` are 95% intervals. ``better`` and ``faster`` are the probabilities of a higher final
-    score and of fewer steps than the baseline's.
+    score and of fewer steps than the baseline's; None for that itself, and where it has no run.
     """
 
     suite: str
@@ -215,7 +215,8 @@ def _markdown(comparison: Comparison, rows: Sequence[Row]) -> str:
     table.insert(1, "|" + "---|" * len(lines[0]))
     table += [
         "",
-        f"Final: {score} of the last evaluation, mean ± standard deviation over the runs. Steps: "
+        f"Final: {score} of the last evaluation, mean ± standard deviation over the "
+        "runs (of all tasks, where they stand together). Steps: "
         f"environment steps to the first evaluation of at least {comparison.threshold:g} that the "
         "next one confirms; a run that never gets there counts with its length and one evaluation "
         f"interval. P: probability of a better {score}, or of fewer steps, than {other}'s. "

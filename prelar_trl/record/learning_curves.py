@@ -138,7 +138,8 @@ def write_learning_curves(
         baseline: the group that ``better`` compares with. Default: ``dreamerv2`` or else the first.
 
     Raises:
-        ValueError: no runs, an unknown baseline, or a step at which nothing was evaluated.
+        ValueError: no runs, none that share a step, an unknown baseline, or a step at which nothing
+            was evaluated.
     """
     folder, own = Path(folder), [run for run in runs if not run.reference]
     if not own:
@@ -154,7 +155,7 @@ def write_learning_curves(
     for score in dict.fromkeys(name for run in own for name in run.scores):
         curves = _collect(runs, score)
         steps = _table_steps(curves, at, score)
-        pictures = _draw(score, curves, steps[-1], baseline, styles, folder)
+        pictures = _draw(score, curves, steps, baseline, styles, folder)
         sections.append(Section(score, _rows(curves, steps, baseline), pictures))
         for x in curves:
             values = (*x.bands["mean"][1:], *x.bands["iqm"][1:])
@@ -230,10 +231,12 @@ def _collect(runs: Sequence[EvaluatedRun], score: str) -> list[_Curves]:
 
 def _table_steps(curves: Sequence[_Curves], at: Sequence[int] | None, score: str) -> list[int]:
     own = [x.steps for x in curves if not x.reference]
+    if not own:
+        raise ValueError(f"no step at which {score} was evaluated in all runs of a group")
     known = {int(step) for steps in own for step in steps}
     if at is None:
-        found = [step for step in PUBLISHED_STEPS if step in known]
-        return found or [int(min(steps[-1] for steps in own))]
+        shared = reduce(np.intersect1d, own).tolist() or known
+        return [step for step in PUBLISHED_STEPS if step in known] or [int(max(shared))]
     missing = [step for step in at if step not in known]
     if missing:
         raise ValueError(
@@ -244,16 +247,16 @@ def _table_steps(curves: Sequence[_Curves], at: Sequence[int] | None, score: str
 
 
 def _rows(curves: Sequence[_Curves], steps: Sequence[int], baseline: str) -> list[Row]:
-    rows, baselines = [], {x.task: x for x in curves if x.group == baseline}
+    rows, bases = [], {x.task: x for x in curves if x.group == baseline}
     for x in curves:
-        other = None if x.reference or x.group == baseline else baselines.get(x.task)
+        base = None if x.reference or x.group == baseline else bases.get(x.task)
         for step in steps:
-            place, others = x.at(step), other and other.at(step)
+            place = x.at(step)
             if place is None:
                 continue
             scores, better = x.values[..., place], ()
-            if other is not None and others is not None:
-                better = probability_of_improvement(scores, other.values[..., others])
+            if base is not None and (there := base.at(step)) is not None:
+                better = probability_of_improvement(scores, base.values[..., there])
             std = float(scores.std(ddof=1)) if scores.size > 1 else 0.0
             iqm = (float(curve[place]) for curve in x.bands["iqm"][1:])
             mean = float(scores.mean())
@@ -264,12 +267,12 @@ def _rows(curves: Sequence[_Curves], steps: Sequence[int], baseline: str) -> lis
 def _draw(
     score: str,
     curves: Sequence[_Curves],
-    step: int,
+    table: Sequence[int],
     baseline: str,
     styles: Mapping[str, tuple[str, str]],
     folder: Path,
 ) -> dict[str, Path]:
-    """The pictures of one score, by caption."""
+    """The pictures of one score, by caption; profiles are of the last step in the table."""
     tasks = list(dict.fromkeys(x.task for x in curves if x.task != ALL_TASKS))
     together = [x for x in curves if x.task == ALL_TASKS]
     together = together or [x for x in curves if x.task == tasks[0]]
@@ -288,9 +291,16 @@ def _draw(
         title: {x.group: x.bands[statistic] for x in together}
         for statistic, title in STATISTICS.items()
     }
-    what = f"All {len(tasks)} tasks together" if len(tasks) > 1 else "The task"
+    what = (
+        f"All {len(tasks)} tasks together" if together[0].task == ALL_TASKS else f"Task {tasks[0]}"
+    )
     pictures[what] = plot_learning_curves(panels, files("aggregate"), **options)
 
+    own = [x for x in together if not x.reference]
+    known = [step for step in table if any(x.at(step) is not None for x in own)]
+    if not known:
+        return pictures
+    step = known[-1]
     scores = {x.group: x.values[..., place] for x in together if (place := x.at(step)) is not None}
     top = max(float(x.max()) for x in scores.values())
     low = min(0.0, *(float(x.min()) for x in scores.values()))

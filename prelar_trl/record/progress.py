@@ -43,17 +43,18 @@ class Progress:
     hidden: bool = False
 
     def __post_init__(self) -> None:
-        self._bar = tqdm(
-            total=self.total,
-            initial=self.initial,
-            desc=self.name,
-            file=self.stream,
-            bar_format=BAR,
-            dynamic_ncols=True,
-            disable=self.hidden or not self.stream.isatty(),
-        )
-        if not self._bar.disable:
-            self.every = 0.5
+        self._bar = None
+        self._pause = self.every
+        if self.stream.isatty() and not self.hidden:  # tqdm starts a thread, disabled too
+            self._bar = tqdm(
+                total=self.total,
+                initial=self.initial,
+                desc=self.name,
+                file=self.stream,
+                bar_format=BAR,
+                dynamic_ncols=True,
+            )
+            self._pause = 0.5
         self.count, self._frames = self.initial, 0
         self._metrics: Mapping[str, float | Tensor] = {}
         self._start = self._shown = (time.monotonic(), self.initial, 0)  # when, updates, frames
@@ -70,14 +71,15 @@ class Progress:
         self._frames += frames
         if metrics is not None:
             self._metrics = {**self._metrics, **metrics}
-        if not self.hidden and time.monotonic() - self._shown[0] >= self.every:
+        if not self.hidden and time.monotonic() - self._shown[0] >= self._pause:
             self._show()
 
     def close(self) -> None:
         """Show the last state, with the mean pace, and end."""
         if not self.hidden:
             self._show(last=True)
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def _show(self, last: bool = False) -> None:
         now, (start, start_count, _) = time.monotonic(), self._start
@@ -88,7 +90,7 @@ class Progress:
             parts.append(f"{_number((self._frames - frames) / seconds)} frames/s")
         parts += [f"{key} {_number(float(value))}" for key, value in self._metrics.items()]
         text = ", ".join(parts)
-        if not self._bar.disable:
+        if self._bar is not None:
             self._bar.n = self.count
             self._bar.set_postfix_str(text)
         else:

@@ -21,9 +21,10 @@ from prelar_trl.utils import atomic_write, git_state, lock_folder, read_json, wr
 PACKAGES = ("prelar_trl", "torch", "torchrl", "tensordict", "numpy", "gymnasium", "metaworld")
 PACKAGES += ("mujoco", "dm_control", "hydra-core", "wandb")
 MEBIBYTE = 2**20
-# Of a run folder; config.yaml last, by which it is known as one.
-CONTENTS = ("checkpoints", "videos", "pictures", "replay", "tensorboard", "wandb")
-CONTENTS += ("metrics.csv", "times.csv", "not_finite.pt", "versions.json", "config.yaml")
+# Of a run folder, those with a number of further processes; config.yaml last, by which it is known.
+CONTENTS = ("checkpoints", "videos", "pictures", "replay", "replay-*", "tensorboard", "wandb")
+CONTENTS += ("metrics.csv", "times.csv", "not_finite.pt", "not_finite-*.pt")
+CONTENTS += ("versions.json", "config.yaml")
 
 
 class RunFolder:
@@ -114,8 +115,7 @@ class RunFolder:
 
         What else lies there, such as a scheduler's log, stays.
         """
-        for name in CONTENTS:
-            place = self.path / name
+        for place in [place for name in CONTENTS for place in self.path.glob(name)]:
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
         self._write(config)
 

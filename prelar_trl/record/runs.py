@@ -90,7 +90,7 @@ def read_reference(path: str | os.PathLike[str], name: str) -> list[EvaluatedRun
             f"must be {', '.join(needed)} and scores such as success"
         )
     runs: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for row in rows:
+    for row in (row for row in rows if any(row[score] for score in scores)):
         runs.setdefault((row["method"], row["task"], row["seed"]), []).append(row)
     try:
         found = []

@@ -144,7 +144,8 @@ def steps_to_threshold(
 
     With ``confirm=2``, one lucky evaluation counts only if the next one reaches the threshold, too.
     A run where no such ``i`` exists is censored: it gets the step at which the next evaluation
-    would have been, ``2 * steps[n - 1] - steps[n - 2]``, which is less than it truly needs.
+    would have been, ``2 * steps[n - 1] - steps[n - 2]``. That is less than it truly needs, unless
+    its last evaluation, which nothing confirms, has reached the threshold already.
 
     Args:
         steps: of the evaluations, positive and increasing, [n].

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -41,7 +41,7 @@ class Program:
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     resumes: bool = True
-    process: subprocess.Popen | None = None  # once poll() has started it
+    process: subprocess.Popen | None = field(default=None, init=False)  # of poll()
 
     @property
     def has_checkpoint(self) -> bool:
@@ -234,7 +234,8 @@ class RayLauncher(Launcher):
         self.ray = ray
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
-        return RayHandle(self.ray, self.actor.remote(**vars(program))), {}
+        given = {x.name: getattr(program, x.name) for x in fields(program) if x.init}
+        return RayHandle(self.ray, self.actor.remote(**given)), {}
 
 
 class RayHandle:

@@ -88,5 +88,7 @@ class CurveResults:
         rows = []
         for table in sorted(self.folder.glob("*/table.csv")):
             with open(table, newline="", encoding="utf-8") as file:
-                rows += [[row[name] for name in SUMMARY] for row in csv.DictReader(file)]
+                reader = csv.DictReader(file)
+                if set(SUMMARY) <= set(reader.fieldnames or ()):  # else no suite's
+                    rows += [[row[name] for name in SUMMARY] for row in reader]
         write_csv(self.folder / "summary.csv", SUMMARY, rows)
