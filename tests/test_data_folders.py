@@ -160,6 +160,14 @@ def test_of_an_animation_that_breaks_off_what_can_be_shown_is_kept(tmp_path) -> 
     assert clip.notes == {"breaks off before its end": 1}
 
 
+def test_a_link_that_leads_nowhere_costs_no_other_picture(tmp_path) -> None:
+    save_pictures(tmp_path / "v" / "a", ramp(5), [f"{t}.png" for t in range(5)])
+    (tmp_path / "v" / "a" / "5.png").symlink_to("n" * 300)
+    store = run(config(tmp_path / "v", tmp_path / "s"))
+    assert times(store.read(0)) == [0, 1, 2, 3, 4]
+    assert store.notes() == {"pictures left out that cannot be read": [("a/", 1)]}
+
+
 def test_bad_pictures_in_a_folder_are_left_out_and_noted(tmp_path) -> None:
     root = tmp_path / "v"
     save_pictures(root / "a", ramp(6), [f"{t}.jpg" for t in range(6)])

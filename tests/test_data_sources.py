@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from prelar_trl.data import StoreError, VideoClips
+from prelar_trl.data import ClipStore, ClipWriter, StoreError, VideoClips
 from prelar_trl.data.sources import (
     ClipError,
     EpisodeFolder,
@@ -19,6 +19,7 @@ from prelar_trl.data.sources import (
     SomethingSomething,
     VideoFolder,
     export_episodes,
+    export_frames,
     flow_colors,
     picture_clip,
     prepare,
@@ -187,6 +188,14 @@ def test_the_official_layout_is_written_back_and_read_again(tmp_path) -> None:
     for clip in range(len(store)):
         difference = again.read(clip).astype(int) - store.read(clip)
         assert np.abs(difference).mean() < 3
+
+
+def test_a_clip_is_not_written_outside_the_export(tmp_path) -> None:
+    with ClipWriter(tmp_path / "s", source="test", height=8, width=8) as writer:
+        writer.add(np.zeros((2, 3, 8, 8), np.uint8), name="../gone")
+    with pytest.raises(ValueError, match="clip '../gone' of .* would not lie in"):
+        export_frames(ClipStore(tmp_path / "s"), tmp_path / "out")
+    assert not (tmp_path / "gone").exists()
 
 
 def test_a_store_is_not_continued_from_another_source(tmp_path) -> None:

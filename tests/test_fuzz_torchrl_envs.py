@@ -216,3 +216,12 @@ def test_a_success_that_is_nan() -> None:
 
     with pytest.raises(ValueError, match="success=NaN, which is no flag"):
         make_env(Unsure()).reset()
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, 1), torch.full((2, 1), math.nan), "yes"])
+def test_a_success_that_is_not_declared_is_none(value: object) -> None:
+    class Undeclared(Walkers):
+        def _observe(self) -> dict[str, Tensor]:
+            return {**super()._observe(), "success": value}
+
+    assert not make_env(Undeclared()).reset()["success"].any()

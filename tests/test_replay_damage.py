@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from tensordict import TensorDict
+from torchrl.envs import Transform
 
-from prelar_trl.data import EpisodeReplay, StoreError
+from prelar_trl.data import ClipStore, ClipWriter, EpisodeReplay, StoreError
+from prelar_trl.data.shards import OpenShard
 from tests.files import flip
 from tests.test_replay import expect, opened, steps
 
@@ -173,3 +178,151 @@ def test_the_journal_of_a_replay_is_written_last(tmp_path: Path) -> None:
     assert written[-1] == "clips" and len(written) == 5
     line = (replay.path / "clips" / "000000.jsonl").read_text().splitlines()[1]
     assert set(json.loads(line)["crc32"]) == {"pixels", "actions", "rewards", "terminated"}
+
+
+@pytest.mark.parametrize("folder", ["/outside", "../outside", "clips", "spool", ""])
+def test_a_store_names_no_folder_but_its_own(folder: str, tmp_path: Path) -> None:
+    """A run folder that came from elsewhere deletes nothing beside itself."""
+    filled(tmp_path).close()
+    outside = tmp_path / "outside" / "000000.bin"
+    outside.parent.mkdir()
+    outside.write_bytes(b"precious")
+    file = tmp_path / "r" / "store.json"
+    meta = json.loads(file.read_text())
+    name = str(tmp_path / "outside") if folder == "/outside" else folder
+    meta |= {"streams": {name: meta["streams"]["pixels"]}, "shards": [], "complete": False}
+    file.write_text(json.dumps(meta))
+    with pytest.raises(StoreError, match="is damaged .stream name .* must be a word other than"):
+        opened(tmp_path)
+    assert outside.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    "spec", [{"dtype": "object", "shape": [1]}, {"dtype": "uint8", "shape": [-1]}, {"shape": [1]}]
+)
+def test_a_stream_that_is_none_is_named(spec: dict, tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    file = tmp_path / "r" / "store.json"
+    meta = json.loads(file.read_text())
+    file.write_text(json.dumps(meta | {"streams": {"pixels": spec}}))
+    with pytest.raises(StoreError, match=r"store.json' is damaged \("):
+        opened(tmp_path)
+
+
+def test_a_flipped_bit_in_a_sealed_journal_is_named(tmp_path: Path) -> None:
+    killed(filled(tmp_path, capacity=80))
+    journal = tmp_path / "r" / "clips" / "000001.jsonl"
+    journal.write_bytes(journal.read_bytes().replace(b'"frames"', b'"fraMes"'))
+    with pytest.raises(StoreError, match=r"000001.jsonl' is damaged: restore that file"):
+        opened(tmp_path, capacity=80)
+
+
+def test_what_a_crash_while_deleting_leaves_is_deleted_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = filled(tmp_path, 5, capacity=40)
+    with monkeypatch.context() as patched:
+        patched.setattr(OpenShard, "delete", lambda shard: killed(replay))  # the process ends here
+        for number in range(5, 9):
+            with suppress(StoreError):
+                replay.extend(steps(9, base=20 * number))
+                break
+    oldest = min(int(x.stem) for x in (replay.path / "pixels").iterdir())
+    killed(replay)
+    again = opened(tmp_path, capacity=40)
+    first = again.storage._store._shards.evicted["shards"]
+    assert oldest < first
+    for stream in ("pixels", "clips", "actions"):
+        assert min(int(x.stem) for x in (replay.path / stream).iterdir()) == first
+
+
+def test_after_a_full_disk_a_replay_goes_on_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = filled(tmp_path, 1, capacity=1_000)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space left"):
+        patched.setattr(OpenShard, "_write", full)
+        replay.extend(steps(9, base=20))
+    replay.extend(steps(9, base=40))
+    with pytest.raises(StoreError, match="another process is writing"):
+        opened(tmp_path, capacity=1_000)
+    replay.close()
+    assert len(ClipStore(replay.path)) == 2
+    replay.extend(steps(9, base=60))
+    replay.close()
+    assert len(ClipStore(replay.path)) == 3
+
+
+def test_a_closed_store_takes_no_clip(tmp_path: Path) -> None:
+    writer = ClipWriter(tmp_path, source="test", height=4, width=4)
+    writer.add(steps(9)["pixels"])
+    writer.close()
+    for use in (lambda: writer.add(steps(9)["pixels"]), lambda: writer.truncate(0)):
+        with pytest.raises(StoreError, match="is closed: open it again"):
+            use()
+    assert len(ClipStore(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_after_a_draw_that_failed_the_next_is_that_of_no_failure(
+    prefetch: int, tmp_path: Path
+) -> None:
+    replay = filled(tmp_path, capacity=1_000, prefetch=prefetch)
+    whole = filled(tmp_path / "whole", capacity=1_000)
+
+    class Fails(Transform):
+        left = 1
+
+        def forward(self, tensordict):
+            self.left -= 1
+            if self.left >= 0:
+                raise RuntimeError("once")
+            return tensordict
+
+    state = replay.state_dict()
+    replay.buffer.append_transform(Fails())
+    with pytest.raises(RuntimeError, match="once"):
+        replay.sample()
+    if not prefetch:
+        replay.load_state_dict(state)
+    assert bool((replay.sample() == whole.sample()).all())
+    replay.state_dict()
+    replay.close()
+
+
+def with_vector(data: TensorDict, size: int = 2) -> TensorDict:
+    vector = torch.zeros(len(data), size)
+    return data.clone().set("vector", vector).set(("next", "vector"), vector)
+
+
+@pytest.mark.parametrize("known", ["store", "unfinished"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data, "vector has shape None per step; the replay .* holds .2."),
+        (lambda data: with_vector(data, 3), "vector has shape .3."),
+        (lambda data: with_vector(data).exclude(("next", "vector")), "vector is .2.* None in next"),
+        (lambda data: with_vector(data).set("action", torch.zeros(9, 5)), "action has shape .5."),
+        (
+            lambda data: with_vector(data).set(("collector", "traj_ids"), torch.zeros(9, 2)),
+            "traj_ids.* must be one number per step, got .2.",
+        ),
+    ],
+)
+def test_steps_that_do_not_fit_are_refused_whole(
+    known: str, spoil, message: str, tmp_path: Path
+) -> None:
+    """Nothing is taken, neither is the unfinished episode lost that they would go on with."""
+    replay = opened(tmp_path)
+    replay.extend(with_vector(steps(9, done=known == "store")))
+    pending = replay.state_dict()["pending"]
+    with pytest.raises(ValueError, match=message):
+        replay.extend(spoil(steps(9, base=9)))
+    assert replay.num_episodes == (known == "store")
+    assert replay.state_dict()["pending"].keys() == pending.keys()
+    replay.extend(with_vector(steps(9, base=9)))
+    assert replay.num_episodes == 1 + (known == "store")

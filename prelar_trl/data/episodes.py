@@ -106,6 +106,11 @@ class EpisodeStorage(FrameStorage):
             episodes["lengths"] = episodes["lengths"] * torch.tensor(kept)
         return episodes
 
+    def _reopen(self) -> None:
+        """Go on with a store that was closed, or that an error has let go of."""
+        if self._store is not None and self._store.released:
+            self._open()
+
     def append(self, frames: TensorDict) -> Tensor:
         """Writes one episode ``[L + 1]``, as `to_frames` gives it; returns its indices int64.
 
@@ -120,6 +125,7 @@ class EpisodeStorage(FrameStorage):
             for key, name in _STREAMS.items()
             if key in frames.keys()
         }
+        self._reopen()
         store = self._store
         if store is None:
             frame = arrays["pixels"][0]
@@ -143,10 +149,10 @@ class EpisodeStorage(FrameStorage):
         frames = int(self._frames[self.whole][number])
         return self.get(torch.arange(start, start + frames) % self.max_size)
 
-    def frame_shape(self, key: str) -> list[int] | None:
-        """Shape of one frame of ``key``; None before the first episode."""
-        stream = self._store.streams.get(_STREAMS[key]) if self._store else None
-        return None if stream is None else list(stream.shape)
+    def frame_shapes(self) -> dict[str, list[int]]:
+        """Shape of one frame of each key; empty before the first episode."""
+        streams = self._store.streams if self._store else {}
+        return {k: list(streams[name].shape) for k, name in _STREAMS.items() if name in streams}
 
     def close(self) -> None:
         """Finishes the clip store, so that others can read it; opening it again continues."""
@@ -175,6 +181,7 @@ class EpisodeStorage(FrameStorage):
             if not self.num_written:
                 raise ValueError(f"{ends}: it is another folder, or files of it are missing")
             logger.warning("%s: the last ones are lost", ends)
+        self._reopen()
         if self._store is not None and end < self.num_written:
             clips = self._store.clips
             self._store.truncate(sum(int(clip.name) < end for clip in clips))
@@ -260,15 +267,21 @@ class EpisodeWriter(Writer):
             raise ValueError(f"the data lack {', '.join(map(str, missing))}")
         for key in ("pixels", ("next", "pixels")):
             pixels = data[key]
-            is_image = pixels.dtype == torch.uint8 and pixels.ndim == 5 and pixels.numel()
-            if not is_image or pixels.shape[2] % 3:
+            is_image = pixels.dtype == torch.uint8 and pixels.ndim == 5
+            if not is_image or not pixels.numel() or pixels.shape[2] % 3:
                 raise ValueError(
                     f"{key} must be uint8 [3, H, W] per step (or 3 channels a picture), got "
                     f"{pixels.dtype} {list(pixels.shape[2:])}"
                 )
-        if data["pixels"].shape != data["next", "pixels"].shape:
-            shapes = [list(data[key].shape[2:]) for key in ("pixels", ("next", "pixels"))]
-            raise ValueError(f"pixels is {shapes[0]} per step, but {shapes[1]} in next")
+        for key in ("pixels", "vector"):
+            now, after = (
+                list(data[k].shape[2:]) if k in keys else None for k in (key, ("next", key))
+            )
+            if now != after:
+                raise ValueError(f"{key} is {now} per step, but {after} in next")
+        if _TRAJECTORY in keys and data[_TRAJECTORY].numel() != data.numel():
+            shape = list(data[_TRAJECTORY].shape[2:])
+            raise ValueError(f"{_TRAJECTORY} must be one number per step, got {shape}")
         for key in (*_FLOATS, *_FLAGS):
             if key not in keys:
                 continue
@@ -282,13 +295,20 @@ class EpisodeWriter(Writer):
             if not bool(value.isfinite().all()):
                 worker, step = (~value.isfinite()).nonzero()[0, :2].tolist()
                 raise ValueError(f"{key} is NaN or infinite at step {step} of environment {worker}")
-        for key in [key for key in ("pixels", "action", "vector") if key in keys]:
-            have, got = self._storage.frame_shape(key), list(data[key].shape[2:])
-            if have not in (None, got):
+        have = self._storage.frame_shapes() or self._pending_shapes()
+        for key in ("pixels", "action", "vector"):
+            got = list(data[key].shape[2:]) if key in keys else None
+            if have and have.get(key) != got:
                 raise ValueError(
                     f"{key} has shape {got} per step; the replay in {str(self._storage.path)!r} "
-                    f"holds {have}"
+                    f"holds {have.get(key)}"
                 )
+
+    def _pending_shapes(self) -> dict[str, list[int]]:
+        """As the storage's, of what is unfinished."""
+        for rows, *_ in self.pending.values():
+            return {str(key): list(value.shape[1:]) for key, value in rows.items()}
+        return {}
 
     def _empty(self, empty_write_count: bool = True) -> None:
         self.pending.clear()

@@ -96,7 +96,7 @@ class OpenShard:
         self._files: dict[str, BinaryIO] = {}
 
     def append(self, data: Mapping[str, Iterable[Buffer]], record: dict[str, Any]) -> None:
-        """Writes one clip: the bytes of each stream, in blocks; ``record`` and their checksums."""
+        """Writes one clip: the bytes of each stream, in blocks, then ``record`` with checksums."""
         try:
             if not self._files:
                 for key in (CLIPS, *self.streams):
@@ -234,13 +234,17 @@ class Shards:
         if not (first or self._seals or (journal.exists() and journal.stat().st_size)):
             self.clear()
             return False
+        for name in (CLIPS, *self.streams):  # what a crash in `evict` may have left
+            for file in (self.path / name).glob("[0-9]*"):
+                if int(file.stem) < first:
+                    file.unlink()
         if meta["complete"]:  # the last shard may take further clips
             self._seals = self._seals[:-1]
         for number, seal in enumerate(self._seals, first):
             journal = shard_file(self.path, CLIPS, number)
-            records = self._shard(number).records() if keep_damaged else read_records(journal)
-            if len(records) != seal["clips"]:
+            if not journal.is_file() or sha256(journal) != seal["sha256"][CLIPS]:
                 raise StoreError(f"{str(journal)!r} is damaged: restore that file")
+            records = self._shard(number).records() if keep_damaged else read_records(journal)
             self._found(number, records)
         number = first + len(self._seals)
         records = self._shard(number).records()

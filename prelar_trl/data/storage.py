@@ -35,7 +35,7 @@ class FrameStorage(Storage):
 
     Attributes:
         streams: key of the batch -> stream of the store.
-        revision: how often the clips were declared.
+        revision: how often the clips were declared anew.
     """
 
     def __init__(self, max_size: int, *, pin_memory: bool = False) -> None:
@@ -156,11 +156,11 @@ class FrameStorage(Storage):
 
 
 class Drawn(NamedTuple):
-    """A batch, the sampler's state before it was drawn, and the storage's revision then."""
+    """A batch or why there is none, the sampler's state before, and the storage's revision then."""
 
     state: dict[str, Any]
     revision: int
-    batch: TensorDict
+    batch: TensorDict | Exception
 
 
 class Prefetcher:
@@ -191,7 +191,12 @@ class Prefetcher:
             self.discard()
         while len(self._drawn) <= self.ahead:
             self._drawn.append(self._executor.submit(self._draw))
-        return self._drawn.popleft().result().batch
+        batch = self._drawn[0].result().batch
+        if isinstance(batch, Exception):
+            self.discard()
+            raise batch
+        self._drawn.popleft()
+        return batch
 
     def discard(self) -> None:
         """Gives back what was drawn ahead, as if it had not been; waits for the thread."""
@@ -213,7 +218,10 @@ class Prefetcher:
 
     def _draw(self) -> Drawn:
         state, revision = self.buffer.sampler.state_dict(), self.storage.revision
-        return Drawn(state, revision, self._sample())
+        try:
+            return Drawn(state, revision, self._sample())
+        except Exception as error:  # of the one who asks for the batch
+            return Drawn(state, revision, error)
 
     def _sample(self) -> TensorDict:
         batch, info = self.buffer.sample(return_info=True)

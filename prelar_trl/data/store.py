@@ -24,12 +24,15 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from prelar_trl.utils import check_integers
 
 FORMAT = "prelar-clips"
 VERSION = 1
@@ -38,6 +41,7 @@ ACTIONS = "actions"
 CLIPS = "clips"
 SKIPPED = "skipped.jsonl"
 SPOOL = "spool"
+DTYPES = frozenset(np.dtype(code).name for code in "?bhilqBHILQefd")
 VERIFY_ON_OPEN_BYTES = 64 * 2**20
 
 
@@ -47,11 +51,25 @@ class StoreError(ValueError):
 
 @dataclass(frozen=True)
 class Stream:
-    """What a store keeps for every frame under one name."""
+    """What a store keeps for every frame under one name, which is that of a folder.
+
+    Raises:
+        ValueError: the name, dtype or shape is none.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w+", self.name) or self.name in (CLIPS, SPOOL):
+            raise ValueError(
+                f"stream name {self.name!r} must be a word other than {CLIPS} and {SPOOL}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"stream {self.name} has dtype {self.dtype!r}: none of numbers")
+        sizes = {f"stream {self.name}: shape[{i}]": size for i, size in enumerate(self.shape)}
+        check_integers(0, **sizes)
 
     @property
     def frame_bytes(self) -> int:
@@ -90,6 +108,10 @@ def read_meta(path: Path) -> dict[str, Any]:
         )
     if lacking := [key for key in KEYS if key not in meta]:
         raise StoreError(f"{str(file)!r} is damaged (no {lacking[0]!r}): make the store again")
+    try:
+        streams_of(meta)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{str(file)!r} is damaged ({error}): make the store again") from None
     return meta
 
 

@@ -125,6 +125,11 @@ class ClipWriter:
             raise
 
     @property
+    def released(self) -> bool:
+        """Nothing can be written any more: it was closed, or could not be written."""
+        return self._lock < 0
+
+    @property
     def num_clips(self) -> int:
         """Clips in the store."""
         return len(self.clips)
@@ -209,7 +214,7 @@ class ClipWriter:
         Raises:
             ValueError: the store has no clip.
         """
-        if self._lock < 0:
+        if self.released:
             return
         if not self.num_clips:
             self._discard()
@@ -227,7 +232,7 @@ class ClipWriter:
     def release(self) -> None:
         """Lets go of the store, unfinished; opening it again continues."""
         self._shards.open.close()
-        if self._lock >= 0:
+        if not self.released:
             shutil.rmtree(self.path / SPOOL, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
@@ -240,10 +245,12 @@ class ClipWriter:
 
     def evict(self, before: int) -> bool:
         """Deletes shards whose clips are all below ``before`` in `clips`; whether there was any."""
+        self._check_held()
         return self._forget(self._shards.evict(before, self._write_meta))
 
     def truncate(self, num_clips: int) -> None:
         """Deletes all clips but the first ``num_clips``."""
+        self._check_held()
         if self._forget(self._shards.truncate(num_clips, self._write_meta)):
             self._dirty = True
 
@@ -287,6 +294,10 @@ class ClipWriter:
         self.clips.append(place)
         self.done.add(name)
 
+    def _check_held(self) -> None:
+        if self.released:
+            raise StoreError(f"clip store {str(self.path)!r} is closed: open it again, to go on")
+
     def _mark_unfinished(self) -> None:
         if not self._dirty:
             self._write_meta()
@@ -294,7 +305,12 @@ class ClipWriter:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Lets go of the store when it cannot be written, and says it plainly for a full disk."""
+        """Lets go of the store when it cannot be written, and says it plainly for a full disk.
+
+        Raises:
+            StoreError: it was let go of before.
+        """
+        self._check_held()
         try:
             yield
         except OSError as error:
@@ -318,7 +334,12 @@ class ClipWriter:
 
     def _resume(self, keep_damaged: bool) -> None:
         meta = read_meta(self.path)
-        begun = self._shards.resume(meta, keep_damaged=keep_damaged)
+        try:
+            begun = self._shards.resume(meta, keep_damaged=keep_damaged)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise StoreError(
+                f"{str(self.path / 'store.json')!r} is damaged ({error!r}): make the store again"
+            ) from None
         have, want = dotted(meta), dotted(self.settings)
         for key in sorted(want | have):
             if key.split(".")[0] not in self.settings or have.get(key) == want.get(key):

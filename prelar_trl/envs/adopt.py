@@ -39,7 +39,7 @@ def wrap_env(
     if isinstance(base, GymLikeEnv) and ("success" not in given or base.batch_size):
         base.set_info_dict_reader(SuccessReader(base.batch_size))
     else:
-        transforms.append(Success())
+        transforms.append(Success(given="success" in given))
     if not isinstance(base, GymLikeEnv | SpecCheck):  # TorchRL makes gym's fit their specs
         own_random = type(base).rand_action is not EnvBase.rand_action
         base = OwnRandomActions(base) if own_random else SpecCheck(base)

@@ -94,8 +94,9 @@ def make_metaworld(
     task = MetaworldTask(task_name(name))
     env = GymWrapper(task)
     env.set_info_dict_reader(SuccessReader())
-    names = ["observation", "robot"], ["state", "proprio"]
-    transforms: list[Transform] = [RenameTransform(*names)]
+    transforms: list[Transform] = [
+        RenameTransform(["observation", "robot"], ["state", "proprio"]),
+    ]
     if pixels is not None:
         clash = [name for name in cameras if name in MOVED and MOVED[name][0] in cameras]
         if clash:

@@ -264,18 +264,22 @@ class SuccessReader(BaseInfoDictReader):
 
 
 class Success(SameAtReset):
-    """Make ``success`` bool [*batch, 1], of any number type and shape; False where there is none.
+    """Make ``success`` bool [*batch, 1], of any number type and shape.
+
+    Args:
+        given: the environment declares one; else it is False throughout.
 
     Raises (by a reset or a step):
         ValueError: it is NaN.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, given: bool) -> None:
         super().__init__(out_keys=["success"])
+        self.given = given
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
         batch = next_tensordict.batch_size
-        value = next_tensordict.get("success", torch.zeros(*batch, 1))
+        value = next_tensordict["success"] if self.given else torch.zeros(*batch, 1)
         if value.isnan().any():
             raise ValueError("the environment gives success=NaN, which is no flag")
         flags = value.reshape(*batch, -1) > 0

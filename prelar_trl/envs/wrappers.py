@@ -159,7 +159,7 @@ def make_dm_control(
     if name.count("/") != 1:
         raise ValueError(f"write dm_control/<domain>/<task>, got dm_control/{name}")
     env = DMControlEnv(*name.split("/"), **kwargs)
-    transforms: list[Transform] = [_state(env), Success()]
+    transforms: list[Transform] = [_state(env), Success(given=False)]
     if pixels is not None:
         physics = env.physics
         transforms.append(

@@ -109,7 +109,7 @@ class Source:
         self._items: list[Item] = []
 
     def items(self) -> list[Item]:
-        """All clips, in an order that depends on the names alone."""
+        """All clips, in an order that depends on the names alone, or on the source's lists."""
         return self._items
 
     def load(self, item: Item) -> Clip:

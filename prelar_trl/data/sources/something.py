@@ -168,7 +168,12 @@ def export_frames(store: ClipStore, folder: str | Path, *, quality: int = 95) ->
 
     Clips whose folder exists are left alone; each folder appears whole or not at all. Returns the
     number of clips written.
+
+    Raises:
+        ValueError: a clip's name leads out of the folder; nothing has been written then.
     """
+    if outside := [name for name in store.names if ".." in Path(name).parts]:
+        raise ValueError(f"clip {outside[0]!r} of {str(store.path)!r} would not lie in {folder}")
     written = 0
     for clip, name in enumerate(store.names):
         place = Path(folder, name.strip("/"))
@@ -206,8 +211,8 @@ def list_file(root: Path, name: str) -> Path | None:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folder and those in it."""
-    return [root, *sorted(filter(os.path.isdir, root.iterdir()))]
+    """The folder and those in it; none if it is missing."""
+    return [root, *sorted(filter(os.path.isdir, root.iterdir()))] if root.is_dir() else []
 
 
 def _find_list(root: Path, name: str) -> Path:

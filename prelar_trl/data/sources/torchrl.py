@@ -133,7 +133,7 @@ class TensorDictFolder(Source):
     def _cut(self, folder: Path) -> Iterator[np.ndarray]:
         """The rows of each episode, in the flat batch."""
         rows = np.arange(math.prod(self.batch))
-        first = rows % self.batch[-1] == 0  # rows of an episode
+        first = rows % self.batch[-1] == 0  # rows that are the first of an episode
         if len(self.batch) == 1:
             rows = _filled(folder, len(rows))
             first = first[: len(rows)]

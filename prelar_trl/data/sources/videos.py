@@ -64,7 +64,7 @@ class VideoFolder(Source):
             suffix = item.path.suffix.lower()
             animated = suffix in ANIMATED and suffix != ".gif"
             return (animation_clip if animated else video_clip)(item.path, self.options)
-        files = [file.name for file in item.path.iterdir() if not file.is_dir()]
+        files = [file.name for file in item.path.iterdir() if not os.path.isdir(file)]
         _, pictures, _ = classify(item.path, files)
         if not pictures:
             raise ClipError("no picture in the folder")
