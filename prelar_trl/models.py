@@ -383,13 +383,21 @@ def _make_decoder(
 
 @torch.no_grad()
 def _initialize(module: nn.Module, kept: Iterable[nn.Module | None] = ()) -> Any:
-    """Xavier-uniform weights and zero biases of linear and convolution layers, but of ``kept``."""
-    own = {layer for each in kept if each is not None for layer in each.modules()}
+    """Xavier-uniform weights and zero biases of linear and convolution layers.
+
+    Those of ``kept`` and of kinds of latent action stay. Of an action window the last one's weights
+    alone are not zero, see :class:`ActionEncoder`.
+    """
+    kinds = [layer for layer in module.modules() if isinstance(layer, LatentActions)]
+    own = {layer for each in (*kept, *kinds) if each is not None for layer in each.modules()}
     for layer in module.modules():
         if layer in own:
             continue
         if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.xavier_uniform_(layer.weight)
+            weight = layer.weight
+            if isinstance(layer, nn.Conv1d):
+                weight = nn.init.zeros_(layer.weight)[..., -1]
+            nn.init.xavier_uniform_(weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return module

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prelar_trl.models import make_agent, make_world_model
 from prelar_trl.modules import ResNetEncoder, make_latent_actions
 from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
+from prelar_trl.modules.latent_actions import GaussianActions
 
 B, T = 2, 4
 KINDS: dict[str, tuple[str, dict[str, Any], int, tuple[int, ...] | None]] = {
@@ -128,6 +130,31 @@ def test_a_window_begins_as_an_encoder_of_the_last_action_alone_and_learns_the_o
     torch.testing.assert_close(encoder(action)[0], single(action)[0])
     encoder(action)[0].square().sum().backward()
     assert (encoder.hidden.weight.grad[..., :-1] != 0).any()
+
+
+def test_an_agents_action_window_begins_as_its_last_action_alone() -> None:
+    sizes = {"stoch": 2, "classes": 2, "deter": 8, "head_units": 8, "depth": 2}
+    agent = make_agent("prelar_plus", action_dim=3, size="mini", **sizes)
+    encoder, action = agent.world_model.action_encoder, torch.randn(2, 12, 3)
+    assert encoder.window == 8
+    moved = action.clone()
+    moved[:, :-1] += 1
+    code, other = (encoder(x, sample=False)[0][:, -1] for x in (action, moved))
+    assert code.abs().sum() > 0
+    torch.testing.assert_close(code, other, rtol=0, atol=0)
+
+
+class OwnWeights(GaussianActions):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.own = nn.Linear(2, 2)
+        nn.init.eye_(self.own.weight)
+
+
+def test_a_kind_of_latent_action_keeps_its_own_initialization() -> None:
+    kind = f"{__name__}:{OwnWeights.__name__}"
+    model = make_world_model("prelar", "pretrain", action_dim=0, size="mini", latent_action=kind)
+    assert torch.equal(model.latent_action_encoder.latent_actions.own.weight, torch.eye(2))
 
 
 def test_action_encoder_without_a_window_takes_any_leading_shape() -> None:
