@@ -260,6 +260,7 @@ def posterior_states(world_model: RSSMWorldModel, frames: TensorDictBase) -> Ten
     if model.latent_action_encoder is not None:
         states["latent_action"] = action
     if "action" in model.in_keys:
-        states["action"] = frames["action"]
-        states = model.flatten_start_states(states).exclude("action").reshape(frames.shape)
+        states.update(frames.select("action", "is_first"))
+        states = model.flatten_start_states(states).exclude("action", "is_first")
+        states = states.reshape(frames.shape)
     return states

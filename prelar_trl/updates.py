@@ -273,7 +273,7 @@ class Alignment(Update):
             count = joint_sum(torch.ones_like(target[..., :1])).clamp_min(1e-6)
             mean = joint_sum(target) / count
             variance = joint_sum((target - mean).square()) / count
-        latent, _ = self.action_encoder(batch["action"], sample=False)
+        latent, _ = self.action_encoder(batch["action"], sample=False, is_first=batch["is_first"])
         error = joint_sum((latent[:, 1:] - target).square()) / count  # [U]
         r2 = 1 - error.detach().sum() / variance.sum().clamp_min(1e-8)
         loss = error.mean()

@@ -99,7 +99,7 @@ def update_of(cfg: PretrainConfig | FinetuneConfig) -> Update:
             if behavior_update is not None:
                 assert isinstance(state, TensorDictBase)
                 starts = world_model.flatten_start_states(
-                    state.update(batch.select("terminated", "action"))
+                    state.update(batch.select("terminated", "action", "is_first"))
                 )
                 with frozen(world_model):
                     behavior_update.forward_backward(starts[: behavior_update.imag_batch], True)

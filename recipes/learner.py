@@ -77,7 +77,7 @@ class Learner:
             self.agent.eval()  # it acts now
             return losses
         with self.watch("behavior"):
-            state.update(batch.select("terminated", "action"))
+            state.update(batch.select("terminated", "action", "is_first"))
             return losses.update(self.behavior_update(state))
 
     @property

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from prelar_trl.fast import accelerate
 from prelar_trl.models import Agent
 from prelar_trl.modules import RSSMWorldModel, State
 from prelar_trl.objectives import functional
@@ -49,14 +50,25 @@ def test_float_pixels_are_an_error() -> None:
         tiny_world_model()(data)
 
 
-def test_a_reset_inside_a_window_equals_two_windows() -> None:
-    model, data = world_model("dreamerv2", "finetune", sample=False).eval(), batch(2, 5)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    ("method", "options"), [("dreamerv2", {}), ("prelar", {"action_window": 3})]
+)
+def test_a_reset_inside_a_window_equals_two_windows(method: str, options: dict, fast: bool) -> None:
+    model, data = world_model(method, "finetune", sample=False, **options).eval(), batch(2, 5)
+    if options:
+        nn.init.normal_(model.action_encoder.hidden.weight)  # all actions of the window count
+    model = accelerate(model) if fast else model
     data["is_first"][:, 2] = True
     whole = model(data.copy())
+    starts = model.flatten_start_states(whole).reshape(2, 5)
     for part in (slice(0, 2), slice(2, 5)):
         alone = model(data[:, part].copy())
         for key in ("feat", "posterior", "prior", ("prediction", "reward")):
             torch.testing.assert_close(whole[key][:, part], alone[key], atol=1e-5, rtol=1e-4)
+        if options:
+            alone = model.flatten_start_states(alone).reshape(alone.shape)
+            assert torch.equal(starts["action_history"][:, part], alone["action_history"])
 
 
 def test_the_stack_feeds_the_lower_feature_to_the_upper_rssm() -> None:

@@ -249,3 +249,35 @@ def test_agents_have_a_bonus_where_the_paper_has_one_and_in_prelar_plus() -> Non
     with_bonus = {m for m, p in PHASES if p == "finetune" and tiny_agent(m).video_bonus is not None}
     published = {"apv", "contextwm", "prelar", "prelar_no_cl", "prelar_no_al_cl"}
     assert with_bonus == {*published, "prelar_plus"}
+
+
+def test_a_clip_over_the_border_of_episodes_counts_for_nothing() -> None:
+    """Rows of two episodes teach what the same episodes do in rows of their own."""
+    joined, apart = make_bonus(k=3, memory_size=32).train(), make_bonus(k=3, memory_size=32).train()
+    apart.load_state_dict(joined.state_dict())
+    embed = torch.randn(2, 8, 4)
+    is_first = torch.zeros(2, 8, 1, dtype=torch.bool)
+    is_first[:, [0, 4]] = True
+    for _ in range(2):
+        seen = joined(embed, is_first)  # clips of two steps
+        expected = apart(embed.reshape(4, 4, 4)).reshape(2, 6)
+    assert (seen[:, 3] == 0).all()
+    torch.testing.assert_close(seen[:, [0, 1, 2, 4, 5, 6]], expected)
+    for name, value in joined.state_dict().items():
+        torch.testing.assert_close(value, apart.state_dict()[name], msg=name)
+    assert joined.filled == 24
+
+
+def test_the_reward_beside_a_bonus_is_learned_where_there_is_one() -> None:
+    _, loss = tiny("apv", "finetune")
+    window = loss.video_bonus.window
+    data = batch(2, 2 * window)
+    data["is_first"][:, window] = True
+    losses = []
+    for wrong in (slice(1, window), slice(0, 1), slice(window, window + 1)):
+        given = data.copy()
+        given["reward"] = data["reward"].clone()
+        given["reward"][:, wrong] += 1000
+        torch.manual_seed(0)
+        losses.append(float(loss.eval()(given)["reward"]))
+    assert losses[0] < 1000 < min(losses[1:])

@@ -41,8 +41,9 @@ def onednn_linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
         def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return op(x, weight, bias, "none", [], "")
 
-        x, weight, bias = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)
-        right = torch.equal(product(x, weight, bias), torch.full((2, 4), 4.0))
+        one = torch.ones((), dtype=torch.float32, device="cpu")  # whatever the defaults are
+        x, weight, bias = (one.expand(shape).clone() for shape in ((2, 3), (4, 3), (4,)))
+        right = bool((product(x, weight, bias) == 4).all())
     except (AttributeError, RuntimeError, TypeError):
         return None
     return product if right and torch.backends.mkldnn.is_available() else None

@@ -115,9 +115,8 @@ class ActionEncoder(nn.Module):
         latent_actions: kind of latent action that it gives. What a kind learns (a codebook) is
             that of pre-training and stands still.
         hidden: size of the hidden layer. Default: 1024.
-        window: actions seen at a time: the last ``window`` ones, by a causal convolution, zeros
-            before the first. At first it is as with 1; the earlier ones enter as they are needed.
-            Default: 1.
+        window: actions seen at a time: the last ``window`` ones of the episode, zeros before the
+            first. At first it is as with 1; the earlier ones enter as they are needed. Default: 1.
 
     Raises:
         TypeError, ValueError: a kind that cannot be used; by a call, where it gives something else
@@ -138,9 +137,12 @@ class ActionEncoder(nn.Module):
         latent_actions.outputs()  # looks at the kind
         self.action_dim, self.window = action_dim, window
         self.latent_actions = latent_actions
-        self.hidden = nn.Linear(action_dim, hidden)
+        last = self.hidden = nn.Linear(action_dim, hidden)
         if window > 1:
-            self.hidden = causal_convolution(self.hidden, window)
+            self.hidden = nn.Conv1d(action_dim, hidden, window)
+            with torch.no_grad():
+                self.hidden.weight.zero_()[..., -1] = last.weight
+            self.hidden.bias = last.bias
         self.act = nn.ELU()
         self.out = nn.Linear(hidden, self.latent_actions.num_outputs)
 
@@ -149,33 +151,34 @@ class ActionEncoder(nn.Module):
         self.latent_actions.eval()
         return self
 
-    def forward(self, action: Tensor, sample: bool = True) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, action: Tensor, sample: bool = True, is_first: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """``[..., T, A]`` -> latent actions ``[..., T, U]`` and their parameters, or None.
 
-        With ``window=1`` any leading shape serves; otherwise the input is ``[B, T, A]``.
+        With ``window=1`` any leading shape serves; otherwise the input is ``[B, T, A]``, with
+        episodes that begin where ``is_first`` ``[B, T, 1]`` says so. Default: nowhere.
         """
         if self.window == 1:
             x = self.hidden(action)
         else:
-            x = self.hidden(action.transpose(1, 2))[..., : action.shape[1]].transpose(1, 2)
+            recent = recent_actions(action, self.window, is_first)  # [B, T, window, A]
+            x = self.hidden(recent.flatten(0, 1).transpose(1, 2)).view(*action.shape[:2], -1)
         code, params = self.latent_actions(self.out(self.act(x)), sample)
         check_entry("latent action", code, "float", (*x.shape[:-1], self.latent_actions.dim))
         return code, params
 
 
-def action_history(action: Tensor, window: int) -> Tensor:
-    """The ``window - 1`` actions up to each step: ``[B, T, A]`` -> ``[B*T, window-1, A]``."""
-    padded = F.pad(action, (0, 0, window - 2, 0))
-    return padded.unfold(1, window - 1, 1).transpose(2, 3).flatten(0, 1)
+def recent_actions(action: Tensor, window: int, is_first: Tensor | None = None) -> Tensor:
+    """The last ``window`` actions up to each step: ``[B, T, A]`` -> ``[B, T, window, A]``.
 
+    Zeros before the first one, and in place of those before the newest ``is_first`` ``[B, T, 1]``.
+    """
 
-def causal_convolution(linear: nn.Linear, window: int) -> nn.Conv1d:
-    """A convolution over the last ``window`` inputs that begins as a linear layer of the last."""
-    outputs, inputs = linear.weight.shape
-    convolution = nn.Conv1d(inputs, outputs, window, padding=window - 1)
-    assert convolution.bias is not None
-    with torch.no_grad():
-        convolution.weight.zero_()
-        convolution.weight[..., -1] = linear.weight
-        convolution.bias.copy_(linear.bias)
-    return convolution
+    def recent(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, window - 1, 0)).unfold(1, window, 1).transpose(2, 3)
+
+    if is_first is None:
+        return recent(action)
+    episode = is_first.cumsum(1) + 1  # 0: before the first step
+    return recent(action).masked_fill(recent(episode) != episode.unsqueeze(2), 0)

@@ -15,7 +15,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder, action_history
+from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder, recent_actions
 from prelar_trl.modules.checks import check_entry, check_output
 from prelar_trl.modules.context import ContextEncoder
 from prelar_trl.modules.heads import Actor, OneHotActor
@@ -233,7 +233,7 @@ class RSSMWorldModel(TensorDictModuleBase):
             return self.latent_action_encoder(self.first_view(images), flow, self.sample)
         action = cast(Tensor, tensordict["action"]).to(self.rssm.input_layer.weight.dtype)
         if self.action_encoder is not None:
-            return self.action_encoder(action, self.sample)
+            return self.action_encoder(action, self.sample, tensordict["is_first"])
         return action, None
 
     def observe(
@@ -329,12 +329,14 @@ class RSSMWorldModel(TensorDictModuleBase):
     def flatten_start_states(self, states: TensorDictBase) -> TensorDictBase:
         """States ``[B, T]`` -> starts of imagination ``[B*T]``.
 
-        With an action window, ``action`` ``[B, T, A]`` becomes ``action_history``
-        ``[B*T, window-1, A]``.
+        With an action window, ``action`` ``[B, T, A]`` and, if there is one, ``is_first`` become
+        ``action_history`` ``[B*T, window-1, A]``.
         """
         starts = cast(TensorDictBase, states.flatten())
         if self._window > 1:
-            starts["action_history"] = action_history(states["action"], self._window)
+            is_first = states.get("is_first", None)
+            history = recent_actions(states["action"], self._window - 1, is_first)
+            starts["action_history"] = history.flatten(0, 1)
         return starts
 
     @property

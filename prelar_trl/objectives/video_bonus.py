@@ -19,6 +19,7 @@ class VideoBonus(nn.Module):
 
     Source: APV (Seo et al., ICML 2022), section 3.3. The batch itself enters the memory before
     distances are taken, so each point counts itself among its neighbors, as in the authors' code.
+    A clip over the border of two episodes counts for nothing: its bonus is 0.
     Of processes that share a batch each remembers the whole of it: their memories are equal.
 
     Args:
@@ -58,10 +59,11 @@ class VideoBonus(nn.Module):
         self.register_buffer("magnitude", torch.ones((), dtype=torch.float64))
 
     @torch.no_grad()
-    def forward(self, embed: Tensor) -> Tensor:
+    def forward(self, embed: Tensor, is_first: Tensor | None = None) -> Tensor:
         """Embeddings ``[B, T, E]`` -> normalized bonus ``[B, T-window+1]``.
 
-        In training mode the batch enters the memory and moves the magnitude.
+        In training mode the batch enters the memory and moves the magnitude. Episodes begin where
+        ``is_first`` ``[B, T, 1]`` says so. Default: nowhere.
         """
         check_entry("embed", embed, "float", ("B", "T", len(self.projection)), self.projection)
         if embed.shape[1] < self.window:
@@ -73,15 +75,35 @@ class VideoBonus(nn.Module):
         steps = embed.double() @ self.projection.double()
         clips = sliding_mean(steps, self.window).to(self.projection.dtype)  # [B, T-window+1, P]
         points = clips.flatten(0, 1)  # [N, P]
+        whole = torch.ones_like(points[:, 0], dtype=torch.bool)
+        if is_first is not None:
+            whole = self.within_episodes(is_first).flatten()
         if self.training:
-            newest = gather(points, self.process_group)[: len(self.memory)]
-            self.memory.copy_(torch.cat([newest, self.memory])[: len(self.memory)])
-            self.filled.copy_((self.filled + len(newest)).clamp_max(len(self.memory)))
+            self._remember(gather(points, self.process_group), gather(whole, self.process_group))
         valid = torch.arange(len(self.memory), device=points.device) < self.filled
-        bonus = knn_distance(points, self.memory, valid, self.k)
+        bonus = knn_distance(points, self.memory, valid, self.k) * whole
         if self.training:
-            magnitude = joint_mean(bonus.abs().mean(), self.process_group)
+            total = joint_mean(bonus.abs().mean(), self.process_group)
+            share = joint_mean(whole.to(bonus.dtype).mean(), self.process_group)
+            magnitude = torch.where(share > 0, total / share, self.magnitude)
             magnitude = magnitude.to(self.magnitude.dtype)
             # A view: torch.compile drops in-place changes of float64 scalars (torch 2.13).
             self.magnitude.view(1).lerp_(magnitude, 1 - self.momentum)
         return (bonus / (self.magnitude.to(bonus.dtype) + 1e-8)).unflatten(0, clips.shape[:2])
+
+    def within_episodes(self, is_first: Tensor) -> Tensor:
+        """Which clips lie within one episode: ``[B, T, 1]`` -> bool ``[B, T-window+1]``."""
+        episode = is_first.squeeze(-1).cumsum(1)
+        return episode[:, self.window - 1 :] == episode[:, : is_first.shape[1] - self.window + 1]
+
+    def _remember(self, points: Tensor, whole: Tensor) -> None:
+        """Put the ``whole`` ones of the points ``[N, P]`` before those of earlier."""
+        newest = points[torch.argsort(~whole, stable=True)]
+        place = torch.arange(len(self.memory), device=points.device)
+        count = whole.sum()
+        new, old = (
+            newest[place.clamp_max(len(newest) - 1)],
+            self.memory[(place - count).clamp_min(0)],
+        )
+        self.memory.copy_(torch.where((place < count).unsqueeze(-1), new, old))
+        self.filled.copy_((self.filled + count).clamp_max(len(self.memory)))

@@ -59,8 +59,9 @@ class RSSMWorldModelLoss(LossModule):
         kl_balance, free_nats, free_avg: see :func:`functional.balanced_kl`.
         discount: gamma; the target of the ``discount`` head is ``gamma * (1 - terminated)``.
         latent_action: PreLAR's terms, computed on the same prediction.
-        video_bonus: intrinsic bonus added to the target of ``reward``, whose last
-            ``window - 1`` steps are then left out. ``aux_reward`` always sees the plain reward.
+        video_bonus: intrinsic bonus added to the target of ``reward``; the last ``window - 1``
+            steps of an episode and of a row, which have none, are then left out. ``aux_reward``
+            always sees the plain reward.
         bonus_scale: factor beta of the bonus. Default: 1.
         clip_rewards: ``sign`` or ``tanh`` of the reward is what its heads learn, before any bonus
             (DreamerV2's, for Atari). Default: ``identity``.
@@ -79,6 +80,7 @@ class RSSMWorldModelLoss(LossModule):
     @dataclass
     class _AcceptedKeys:
         pixels: NestedKey = "pixels"
+        is_first: NestedKey = "is_first"
         vector: NestedKey = "vector"
         reward: NestedKey = "reward"
         terminated: NestedKey = "terminated"
@@ -187,13 +189,16 @@ class RSSMWorldModelLoss(LossModule):
             prediction = self._prediction(out, "vector")
             values["vector"] = gaussian_nll(prediction, out[keys.vector], 1).mean()
         if "reward" in self.weights:
-            target = self.clip_rewards(out[keys.reward])
+            target, counts = self.clip_rewards(out[keys.reward]), 1.0
             if self.video_bonus is not None:
-                bonus = self.video_bonus(out[keys.bonus_embed]).unsqueeze(-1)
-                values["bonus"] = bonus.mean()
-                target = target[:, : bonus.shape[1]] + self.bonus_scale * bonus
+                is_first = out[keys.is_first]
+                bonus = self.video_bonus(out[keys.bonus_embed], is_first)  # [B, T-window+1]
+                counts = self.video_bonus.within_episodes(is_first).to(bonus.dtype)
+                counts = counts / self._mean(counts).clamp_min(1e-6)
+                values["bonus"] = (bonus * counts).mean()
+                target = target[:, : bonus.shape[1]] + self.bonus_scale * bonus.unsqueeze(-1)
             prediction = self._prediction(out, "reward")[:, : target.shape[1]]
-            values["reward"] = gaussian_nll(prediction, target).mean()
+            values["reward"] = (gaussian_nll(prediction, target) * counts).mean()
         if "aux_reward" in self.weights:
             prediction = self._prediction(out, "aux_reward")
             target = self.clip_rewards(out[keys.reward])

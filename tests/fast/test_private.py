@@ -38,6 +38,19 @@ def test_the_installed_torch_has_all_of_them() -> None:
     )
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+def test_onednn_is_found_whatever_the_default_device_and_dtype_are() -> None:
+    private.onednn_linear.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert private.onednn_linear() is not None
+    finally:
+        torch.set_default_dtype(before)
+        private.onednn_linear.cache_clear()
+
+
 def test_functorch_is_seen() -> None:
     seen: list[bool] = [private.functorch_is_active()]
     torch.vmap(lambda x: seen.append(private.functorch_is_active()) or x)(torch.ones(2))
