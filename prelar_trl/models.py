@@ -208,6 +208,8 @@ def make_agent(
     actor = _initialize(policy(feat_dim, action_dim, s.head_layers, s.head_units))
     critic = _initialize(MLP(feat_dim, 1, s.head_layers, s.head_units))
     bonus = None
+    if s.bonus_embed == "lower" and world_model.lower_rssm is None:
+        raise ValueError(f"method={method} has no lower RSSM: bonus_embed='lower' cannot be read")
     if s.bonus_embed is not None:
         observing = world_model.lower_rssm or world_model.rssm  # what is given the embedding
         bonus = VideoBonus(
@@ -261,7 +263,6 @@ def make_world_model_loss(
         raise ValueError("loss.weights has 'vector', but the world model sees none: give vectors")
     if "af_kl" in merged and world_model.lower_rssm is None:
         raise ValueError(f"method={method} has no lower RSSM in phase={phase}: remove weight af_kl")
-    latent = world_model.rssm.latent.kind
     latent_action_loss = None
     if kind is None and any(weight is not None for weight in latent_weights.values()):
         raise ValueError(
@@ -273,7 +274,6 @@ def make_world_model_loss(
             world_model.rssm,
             kind,
             weights=latent_weights,
-            latent=latent,
             consistency=s.consistency,
             free_nats=s.latent_free_nats,
             warmup=s.latent_warmup,
@@ -283,22 +283,17 @@ def make_world_model_loss(
             contrast_dynamics=s.contrast_dynamics,
             action_dim=action_dim,
         )
-    loss = RSSMWorldModelLoss(
+    return RSSMWorldModelLoss(
         world_model,
         weights=merged,
-        latent=latent,
         kl_balance=s.kl_balance,
         free_nats=s.free_nats,
         free_avg=s.free_avg,
-        discount=world_model.discount,
         latent_action=latent_action_loss,
         video_bonus=video_bonus,
         bonus_scale=s.bonus_scale,
         clip_rewards=s.clip_rewards,
     )
-    if video_bonus is not None:
-        loss.set_keys(bonus_embed=video_bonus.embed_key)
-    return loss
 
 
 def make_model(checkpoint: Mapping[str, Any]) -> RSSMWorldModel | Agent:

@@ -68,12 +68,12 @@ class Rehearsal(nn.Module):
             latent_action_encoder=inverse_model,
             action_free=inverse_model is None,
             context_encoder=world_model.context_encoder,
+            gray=world_model.gray,
             sample=world_model.sample,
         )
         self.loss = RSSMWorldModelLoss(
             video_model,
             weights={name: loss.weights[name] for name in ("image", "kl") if name in loss.weights},
-            latent=world_model.rssm.latent.kind,
             kl_balance=loss.kl_balance,
             free_nats=loss.free_nats,
             free_avg=loss.free_avg,

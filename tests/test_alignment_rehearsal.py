@@ -290,3 +290,12 @@ def test_alignment_and_rehearsal_refuse_in_one_line(fails, made, tmp_path):
     assert RunFolder.load(imported).config.get("data") is None
     found = line("method=prelar", f"pretrained={imported}", "rehearse=0.5")
     assert "was imported and names no videos" in found
+
+
+def test_gray_models_rehearse_gray_video() -> None:
+    made = fine_and_pretrained({}, gray=True)
+    rehearsal = Rehearsal(made.loss, made.inverse, 0.5)
+    out = WorldModelUpdate(made.loss, rehearsal=rehearsal)(
+        batch(2, 5), batch(2, 5).select("pixels", "is_first")
+    )
+    assert out["rehearsal_image"].isfinite()

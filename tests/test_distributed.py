@@ -37,6 +37,7 @@ OPTIONS: dict[str, Case] = {
     "fsq": ("prelar", "pretrain", {"latent_action": "fsq"}),
     "not accelerated": ("prelar", "pretrain", {"accelerated": False}),
     "rehearsal": ("prelar", "finetune", {"rehearse": 0.5}),
+    "reward norm": ("dreamerv2", "finetune", {"behavior": {"reward_norm_momentum": 0.5}}),
 }
 CASES: dict[str, Case] = {f"{m} {phase}": (m, phase, {}) for m, phase in PHASES} | OPTIONS
 
@@ -89,8 +90,10 @@ def in_float64() -> Iterator[None]:
 def make(case: Case) -> tuple[nn.Module, list[Update]]:
     """The networks of a case, in float64, and the updates that train them."""
     method, phase, given = case
-    options = {"accelerated": True, "rehearse": None, "loss": {}, **given}
-    accelerated, share, settings = (options.pop(x) for x in ("accelerated", "rehearse", "loss"))
+    options = {"accelerated": True, "rehearse": None, "loss": {}, "behavior": {}, **given}
+    accelerated, share, settings, behavior = (
+        options.pop(x) for x in ("accelerated", "rehearse", "loss", "behavior")
+    )
     options |= {"sample": False, "context_dropout": 0.0}
     if phase == "pretrain":
         model = world_model = tiny_world_model(method, phase, **options)
@@ -112,7 +115,8 @@ def make(case: Case) -> tuple[nn.Module, list[Update]]:
         else WorldModelUpdate(loss, lr=1e-3)
     ]
     if phase == "finetune":
-        updates.append(BehaviorUpdate(model, horizon=3, actor_lr=1e-3, critic_lr=1e-3))
+        learning = {"actor_lr": 1e-3, "critic_lr": 1e-3, **behavior}
+        updates.append(BehaviorUpdate(model, horizon=3, **learning))
         if world_model.action_encoder is not None:
             preprocess = partial(normalize_pixels, dtype=torch.float64)
             updates.append(Alignment(world_model.action_encoder, inverse, preprocess=preprocess))

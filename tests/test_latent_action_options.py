@@ -194,3 +194,20 @@ def test_a_codebook_of_another_size_is_refused() -> None:
     fine = tiny_world_model("prelar", "finetune", **other, action_code="vq")
     with pytest.raises(ValueError, match=r"codebook is \(5, 4\) there and \(6, 4\) here"):
         copy_pretrained(fine, tiny_world_model(**VQ).state_dict())
+
+
+def test_what_stands_in_place_of_an_unknown_action_does_not_matter() -> None:
+    known = torch.tensor([[[True], [True], [False]]])
+    td = {"latent_action": torch.randn(1, 3, 3), "labeled": known, "action": torch.ones(1, 3, 2)}
+    loss = label_loss()
+    expected = loss(TensorDict(td, batch_size=[1, 3]))["action_label"]
+    td["action"] = td["action"].masked_fill(~known, torch.nan)
+    assert loss(TensorDict(td, batch_size=[1, 3]))["action_label"] == expected
+    with pytest.raises(ValueError, match="action_label needs latent_actions"):
+        LatentActionLoss(torch.nn.Identity(), weights=LABELED, action_dim=2)
+
+
+@pytest.mark.parametrize("options", [{"negatives": 2.5}, {"warmup": "9"}])
+def test_a_count_that_is_no_whole_number_is_named(options: dict) -> None:
+    with pytest.raises(TypeError, match="must be a whole number"):
+        LatentActionLoss(torch.nn.Identity(), **options)

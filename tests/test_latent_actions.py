@@ -103,3 +103,15 @@ def test_a_kind_is_found_by_its_path_and_takes_the_shared_options_that_it_names(
 def test_bad_kinds_and_options_are_errors(kind: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_latent_actions(kind, size=4, **options)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "deterministic", "categorical", "mixed", "fsq", "vq"])
+def test_every_kind_learns_under_autocast(kind: str) -> None:
+    options = {"categorical": {"classes": 3}, "mixed": {"deter_size": 2}}.get(kind, {})
+    actions = make_latent_actions(kind, size=4, **options).train()
+    raw = torch.randn(3, 2, actions.num_outputs, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        action, params = actions(raw @ torch.eye(actions.num_outputs))
+        own = actions.extra_losses(action, params)
+    (action.float().sum() + sum(own.values())).backward()
+    assert raw.grad.isfinite().all()

@@ -271,3 +271,8 @@ def test_networks_of_ones_own_keep_their_weights() -> None:
     assert model.encoder is encoder and model.decoder is decoder
     torch.testing.assert_close(dict(own.state_dict()), before, rtol=0, atol=0)
     assert model.heads["reward"].out.bias.count_nonzero() == 0  # of the others
+
+
+def test_a_bonus_of_a_lower_rssm_needs_one() -> None:
+    with pytest.raises(ValueError, match="method=prelar has no lower RSSM"):
+        make_agent("prelar", action_dim=2, size="mini", bonus_embed="lower")

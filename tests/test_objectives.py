@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from prelar_trl.objectives import (
     CriticLoss,
     LambdaTarget,
     LatentActionLoss,
+    RSSMWorldModelLoss,
     functional,
     total_loss,
 )
@@ -356,3 +358,35 @@ def test_critic_loss_uses_the_documented_indices_and_stops_targets_and_features(
     assert has_gradient(critic)
     for key in ("feat", "value_target", "weight"):
         assert td[key].grad is None
+
+
+def test_a_networks_weights_get_no_gradient_from_its_targets() -> None:
+    critic = MLP(D, 1, 1, 8)
+    feat = torch.randn(2, 4, D, requires_grad=True)
+    imagined = {"feat": feat, "reward": torch.randn(2, 4, 1), "discount": torch.ones(2, 4, 1)}
+    out = LambdaTarget(critic)(TensorDict(imagined, [2, 4]))
+    torch.testing.assert_close(out["value"], critic(feat))
+    out["value_target"].sum().backward()
+    assert not has_gradient(critic) and feat.grad.abs().sum() > 0
+
+
+def test_losses_can_be_sent_to_another_process() -> None:
+    model = tiny_world_model("prelar", "pretrain", sample=False)
+    loss = make_world_model_loss("prelar", "pretrain", model).eval()
+    torch.manual_seed(0)
+    expected = loss(batch())
+    again = pickle.loads(pickle.dumps(loss))
+    torch.manual_seed(0)
+    same(again(batch()), expected)
+
+
+def test_the_kind_of_the_states_is_the_models_own() -> None:
+    model = tiny_world_model("prelar", "pretrain", classes=0, sample=False)
+    expected = make_world_model_loss("prelar", "pretrain", model).eval()
+    plain = RSSMWorldModelLoss(model, latent_action=LatentActionLoss(model.rssm)).eval()
+    data = batch()
+    torch.testing.assert_close(plain(data)["kl"], expected(data)["kl"])
+    assert plain.discount == model.discount
+    for make in (RSSMWorldModelLoss, lambda model, **x: LatentActionLoss(model.rssm, **x)):
+        with pytest.raises(ValueError, match="latent='categorical', but .* are gaussian"):
+            make(model, latent="categorical")

@@ -151,3 +151,18 @@ def test_the_exploration_type_of_torchrl_is_followed(kind: ExplorationType) -> N
     with set_exploration_type(ExplorationType.RANDOM):
         assert not torch.equal(policy(td.clone())["action"], mode(td.clone())["action"])
         assert torch.equal(mode(td.clone())["action"], mode(td.clone())["action"])
+
+
+def test_the_mode_of_latents_is_that_of_latent_actions_too() -> None:
+    torch.manual_seed(0)
+    agent = tiny_agent("prelar", action_code="gaussian").eval()
+    policy = WorldModelPolicy(agent.world_model, agent.actor, mode="mode", sample_state=False)
+    given = TensorDict(
+        {
+            "pixels": torch.zeros(2, 3, 64, 64, dtype=torch.uint8),
+            "is_first": torch.zeros(2, 1, dtype=torch.bool),
+            "belief": policy.zero_belief([2]).apply(torch.ones_like),
+        },
+        [2],
+    )
+    assert torch.equal(*(policy(given.clone())["action"] for _ in range(2)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -88,7 +88,8 @@ def accelerate(module: M, *, checkpoint: bool | None = None) -> M:
       gates, norm and activations are computed again in the backward pass, not kept;
     - of the ResNets only the convolutions' outputs are kept for the backward pass
       (``checkpoint``);
-    - weights and maps are channels-last; the plain CNNs take 50 frames at a time (CPU);
+    - weights and maps are channels-last, but for a user's own; the plain CNNs take 50 frames at a
+      time (CPU);
     - activations after linear layers work in place; under autocast imagination casts the frozen
       weights once.
 
@@ -110,7 +111,19 @@ def accelerate(module: M, *, checkpoint: bool | None = None) -> M:
         if kind in ACTIVATIONS:
             for activation in ACTIVATIONS[kind](part):
                 activation.inplace = True
-        part.__class__ = FAST.get(kind, kind)
+        if kind in FAST:
+            part.__class__ = FAST[kind]
         if isinstance(part, CHECKPOINTED):
             part.checkpoint = checkpoint
-    return cast(Any, module).to(memory_format=torch.channels_last)
+    for weight in _weights(module):
+        if weight.dim() == 4:
+            weight.data = weight.data.to(memory_format=torch.channels_last)
+    return module
+
+
+def _weights(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of this package's and of torch's modules, but of none within another's."""
+    if type(module).__module__.partition(".")[0] in ("prelar_trl", "torch"):
+        yield from module.parameters(recurse=False)
+        for part in module.children():
+            yield from _weights(part)

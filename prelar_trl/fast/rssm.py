@@ -96,8 +96,8 @@ class TimeBatchedRSSM(RSSM):
         if steps == 1:  # acting
             return super().observe(embed, action, is_first, state, sample)
         state = state or self.initial_state(batch)
-        keep = (~is_first).to(embed.dtype).unsqueeze(-1)  # [B, T, 1]
-        stoch_weight, action_bias = self._input_terms(action, keep)
+        first = is_first.unsqueeze(-1)  # [B, T, 1]
+        stoch_weight, action_bias = self._input_terms(action, first)
         deter_weight, embed_weight = self.posterior_hidden.weight.split(
             [self.deter, self.embed_dim], 1
         )
@@ -110,8 +110,9 @@ class TimeBatchedRSSM(RSSM):
 
         stoch, deter = state
         stochs, deters, posteriors = [], [], []
-        for mask in keep.unbind(1):
-            stoch, deter = self.latent.flatten(stoch) * mask, deter * mask
+        for now in first.unbind(1):
+            stoch = self.latent.flatten(stoch).masked_fill(now, 0.0)
+            deter = deter.masked_fill(now, 0.0)
             x = F.elu(input_layer(stoch), inplace=True)
             deter = self.cell.gate(gates(torch.cat([x, deter], -1)), deter)
             hidden = F.elu(posterior_hidden(deter), inplace=True)
@@ -123,12 +124,13 @@ class TimeBatchedRSSM(RSSM):
         states = State(torch.stack(stochs, 1), torch.stack(deters, 1))
         return states, torch.stack(posteriors, 1), self.prior(states.deter)
 
-    def _input_terms(self, action: Tensor | None, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def _input_terms(self, action: Tensor | None, first: Tensor) -> tuple[Tensor, Tensor]:
         """Weight of the stochastic state, and the actions' share of the input layer plus bias."""
         flat, weight, bias = self.latent.flat_size, self.input_layer.weight, self.input_layer.bias
         if action is None:
             return weight[:, :flat], bias
-        return weight[:, :flat], linear(self.pad_action(action) * keep, weight[:, flat:], bias)
+        action = self.pad_action(action).masked_fill(first, 0.0)
+        return weight[:, :flat], linear(action, weight[:, flat:], bias)
 
 
 def _each_step(bias: Tensor, batch: int, steps: int) -> Tensor:

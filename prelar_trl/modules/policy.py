@@ -36,7 +36,8 @@ class WorldModelPolicy(TensorDictModuleBase):
             both.
         noise: added to the action: the standard deviation of Gaussian noise, or of choices the
             probability of one that is drawn evenly. Default: 0.
-        sample_state: draw latents; False takes their mode. Default: the world model's ``sample``.
+        sample_state: draw latents, latent actions too; False takes their mode. Default: the world
+            model's ``sample``.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class WorldModelPolicy(TensorDictModuleBase):
         model = self.world_model
         vector = None if model.vector_encoder is None else flat["vector"].unsqueeze(1)
         embed = model.encode(model.preprocess(flat["pixels"]).unsqueeze(1), vector)
-        history = belief["actions"] * (~is_first).to(embed.dtype)
+        history = belief["actions"].masked_fill(is_first, 0.0)
         lower = None
         if model.lower_rssm is not None:
             lower = State(belief["lower_stoch"], belief["lower_deter"])
@@ -131,7 +132,7 @@ class WorldModelPolicy(TensorDictModuleBase):
         encoder = self.world_model.action_encoder
         if encoder is None:
             return history[:, -1:]
-        return encoder(history, self.world_model.sample)[0][:, -1:]
+        return encoder(history, self.sample_state)[0][:, -1:]
 
 
 class StatefulPolicy:

@@ -11,8 +11,10 @@ from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.func import functional_call
 from torchrl.objectives import LossModule
 
+from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.modules.checks import check_device, check_entry, check_equal_shapes
 from prelar_trl.objectives.common import check_range, dispatch
 from prelar_trl.objectives.functional import gaussian_nll, lambda_return
@@ -32,8 +34,9 @@ class LambdaTarget(nn.Module):
         target    t0   t1   t2  ...  tH = vH
 
     Args:
-        critic: the slow critic, features ``[..., F]`` -> values ``[..., 1]``, such as
-            :meth:`CriticLoss.target_value`. Its parameters get no gradient; the trajectory does.
+        critic: the slow critic, features ``[..., F]`` -> values ``[..., 1]``: a network, or a
+            function such as :meth:`CriticLoss.target_value`. A network's parameters get no
+            gradient; the trajectory does.
         lmbda: lambda. Default: 0.95.
     """
 
@@ -68,19 +71,29 @@ class LambdaTarget(nn.Module):
         check_equal_shapes(2, **{str(keys.reward): reward, str(keys.discount): discount})
         feat = tensordict[keys.feat]
         check_entry(keys.feat, feat, "float", (*reward.shape[:2], "F"), reward, keys.reward)
-        value = self.critic(feat)
+        value = self._value(feat)
         target = lambda_return(reward, value, discount, self.lmbda)
         return tensordict.copy().set(keys.value, value).set(keys.value_target, target)
+
+    def _value(self, feat: Tensor) -> Tensor:
+        if not isinstance(self.critic, nn.Module):
+            return self.critic(feat)
+        weights = self.critic.named_parameters()
+        trained = {name: weight.detach() for name, weight in weights if weight.requires_grad}
+        return functional_call(self.critic, trained, (feat,)) if trained else self.critic(feat)
 
 
 class RewardNorm(nn.Module):
     """Divides imagined rewards by the running mean of their magnitude (DreamerV2's ``StreamNorm``).
+
+    Of processes that share a batch each takes the mean over the whole of it.
 
     Args:
         momentum: of the running mean, which starts at 1. At 1 it stays there: nothing is changed.
             Default: 1.
     """
 
+    process_group: ProcessGroup | None = None  # whose processes share the batch
     magnitude: Tensor  # [1]
 
     def __init__(self, momentum: float = 1.0) -> None:
@@ -97,7 +110,8 @@ class RewardNorm(nn.Module):
         check_equal_shapes(reward=reward)
         check_device("reward", reward, self.magnitude)
         with torch.no_grad():
-            magnitude = reward.detach().abs().mean().to(self.magnitude.dtype)
+            magnitude = joint_mean(reward.detach().abs().mean(), self.process_group)
+            magnitude = magnitude.to(self.magnitude.dtype)
             self.magnitude.lerp_(magnitude.expand(1), 1 - self.momentum)
         return reward / (self.magnitude.clone() + 1e-8)
 

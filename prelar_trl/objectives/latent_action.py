@@ -19,8 +19,14 @@ from prelar_trl.modules.checks import check_entry, check_input
 from prelar_trl.modules.distributions import categorical_kl, gaussian_kl
 from prelar_trl.modules.latent_actions import GaussianActions, LatentActions
 from prelar_trl.objectives import functional as F
-from prelar_trl.objectives.common import check_weights, dispatch, loss_keys, weighted
-from prelar_trl.utils import check_choice
+from prelar_trl.objectives.common import (
+    check_range,
+    check_weights,
+    dispatch,
+    loss_keys,
+    weighted,
+)
+from prelar_trl.utils import check_choice, check_integers
 
 __all__ = ["LatentActionLoss"]
 
@@ -29,6 +35,20 @@ KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "categorical": categorical_kl,
     "gaussian": gaussian_kl,
 }
+
+
+def state_kind(given: StateKind | None, rssm: object) -> StateKind:
+    """The kind of the states' distribution: as given, or that of the RSSM, or categorical.
+
+    Raises:
+        ValueError: the RSSM says another one than is given, or there is none of that name.
+    """
+    own: StateKind | None = getattr(getattr(rssm, "latent", None), "kind", None)
+    kind = given or own or "categorical"
+    check_choice("latent", kind, KL)
+    if own not in (None, kind):
+        raise ValueError(f"latent={given!r}, but the states of the model are {own}")
+    return kind
 
 
 class LatentActionLoss(LossModule):
@@ -40,7 +60,8 @@ class LatentActionLoss(LossModule):
         posterior t-1  -- own action u_t -------> prior t           (already in the batch)
                        -- another's action -----> shuffled prior t
 
-    Usable on the output of any TensorDictModule with matching keys (see :meth:`set_keys`).
+    Usable on the output of any TensorDictModule with matching keys (see :meth:`set_keys`). A row is
+    frames of one episode: it knows no ``is_first`` but that of t = 0.
 
     Args:
         dynamics: module called as ``dynamics(stoch, deter, action) -> prior statistics``, such as
@@ -51,7 +72,8 @@ class LatentActionLoss(LossModule):
             ``action_label`` and of the kind's own losses. Of the first four, a term without a
             weight is not computed; one of the kind's own has the weight that the kind names, and
             ``None`` removes it. Default: 1 for the first two.
-        latent: kind of the state's distribution. Default: ``categorical``.
+        latent: kind of the state's distribution, ``categorical | gaussian``. Default: that of
+            ``dynamics``, if it is an :class:`RSSM`, else ``categorical``.
         consistency: mode of :func:`functional.action_state_consistency`. Default: ``soft``.
         free_nats: below this mean KL, ``latent_kl`` gives no gradient. Default: 0.
         warmup: training calls over which the weight of ``latent_kl`` rises, geometrically, from
@@ -99,7 +121,7 @@ class LatentActionLoss(LossModule):
         latent_actions: LatentActions | None = None,
         *,
         weights: Mapping[str, float | None] | None = None,
-        latent: StateKind = "categorical",
+        latent: StateKind | None = None,
         consistency: F.ConsistencyMode = "soft",
         free_nats: float = 0.0,
         warmup: int = 0,
@@ -110,10 +132,14 @@ class LatentActionLoss(LossModule):
         action_dim: int | None = None,
     ) -> None:
         super().__init__()
-        if latent_actions is None:
-            latent_actions = GaussianActions(size=1)  # its KL and distance know no size
         if weights is None:
             weights = {"latent_kl": 1.0, "action_state_consistency": 1.0}
+        if weights.get("action_label") is not None and action_dim is None:
+            raise ValueError("action_label needs action_dim, the size of the true actions")
+        if latent_actions is None:
+            if weights.get("action_label") is not None:
+                raise ValueError("action_label needs latent_actions, whose size its head reads")
+            latent_actions = GaussianActions(size=1)  # its KL and distance know no size
         outputs = latent_actions.outputs()
         for name in outputs.losses:
             if name in self.TERMS:
@@ -123,14 +149,9 @@ class LatentActionLoss(LossModule):
         self.weights = check_weights(chosen, (*self.TERMS, *outputs.losses))
         if not outputs.has_params:
             self.weights.pop("latent_kl", None)
-        for name, value, low in (
-            ("free_nats", free_nats, 0),
-            ("warmup", warmup, 0),
-            ("negatives", negatives, 1),
-        ):
-            if value < low:
-                raise ValueError(f"{name}={value} must be at least {low}")
-        check_choice("latent", latent, KL)
+        check_range(0, free_nats=free_nats)
+        check_integers(0, warmup=warmup)
+        check_integers(negatives=negatives)
         check_choice("consistency", consistency, get_args(F.ConsistencyMode))
         if temperature is not None:
             F.check_temperature(temperature)
@@ -141,7 +162,7 @@ class LatentActionLoss(LossModule):
             raise ValueError(f"warmup_start={warmup_start} must lie in (0, 1]")
         self.dynamics = dynamics
         self.latent_actions: LatentActions = latent_actions
-        self.latent_divergence = KL[latent]
+        self.latent_divergence = KL[state_kind(latent, dynamics)]
         self.own_terms, self.own_metrics = outputs.losses, outputs.metrics
         self.has_params = outputs.has_params
         self.consistency: F.ConsistencyMode = consistency
@@ -155,8 +176,7 @@ class LatentActionLoss(LossModule):
         self.temperature = 1.0 if temperature is None else temperature
         self.label_head = None
         if "action_label" in self.weights:
-            if action_dim is None:
-                raise ValueError("action_label needs action_dim, the size of the true actions")
+            assert action_dim is not None
             self.label_head = nn.Linear(latent_actions.dim, action_dim)
         self._set_in_keys()
         metrics = [*self.weights, *outputs.metrics]
@@ -336,9 +356,10 @@ class LatentActionLoss(LossModule):
         """Mean squared error of the true actions, read linearly, where they are known."""
         keys = self.tensor_keys
         true, known = tensordict[keys.action][:, 1:], tensordict[keys.labeled][:, 1:]
+        true = torch.where(known, true, predicted.detach())  # anything may stand there, NaN too
         error = (predicted - true).square().mean(-1, keepdim=True)  # [B, T-1, 1]
         count = joint_mean(known.sum().to(error.dtype), self.process_group)
-        return (error * known).sum() / count.clamp_min(1e-6)
+        return error.sum() / count.clamp_min(1e-6)
 
     def _states(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         """The states before each transition, ``[N, ...]``."""

@@ -25,7 +25,7 @@ from prelar_trl.objectives.common import (
     weighted,
 )
 from prelar_trl.objectives.functional import balanced_kl, gaussian_nll
-from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind
+from prelar_trl.objectives.latent_action import KL, LatentActionLoss, StateKind, state_kind
 from prelar_trl.objectives.video_bonus import VideoBonus
 from prelar_trl.types import ClipRewards
 from prelar_trl.utils import check_choice
@@ -33,7 +33,7 @@ from prelar_trl.utils import check_choice
 __all__ = ["RSSMWorldModelLoss"]
 
 CLIP_REWARDS: dict[ClipRewards, Callable[[Tensor], Tensor]] = {
-    "identity": lambda reward: reward,
+    "identity": torch.positive,
     "sign": torch.sign,
     "tanh": torch.tanh,
 }
@@ -55,9 +55,11 @@ class RSSMWorldModelLoss(LossModule):
         world_model: any TensorDictModule that writes the keys below from a batch ``[B, T]``.
         weights: weight of each term; a term without a weight is not computed. Default:
             ``{"image": 1, "kl": 1}``.
-        latent: kind of the state's distribution, ``categorical | gaussian``.
+        latent: kind of the state's distribution, ``categorical | gaussian``. Default: that of the
+            world model's ``rssm``, if it has one, else ``categorical``.
         kl_balance, free_nats, free_avg: see :func:`functional.balanced_kl`.
         discount: gamma; the target of the ``discount`` head is ``gamma * (1 - terminated)``.
+            Default: the world model's own, or 0.99.
         latent_action: PreLAR's terms, computed on the same prediction.
         video_bonus: intrinsic bonus added to the target of ``reward``; the last ``window - 1``
             steps of an episode and of a row, which have none, are then left out. ``aux_reward``
@@ -103,11 +105,11 @@ class RSSMWorldModelLoss(LossModule):
         world_model: TensorDictModuleBase,
         *,
         weights: Mapping[str, float] | None = None,
-        latent: StateKind = "categorical",
+        latent: StateKind | None = None,
         kl_balance: float = 0.8,
         free_nats: float = 0.0,
         free_avg: bool = True,
-        discount: float = 0.99,
+        discount: float | None = None,
         latent_action: LatentActionLoss | None = None,
         video_bonus: VideoBonus | None = None,
         bonus_scale: float = 1.0,
@@ -117,11 +119,12 @@ class RSSMWorldModelLoss(LossModule):
         self.weights = check_weights(
             {"image": 1.0, "kl": 1.0} if weights is None else weights, self.TERMS
         )
+        if discount is None:
+            discount = cast(float, getattr(world_model, "discount", 0.99))
         check_range(0, 1, kl_balance=kl_balance, discount=discount)
         check_range(0, free_nats=free_nats, bonus_scale=bonus_scale)
-        check_choice("latent", latent, KL)
         self.world_model = world_model
-        self.divergence = KL[latent]
+        self.divergence = KL[state_kind(latent, getattr(world_model, "rssm", None))]
         self.kl_balance, self.free_nats, self.free_avg = kl_balance, free_nats, free_avg
         self.discount = discount
         for name in () if latent_action is None else latent_action.own_terms:
@@ -131,6 +134,8 @@ class RSSMWorldModelLoss(LossModule):
         self.bonus_scale = bonus_scale
         check_choice("clip_rewards", clip_rewards, CLIP_REWARDS)
         self.clip_rewards = CLIP_REWARDS[clip_rewards]
+        if video_bonus is not None:
+            self.set_keys(bonus_embed=video_bonus.embed_key)
         self._set_in_keys()
         terms = [*self.weights, *(["bonus"] if video_bonus is not None else [])]
         own_keys = [] if latent_action is None else latent_action.out_keys

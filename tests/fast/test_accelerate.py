@@ -202,3 +202,32 @@ def test_imagination_in_bf16_casts_the_frozen_weights_once() -> None:
         update(start)
     assert casts and len(casts) == len(set(casts))
     assert all(x.cast is None for x in agent.modules() if isinstance(x, OneDNNLinear))
+
+
+class Viewing(nn.Module):
+    """A user's own encoder, which knows its maps as contiguous."""
+
+    embed_dim = 4 * 16 * 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 4, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layer(images).view(len(images), -1)
+
+
+def test_a_users_network_keeps_its_layout() -> None:
+    model = tiny_world_model("dreamerv2", "finetune", encoder=Viewing(), sample=False).eval()
+    data = batch()
+    before = model(data.copy())["feat"]
+    torch.testing.assert_close(accelerate(model)(data.copy())["feat"], before)
+    accelerate(nn.Sequential(nn.Conv3d(1, 1, 3)))
+
+
+def test_what_lies_beyond_a_reset_may_be_anything() -> None:
+    model = tiny_world_model("dreamerv2", "finetune", sample=False).eval()
+    data = batch()
+    data["action"][:, 0] = torch.nan  # led to the first frame from nowhere
+    for each in (model, accelerate(model)):
+        assert each(data.copy())["feat"].isfinite().all()

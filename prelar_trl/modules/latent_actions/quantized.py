@@ -132,7 +132,8 @@ class VQActions(LatentActions):
         raw, index = gather(raw, self.process_group), gather(index, self.process_group)
         assigned = F.one_hot(index, len(self.codebook)).to(raw.dtype)  # [N, codes]
         self.usage.lerp_(assigned.sum(0), 1 - self.decay)
-        self.sums.lerp_(assigned.T @ raw, 1 - self.decay)
+        with torch.autocast(raw.device.type, enabled=False):
+            self.sums.lerp_(assigned.T @ raw, 1 - self.decay)
         fair = self.usage.mean()
         dead = (self.usage < self.restart_below * fair).unsqueeze(-1)
         drawn = torch.randint(len(raw), (len(self.codebook),), device=raw.device)
