@@ -209,14 +209,15 @@ def _markdown(comparison: Comparison, rows: Sequence[Row]) -> str:
             _interval(row.faster, row.faster_low, row.faster_high, ".2f"),
         ]
         lines.append(cells)
-    if len({row.task for row in rows}) < 2:
+    several = len({row.task for row in rows}) > 1
+    if not several:
         lines = [cells[1:] for cells in lines]
     table = ["| " + " | ".join(cells) + " |" for cells in lines]
     table.insert(1, "|" + "---|" * len(lines[0]))
+    over = "the runs, in the rows of all over runs and tasks" if several else "the runs"
     table += [
         "",
-        f"Final: {score} of the last evaluation, mean ± standard deviation over the "
-        "runs (of all tasks, where they stand together). Steps: "
+        f"Final: {score} of the last evaluation, mean ± standard deviation over {over}. Steps: "
         f"environment steps to the first evaluation of at least {comparison.threshold:g} that the "
         "next one confirms; a run that never gets there counts with its length and one evaluation "
         f"interval. P: probability of a better {score}, or of fewer steps, than {other}'s. "
