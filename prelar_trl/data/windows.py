@@ -316,7 +316,8 @@ class WindowSampler(StatefulSampler):
         """
         rng, order_rng, position = (state_dict[name] for name in ("rng", "order_rng", "position"))
         check_integers(0, position=position)
-        for state in (rng,) if order_rng is None else (rng, order_rng):
+        order_rng = rng if order_rng is None else order_rng  # of older states, without an order
+        for state in (rng, order_rng):
             self._shuffler.set_state(state)  # raises for what is none
         self.generator.set_state(rng)
         self._order, self._order_rng, self._position = None, order_rng, position
