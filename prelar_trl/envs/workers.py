@@ -5,10 +5,8 @@ from __future__ import annotations
 import atexit
 import logging
 import multiprocessing
-import os
 import pickle
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,7 +23,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import step_mdp
 
 from prelar_trl.envs.episodes import begin_episode, repeat_episode
-from prelar_trl.utils import hold_signals
+from prelar_trl.utils import end_with_parent, hold_signals
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +230,7 @@ def settle_process() -> None:
     """In a process of `start_process`: signals to stop are its parent's, with which it ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
 
 
@@ -342,11 +340,3 @@ def _observed(env: EnvBase, now: TensorDictBase) -> TensorDictBase:
     keys = [*env.observation_spec.keys(True, True), *env.reward_keys, *env.done_keys]
     told = now.select(*keys, strict=False).clone()
     return told.set("dropped", torch.zeros(1, dtype=torch.bool))
-
-
-def _end_with_parent() -> None:
-    """Where the parent is killed while the environment hangs, nothing else would end this."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
