@@ -70,6 +70,40 @@ def test_a_reset_that_loses_the_last_picture_of_an_episode_is_refused() -> None:
     assert step["done"].all() and torch.equal(step["pixels"][0], RGB)
 
 
+class OneBuffer(Walkers):
+    """Draws all pictures into one buffer."""
+
+    buffer = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+
+    def _observe(self):
+        self.buffer[:] = super()._observe()["pixels"]
+        return {"pixels": self.buffer}
+
+
+class OneGymBuffer(Gym):
+    def reset(self, **_):
+        self.observation[:] = 0
+        return self.observation, {}
+
+    def step(self, action):
+        self.observation += 1
+        return self.observation, 1.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OneBuffer(ends=(3, 3)),
+        lambda: OneGymBuffer(Box(0, 255, (3, 64, 64), np.uint8)),
+    ],
+)
+def test_pictures_that_are_drawn_into_one_buffer_are_kept(make) -> None:
+    rollout = make_env(make()).rollout(3)
+    frames = rollout["pixels"].reshape(-1, 3, 3, 64, 64)[0, :, 0, 0, 0]
+    assert frames.tolist() == [0, 1, 2]
+    assert rollout["next", "pixels"].reshape(-1, 3, 3, 64, 64)[0, :, 0, 0, 0].tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize("given", [ToyEnv(), Gym(), "toy", None])
 def test_what_makes_no_environment_is_told_in_one_line(given) -> None:
     with pytest.raises(ValueError, match="env_factory must be a function .* got") as error:

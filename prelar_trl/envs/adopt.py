@@ -15,7 +15,7 @@ from torchrl.envs.gym_like import GymLikeEnv
 
 from prelar_trl.envs.pictures import PictureConverter, check_picture, looks_like_picture, white_of
 from prelar_trl.envs.spec_check import OutputCheck, OwnRandomActions, SpecCheck, shown
-from prelar_trl.envs.transforms import Success, SuccessReader, ToPixels
+from prelar_trl.envs.transforms import OwnPixels, Success, SuccessReader, ToPixels
 
 NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
 
@@ -71,7 +71,7 @@ def find_pictures(env: EnvBase) -> list[NestedKey]:
 
 
 def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> list[Transform]:
-    """What turns pictures among the observations into ``pixels``; nothing where they are that.
+    """What turns pictures among the observations into ``pixels``, or copies them where they are.
 
     Without ``cameras`` the only one.
 
@@ -88,7 +88,7 @@ def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> li
         shape = tuple(spec.shape[len(batch) :])
         views = len(cameras) or max(1, (shape or (0,))[0] // 3)
         if shape == (3 * views, size, size) and spec.dtype == torch.uint8:
-            return []
+            return [OwnPixels()]
     for camera in cameras:
         if camera not in names:
             raise ValueError(f"unknown camera {camera!r}; this environment has {', '.join(names)}")
