@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from math import inf
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     "STOPPED",
@@ -21,13 +25,18 @@ __all__ = [
     "check_choice",
     "check_integers",
     "check_range",
+    "end_with_parent",
     "git_state",
     "hold_signals",
     "listed",
     "lock_folder",
+    "map_ahead",
     "read_json",
     "write_json",
 ]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 STOPPED = 75
 """Exit code of a run that was told to stop and has saved: ``EX_TEMPFAIL``, run me again."""
@@ -189,3 +198,34 @@ def hold_signals(numbers: Iterable[signal.Signals]) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def map_ahead(
+    pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int
+) -> Iterator[R]:
+    """What a function gives for each item, by a pool, in their order.
+
+    At most ``ahead`` calls are under way or wait to be taken, however many items there are.
+    """
+    waiting: deque[Future[R]] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) == ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def end_with_parent() -> None:
+    """In a process of multiprocessing: from now on it ends with its parent, however that ends.
+
+    A parent that was killed cannot end it, and an environment or a decoder may hang.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -226,7 +226,6 @@ def collect_async(
         accelerate(agent.eval())
         policy = WorldModelPolicy(agent.world_model, agent.actor, noise=cfg.expl_noise)
         env = make_training_env(cfg, env_factory, seed, cfg.num_workers)
-        env = env.append_transform(policy.make_primer())
         return EpisodeCollector(env, policy, torch.device("cpu"), Stopwatch(), seed)
 
     processes.say(

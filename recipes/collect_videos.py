@@ -20,6 +20,8 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
@@ -37,6 +39,7 @@ from prelar_trl.envs import make_env, metaworld_tasks, toy_expert
 from prelar_trl.recipes.environments import build_env
 from prelar_trl.recipes.schema import CollectVideosConfig
 from prelar_trl.record import Progress, check_space, contact_sheet, wilson_interval, write_picture
+from prelar_trl.utils import end_with_parent, map_ahead
 
 EVALUATION_TASKS = (
     "lever-pull",
@@ -136,6 +139,7 @@ def collect_episode(number: int, *, names: list[str], cfg: CollectVideosConfig) 
 
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    end_with_parent()
     torch.set_num_threads(1)
 
 
@@ -143,13 +147,26 @@ def _start_worker() -> None:
 def episode_stream(
     numbers: range, collect: Callable[[int], Episode], workers: int
 ) -> Iterator[Iterator[Episode]]:
-    """The episodes in order, rolled out by ``workers`` processes."""
+    """The episodes in order, rolled out by ``workers`` processes.
+
+    Raises:
+        RuntimeError: a process has died.
+    """
     if workers == 1 or len(numbers) < 2:
         yield map(collect, numbers)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(numbers)), initializer=_start_worker) as pool:
-        yield pool.imap(collect, numbers)
+    workers = min(workers, len(numbers))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield map_ahead(pool, collect, numbers, 2 * workers)
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a process that rolls out episodes has died (killed, out of memory, or a crash of the "
+            "simulation): the same command goes on where it stopped"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def collect(cfg: CollectVideosConfig) -> ClipStore:
@@ -157,6 +174,7 @@ def collect(cfg: CollectVideosConfig) -> ClipStore:
 
     Raises:
         ValueError, OSError, RuntimeError: unknown tasks, no space, no renderer: before any work.
+        RuntimeError: see `episode_stream`; finished episodes are safe.
     """
     names = env_names(cfg.env, cfg.tasks)
     not_settings = ("data", "episodes", "workers")

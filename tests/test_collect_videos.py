@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchrl.envs import EnvBase
 
 from prelar_trl.data import StoreError, VideoClips
+from prelar_trl.envs import make_env
 from prelar_trl.recipes.collect_videos import collect, draw_sheet, env_names, summary
 from prelar_trl.recipes.schema import CollectVideosConfig
 from tests.files import contents
@@ -73,6 +77,28 @@ def test_interrupted_continued_and_parallel_collecting_give_the_same_store(tmp_p
     assert contents(tmp_path / "two") == whole
     collect(config(tmp_path / "parallel", **TOY, random_fraction=0.4, workers=2))
     assert contents(tmp_path / "parallel") == whole
+
+
+def deadly() -> EnvBase:
+    """A toy whose process dies while the file of that name is there."""
+    if Path(os.environ["DEADLY"]).exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return make_env("toy", pixels=16, max_steps=12)
+
+
+@pytest.mark.timeout(120)  # instead of for ever
+def test_a_process_that_dies_is_said_and_collecting_goes_on_later(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DEADLY", str(tmp_path / "deadly"))
+    settings = TOY | {"env": f"{__name__}:deadly"}
+    whole = contents(collect(config(tmp_path / "whole", **settings)).path)
+    collect(config(tmp_path / "s", **settings | {"episodes": 2}))
+    (tmp_path / "deadly").touch()
+    cfg = config(tmp_path / "s", **settings, workers=2)
+    with pytest.raises(RuntimeError, match=r"has died \(.*\): the same command goes on"):
+        collect(cfg)
+    (tmp_path / "deadly").unlink()
+    collect(replace(cfg, workers=1))
+    assert contents(tmp_path / "s") == whole
 
 
 def test_a_finished_store_is_left_alone_and_other_settings_are_refused(tmp_path) -> None:

@@ -64,6 +64,18 @@ def test_only_labeled_actions_appear_and_the_first_rows_have_them(store) -> None
     assert len(set((number(batch)[3:, 0] // 20).tolist())) > 3  # the rest: of all clips
 
 
+@pytest.mark.parametrize("labels", [0.4, 10])
+def test_a_mixture_follows_its_weights_in_labeled_rows_too(tmp_path, labels) -> None:
+    one = write(tmp_path / "a", LENGTHS[:5])
+    other = write(tmp_path / "b", LENGTHS, start=5)
+    for weight in (9, 1):
+        clips = VideoClips({one: weight, other: 10 - weight}, 4, 4000, labels=labels)
+        batch = clips.sample()
+        of_one = (number(batch)[:, 0] < 100).float()
+        for rows in (slice(0, 1600), slice(1600, None)):
+            assert abs(of_one[rows].mean() - weight / 10) < 0.04
+
+
 def test_without_labels_nothing_changes(store) -> None:
     plain, probed = (VideoClips(store, clip_len=4, labels=n) for n in (0, 2))
     assert set(plain.sample().keys()) == {"pixels", "is_first"}

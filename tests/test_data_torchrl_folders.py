@@ -91,6 +91,18 @@ def test_a_ring_that_is_full_begins_with_its_oldest_step(tmp_path: Path) -> None
     assert told(prepare(tmp_path / "buffer", tmp_path / "store")) == TOLD[1:]
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_buffer_of_trajectories_is_refused_in_one_line(tmp_path: Path, dims: int) -> None:
+    buffer = ReplayBuffer(storage=LazyMemmapStorage(30, ndim=dims))
+    buffer.extend(torch.stack(steps([4, 4]).split(4)))
+    buffer.dumps(tmp_path / "buffer")
+    for folder in ("buffer", "buffer/storage"):
+        with pytest.raises(ValueError, match=r"write its .* by buffer\[:\].memmap\(folder\)$"):
+            prepare(tmp_path / folder, tmp_path / "store")
+    buffer[:].memmap(tmp_path / "set")
+    assert told(prepare(tmp_path / "set", tmp_path / "store")) == [TOLD[0], [*range(10, 15)]]
+
+
 @pytest.mark.parametrize("layout", ["[H, W, 3]", "[1, H, W]", "[H, W]"])
 def test_pictures_of_other_layouts(tmp_path: Path, layout: str) -> None:
     picture = torch.zeros(6, 16, 24, dtype=torch.uint8)

@@ -110,6 +110,34 @@ def test_epoch_law_takes_every_episode_once_before_any_twice() -> None:
     assert orders[0] != orders[1]
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_epoch_begins_anew_where_a_ring_holds_other_episodes(loaded: bool) -> None:
+    ring = torch.tensor([9, 4, 8, 5, 7, 6, 9, 4, 8, 5, 7, 6])
+    starts = ring.cumsum(0) - ring
+    made = WindowSampler(4, strategy="epoch")
+    made.set_episodes(ring[:10], starts=starts[:10])
+    made.draw(3)
+    state = made.state_dict()
+    made.set_episodes(ring[1:11], starts=starts[1:11])  # the oldest is forgotten, one has come
+    if loaded:
+        made.load_state_dict(state)
+    windows = made.draw(10)
+    assert sorted(windows.episode.tolist()) == list(range(10))
+    assert bool((windows.start >= 0).all())
+    assert bool((windows.start + 4 <= ring[1:11][windows.episode]).all())
+
+
+def test_an_epoch_goes_on_where_episodes_come_and_go_that_are_never_drawn() -> None:
+    ring = torch.tensor([3, 9, 4, 8, 5, 7, 2])
+    starts = ring.cumsum(0) - ring
+    made = WindowSampler(4, strategy="epoch")
+    made.set_episodes(ring[:6], starts=starts[:6])
+    drawn = made.draw(2).episode.tolist()
+    made.set_episodes(ring[1:], starts=starts[1:])
+    drawn += (made.draw(3).episode + 1).tolist()
+    assert sorted(drawn) == [1, 2, 3, 4, 5]
+
+
 def test_group_weights_decide_how_often_a_group_is_drawn() -> None:
     made = WindowSampler(4, strategy="frames")
     groups = torch.tensor([0, 0, 1, 1])

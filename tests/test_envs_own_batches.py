@@ -13,7 +13,7 @@ from torchrl.envs.utils import check_env_specs
 
 from prelar_trl.envs import ToyEnv, make_env
 from prelar_trl.recipes.environments import build_env
-from tests.test_envs_own import BYTES, Gym, Walkers
+from tests.test_envs_own import BYTES, RGB, Gym, Walkers
 
 MODES = gymnasium.vector.AutoresetMode
 PICTURE = Box(0, 255, (64, 64, 3), np.uint8)
@@ -44,6 +44,64 @@ def test_success_at_the_end_of_an_episode_that_was_reset_at_once() -> None:
     env = make_env(GymWrapper(vector))
     step = env.rand_step(env.reset())["next"]
     assert step["done"].all() and step["success"].tolist() == [[True], [True]]
+
+
+def test_an_action_repeat_of_a_vector_environment_is_refused() -> None:
+    vector = gymnasium.vector.SyncVectorEnv(
+        [lambda: Gym(PICTURE, BYTES)] * 2, autoreset_mode=MODES.DISABLED
+    )
+    with pytest.raises(ValueError, match="action_repeat=2: .* repeat inside each environment$"):
+        make_env(GymWrapper(vector), action_repeat=2)
+
+
+def test_a_reset_that_loses_the_last_picture_of_an_episode_is_refused() -> None:
+    class Ends(Gym):
+        def step(self, action):
+            observation, reward, *_ = super().step(action)
+            return observation, reward, True, False, {}
+
+    pictures = gymnasium.spaces.Dict(image=PICTURE)
+    makers = [lambda: Ends(pictures, {"image": BYTES})] * 2
+    vectors = {mode: gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=mode) for mode in MODES}
+    with pytest.raises(ValueError, match="autoreset_mode=AutoresetMode.DISABLED$"):
+        make_env(GymWrapper(vectors[MODES.SAME_STEP]))
+    env = make_env(GymWrapper(vectors[MODES.DISABLED]))
+    step = env.rand_step(env.reset())["next"]
+    assert step["done"].all() and torch.equal(step["pixels"][0], RGB)
+
+
+class OneBuffer(Walkers):
+    """Draws all pictures into one buffer."""
+
+    buffer = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+
+    def _observe(self):
+        self.buffer[:] = super()._observe()["pixels"]
+        return {"pixels": self.buffer}
+
+
+class OneGymBuffer(Gym):
+    def reset(self, **_):
+        self.observation[:] = 0
+        return self.observation, {}
+
+    def step(self, action):
+        self.observation += 1
+        return self.observation, 1.0, False, False, {}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OneBuffer(ends=(3, 3)),
+        lambda: OneGymBuffer(Box(0, 255, (3, 64, 64), np.uint8)),
+    ],
+)
+def test_pictures_that_are_drawn_into_one_buffer_are_kept(make) -> None:
+    rollout = make_env(make()).rollout(3)
+    frames = rollout["pixels"].reshape(-1, 3, 3, 64, 64)[0, :, 0, 0, 0]
+    assert frames.tolist() == [0, 1, 2]
+    assert rollout["next", "pixels"].reshape(-1, 3, 3, 64, 64)[0, :, 0, 0, 0].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("given", [ToyEnv(), Gym(), "toy", None])

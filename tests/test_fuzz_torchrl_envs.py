@@ -198,6 +198,35 @@ def test_an_end_needs_what_tells_its_kind() -> None:
         given_by(env, "step")
 
 
+class Truncates(Walkers):
+    """Declares all kinds of ends; gives ``truncated`` and those of ``others``, which are false."""
+
+    def __init__(self, *others: str) -> None:
+        super().__init__(ends=(2, 2))
+        end, self.others = Binary(1, (2, 1), dtype=torch.bool), others
+        kinds = {key: end.clone() for key in ("done", "terminated", "truncated")}
+        self.done_spec = Composite(kinds, shape=(2,))
+
+    def _step(self, tensordict: Any) -> TensorDict:
+        found = super()._step(tensordict)
+        found.rename_key_("done", "truncated")
+        del found["terminated"]
+        return found.update({key: torch.zeros(2, 1, dtype=torch.bool) for key in self.others})
+
+
+@pytest.mark.parametrize("others", [(), ("terminated",)])
+def test_an_episode_that_is_only_truncated_ends(others: tuple[str, ...]) -> None:
+    rollout = make_env(Truncates(*others)).rollout(5)
+    assert rollout["next", "done"][..., 0].tolist() == [[False, True]] * 2
+    assert not rollout["next", "terminated"].any()
+
+
+def test_a_truncated_episode_that_is_not_done_is_refused() -> None:
+    env = make_env(Truncates("done", "terminated"))
+    with pytest.raises(ValueError, match=r"step\(\) gives truncated=True, but done=False"):
+        env.rollout(5)
+
+
 @pytest.mark.parametrize("repeat", [1, 2])
 def test_what_is_as_declared_is_not_touched(repeat: int) -> None:
     env = make_env(Odd((2,), "step", lambda x: x), pixels=16, action_repeat=repeat)

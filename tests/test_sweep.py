@@ -21,7 +21,7 @@ from prelar_trl.recipes.collect_videos import env_names
 from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.sweep import make_jobs, make_suite, sweep
 from prelar_trl.record import SUMMARY, Progress
-from prelar_trl.sweep import Job
+from prelar_trl.sweep import Job, Suite, Variant
 from prelar_trl.sweep.engine import PROGRESS
 from prelar_trl.sweep.results import CurveResults
 from tests.files import contents
@@ -173,6 +173,14 @@ def test_every_job_has_settings_that_its_recipe_takes(experiment):
             assert env_names(cfg.env, cfg.tasks)
         if job.run:
             assert cfg.env_steps % cfg.eval_every == 0
+
+
+def test_two_runs_of_one_name_are_refused():
+    variants = {"prelar": Variant(), "prelar-door": Variant()}
+    suite = Suite("suite", variants, {"close": {}, "door-close": {}}, seeds=2)
+    assert len(suite.jobs(["prelar"])) == 4
+    with pytest.raises(ValueError, match="two runs would be suite/finetune/prelar-door-close-0: "):
+        suite.jobs()
 
 
 def test_a_variant_with_an_unknown_setting_is_refused():

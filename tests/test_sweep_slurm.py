@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +171,51 @@ def test_a_sweep_that_was_stopped_finds_its_jobs_again(cluster):
     assert engine.finished(job)
     assert cluster.log.read_text().splitlines() == ["resume false"]
     assert (cluster.folder / "last").read_text() == "101\n"
+
+
+@pytest.fixture
+def left_in_the_queue(cluster) -> SimpleNamespace:
+    """A cluster whose job goes on after its sweep was stopped."""
+    engine, _ = make_engine(cluster.root)
+    thread = working(engine, SlurmLauncher(cluster.root / "slurm", {}))
+    started(cluster, "resume false")
+    engine._stop()
+    thread.join(30)
+    return cluster
+
+
+def test_a_job_in_the_queue_with_other_settings_is_refused_until_it_has_ended(left_in_the_queue):
+    root = left_in_the_queue.root
+    engine, job = make_engine(root, more=1)
+    launcher = SlurmLauncher(root / "slurm", {})
+    with pytest.raises(ValueError, match=r"a-0 is job 101 of .* other settings .* scancel 101$"):
+        engine.work(launcher, 1)
+    assert engine.state(job, alive=False)[0] == "running"
+    subprocess.run(["scancel", "101"], check=True)
+    wait_for(lambda: launcher.attach(engine.record(job)).poll() is not None, seconds=60)
+    (root / "end").touch()
+    assert engine.work(launcher, 1) == 0
+    assert json.loads(engine.results.path(job).read_text())["inputs"] == job.inputs
+    assert left_in_the_queue.log.read_text().splitlines() == ["resume false"]  # anew
+
+
+def test_a_job_in_the_queue_is_not_run_here_too(left_in_the_queue):
+    root = left_in_the_queue.root
+    engine, _ = make_engine(root)
+    with open(root / "lock", "w") as lock:
+        with pytest.raises(ValueError, match=r"a-0 is job 101 of .*: go on with launcher=slurm"):
+            engine.work(LocalLauncher(lock), 1)
+    assert (root / "suite/finetune/a-0/checkpoints/last.pt").exists()
+
+
+def test_jobs_that_wait_for_one_that_has_failed_are_not_finished_either(tmp_path):
+    engine, job = make_engine(tmp_path)
+    needs = Job("suite", "pretrain", "p-0", {"fails": 1, "data": "videos"})
+    engine.jobs = [replace(job, name=f"a-{seed}", needs=needs) for seed in range(2)]
+    (tmp_path / "end").touch()
+    with open(tmp_path / "lock", "w") as lock:
+        assert engine.work(LocalLauncher(lock), 1) == 3
+    assert engine.state(needs, alive=False)[0] == "failed"
 
 
 def test_a_job_with_options_of_the_queue_that_fails_says_why_and_is_not_requeued(cluster):

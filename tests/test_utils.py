@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from prelar_trl.utils import atomic_write, check_choice, read_json
+from prelar_trl.utils import atomic_write, check_choice, map_ahead, read_json
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
@@ -46,3 +48,12 @@ def test_damaged_json_is_named(content: bytes, tmp_path) -> None:
     assert read_json(file, missing_ok=True) == {}
     with pytest.raises(FileNotFoundError):
         read_json(file)
+
+
+def test_a_pool_gives_results_in_order_and_runs_ahead_of_them_by_so_many() -> None:
+    items = iter(range(20))
+    with ThreadPoolExecutor(2) as pool:
+        for taken, result in enumerate(map_ahead(pool, str, items, 3)):
+            assert result == str(taken)
+            assert items.__length_hint__() == max(0, 20 - (taken + 3))
+    assert taken == 19

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 
+import cloudpickle
 import pytest
 import torch
 
 from prelar_trl.data import EpisodeReplay
-from prelar_trl.envs import ToyEnv, make_env
+from prelar_trl.envs import ToyEnv, make_env, workers
 from prelar_trl.envs.episodes import begin_episode, repeat_episode
 from prelar_trl.envs.workers import WorkerEnv, WorkerError
 from prelar_trl.recipes.finetune import finetune
 from tests.test_resume import STEPS, same, stopped
 from tests.toy_runs import checkpoint, finetune_config, rows
 
-DIE, HANG, RAISE, GOOD = 0.125, 0.25, 0.375, 0.5  # what the first action does
+DIE, HANG, RAISE, GOOD, STALL = 0.125, 0.25, 0.375, 0.5, 0.625  # what the first action does
+
+
+def sent_in_part(connection, answer):
+    os.write(connection.fileno(), answer[:20])
+    time.sleep(1_000)
 
 
 class Fragile(ToyEnv):
@@ -30,6 +39,8 @@ class Fragile(ToyEnv):
             os._exit(3)
         if told == HANG:
             time.sleep(1_000)
+        if told == STALL:
+            Connection._send = sent_in_part
         if told == RAISE:
             raise ArithmeticError("a wheel came off")
         return super()._step(tensordict)
@@ -67,6 +78,7 @@ def test_workers_play_the_episodes_that_one_process_plays(env):
     [
         (DIE, r"worker 1 .* died \(exit code 3\)"),
         (HANG, "worker 1 .* gave no answer for 3 s"),
+        (STALL, "worker 1 .* gave no answer for 3 s"),
         (RAISE, "worker 1 .* raised ArithmeticError: a wheel came off"),
     ],
 )
@@ -84,6 +96,26 @@ def test_a_worker_that_fails_is_replaced_and_its_episode_dropped(env, told, said
     assert re.search(said, caplog.text)
     # two steps are lost; the other worker's episode, and the next one here, are whole
     assert replay.num_episodes == 2 and replay.num_frames == 8
+
+
+def test_a_worker_that_takes_no_question_is_replaced(env):
+    os.kill(env._workers[1].process.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match=r"gave no answer for \d s"):
+        env.repeat(1, 6, torch.zeros(200_000, 2))
+
+
+def test_a_worker_that_has_died_gets_the_seed_too(env):
+    os.kill(env._workers[1].process.pid, signal.SIGKILL)
+    env.set_seed(7)
+    assert torch.equal(env.reset()["pixels"][1], fragile(seed=8).reset()["pixels"])
+
+
+def test_a_worker_whose_parent_has_given_up_ends_without_a_word(monkeypatch, caplog):
+    monkeypatch.setattr(workers, "settle_process", lambda: None)
+    ours, theirs = Pipe()
+    ours.close()
+    workers._work(theirs, cloudpickle.dumps(fragile), 0)
+    assert not caplog.text
 
 
 def test_a_worker_that_fails_again_and_again_is_an_error(env):

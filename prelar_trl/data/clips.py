@@ -44,8 +44,10 @@ class VideoClips:
         strategy: how windows are drawn, see `prelar_trl.data.windows`.
         streams: image streams of a batch, e.g. ``("pixels", "flow")``.
         labels: of so many clips (a share below 1, or a number) a batch also tells the true actions.
-            Which ones depends on ``seed`` and their names. The first rows of a batch, as large a
-            share of it but at least one, are drawn from them. Default: 0, none.
+            Which ones depends on ``seed`` and on the names of the clips that can be drawn. The
+            first rows of a batch, as large a share of it but at least one, are drawn from them, the
+            others from all clips: of a mixture each part by the weights of its stores; with
+            ``strategy="epoch"`` each part has epochs of its own. Default: 0, none.
         prefetch: batches that a thread prepares ahead. They count as not drawn for `state_dict`.
         rank, world_size: this process's disjoint share of one stream of windows.
 
@@ -99,7 +101,7 @@ class VideoClips:
             rows = max(1, round(float(self._labeled.sum()) / self.num_clips * batch_size))
             labeled = make_sampler(seed=seed + 2)
             lengths = torch.where(self._labeled, self._lengths, 0)
-            labeled.set_episodes(lengths, starts=self.storage.episodes()["starts"])
+            labeled.set_episodes(**{**self.storage.episodes(), "lengths": lengths})
             sampler = FixedShareSampler(labeled, self.sampler, rows)
         self.buffer = ReplayBuffer(
             storage=self.storage,

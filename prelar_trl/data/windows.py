@@ -6,7 +6,8 @@ Strategies, for an episode of ``L`` frames and a window of ``T``::
 
     episodes         an episode uniformly, then one of its L - T + 1 starts uniformly
     frames           every window of the data is equally likely: an episode with weight L - T + 1
-    epoch            every episode once in a shuffled order, then the next order; start uniform
+    epoch            every episode once in a shuffled order, then the next order; start uniform;
+                     where other episodes are declared, the next order begins
     prioritize_ends  the official replay's: an episode uniformly; a length uniform in
                      (M - m, M], at least m, where M = min(L, max_length), m = min_length;
                      start = min(uniform{0 .. L - length + m}, L - length), so that the last
@@ -22,6 +23,7 @@ With ``pack`` episodes shorter than m are drawn too: whole, m being their length
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -124,9 +126,9 @@ class WindowSampler(StatefulSampler):
         self.rank, self.world_size = rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
         self._shuffler = torch.Generator()
-        self._order: Tensor | None = None  # of this epoch, shuffled by the generator in the state
-        self._order_rng: Tensor | None = None
-        self._order_size: int | None = None
+        self._order: Tensor | None = None  # of this epoch: places in _eligible
+        self._order_rng = self.generator.get_state()  # that has shuffled it
+        self._order_of: str | None = None  # the episodes, see _identity
         self._position = 0
         self._revision = -1
         self._empty()
@@ -173,8 +175,9 @@ class WindowSampler(StatefulSampler):
         self._starts, self._capacity = starts, capacity
         self._cumulative = weights.cumsum(0)
         self._eligible = weights.nonzero().squeeze(-1)
-        if self._order is not None and len(self._order) != len(self._eligible):
-            self._order = self._order_rng = None  # other episodes: the epoch begins anew
+        places = torch.zeros_like(lengths) if starts is None else starts
+        drawn_from = torch.stack((places, lengths))[:, self._eligible]
+        self._identity = hashlib.sha256(drawn_from.numpy().tobytes()).hexdigest()
 
     def sync(self, storage: Storage | None) -> None:
         """Declares the episodes of a `FrameStorage`, if they have changed."""
@@ -258,23 +261,21 @@ class WindowSampler(StatefulSampler):
     def _next_in_epoch(self, rows: int) -> Tensor:
         parts: list[Tensor] = []
         while rows:
-            if self._order is None and self._order_rng is not None:  # a loaded state
-                if self._order_size in (None, len(self._eligible)):  # older states have none
-                    self._order = self._shuffled(self._order_rng)
-            if self._order is None or self._position >= len(self._order):
+            if self._order_of != self._identity or self._position >= len(self._eligible):
                 self._order_rng, self._position = self.generator.get_state(), 0
-                self._order = self._shuffled(self._order_rng)
-                self._order_size = len(self._order)
+                self._order, self._order_of = self._shuffled(), self._identity
                 self.generator.set_state(self._shuffler.get_state())
-            part = self._order[self._position : self._position + rows]
+            elif self._order is None:  # a loaded state
+                self._order = self._shuffled()
+            part = self._eligible[self._order[self._position : self._position + rows]]
             self._position += len(part)
             rows -= len(part)
             parts.append(part)
         return torch.cat(parts)
 
-    def _shuffled(self, state: Tensor) -> Tensor:
-        self._shuffler.set_state(state)
-        return self._eligible[torch.randperm(len(self._eligible), generator=self._shuffler)]
+    def _shuffled(self) -> Tensor:
+        self._shuffler.set_state(self._order_rng)
+        return torch.randperm(len(self._eligible), generator=self._shuffler)
 
     def _draw_prioritized(self, rows: int) -> Windows:
         pieces: list[tuple[int, int, int, int]] = []
@@ -304,25 +305,23 @@ class WindowSampler(StatefulSampler):
         return {
             "rng": self.generator.get_state(),
             "order_rng": self._order_rng,
-            "order_size": self._order_size,
+            "order_of": self._order_of,
             "position": self._position,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken; the same episodes must be declared.
+        """Continues where `state_dict` was taken, if the same episodes are declared.
 
         KeyError, TypeError, ValueError, RuntimeError for no such state; nothing has changed then.
         """
         rng, order_rng, position = (state_dict[name] for name in ("rng", "order_rng", "position"))
-        order_size = state_dict.get("order_size")
         check_integers(0, position=position)
-        if order_size is not None:
-            check_integers(0, order_size=order_size)
-        for state in (rng,) if order_rng is None else (rng, order_rng):
+        order_rng = rng if order_rng is None else order_rng  # of older states, without an order
+        for state in (rng, order_rng):
             self._shuffler.set_state(state)  # raises for what is none
         self.generator.set_state(rng)
-        self._order, self._order_rng = None, order_rng
-        self._order_size, self._position = order_size, position
+        self._order, self._order_rng, self._position = None, order_rng, position
+        self._order_of = state_dict.get("order_of")  # without one the epoch begins anew
 
     def _empty(self) -> None:
         self.set_episodes(torch.zeros(0, dtype=torch.int64))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import gymnasium
 import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
 from tensordict import NestedKey
 from torchrl.data import Bounded
 from torchrl.envs import Compose, DTypeCastTransform, EnvBase, Transform, TransformedEnv
@@ -13,7 +15,7 @@ from torchrl.envs.gym_like import GymLikeEnv
 
 from prelar_trl.envs.pictures import PictureConverter, check_picture, looks_like_picture, white_of
 from prelar_trl.envs.spec_check import OutputCheck, OwnRandomActions, SpecCheck, shown
-from prelar_trl.envs.transforms import Success, SuccessReader, ToPixels
+from prelar_trl.envs.transforms import OwnPixels, Success, SuccessReader, ToPixels
 
 NOT_SEEN = ("pixels", "success", "is_first", "step_count", "episode_reward", "vector")
 
@@ -24,6 +26,10 @@ def wrap_env(
     """A TorchRL environment, taken apart, with the transforms that add what it lacks.
 
     What it gives is looked at, see `SpecCheck`.
+
+    Raises:
+        ValueError: a vector environment whose last observations of episodes are lost, or pictures,
+            see `pixels_transform`.
     """
     transforms: list[Transform] = []
     given = {*env.observation_spec.keys(True, True)}
@@ -35,6 +41,13 @@ def wrap_env(
         base = env.base_env
         check = [] if isinstance(base, GymLikeEnv) else [OutputCheck(env)]
         transforms = [*(each.clone() for each in own), *check, *transforms]
+    if isinstance(base, GymLikeEnv) and isinstance(vector := base._env, VectorEnv):
+        several = isinstance(vector.single_observation_space, gymnasium.spaces.Dict)
+        if several and vector.metadata.get("autoreset_mode") == AutoresetMode.SAME_STEP:
+            raise ValueError(
+                "TorchRL loses the last observations of episodes where they are a Dict: make the "
+                "vector environment with autoreset_mode=AutoresetMode.DISABLED"
+            )
     # TorchRL reads the info of vector environments by itself, but not that of the last step.
     if isinstance(base, GymLikeEnv) and ("success" not in given or base.batch_size):
         base.set_info_dict_reader(SuccessReader(base.batch_size))
@@ -58,7 +71,7 @@ def find_pictures(env: EnvBase) -> list[NestedKey]:
 
 
 def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> list[Transform]:
-    """What turns pictures among the observations into ``pixels``; nothing where they are that.
+    """What turns pictures among the observations into ``pixels``, or copies them where they are.
 
     Without ``cameras`` the only one.
 
@@ -75,7 +88,7 @@ def pixels_transform(env: EnvBase, size: int, cameras: Sequence[str] = ()) -> li
         shape = tuple(spec.shape[len(batch) :])
         views = len(cameras) or max(1, (shape or (0,))[0] // 3)
         if shape == (3 * views, size, size) and spec.dtype == torch.uint8:
-            return []
+            return [OwnPixels()]
     for camera in cameras:
         if camera not in names:
             raise ValueError(f"unknown camera {camera!r}; this environment has {', '.join(names)}")

@@ -19,6 +19,7 @@ from torchrl.envs import (
     Transform,
     TransformedEnv,
 )
+from torchrl.envs.gym_like import GymLikeEnv
 
 from prelar_trl.envs.actions import action_transforms
 from prelar_trl.envs.adopt import as_float32, check_env, vector_keys, wrap_env
@@ -89,7 +90,8 @@ def make_env(
             (``joint*``); ``state`` is all of them. Meta-world has ``proprio`` [4] besides. Default:
             none.
         render_quality: ``fast`` or ``full`` (docs/rendering.md shows both).
-        action_repeat: apply each action this many times; rewards are summed, success is any.
+        action_repeat: apply each action this many times; rewards are summed, success is any. Not
+            for vector environments of gymnasium.
         max_steps: truncate episodes after this many steps, counted after ``action_repeat``.
             Default: the environment's own limit; 50 for ``toy``.
         num_workers: more than 1 gives a :class:`~prelar_trl.envs.workers.WorkerEnv` of that many
@@ -163,6 +165,11 @@ def _make_one(
         max_steps = max_steps or suite.max_steps
     else:
         base, transforms = _from_object(name_or_env, view)
+    if action_repeat > 1 and isinstance(base, GymLikeEnv) and base.batch_size:
+        raise ValueError(
+            f"action_repeat={action_repeat}: a vector environment of gymnasium steps those too "
+            "that have ended: repeat inside each environment"
+        )
     repeat = [] if action_repeat == 1 else [ActionRepeat(action_repeat)]
     if vectors:  # before `state` takes the place of what it gathers
         state = [x for x in transforms if isinstance(x, Gather) and x.out_keys == ["state"]]

@@ -1,7 +1,8 @@
 """Any picture as ``pixels``, uint8 [3, size, size]: the one place where that is decided.
 
 =================  ===============================================================================
-shape              [H, W, C], [C, H, W] or [H, W], with C = 1 (gray), 3 (RGB) or 4 (RGBA)
+shape              [H, W, C], [C, H, W] or [H, W], with C = 1 (gray) or 3 (RGB); of ``render()``
+                   also 4 (RGBA): among observations these may be four stacked frames
 integers           0 to 255
 floats             0 to 1, or 0 to 255 where the bounds say so or a value above 1 was seen
 lists of pictures  the last one (gymnasium's ``rgb_array_list``)

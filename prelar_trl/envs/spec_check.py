@@ -26,7 +26,7 @@ class SpecCheck(TransformedEnv):
 
     Numbers of another type become the spec's unless that changes whole ones, and what differs from
     the spec's shape in dimensions of size 1 alone gets it. An end that is missing is false, as
-    TorchRL has it.
+    TorchRL has it, but ``done`` is what ``terminated`` and ``truncated`` say.
 
     Args:
         env: an environment that is no :class:`TransformedEnv`.
@@ -34,7 +34,7 @@ class SpecCheck(TransformedEnv):
     Raises (by a reset or a step):
         TypeError: what is given is no TensorDict, or an entry is no tensor.
         ValueError: an entry is missing, has another shape than its spec, or values that its spec
-            cannot hold; an episode begins at its end, or is terminated but not done.
+            cannot hold; an episode begins at its end, or is terminated or truncated, but not done.
     """
 
     rand_action = EnvBase.rand_action  # of the specs: TransformedEnv's is refused below transforms
@@ -71,12 +71,17 @@ class SpecCheck(TransformedEnv):
             raise ValueError(f"{who} gives a batch {list(given)}; it must be {list(batch)}")
         ends = {key: spec for key, spec in self._ends.items() if key in found.keys(True, True)}
         _check_given(found, {**specs, **ends}, given[:ahead], who)
+        if "truncated" in ends and not {"done", "terminated"} & ends.keys():
+            found["terminated"] = torch.zeros_like(
+                found["truncated"]
+            )  # TorchRL derives done of two
         try:
             self.base_env._complete_done(self.base_env.full_done_spec, found)
         except RuntimeError as error:  # done and truncated alone do not say what is terminated
             raise ValueError(f"{who}: {error}") from error
-        if "terminated" in ends and (found["terminated"] & ~found["done"]).any():
-            raise ValueError(f"{who} gives terminated=True, but done=False")
+        for end in ("terminated", "truncated"):
+            if end in ends and (found[end] & ~found["done"]).any():
+                raise ValueError(f"{who} gives {end}=True, but done=False")
 
 
 class OwnRandomActions(SpecCheck):

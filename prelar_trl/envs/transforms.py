@@ -185,6 +185,16 @@ class Pixels(SameAtReset):
                 picture.close()
 
 
+class OwnPixels(SameAtReset):
+    """Copy ``pixels`` that are as they must be: an environment may draw all into one buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(in_keys=["pixels"], out_keys=["pixels"])
+
+    def _apply_transform(self, obs: torch.Tensor) -> torch.Tensor:
+        return obs.clone()
+
+
 class ToPixels(SameAtReset):
     """Move V pictures among the observations to ``pixels``, uint8 [*batch, 3 V, size, size].
 

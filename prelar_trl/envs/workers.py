@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
+import socket
+import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -25,7 +27,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import step_mdp
 
 from prelar_trl.envs.episodes import begin_episode, repeat_episode
-from prelar_trl.utils import hold_signals
+from prelar_trl.utils import end_with_parent, hold_signals
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class WorkerEnv(EnvBase):
             called in the workers.
         num_workers: N.
         seed: worker ``i`` gets ``seed + i``, one that replaces it a seed of its own.
-        timeout: seconds after which a worker without an answer hangs.
+        timeout: seconds after which a worker without an answer, or stuck in one, hangs.
         max_failures: so many of one worker, without an episode that ends between them, are an
             error.
 
@@ -76,7 +78,7 @@ class WorkerEnv(EnvBase):
         self._timeout, self._max_failures = timeout, max_failures
         self.failures = 0
         self._in_a_row = [0] * num_workers
-        self._workers = [_Worker(self._make, seed + i) for i in range(num_workers)]
+        self._workers = [self._start(seed + i) for i in range(num_workers)]
         # They ignore what multiprocessing sends at the program's end, and that would be waited for.
         self._at_exit = partial(_end, self._workers)
         atexit.register(self._at_exit)
@@ -137,17 +139,23 @@ class WorkerEnv(EnvBase):
         todo = {
             i: ("reset", None if seeds is None else seeds[i]) for i, it in enumerate(chosen) if it
         }
-        found: dict[int, Any] = {}
-        while todo:  # none is over before it began: again, with a new worker
-            answers, failed = self._ask(todo)
-            found |= answers
-            todo = {worker: todo[worker] for worker in failed}
+        found = self._ask_until_all_answer(todo)  # no episode is over before it began
         begun: list[Any] = [found.get(i, self._blank[i]) for i in range(len(chosen))]
         return cast(TensorDictBase, torch.stack(begun))
 
     def _set_seed(self, seed: int | None) -> None:
         self._seed = 0 if seed is None else seed
-        self._ask({i: ("seed", self._seed + i) for i in range(len(self._workers))})
+        seeds = range(self._seed, self._seed + len(self._workers))
+        self._ask_until_all_answer({i: ("seed", it) for i, it in enumerate(seeds)})
+
+    def _ask_until_all_answer(self, todo: dict[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """The answers to questions by worker; again, where one has failed and was replaced."""
+        found: dict[int, Any] = {}
+        while todo:
+            answers, failed = self._ask(todo)
+            found |= answers
+            todo = {worker: todo[worker] for worker in failed}
+        return found
 
     def _ask(
         self, questions: dict[int, tuple[Any, ...]], seconds: float | None = None
@@ -173,6 +181,9 @@ class WorkerEnv(EnvBase):
             self._replace(worker, why, in_episode=questions[worker][0] == "step")
         return found, failed
 
+    def _start(self, seed: int) -> _Worker:
+        return _Worker(self._make, seed, self._timeout)
+
     def _replace(self, worker: int, why: str, *, in_episode: bool) -> None:
         """A new process for a worker that has failed."""
         old = self._workers[worker]
@@ -189,7 +200,7 @@ class WorkerEnv(EnvBase):
                 f"time it {why}"
             )
         seed = self._seed + worker + self.failures * len(self._workers)
-        self._workers[worker] = _Worker(self._make, seed)
+        self._workers[worker] = self._start(seed)
         try:
             self._workers[worker].answer(START_SECONDS)
         except WorkerError as error:
@@ -232,7 +243,7 @@ def settle_process() -> None:
     """In a process of `start_process`: signals to stop are its parent's, with which it ends."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
 
 
@@ -246,29 +257,44 @@ def _end(workers: list[_Worker]) -> None:
 
 
 class _Worker:
-    """The parent's side of one process."""
+    """The parent's side of one process.
 
-    def __init__(self, make: bytes, seed: int) -> None:
+    Args:
+        make, seed: of its environment.
+        timeout: seconds that the process may stall within a question or an answer.
+    """
+
+    def __init__(self, make: bytes, seed: int, timeout: float) -> None:
         self.process, self.connection = start_process(_work, make, seed)
+        limit = struct.pack("ll", *divmod(int(timeout * 1e6), 1_000_000))
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as end:
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                end.setsockopt(socket.SOL_SOCKET, option, limit)
 
     def send(self, *question: Any) -> None:
-        try:
+        with self._failures():
             self.connection.send_bytes(pickle.dumps(question))
-        except OSError:
-            raise WorkerError(self._death()) from None
 
     def answer(self, seconds: float) -> Any:
         """What it gives within that time."""
-        begin = time.monotonic()
-        try:
+        with self._failures():
             if not self.connection.poll(max(0.0, seconds)):
-                raise WorkerError(f"gave no answer for {time.monotonic() - begin:.0f} s")
+                raise BlockingIOError
             error, answer = pickle.loads(self.connection.recv_bytes())
-        except (EOFError, OSError):
-            raise WorkerError(self._death()) from None
         if error is not None:
             raise WorkerError(f"raised {error}")
         return answer
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        except BlockingIOError:
+            seconds = time.monotonic() - begin
+            raise WorkerError(f"gave no answer for {seconds:.0f} s") from None
+        except (EOFError, OSError):
+            raise WorkerError(self._death()) from None
 
     def _death(self) -> str:
         self.process.join(5.0)
@@ -285,39 +311,36 @@ class _Worker:
 def _work(connection: Connection, make: bytes, seed: int) -> None:
     """The process: answers questions until its parent closes the connection."""
     settle_process()
+    env: EnvBase | None = None
     try:
-        env: EnvBase = pickle.loads(make)(seed=seed)
-        connection.send_bytes(pickle.dumps((None, _specs(env))))
+        made: EnvBase = pickle.loads(make)(seed=seed)
+        env, told = made, (None, _specs(made))
     except Exception as problem:
-        connection.send_bytes(pickle.dumps((_described(problem), None)))
-        return
+        told = _described(problem), None
     now: TensorDictBase = TensorDict()
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # the parent has ended, or has given up
+        connection.send_bytes(pickle.dumps(told))
+        while env is not None:
             question = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            break
-        error, answer = None, None
-        try:
-            match question:
-                case ("seed", number):
-                    env.set_seed(number)
-                case ("reset", number):
-                    now = env.reset() if number is None else begin_episode(env, number)
-                    answer = _observed(env, now)
-                case ("step", action):
-                    step = env.step(now.set("action", action))
-                    now, answer = step_mdp(step), _observed(env, step["next"])
-                case ("repeat", number, actions):
-                    now, frames = repeat_episode(env, number, actions)
-                    answer = _observed(env, now), frames
-        except Exception as problem:
-            error = _described(problem)
-        try:
+            error, answer = None, None
+            try:
+                match question:
+                    case ("seed", number):
+                        env.set_seed(number)
+                    case ("reset", number):
+                        now = env.reset() if number is None else begin_episode(env, number)
+                        answer = _observed(env, now)
+                    case ("step", action):
+                        step = env.step(now.set("action", action))
+                        now, answer = step_mdp(step), _observed(env, step["next"])
+                    case ("repeat", number, actions):
+                        now, frames = repeat_episode(env, number, actions)
+                        answer = _observed(env, now), frames
+            except Exception as problem:
+                error = _described(problem)
             connection.send_bytes(pickle.dumps((error, answer)))
-        except OSError:
-            break
-    env.close(raise_if_closed=False)
+    if env is not None:
+        env.close(raise_if_closed=False)
 
 
 def _described(problem: Exception) -> str:
@@ -342,11 +365,3 @@ def _observed(env: EnvBase, now: TensorDictBase) -> TensorDictBase:
     keys = [*env.observation_spec.keys(True, True), *env.reward_keys, *env.done_keys]
     told = now.select(*keys, strict=False).clone()
     return told.set("dropped", torch.zeros(1, dtype=torch.bool))
-
-
-def _end_with_parent() -> None:
-    """Where the parent is killed while the environment hangs, nothing else would end this."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -90,7 +90,7 @@ def wrap_gym(
     transforms: list[Transform] = []
     if pixels is not None and pictures:
         transforms += pixels_transform(base, pixels, cameras)
-        used = transforms[0].in_keys if transforms else ["pixels"]
+        used = transforms[0].in_keys
         transforms.append(_state(base, [key for key in pictures if key not in used], used))
     else:
         transforms.append(_state(base, pictures))

@@ -97,7 +97,11 @@ class Engine:
                 )
 
     def work(self, launcher: Launcher, parallel: int) -> int:
-        """Run what is not finished, so many at a time; how many jobs failed or were stopped."""
+        """Run what is not finished, so many at a time; how many jobs are not finished then.
+
+        Raises:
+            ValueError: a job is in SLURM's queue, see :meth:`_attach`; nothing was started.
+        """
         handlers = {n: signal.signal(n, self._stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             return self._work(launcher, parallel)
@@ -106,12 +110,9 @@ class Engine:
                 signal.signal(number, handler)
 
     def _work(self, launcher: Launcher, parallel: int) -> int:
-        unfinished, undone = self.unfinished(), 0
-        running: dict[Job, Handle] = {}
-        for job in unfinished:
-            record = self.record(job)
-            if record.get("state") == "running" and (handle := launcher.attach(record)):
-                running[job] = handle
+        unfinished = self.unfinished()
+        attached = {job: self._attach(job, launcher) for job in unfinished}
+        running = {job: handle for job, handle in attached.items() if handle is not None}
         waiting = [job for job in unfinished if job not in running]
         self._write_manifest()
         while True:
@@ -123,7 +124,7 @@ class Engine:
                 if code == STOPPED and launcher.detached:  # by the cluster, not by the user
                     waiting.insert(0, job)
                 else:
-                    undone += not self._end(job, code)
+                    self._end(job, code)
             while self.stopping is None and len(running) < parallel:
                 ready = (job for job in waiting if job.needs is None or self.finished(job.needs))
                 job = next(ready, None)
@@ -131,11 +132,11 @@ class Engine:
                     break
                 waiting.remove(job)
                 running[job] = self._start(job, launcher)
-            if not running:
-                return undone
-            if self.stopping is not None and launcher.detached:
+            leaves = self.stopping is not None and launcher.detached
+            if running and leaves:
                 self.say("the jobs go on in the queue; the same command attends to them again")
-                return undone
+            if leaves or not running:
+                return sum(not self.finished(job) for job in unfinished)
             if self.stopping is not None and time.monotonic() > self.stopping + GRACE:
                 for handle in running.values():
                     handle.terminate()
@@ -144,6 +145,30 @@ class Engine:
 
     def _stop(self, *_: object) -> None:
         self.stopping = self.stopping or time.monotonic()
+
+    def _attach(self, job: Job, launcher: Launcher) -> Handle | None:
+        """A job's program, if an earlier sweep has left it in a queue.
+
+        Raises:
+            ValueError: it is there with other settings, or this launcher cannot attend to it.
+        """
+        record = self.record(job)
+        if record.get("state") != "running" or "slurm_job" not in record:
+            return None
+        handle, number = launcher.attach(record), record["slurm_job"]
+        if handle is None:
+            raise ValueError(
+                f"{job.path} is job {number} of SLURM's queue: go on with launcher=slurm, also "
+                f"after scancel {number}"
+            )
+        if record["inputs"] == job.inputs:
+            return handle
+        if handle.poll() is None:
+            raise ValueError(
+                f"{job.path} is job {number} of SLURM's queue, with other settings than now: give "
+                f"those, or scancel {number}"
+            )
+        return None
 
     def _start(self, job: Job, launcher: Launcher) -> Handle:
         """Continue a job at its checkpoint, or start it anew.
@@ -189,8 +214,8 @@ class Engine:
             resumes,
         )
 
-    def _end(self, job: Job, code: int) -> bool:
-        """Note how a job ended, and publish the results of a run; returns whether it is finished.
+    def _end(self, job: Job, code: int) -> None:
+        """Note how a job ended, and publish the results of a run.
 
         Raises nothing: a run that cannot be published has failed.
         """
@@ -211,15 +236,15 @@ class Engine:
         write_json(self.root / f"{job.path}.json", record)
         self._write_manifest()
         self.say(f"{record['state']}: {job.path} {record.get('error', '')}".rstrip())
-        return record["state"] == "finished"
 
     def _facts(self, job: Job) -> dict[str, Any]:
+        record = self.record(job)
         return {
             "suite": job.suite,
             **job.run,
-            "commit": self.record(job).get("commit"),
+            "commit": record["commit"],
             "pretraining_commit": self.record(job.needs).get("commit") if job.needs else None,
-            "inputs": job.inputs,
+            "inputs": record["inputs"],
         }
 
     def _write_manifest(self) -> None:

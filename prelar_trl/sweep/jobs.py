@@ -98,7 +98,7 @@ class Suite:
             variants, tasks: names; default: all.
 
         Raises:
-            ValueError: an unknown name, or nothing to pre-train on.
+            ValueError: an unknown name, two runs of one path, or nothing to pre-train on.
         """
         variants = _chosen("methods", variants, self.variants)
         tasks = _chosen("tasks", tasks, self.tasks)
@@ -118,6 +118,11 @@ class Suite:
                     run = {"variant": name, "task": task, "seed": seed}
                     own = {**self.tasks[task], **settings}
                     job = Job(suite, "finetune", f"{name}-{task}-{seed}", own, needs, run)
+                    if job.path in jobs:
+                        raise ValueError(
+                            f"two runs would be {job.path}: rename the variant {name} or the task "
+                            f"{task}"
+                        )
                     jobs[job.path] = job
         return list(jobs.values())
 

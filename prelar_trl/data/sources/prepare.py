@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import multiprocessing
-import multiprocessing.process
-import os
 import signal
-import threading
 import warnings
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict
@@ -24,6 +21,7 @@ from prelar_trl.data.shards import Spool, SpoolError
 from prelar_trl.data.sources.base import ClipError, Item, Source
 from prelar_trl.data.store import SPOOL, ClipStore
 from prelar_trl.data.writer import ClipWriter
+from prelar_trl.utils import end_with_parent, map_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -124,30 +122,20 @@ def load_in_order(
         for number, item in enumerate(items):
             yield item, _load(source, item, folder / str(number))
         return
-    left = deque(enumerate(items))
-    pool = _pool(workers, source)
-    waiting: deque[tuple[int, Item, Future[Loaded]]] = deque()
-    try:
-        while left or waiting:
-            try:
-                while left and len(waiting) < 4 * workers:
-                    number, item = left[0]
-                    future = pool.submit(_load_here, item, folder / str(number))
-                    waiting.append((number, item, future))
-                    left.popleft()
-                _, item, future = waiting[0]
-                loaded = future.result()
-                waiting.popleft()
-            except BrokenProcessPool:
-                left.extendleft((number, item) for number, item, _ in reversed(waiting))
-                waiting.clear()
-                pool.shutdown(cancel_futures=True)
-                number, item = left.popleft()
-                loaded = _load_apart(source, item, folder / str(number))
-                pool = _pool(workers, source)
-            yield item, loaded
-    finally:
-        pool.shutdown(cancel_futures=True)
+    pairs = [(item, folder / str(number)) for number, item in enumerate(items)]
+    done = 0
+    while done < len(pairs):
+        pool = _pool(workers, source)
+        try:
+            for loaded in map_ahead(pool, _load_here, pairs[done:], 4 * workers):
+                yield items[done], loaded
+                done += 1
+        except BrokenProcessPool:
+            pool.shutdown(cancel_futures=True)  # nothing else writes into the folders then
+            yield items[done], _load_apart(source, *pairs[done])
+            done += 1
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _pool(workers: int, source: Source) -> ProcessPoolExecutor:
@@ -163,23 +151,16 @@ _source: Source | None = None  # of this process, if it is a worker
 
 def _start_worker(source: Source) -> None:
     global _source  # sent once a process, not once a clip
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if multiprocessing.parent_process() is not None:
         _source = source
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+        end_with_parent()
     av.logging.set_level(av.logging.PANIC)
 
 
-def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """A parent that was killed cannot end its workers: they look for themselves."""
-    parent.join()
-    os._exit(1)
-
-
-def _load_here(item: Item, folder: Path) -> Loaded:
+def _load_here(pair: tuple[Item, Path]) -> Loaded:
     assert _source is not None, "not a worker"
-    return _load(_source, item, folder)
+    return _load(_source, *pair)
 
 
 def _load(source: Source, item: Item, folder: Path) -> Loaded:
@@ -209,7 +190,7 @@ def _load(source: Source, item: Item, folder: Path) -> Loaded:
 def _load_apart(source: Source, item: Item, folder: Path) -> Loaded:
     with _pool(1, source) as pool:
         try:
-            return pool.submit(_load_here, item, folder).result()
+            return pool.submit(_load_here, (item, folder)).result()
         except BrokenProcessPool:
             Spool(folder).delete()
             return "the decoder crashed on it"

@@ -7,7 +7,8 @@
     next/meta.json, next/pixels.memmap, next/done.memmap, ...
 
 A buffer's lies in ``storage/``, with the number of rows that are filled in
-``storage_metadata.json``. The arrays are read as they are: nothing in the folder is unpickled.
+``storage_metadata.json``, which does not say which dimension is time: only buffers of steps ``[N]``
+are read. The arrays are read as they are: nothing in the folder is unpickled.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from prelar_trl.utils import read_json
 
 EPISODES = ("episode", "traj_ids", "collector/traj_ids")  # numbers of the episode of each row
 DONE = ("next/done", "done")
+BUFFER = "storage_metadata.json"  # beside the arrays of a dumped buffer
 
 
 def is_tensordict(root: Path) -> bool:
@@ -70,7 +72,7 @@ class TensorDictFolder(Source):
     Raises:
         FileNotFoundError: no TensorDict is there.
         ValueError: no such picture, several and none chosen, actions together with a stride, or
-            without ``action``.
+            without ``action``; a dumped buffer of another batch shape than ``[N]``.
     """
 
     kind = "torchrl"
@@ -96,6 +98,11 @@ class TensorDictFolder(Source):
         where = f"source {str(root)!r}"
         if len(self.batch) not in (1, 2):
             raise ValueError(f"{where} has batch shape {self.batch}, not [N] or [E, T]")
+        if len(self.batch) == 2 and (folder / BUFFER).is_file():
+            raise ValueError(
+                f"{where} is a replay buffer of batch shape {self.batch}, not [N]: write its "
+                "episodes [E, T] by buffer[:].memmap(folder)"
+            )
         pictures = [
             name
             for name, entry in self.entries.items()
@@ -155,7 +162,7 @@ class TensorDictFolder(Source):
 
 def _filled(folder: Path, count: int) -> np.ndarray:
     """The rows of a buffer that hold something, the oldest first."""
-    storage = read_json(folder / "storage_metadata.json", missing_ok=True)
+    storage = read_json(folder / BUFFER, missing_ok=True)
     if not storage:
         return np.arange(count)
     if storage["len"] < count:
