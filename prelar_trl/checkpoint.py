@@ -27,6 +27,7 @@ from prelar_trl.utils import atomic_write
 
 __all__ = [
     "DamagedFileError",
+    "has_checkpoint",
     "kept_rng",
     "load_checkpoint",
     "load_newest_checkpoint",
@@ -96,6 +97,13 @@ def _before(path: Path, number: int) -> Path:
     return path.with_stem(f"{path.stem}_{number}")
 
 
+def _all_before(path: Path) -> list[Path]:
+    """Those that lie before ``path``, ``<stem>_1``, ``<stem>_2``, ..., the newest first."""
+    beside = path.parent.glob(f"{path.stem}_*{path.suffix}")
+    others = [x for x in beside if x.stem.removeprefix(f"{path.stem}_").isdecimal()]
+    return sorted(others, key=lambda other: (len(other.name), other.name))
+
+
 def first_not_finite(state: Mapping[str, Any]) -> str | None:
     """The name of a tensor with NaN or infinity; one reduction where there is none.
 
@@ -151,15 +159,19 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def has_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether there is one for :func:`load_newest_checkpoint`: at ``path``, or one before it."""
+    path = Path(path)
+    return path.is_file() or bool(_all_before(path))
+
+
 def load_newest_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """As :func:`load_checkpoint`; where that one is damaged, the newest whole one before it.
+    """As :func:`load_checkpoint`; where that one is damaged or gone, the newest whole one before it.
 
     It is said by name, as a warning.
     """
     path = Path(path)
-    others = path.parent.glob(f"{path.stem}_*{path.suffix}")
-    others = sorted(others, key=lambda other: (len(other.name), other.name))  # by their number
-    for other in others:
+    for other in _all_before(path):
         try:
             return load_checkpoint(path)
         except (DamagedFileError, FileNotFoundError) as error:

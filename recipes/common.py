@@ -17,7 +17,12 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
-from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
+from prelar_trl.checkpoint import (
+    has_checkpoint,
+    load_checkpoint,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
 from prelar_trl.config import named_modules
 from prelar_trl.distributed import distribute
 from prelar_trl.fast import CompileMode, compile_update, skip_on_device, use_tensor_cores
@@ -121,7 +126,7 @@ def continue_run(cfg: RunConfig) -> tuple[RunFolder, dict[str, Any]]:
     run = RunFolder.load(cfg.run)
     with locked(run):
         changed = changed_settings(run, cfg)
-        if not (run.checkpoints / CHECKPOINT).is_file():
+        if not has_checkpoint(run.checkpoints / CHECKPOINT):
             raise FileNotFoundError(
                 f"the run in {cfg.run} was stopped before its first checkpoint: start it anew "
                 "with resume=auto"

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prelar_trl.checkpoint import has_checkpoint
 from prelar_trl.config import METHODS, loss_settings, model_settings, named_modules
 from prelar_trl.recipes.schema import FinetuneConfig, RunConfig, overrides
 from prelar_trl.record import RunFolder
@@ -28,7 +29,7 @@ def settle_resume(cfg: Run) -> tuple[Run, bool]:
     if cfg.resume != "auto":
         return cfg, False
     checkpoint = Path(cfg.run).expanduser() / "checkpoints" / CHECKPOINT
-    return replace(cfg, resume=checkpoint.is_file()), True
+    return replace(cfg, resume=has_checkpoint(checkpoint)), True
 
 
 def settle_preset(cfg: Run, restart: bool = False) -> Run:

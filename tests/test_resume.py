@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -199,6 +200,26 @@ def test_auto_starts_anew_what_was_killed_before_its_first_checkpoint(whole, tmp
     finetune(cfg)
     same(tmp_path / "run", whole)
     assert (tmp_path / "run" / "job.out").read_text() == "a scheduler's"
+
+
+def test_auto_goes_on_at_the_one_before_a_checkpoint_that_is_gone(whole, tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "run", **STEPS, checkpoint_every=10)
+    stopped(cfg, monkeypatch, 9)
+    (tmp_path / "run" / "checkpoints" / "last.pt").unlink()
+    cfg.resume = "auto"
+    finetune(cfg)
+    versions = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert [session["step"] for session in versions["continued"]] == [30]
+    same(tmp_path / "run", whole)
+
+
+def test_auto_starts_nothing_anew_where_an_older_checkpoint_is_left(clips, tmp_path):
+    cfg = pretrain_config(clips, tmp_path / "run", updates=1, keep_every=1, resume="auto")
+    pretrain(cfg)
+    (tmp_path / "run" / "checkpoints" / "last.pt").unlink()
+    with pytest.raises(FileExistsError, match="copy step_00000001.pt to checkpoints/last.pt"):
+        pretrain(cfg)
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001.pt").is_file()
 
 
 def test_auto_after_a_kill_within_the_first_write(whole, tmp_path):
