@@ -166,7 +166,7 @@ def has_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def load_newest_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """As :func:`load_checkpoint`; where that one is damaged or gone, the newest whole one before it.
+    """As :func:`load_checkpoint`; if that one is damaged or gone, the newest whole one before it.
 
     It is said by name, as a warning.
     """
