@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
 from numbers import Integral
@@ -25,6 +25,7 @@ __all__ = [
     "hold_signals",
     "listed",
     "lock_folder",
+    "map_paths",
     "read_json",
     "write_json",
 ]
@@ -106,6 +107,18 @@ def lock_folder(path: str | os.PathLike[str]) -> int:
         os.close(handle)
         raise
     return handle
+
+
+def map_paths(change: Callable[[str], str], paths: Any) -> Any:
+    """A path, each of a list, or each key of a mapping, by ``change``; addresses stay as they are.
+
+    An address has ``://`` in it, such as ``hf://owner/name``; None stays None, too.
+    """
+    if isinstance(paths, Mapping):
+        return {map_paths(change, path): value for path, value in paths.items()}
+    if isinstance(paths, list | tuple):
+        return [map_paths(change, path) for path in paths]
+    return paths if paths is None or "://" in str(paths) else change(str(paths))
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
