@@ -184,7 +184,7 @@ def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> No
 
     ``before`` is the step of the checkpoint before it; the state's own is ``state["step"]``.
     """
-    keep = cfg.keep if state["step"] > before else 1  # the same step again takes its own place
+    keep = cfg.keep if state["step"] > before else None  # the same step again takes its own place
     path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)
     if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
         with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
