@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.modules.world_model import RSSMWorldModel
 
-__all__ = ["added_inputs", "copy_pretrained", "load_weights", "pretrained_modules"]
+__all__ = ["added_inputs", "copy_pretrained", "fingerprint", "load_weights", "pretrained_modules"]
 
 EMBED_WEIGHT = "posterior_hidden.weight"  # [hidden, D + E]: the embedding's columns come last
 
@@ -74,6 +76,15 @@ def copy_pretrained(
         )
     for name, module in modules.items():
         module.load_state_dict(loaded[name])
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of the names and values of a ``state_dict``."""
+    digest = hashlib.sha256()
+    for name, x in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

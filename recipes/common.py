@@ -125,15 +125,13 @@ def continue_run(cfg: RunConfig) -> tuple[RunFolder, dict[str, Any]]:
     """The run in the folder, and its checkpoint."""
     run = RunFolder.load(cfg.run)
     with locked(run):
-        changed = changed_settings(run, cfg)
+        changed_settings(run, cfg)
         if not has_checkpoint(run.checkpoints / CHECKPOINT):
             raise FileNotFoundError(
                 f"the run in {cfg.run} was stopped before its first checkpoint: start it anew "
                 "with resume=auto"
             )
-        checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
-        run.note_continuation(checkpoint["step"], changed)
-    return run, checkpoint
+        return run, load_newest_checkpoint(run.checkpoints / CHECKPOINT)
 
 
 @contextmanager
@@ -216,18 +214,22 @@ def prepare_update(
 
 
 def open_logger(
+    cfg: RunConfig,
     run: RunFolder,
     loggers: tuple[Backend, ...],
     checkpoint: Mapping | None,
     processes: Processes = ALONE,
 ) -> Logger:
-    """The run's logger; after a checkpoint it continues from its step.
+    """The run's logger; after a checkpoint it continues from its step, which the run notes.
 
     Of several processes only the first one's writes.
     """
     if not processes.first:
         return NoLogger(run)
-    return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
+    step = checkpoint["step"] if checkpoint else None
+    if step is not None:
+        run.note_continuation(step, changed_settings(run, cfg))
+    return Logger(run, loggers, resume_step=step)
 
 
 class NoLogger(Logger):

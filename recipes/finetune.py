@@ -212,7 +212,7 @@ def opened(
         closing(collection),
         closing(evaluation),
         run,
-        open_logger(run, loggers, checkpoint, processes) as logger,
+        open_logger(cfg, run, loggers, checkpoint, processes) as logger,
         interruption,
         bar,
     ):

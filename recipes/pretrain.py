@@ -82,7 +82,7 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
     bar = Progress(cfg.updates, initial=update.count, name="pretrain", hidden=not processes.first)
     with (
         run,
-        open_logger(run, loggers, checkpoint, processes) as logger,
+        open_logger(cfg, run, loggers, checkpoint, processes) as logger,
         Interruption() as interruption,
         bar,
     ):

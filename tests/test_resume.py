@@ -17,6 +17,7 @@ from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Collection, Evaluation
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import EvaluateConfig
+from tests.files import contents
 from tests.toy_runs import (
     TINY,
     checkpoint,
@@ -312,6 +313,38 @@ def test_a_run_that_does_not_say_its_settings_is_refused_by_name(tmp_path, monke
     cfg = EvaluateConfig(run=str(tmp_path / "run"), device="cpu")
     with pytest.raises(ValueError, match="run does not fit this version's model: 1 tensors differ"):
         evaluate(cfg)
+
+
+def test_a_finished_run_that_is_asked_for_less_stays_as_it_is(clips, tmp_path, capsys):
+    cfg = pretrain_config(clips, tmp_path / "run", updates=2, resume="auto")
+    pretrain(cfg)
+    before = contents(tmp_path / "run")
+    cfg.updates, cfg.log_every = 1, 7
+    pretrain(cfg)
+    assert "has its 2 updates already" in capsys.readouterr().out
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("needed", [True, False], ids=["needed", "not-needed"])
+def test_moved_pretrained_weights_are_known_and_others_refused(needed, clips, tmp_path):
+    for seed in (0, 1):
+        pretrain(pretrain_config(clips, tmp_path / f"pre-{seed}", updates=1, seed=seed))
+    options = {"env_steps": 30, "eval_episodes": 0, "rehearse": 0.5 if needed else 0.0}
+
+    def run(pretrained, **changes):
+        given = {**options, "pretrained": str(pretrained), **changes}
+        finetune(finetune_config(tmp_path / "run", **given))
+
+    run(tmp_path / "pre-0")
+    state, last = checkpoint(tmp_path / "run"), tmp_path / "run" / "checkpoints" / "last.pt"
+    moved = shutil.move(tmp_path / "pre-0", tmp_path / "moved")
+    run(moved, env_steps=40, resume=True)
+    with pytest.raises(ValueError, match="weights of pretrained=.*pre-1 are others than"):
+        run(tmp_path / "pre-1", env_steps=50, resume=True)
+    run(moved, env_steps=50, resume=True)
+    assert checkpoint(tmp_path / "run")["pretrained"] == state.pop("pretrained")
+    save_checkpoint(last, state)  # as an older version wrote it
+    run(tmp_path / "pre-1", env_steps=60, resume=True)
 
 
 def test_moved_data_is_known_and_other_data_refused(clips, tmp_path, monkeypatch):
