@@ -149,9 +149,8 @@ def make_learner(
             f"{agent.video_bonus.window} frames: raise it"
         )
     pretrained = read_pretrained_run(cfg)
-    parts = PRETRAINED_PARTS if cfg.load is None else cfg.load
     if pretrained and not cfg.resume:
-        copy_pretrained(agent.world_model, pretrained["model"], parts)
+        copy_pretrained(agent.world_model, pretrained["model"], cfg.load)
         if anew := added_inputs(agent.world_model):
             processes.say(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
     accelerate(agent.to(device).eval())
@@ -169,7 +168,7 @@ def make_learner(
         lr=cfg.lr,
         frozen_updates=cfg.frozen_updates if cfg.pretrained else None,
         pretrained_lr=cfg.pretrained_lr,
-        pretrained=parts,
+        pretrained=PRETRAINED_PARTS if cfg.load is None else cfg.load,
         clip=cfg.clip,
         precision=cfg.precision,
         rehearsal=rehearsal,

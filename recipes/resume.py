@@ -20,7 +20,7 @@ CHANGEABLE = {
     *("collector", "checkpoint_every", "eval_every", "eval_from", "eval_episodes"),
     *("keep", "keep_every", "max_skipped", "trust_code"),
 }
-MOVABLE = {"data", "pretrained"}  # the clip stores' contents are compared with the checkpoint
+MOVABLE = {"data", "pretrained"}  # clips and weights are compared with those of the checkpoint
 Run = TypeVar("Run", bound=RunConfig)
 
 
