@@ -25,7 +25,7 @@ from prelar_trl.types import Inputs
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate, frozen
 
 ACTION_DIM = 4  # Meta-world's
-EPISODE = 500  # steps, where nothing else is set
+EPISODE = 500  # steps of an environment's own, where nothing else is set
 COPIES = 3  # of the weights in a checkpoint: Adam has two moments
 GIBIBYTE = 2**30
 
@@ -200,8 +200,7 @@ def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate]
             flop, state_bytes = update_of(resolved)
             known[key] = resolved, clock.seconds(resolved, flop), state_bytes
         resolved, seconds, state_bytes = known[key]
-        checkpoints = resolved.keep + (job.recipe == "finetune")  # and the best
-        own.kept_bytes += checkpoints * COPIES * state_bytes
+        own.kept_bytes += checkpoints_of(resolved) * COPIES * state_bytes
         if job.recipe == "pretrain":
             own.pretrainings += 1
             own.pretrain_hours += resolved.updates * seconds / 3600
@@ -216,11 +215,18 @@ def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate]
     return estimates, clock.label()
 
 
+def checkpoints_of(cfg: PretrainConfig | FinetuneConfig) -> int:
+    """Checkpoints that a run leaves: the newest, those of ``keep_every``, and its best agent."""
+    steps, best = (cfg.updates, 0) if isinstance(cfg, PretrainConfig) else (cfg.env_steps, 1)
+    stay = steps // max(cfg.keep_every, cfg.checkpoint_every) if cfg.keep_every else 0
+    return cfg.keep + stay + best
+
+
 def work_of(cfg: FinetuneConfig) -> tuple[int, int]:
     """Updates of a run, and environment steps with those of its evaluations."""
     updates = cfg.pretrain_updates + int((cfg.env_steps - cfg.prefill) / cfg.train_every)
     evaluations = 1 + ceil(max(0, cfg.env_steps - cfg.first_evaluation) / cfg.eval_every)
-    episode = (cfg.max_steps or EPISODE) * cfg.action_repeat
+    episode = cfg.max_steps * cfg.action_repeat if cfg.max_steps else EPISODE
     return updates, cfg.env_steps + evaluations * cfg.eval_episodes * episode
 
 
