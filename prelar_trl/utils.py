@@ -110,15 +110,15 @@ def lock_folder(path: str | os.PathLike[str]) -> int:
 
 
 def map_paths(change: Callable[[str], str], paths: Any) -> Any:
-    """A path, each of a list, or each key of a mapping, by ``change``; addresses stay as they are.
+    """A path, or all text in a list or mapping, by ``change``; what is no text stays as it is.
 
-    An address has ``://`` in it, such as ``hf://owner/name``; None stays None, too.
+    So does an address, which has ``://`` in it, such as ``hf://owner/name``.
     """
     if isinstance(paths, Mapping):
-        return {map_paths(change, path): value for path, value in paths.items()}
+        return {map_paths(change, x): map_paths(change, y) for x, y in paths.items()}
     if isinstance(paths, list | tuple):
-        return [map_paths(change, path) for path in paths]
-    return paths if paths is None or "://" in str(paths) else change(str(paths))
+        return [map_paths(change, x) for x in paths]
+    return change(paths) if isinstance(paths, str) and "://" not in paths else paths
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -26,8 +26,9 @@ from prelar_trl.checkpoint import (
 from prelar_trl.config import named_modules
 from prelar_trl.distributed import distribute
 from prelar_trl.fast import CompileMode, compile_update, skip_on_device, use_tensor_cores
+from prelar_trl.recipes.base_config import plain
 from prelar_trl.recipes.processes import ALONE, Processes
-from prelar_trl.recipes.resume import CHECKPOINT, changed_settings, plain
+from prelar_trl.recipes.resume import CHECKPOINT, changed_settings
 from prelar_trl.recipes.schema import RunConfig
 from prelar_trl.recipes.signals import GROUP_SIGNALS
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
@@ -103,7 +104,7 @@ def make_run(
     cfg: RunConfig, module: nn.Module, data_bytes: int, restart: bool
 ) -> tuple[RunFolder, None]:
     """A new run folder, with space for what it will hold."""
-    exists = (Path(cfg.run).expanduser() / "config.yaml").exists()
+    exists = (Path(cfg.run) / "config.yaml").exists()
     if exists and not restart:
         raise FileExistsError(
             f"run folder {cfg.run} already holds a run: continue it with resume=true, or "

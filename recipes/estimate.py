@@ -17,9 +17,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
+from prelar_trl.recipes.base_config import overrides
 from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.entry import CONFIGS, settings
-from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig, SweepConfig, overrides
+from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig, SweepConfig
 from prelar_trl.sweep import Job
 from prelar_trl.types import Inputs
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate, frozen

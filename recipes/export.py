@@ -26,8 +26,9 @@ import yaml
 import prelar_trl
 from prelar_trl.config import loss_settings
 from prelar_trl.hub import HUB, push, write_export
+from prelar_trl.recipes.base_config import overrides
 from prelar_trl.recipes.common import read_run
-from prelar_trl.recipes.schema import ExportConfig, overrides
+from prelar_trl.recipes.schema import ExportConfig
 from prelar_trl.record import RunFolder, read_metrics
 from prelar_trl.utils import read_json, without_null
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from prelar_trl.checkpoint import has_checkpoint
 from prelar_trl.config import METHODS, loss_settings, model_settings, named_modules
-from prelar_trl.recipes.schema import FinetuneConfig, RunConfig, overrides
+from prelar_trl.recipes.base_config import overrides, plain
+from prelar_trl.recipes.schema import FinetuneConfig, RunConfig
 from prelar_trl.record import RunFolder
 
 CHECKPOINT = "last.pt"
@@ -28,7 +29,7 @@ def settle_resume(cfg: Run) -> tuple[Run, bool]:
     """The configuration with ``resume`` true or false, and whether ``auto`` decided that."""
     if cfg.resume != "auto":
         return cfg, False
-    checkpoint = Path(cfg.run).expanduser() / "checkpoints" / CHECKPOINT
+    checkpoint = Path(cfg.run) / "checkpoints" / CHECKPOINT
     return replace(cfg, resume=has_checkpoint(checkpoint)), True
 
 
@@ -40,7 +41,7 @@ def settle_preset(cfg: Run, restart: bool = False) -> Run:
     must be given again.
     """
     began: Mapping[str, Any] = {}
-    there = (Path(cfg.run).expanduser() / "config.yaml").is_file()
+    there = (Path(cfg.run) / "config.yaml").is_file()
     if cfg.resume or (restart and there):
         began = RunFolder.load(cfg.run).config
         if _other_kind(cfg, began):  # refused later
@@ -124,10 +125,3 @@ def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
             )
         changed[name] = value
     return changed
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, throughout: what YAML gives back."""
-    if isinstance(value, Mapping):
-        return {key: plain(x) for key, x in value.items()}
-    return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value
