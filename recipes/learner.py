@@ -211,7 +211,7 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained:
     if cfg.pretrained is None or not needed:
         return {}
     if is_export(cfg.pretrained):
-        checkpoint = read_export(cfg.pretrained, trust_code=cfg.trust_code)
+        checkpoint = read_export(cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model)
         config = checkpoint["training"]
         if cfg.rehearse:
             raise ValueError(
