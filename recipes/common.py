@@ -186,8 +186,17 @@ def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> No
     keep = cfg.keep if state["step"] > before else None  # the same step again takes its own place
     path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)
     if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
-        with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
+        place = path.with_name(checkpoint_file(f"step_{state['step']}"))
+        with atomic_write(place, sync=True) as part:
             shutil.copyfile(path, part)
+
+
+def checkpoint_file(name: str) -> str:
+    """The file of the checkpoint ``last``, ``best`` or ``step_<number>``."""
+    kind, _, number = name.partition("_")
+    if kind == "step" and number.isdecimal():
+        name = f"step_{int(number):08d}"
+    return f"{name}.pt"
 
 
 def crossed(before: int, now: int, every: int) -> bool:

@@ -22,6 +22,7 @@ CHANGEABLE = {
     *("keep", "keep_every", "max_skipped", "trust_code"),
 }
 MOVABLE = {"data", "pretrained"}  # clips and weights are compared with those of the checkpoint
+REPEAT = "repeat its command with resume=auto, or choose another folder"
 Run = TypeVar("Run", bound=RunConfig)
 
 
@@ -44,7 +45,7 @@ def settle_preset(cfg: Run, restart: bool = False) -> Run:
     there = (Path(cfg.run) / "config.yaml").is_file()
     if cfg.resume or (restart and there):
         began = RunFolder.load(cfg.run).config
-        if _other_kind(cfg, began):  # refused later
+        if other_kind(cfg, began):  # refused later
             began = {}
     settled = preset_of(cfg, began)
     if isinstance(cfg, FinetuneConfig) and cfg.align_updates is None:
@@ -84,15 +85,15 @@ def _settings(cfg: RunConfig, began: Mapping[str, Any], part: str) -> dict[str, 
     return dict(settings)
 
 
-def _other_kind(cfg: RunConfig, began: Mapping[str, Any]) -> str | None:
-    """What makes it another run altogether: phase, method or size."""
+def other_kind(cfg: RunConfig, began: Mapping[str, Any]) -> str | None:
+    """What makes it another run altogether: phase, method or size; None if nothing does."""
     if ("env_steps" in began) != isinstance(cfg, FinetuneConfig):
         return f"the run in {cfg.run} is of the other phase"
     for name in ("method", "size"):
         if began.get(name) != getattr(cfg, name):
             return (
                 f"{name}={getattr(cfg, name)} but the run in {cfg.run} was started with "
-                f"{name}={began.get(name)}; repeat its command with resume=true"
+                f"{name}={began.get(name)}; {REPEAT}"
             )
     return None
 
@@ -103,7 +104,7 @@ def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: one of them changes what the run computes.
     """
-    if other := _other_kind(cfg, run.config):
+    if other := other_kind(cfg, run.config):
         raise ValueError(f"resume: {other}")
     # What a run older than an option, or its folder, does not say.
     first: dict[str, Any] = {x.name: x.default for x in fields(cfg)}
@@ -121,7 +122,7 @@ def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
         if name not in CHANGEABLE and not moved:
             raise ValueError(
                 f"resume: {name}={given} but the run in {cfg.run} was started with "
-                f"{name}={began}; repeat its command with resume=true"
+                f"{name}={began}; {REPEAT}"
             )
         changed[name] = value
     return changed

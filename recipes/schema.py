@@ -313,7 +313,7 @@ class SweepConfig(Config):
 class PlotConfig(Config):
     """``plot.py``: a report from run folders, or a comparison of groups of them."""
 
-    runs: Places = MISSING  # run folders, or folders in which such lie; one or a list
+    runs: Places = MISSING  # run folders, with compare also folders in which such lie; or a list
     out: Place = "report.html"
     title: str | None = None  # null: Training report, or Learning curves
     # A config key, e.g. method or model.latent_action: its values are compared, with statistics.

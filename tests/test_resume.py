@@ -195,7 +195,7 @@ def test_auto_starts_anew_what_was_killed_before_its_first_checkpoint(whole, tmp
     with pytest.raises(FileNotFoundError, match="before its first checkpoint.*resume=auto"):
         finetune(cfg)
     other = finetune_config(tmp_path / "run", **STEPS | {"prefill": 16}, resume="auto")
-    with pytest.raises(ValueError, match="prefill=16.*prefill=15"):
+    with pytest.raises(ValueError, match="prefill=16.*prefill=15; repeat .* resume=auto"):
         finetune(other)
     cfg.resume = "auto"
     finetune(cfg)

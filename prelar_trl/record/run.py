@@ -100,7 +100,7 @@ class RunFolder:
 
         Raises:
             FileExistsError: the folder holds a run or other files.
-            NotADirectoryError: the path, or one above it, is a file.
+            NotADirectoryError: the path, or one above it, is a file or a link to nothing.
             OSError: it cannot be written, or the disk has too little space.
             ValueError: the config holds something that YAML cannot.
         """
@@ -231,8 +231,9 @@ def check_space(path: str | os.PathLike[str], need_bytes: int) -> None:
 
 def _check_free(path: Path) -> None:
     for place in (path, *path.absolute().parents):
-        if place.exists() and not place.is_dir():
-            raise NotADirectoryError(f"run folder {path}: {place} is a file; choose another path")
+        if os.path.lexists(place) and not place.is_dir():
+            what = "a file" if place.exists() else "a link to nothing"
+            raise NotADirectoryError(f"run folder {path}: {place} is {what}; choose another path")
     if (path / "config.yaml").exists():
         raise FileExistsError(f"run folder {path} already holds a run: choose another folder")
     if path.is_dir() and any(path.iterdir()):
