@@ -88,7 +88,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, x in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -223,23 +223,30 @@ def prepare_update(
     distribute(update, processes.group, overlap=overlap)
 
 
-def open_logger(
+def note_continuation(
     cfg: RunConfig,
+    run: RunFolder,
+    checkpoint: Mapping | None,
+    processes: Processes = ALONE,
+) -> None:
+    """Note in its folder that a run goes on from a checkpoint, and with which other settings."""
+    if checkpoint is not None and processes.first:
+        run.note_continuation(checkpoint["step"], changed_settings(run, cfg))
+
+
+def open_logger(
     run: RunFolder,
     loggers: tuple[Backend, ...],
     checkpoint: Mapping | None,
     processes: Processes = ALONE,
 ) -> Logger:
-    """The run's logger; after a checkpoint it continues from its step, which the run notes.
+    """The run's logger; after a checkpoint it continues from its step.
 
     Of several processes only the first one's writes.
     """
     if not processes.first:
         return NoLogger(run)
-    step = checkpoint["step"] if checkpoint else None
-    if step is not None:
-        run.note_continuation(step, changed_settings(run, cfg))
-    return Logger(run, loggers, resume_step=step)
+    return Logger(run, loggers, resume_step=checkpoint["step"] if checkpoint else None)
 
 
 class NoLogger(Logger):

@@ -30,6 +30,7 @@ from prelar_trl.recipes.common import (
     choose_device,
     chosen_loggers,
     drop_unweighted,
+    note_continuation,
     open_logger,
     open_run,
     progress_metrics,
@@ -212,11 +213,12 @@ def opened(
         closing(collection),
         closing(evaluation),
         run,
-        open_logger(cfg, run, loggers, checkpoint, processes) as logger,
+        open_logger(run, loggers, checkpoint, processes) as logger,
         interruption,
         bar,
     ):
         state.start(checkpoint)
+        note_continuation(cfg, run, checkpoint, processes)
         startup = state.learner.watch.summary(state.step)["seconds"]
         logger.log_times({"startup_s": startup}, state.step)
         dropped = checkpoint["collection"]["dropped"] if checkpoint else 0

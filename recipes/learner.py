@@ -112,13 +112,6 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        before = state.get("pretrained") or self.pretrained  # an older checkpoint has none
-        self.pretrained = self.pretrained or before
-        if self.pretrained != before:
-            raise ValueError(
-                f"the weights of pretrained={self.cfg.pretrained} are others than those that the "
-                f"run in {self.cfg.run} began with: bring them back, or start a new run"
-            )
         load_weights(self.agent, state["agent"], "the checkpoint of the run")
         self.model_update.load_state_dict(state["model_update"])
         self.behavior_update.load_state_dict(state["behavior_update"])
@@ -126,6 +119,14 @@ class Learner:
             self.alignment.load_state_dict(state["alignment"])
         if self.clips is not None:
             self.clips.load_state_dict(state["clips"])
+        before = state.get("pretrained") or self.pretrained  # an older checkpoint has none
+        needed = self.unaligned or self.cfg.rehearse or is_moved(self.cfg)
+        if needed and self.pretrained not in (None, before):
+            raise ValueError(
+                f"the weights of pretrained={self.cfg.pretrained} are others than those that the "
+                f"run in {self.cfg.run} began with: bring them back, or start a new run"
+            )
+        self.pretrained = before
 
 
 def make_learner(
@@ -197,6 +198,11 @@ def make_learner(
     return Learner(cfg, agent, model_update, behavior_update, alignment, clips, weights, watch)
 
 
+def is_moved(cfg: FinetuneConfig) -> bool:
+    """Whether the run that goes on names another place of the pre-trained one than before."""
+    return cfg.pretrained != RunFolder.load(cfg.run).config.get("pretrained")
+
+
 def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained:
     """The pre-training run; empty where there is none, or this run needs nothing of it.
 
@@ -206,8 +212,7 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained:
     for name in ("align_updates", "rehearse", "load", "pretrained_lr"):
         if getattr(cfg, name) not in (None, 0) and cfg.pretrained is None:
             raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
-    moved = cfg.resume and cfg.pretrained != RunFolder.load(cfg.run).config.get("pretrained")
-    needed = not cfg.resume or moved or cfg.align_updates or cfg.rehearse
+    needed = not cfg.resume or cfg.align_updates or cfg.rehearse or is_moved(cfg)
     if cfg.pretrained is None or not needed:
         return {}
     if is_export(cfg.pretrained):

@@ -33,6 +33,7 @@ from prelar_trl.recipes.common import (
     choose_device,
     chosen_loggers,
     drop_unweighted,
+    note_continuation,
     open_logger,
     open_run,
     prepare_update,
@@ -75,6 +76,7 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
             done = f"its {update.count} updates already; raise updates to continue"
             processes.say(f"finished: {run.path} has {done}")
             return
+        note_continuation(cfg, run, checkpoint, processes)
     fixed = heldout.sample()  # the same held-out clips throughout
     usage = UsageGuard(cfg, world_model, fixed)
     guard = UpdateGuard(run, [update], cfg.max_skipped, processes.rank)
@@ -83,7 +85,7 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
     bar = Progress(cfg.updates, initial=update.count, name="pretrain", hidden=not processes.first)
     with (
         run,
-        open_logger(cfg, run, loggers, checkpoint, processes) as logger,
+        open_logger(run, loggers, checkpoint, processes) as logger,
         Interruption() as interruption,
         bar,
     ):
