@@ -27,6 +27,7 @@ from prelar_trl.utils import atomic_write
 
 __all__ = [
     "DamagedFileError",
+    "has_checkpoint",
     "kept_rng",
     "load_checkpoint",
     "load_newest_checkpoint",
@@ -41,7 +42,11 @@ logger = logging.getLogger(__name__)
 
 
 def save_checkpoint(
-    path: str | os.PathLike[str], state: dict[str, Any], *, keep: int = 1, finite: bool = True
+    path: str | os.PathLike[str],
+    state: dict[str, Any],
+    *,
+    keep: int | None = 1,
+    finite: bool = True,
 ) -> Path:
     """Write ``state`` so that ``path`` always holds a whole checkpoint, the old or the new one.
 
@@ -49,7 +54,7 @@ def save_checkpoint(
         path: the file, e.g. ``last.pt``.
         state: tensors, numbers, strings, lists and dictionaries.
         keep: how many stay: this one, and before it ``last_1.pt``, ``last_2.pt``, ... A damaged one
-            takes no whole one's place. Default: 1.
+            takes no whole one's place. None: it replaces the newest, those before stay. Default: 1.
         finite: refuse NaN and infinity. Default: True.
 
     Raises:
@@ -68,13 +73,17 @@ def save_checkpoint(
         with atomic_write(path, sync=True) as part:
             with part.open("wb") as file:
                 torch.save({"format": FORMAT, **state}, file)
-            _make_way(path, keep)
+            if keep is not None:
+                _make_way(path, keep)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         free = shutil.disk_usage(path.parent).free / 2**20
         raise OSError(
             f"checkpoint {path} was not written ({free:.0f} MiB free on the disk); "
             "the one before it is kept, free some space and continue"
         ) from error
+    for number, other in _all_before(path).items():
+        if keep is not None and number >= keep:
+            other.unlink(missing_ok=True)
     return path
 
 
@@ -86,6 +95,7 @@ def _make_way(path: Path, keep: int) -> None:
         if _before(path, number - 1).is_file():
             os.replace(_before(path, number - 1), _before(path, number))
     with atomic_write(_before(path, 1)) as link:
+        link.unlink(missing_ok=True)  # left by a process that was killed here
         try:
             os.link(path, link)
         except OSError:  # a file system without hard links
@@ -94,6 +104,13 @@ def _make_way(path: Path, keep: int) -> None:
 
 def _before(path: Path, number: int) -> Path:
     return path.with_stem(f"{path.stem}_{number}")
+
+
+def _all_before(path: Path) -> dict[int, Path]:
+    """Those that lie before ``path``, ``<stem>_<number>``, by their number: the newest first."""
+    beside = path.parent.glob(f"{path.stem}_*{path.suffix}")
+    numbers = {other.stem.removeprefix(f"{path.stem}_"): other for other in beside}
+    return dict(sorted((int(n), other) for n, other in numbers.items() if n.isdecimal()))
 
 
 def first_not_finite(state: Mapping[str, Any]) -> str | None:
@@ -151,15 +168,19 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
+def has_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether there is one for :func:`load_newest_checkpoint`: at ``path``, or one before it."""
+    path = Path(path)
+    return path.is_file() or bool(_all_before(path))
+
+
 def load_newest_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """As :func:`load_checkpoint`; where that one is damaged, the newest whole one before it.
+    """As :func:`load_checkpoint`; if that one is damaged or gone, the newest whole one before it.
 
     It is said by name, as a warning.
     """
     path = Path(path)
-    others = path.parent.glob(f"{path.stem}_*{path.suffix}")
-    others = sorted(others, key=lambda other: (len(other.name), other.name))  # by their number
-    for other in others:
+    for other in _all_before(path).values():
         try:
             return load_checkpoint(path)
         except (DamagedFileError, FileNotFoundError) as error:

@@ -38,6 +38,7 @@ __all__ = [
     "Method",
     "ModelSettings",
     "Phase",
+    "agent_settings",
     "find_preset",
     "loss_settings",
     "model_settings",
@@ -295,6 +296,23 @@ def model_settings(
         if name in overrides:
             overrides[name] = tuple(overrides[name])
     return replace(ModelSettings(), **{**SIZES[size], **preset, **overrides})
+
+
+def agent_settings(
+    method: str, size: str = "full", overrides: Mapping[str, Any] | None = None
+) -> ModelSettings:
+    """:func:`model_settings` of fine-tuning, whose world model must predict the reward.
+
+    Raises:
+        ValueError: it does not, or see there.
+    """
+    settings = model_settings(method, "finetune", size, overrides)
+    if "reward" not in settings.heads:
+        raise ValueError(
+            f"model.heads={list(settings.heads)} leaves out reward, from which the agent learns to "
+            "act: add it"
+        )
+    return settings
 
 
 def loss_settings(

@@ -29,6 +29,8 @@ FORMAT = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # Of a checkpoint: what builds its model, and how far it was trained.
 FACTS = ("phase", "method", "size", "overrides", "inputs", "action_dim", "discrete", "step")
+TYPES = {"format": int, "phase": str, "method": str, "size": str}  # of what CONFIG must hold
+TYPES |= {"overrides": dict, "inputs": dict, "training": dict}
 STATE = {"pretrain": "model", "finetune": "agent"}  # where a checkpoint keeps the weights
 HUB = "hf://"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -109,23 +111,33 @@ def write_export(
 
 
 def read_export(
-    name: str | os.PathLike[str], *, revision: str | None = None, trust_code: bool = False
+    name: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_code: bool = False,
+    typed: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """An export in the form of a checkpoint; see :func:`load_pretrained`."""
+    """An export in the form of a checkpoint; see :func:`load_pretrained`.
+
+    A module that the caller names itself, in the settings ``typed`` of the model, needs no trust.
+    """
     load_file = _import("safetensors.torch").load_file
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _pull(str(name).removeprefix(HUB), revision)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        known = config["format"], config["phase"], config["method"], config["size"]
-        modules = named_modules(config["overrides"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        given = {"inputs": {}, **config}  # older ones have none
+        for key, kind in TYPES.items():
+            if not isinstance(given[key], kind):
+                raise TypeError(f"{key} is {given[key]!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{name} is no exported model: {CONFIG}: {error!r}") from None
-    if known[0] > FORMAT or known[1] not in STATE:
-        raise ValueError(f"{name} has format {known[0]}, phase {known[1]}: update the package")
-    for setting, kind in modules.items():
-        if not trust_code:
+    if config["format"] > FORMAT or config["phase"] not in STATE:
+        about = f"format {config['format']}, phase {config['phase']}"
+        raise ValueError(f"{name} has {about}: update the package")
+    for setting, kind in named_modules(config["overrides"]).items():
+        if not trust_code and kind != (typed or {}).get(setting):
             raise ValueError(
                 f"{name} has {setting}={kind}, which runs the code of that module: if you trust "
                 "it, add trust_code=true"

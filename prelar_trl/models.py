@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from prelar_trl.config import ModelSettings, Phase, loss_settings, model_settings
+from prelar_trl.config import ModelSettings, Phase, agent_settings, loss_settings, model_settings
 from prelar_trl.modules.actions import FRAME_CHANNELS, ActionEncoder, LatentActionEncoder
 from prelar_trl.modules.checks import embed_width
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
@@ -191,7 +191,7 @@ def make_agent(
 
     With ``discrete`` an action is one of ``action_dim`` choices, a one-hot vector. Default: False.
     """
-    s = model_settings(method, "finetune", size, overrides)
+    s = agent_settings(method, size, overrides)
     world_model = make_world_model(
         method,
         "finetune",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.modules.world_model import RSSMWorldModel
 
-__all__ = ["added_inputs", "copy_pretrained", "load_weights", "pretrained_modules"]
+__all__ = ["added_inputs", "copy_pretrained", "fingerprint", "load_weights", "pretrained_modules"]
 
+# Where a pre-trained world model has a part, if it is called otherwise there.
+PLACES = {"latent_actions": "latent_action_encoder.latent_actions"}
 EMBED_WEIGHT = "posterior_hidden.weight"  # [hidden, D + E]: the embedding's columns come last
 
 
@@ -35,7 +38,7 @@ def added_inputs(world_model: RSSMWorldModel) -> list[str]:
 def copy_pretrained(
     world_model: RSSMWorldModel,
     state: Mapping[str, Tensor],
-    parts: Collection[str] = PRETRAINED_PARTS,
+    parts: Collection[str] | None = None,
 ) -> None:
     """Copy encoder, decoder and RSSM of a pre-trained world model's ``state_dict``.
 
@@ -44,23 +47,27 @@ def copy_pretrained(
     their own in the layer that reads the embedding; they keep their values too.
 
     Args:
-        parts: those of ``config.PRETRAINED_PARTS`` that are copied; what the model lacks is passed
-            over. Default: all.
+        parts: those of ``config.PRETRAINED_PARTS`` that are copied. Default: all that there are.
 
     Raises:
-        ValueError: naming every tensor that is missing or has another shape; nothing is copied.
+        ValueError: naming a part that is not there, or every tensor that is missing or has another
+            shape; nothing is copied.
     """
+    modules = pretrained_modules(world_model)
+    if world_model.action_encoder is not None:
+        kind = world_model.action_encoder.latent_actions
+        if any(f"{PLACES['latent_actions']}.{key}" in state for key in kind.state_dict()):
+            modules["latent_actions"] = kind
+    for name in parts or ():
+        if name not in modules:
+            raise ValueError(
+                f"load={name}: this model and the pre-trained one do not share it; choose of "
+                f"{', '.join(modules)}"
+            )
+    modules = {name: x for name, x in modules.items() if parts is None or name in parts}
     problems, loaded = [], {}
-    modules = {name: x for name, x in pretrained_modules(world_model).items() if name in parts}
-    if world_model.action_encoder is not None and "latent_actions" in parts:
-        kind, name = (
-            world_model.action_encoder.latent_actions,
-            "latent_action_encoder.latent_actions",
-        )
-        if any(f"{name}.{key}" in state for key in kind.state_dict()):
-            modules[name] = kind
     for name, module in modules.items():
-        prefix = name + "."
+        prefix = PLACES.get(name, name) + "."
         part = {key[len(prefix) :]: x for key, x in state.items() if key.startswith(prefix)}
         own = module.state_dict()
         if EMBED_WEIGHT in own.keys() & part.keys() and added_inputs(world_model):
@@ -74,6 +81,15 @@ def copy_pretrained(
         )
     for name, module in modules.items():
         module.load_state_dict(loaded[name])
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of the names and values of a ``state_dict``."""
+    digest = hashlib.sha256()
+    for name, x in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

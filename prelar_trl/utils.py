@@ -31,6 +31,7 @@ __all__ = [
     "listed",
     "lock_folder",
     "map_ahead",
+    "map_paths",
     "read_json",
     "write_json",
 ]
@@ -115,6 +116,18 @@ def lock_folder(path: str | os.PathLike[str]) -> int:
         os.close(handle)
         raise
     return handle
+
+
+def map_paths(change: Callable[[str], str], paths: Any) -> Any:
+    """A path, or all text in a list or mapping, by ``change``; what is no text stays as it is.
+
+    So does an address, which has ``://`` in it, such as ``hf://owner/name``.
+    """
+    if isinstance(paths, Mapping):
+        return {map_paths(change, x): map_paths(change, y) for x, y in paths.items()}
+    if isinstance(paths, list | tuple):
+        return [map_paths(change, x) for x in paths]
+    return change(paths) if isinstance(paths, str) and "://" not in paths else paths
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -62,7 +62,13 @@ def as_override(value: Any) -> str:
         return "{" + ",".join(f"{key}:{as_override(x)}" for key, x in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(as_override, value)) + "]"
-    return value if isinstance(value, str) else json.dumps(value)
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        unchanged = OverridesParser.create().parse_override(f"key={value}").value() == value
+    except HydraException:
+        unchanged = False
+    return value if unchanged else _quoted(value)
 
 
 def _added(argument: str, free: set[str]) -> str:
@@ -101,7 +107,11 @@ def _as_typed(argument: str, text: dict[str, Field], types: dict[str, Any], mult
         _check_names(argument, cast(Iterable[Any], parsed), HINTS[value[0]].format(key))
     if several or parsed == value:
         return argument
-    return f"{typed_key}={QuotedString(value, Quote.single).with_quotes()}"
+    return f"{typed_key}={_quoted(value)}"
+
+
+def _quoted(text: str) -> str:
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def _check_names(argument: str, names: Iterable[Any], hint: str) -> None:

@@ -17,12 +17,18 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
-from prelar_trl.checkpoint import load_checkpoint, load_newest_checkpoint, save_checkpoint
+from prelar_trl.checkpoint import (
+    has_checkpoint,
+    load_checkpoint,
+    load_newest_checkpoint,
+    save_checkpoint,
+)
 from prelar_trl.config import named_modules
 from prelar_trl.distributed import distribute
 from prelar_trl.fast import CompileMode, compile_update, skip_on_device, use_tensor_cores
+from prelar_trl.recipes.base_config import plain
 from prelar_trl.recipes.processes import ALONE, Processes
-from prelar_trl.recipes.resume import CHECKPOINT, changed_settings, plain
+from prelar_trl.recipes.resume import CHECKPOINT, changed_settings
 from prelar_trl.recipes.schema import RunConfig
 from prelar_trl.recipes.signals import GROUP_SIGNALS
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
@@ -98,7 +104,7 @@ def make_run(
     cfg: RunConfig, module: nn.Module, data_bytes: int, restart: bool
 ) -> tuple[RunFolder, None]:
     """A new run folder, with space for what it will hold."""
-    exists = (Path(cfg.run).expanduser() / "config.yaml").exists()
+    exists = (Path(cfg.run) / "config.yaml").exists()
     if exists and not restart:
         raise FileExistsError(
             f"run folder {cfg.run} already holds a run: continue it with resume=true, or "
@@ -120,15 +126,13 @@ def continue_run(cfg: RunConfig) -> tuple[RunFolder, dict[str, Any]]:
     """The run in the folder, and its checkpoint."""
     run = RunFolder.load(cfg.run)
     with locked(run):
-        changed = changed_settings(run, cfg)
-        if not (run.checkpoints / CHECKPOINT).is_file():
+        changed_settings(run, cfg)
+        if not has_checkpoint(run.checkpoints / CHECKPOINT):
             raise FileNotFoundError(
                 f"the run in {cfg.run} was stopped before its first checkpoint: start it anew "
                 "with resume=auto"
             )
-        checkpoint = load_newest_checkpoint(run.checkpoints / CHECKPOINT)
-        run.note_continuation(checkpoint["step"], changed)
-    return run, checkpoint
+        return run, load_newest_checkpoint(run.checkpoints / CHECKPOINT)
 
 
 @contextmanager
@@ -179,11 +183,20 @@ def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> No
 
     ``before`` is the step of the checkpoint before it; the state's own is ``state["step"]``.
     """
-    keep = cfg.keep if state["step"] > before else 1  # the same step again takes its own place
+    keep = cfg.keep if state["step"] > before else None  # the same step again takes its own place
     path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)
     if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
-        with atomic_write(path.with_name(f"step_{state['step']:08d}.pt"), sync=True) as part:
+        place = path.with_name(checkpoint_file(f"step_{state['step']}"))
+        with atomic_write(place, sync=True) as part:
             shutil.copyfile(path, part)
+
+
+def checkpoint_file(name: str) -> str:
+    """The file of the checkpoint ``last``, ``best`` or ``step_<number>``."""
+    kind, _, number = name.partition("_")
+    if kind == "step" and number.isdecimal():
+        name = f"step_{int(number):08d}"
+    return f"{name}.pt"
 
 
 def crossed(before: int, now: int, every: int) -> bool:
@@ -208,6 +221,17 @@ def prepare_update(
     elif mode == "on":
         raise ValueError("compile=on: several processes cannot compile yet; use compile=auto")
     distribute(update, processes.group, overlap=overlap)
+
+
+def note_continuation(
+    cfg: RunConfig,
+    run: RunFolder,
+    checkpoint: Mapping | None,
+    processes: Processes = ALONE,
+) -> None:
+    """Note in its folder that a run goes on from a checkpoint, and with which other settings."""
+    if checkpoint is not None and processes.first:
+        run.note_continuation(checkpoint["step"], changed_settings(run, cfg))
 
 
 def open_logger(

@@ -17,15 +17,16 @@ from tensordict import TensorDict, TensorDictBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
+from prelar_trl.recipes.base_config import overrides
 from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.entry import CONFIGS, settings
-from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig, SweepConfig, overrides
+from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig, SweepConfig
 from prelar_trl.sweep import Job
 from prelar_trl.types import Inputs
 from prelar_trl.updates import BehaviorUpdate, WorldModelUpdate, frozen
 
 ACTION_DIM = 4  # Meta-world's
-EPISODE = 500  # steps, where nothing else is set
+EPISODE = 500  # steps of an environment's own, where nothing else is set
 COPIES = 3  # of the weights in a checkpoint: Adam has two moments
 GIBIBYTE = 2**30
 
@@ -200,8 +201,7 @@ def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate]
             flop, state_bytes = update_of(resolved)
             known[key] = resolved, clock.seconds(resolved, flop), state_bytes
         resolved, seconds, state_bytes = known[key]
-        checkpoints = resolved.keep + (job.recipe == "finetune")  # and the best
-        own.kept_bytes += checkpoints * COPIES * state_bytes
+        own.kept_bytes += checkpoints_of(resolved) * COPIES * state_bytes
         if job.recipe == "pretrain":
             own.pretrainings += 1
             own.pretrain_hours += resolved.updates * seconds / 3600
@@ -216,11 +216,18 @@ def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate]
     return estimates, clock.label()
 
 
+def checkpoints_of(cfg: PretrainConfig | FinetuneConfig) -> int:
+    """Checkpoints that a run leaves: the newest, those of ``keep_every``, and its best agent."""
+    steps, best = (cfg.updates, 0) if isinstance(cfg, PretrainConfig) else (cfg.env_steps, 1)
+    stay = steps // max(cfg.keep_every, cfg.checkpoint_every) if cfg.keep_every else 0
+    return cfg.keep + stay + best
+
+
 def work_of(cfg: FinetuneConfig) -> tuple[int, int]:
     """Updates of a run, and environment steps with those of its evaluations."""
     updates = cfg.pretrain_updates + int((cfg.env_steps - cfg.prefill) / cfg.train_every)
     evaluations = 1 + ceil(max(0, cfg.env_steps - cfg.first_evaluation) / cfg.eval_every)
-    episode = (cfg.max_steps or EPISODE) * cfg.action_repeat
+    episode = cfg.max_steps * cfg.action_repeat if cfg.max_steps else EPISODE
     return updates, cfg.env_steps + evaluations * cfg.eval_episodes * episode
 
 

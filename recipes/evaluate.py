@@ -24,6 +24,7 @@ from prelar_trl.modules import StatefulPolicy
 from prelar_trl.pretrained import load_weights
 from prelar_trl.recipes.common import (
     check_trust,
+    checkpoint_file,
     choose_device,
     play,
     read_run,
@@ -45,7 +46,7 @@ def evaluate(cfg: EvaluateConfig, env_factory: Any = make_env) -> dict[str, Any]
     device = choose_device(cfg.device)
     seed_everything(cfg.seed)
     run, checkpoint = read_run(
-        cfg.run, trust_code=cfg.trust_code, checkpoint=f"{cfg.checkpoint}.pt"
+        cfg.run, trust_code=cfg.trust_code, checkpoint=checkpoint_file(cfg.checkpoint)
     )
     if checkpoint["phase"] != "finetune":
         raise ValueError(f"run={cfg.run} is a {checkpoint['phase']} run; evaluate a finetune run")
@@ -95,8 +96,9 @@ def main(cfg: EvaluateConfig) -> None:
     """Entry point."""
     result = evaluate(cfg)
     low, high = result["success_interval"]
+    video = f", {cfg.run}/videos/evaluation.mp4" if cfg.video_episodes else ""
     print(
         f"{result['env']}: success {result['success']:.2f} [{low:.2f}, {high:.2f}] (95%), "
         f"return {result['return']:.1f}, {cfg.episodes} episodes; "
-        f"{cfg.run}/evaluation.json, {cfg.run}/videos/evaluation.mp4"
+        f"{cfg.run}/evaluation.json{video}"
     )

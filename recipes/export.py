@@ -17,6 +17,7 @@ from prelar_trl.recipes.entry import start
 if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("export"))
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ import yaml
 import prelar_trl
 from prelar_trl.config import loss_settings
 from prelar_trl.hub import HUB, push, write_export
+from prelar_trl.recipes.base_config import overrides
 from prelar_trl.recipes.common import read_run
-from prelar_trl.recipes.schema import ExportConfig, overrides
+from prelar_trl.recipes.schema import ExportConfig
 from prelar_trl.record import RunFolder, read_metrics
 from prelar_trl.utils import read_json, without_null
 
@@ -37,6 +39,7 @@ from prelar_trl.hub import load_pretrained
 
 model = load_pretrained("{}")
 ```"""
+OF_ONE_DIMENSION = re.compile(r"_\d+$")  # a probe's value of one of many
 SHOWN = ("eval/success", "eval/return", "psnr_openloop", "action_usage", "action_psnr_gap", "loss")
 
 
@@ -94,7 +97,8 @@ def model_card(cfg: ExportConfig, run: RunFolder, checkpoint: Mapping[str, Any])
         last = [(f"`{k}`", f"{metrics[k].values[-1]:.4g}") for k in SHOWN if k in metrics]
         parts += ["## Last metrics", table(("metric", "value"), last)]
     probed = read_json(run.path / "probe.json", missing_ok=True).get("values", {})
-    values = [(f"`{k}`", f"{x:.4g}") for k, x in probed.items() if x == x and k[-2:-1] != "_"]
+    whole = {k: x for k, x in probed.items() if x == x and not OF_ONE_DIMENSION.search(k)}
+    values = [(f"`{k}`", f"{x:.4g}") for k, x in whole.items()]
     if values:
         parts += ["## Probes", table(("probe", "value"), values)]
     return "\n\n".join(parts) + "\n"

@@ -30,6 +30,7 @@ from prelar_trl.recipes.common import (
     choose_device,
     chosen_loggers,
     drop_unweighted,
+    note_continuation,
     open_logger,
     open_run,
     progress_metrics,
@@ -217,6 +218,7 @@ def opened(
         bar,
     ):
         state.start(checkpoint)
+        note_continuation(cfg, run, checkpoint, processes)
         startup = state.learner.watch.summary(state.step)["seconds"]
         logger.log_times({"startup_s": startup}, state.step)
         dropped = checkpoint["collection"]["dropped"] if checkpoint else 0

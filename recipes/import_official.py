@@ -28,9 +28,10 @@ from prelar_trl.official import (
     save_official_checkpoint,
 )
 from prelar_trl.pretrained import load_weights
+from prelar_trl.recipes.base_config import overrides, plain
 from prelar_trl.recipes.common import read_run
-from prelar_trl.recipes.resume import CHECKPOINT, plain
-from prelar_trl.recipes.schema import ImportOfficialConfig, overrides
+from prelar_trl.recipes.resume import CHECKPOINT
+from prelar_trl.recipes.schema import ImportOfficialConfig
 from prelar_trl.record import RunFolder
 
 AS_PUBLISHED = {"camera": "corner", "render_quality": "full", "action_repeat": 1, "max_steps": None}

@@ -22,11 +22,12 @@ from prelar_trl.models import (
 )
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss
-from prelar_trl.pretrained import added_inputs, load_weights
+from prelar_trl.pretrained import added_inputs, fingerprint, load_weights
 from prelar_trl.recipes.common import prepare_update, read_run
 from prelar_trl.recipes.processes import Processes
 from prelar_trl.recipes.replays import prefetched
 from prelar_trl.recipes.schema import FinetuneConfig
+from prelar_trl.record import RunFolder
 from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate
@@ -36,7 +37,10 @@ Pretrained = dict[str, Any]  # a checkpoint, and under "config" the configuratio
 
 @dataclass
 class Learner:
-    """The agent with its updates; ``alignment`` and rehearsed ``clips`` where a run has them."""
+    """The agent with its updates; ``alignment`` and rehearsed ``clips`` where a run has them.
+
+    ``pretrained`` is the fingerprint of the pre-trained weights; None where they were not read.
+    """
 
     cfg: FinetuneConfig
     agent: Agent
@@ -44,6 +48,7 @@ class Learner:
     behavior_update: BehaviorUpdate
     alignment: Alignment | None
     clips: VideoClips | None
+    pretrained: str | None
     watch: Stopwatch
 
     @property
@@ -103,6 +108,7 @@ class Learner:
             "behavior_update": self.behavior_update.state_dict(),
             "alignment": None if self.alignment is None else self.alignment.state_dict(),
             "clips": None if self.clips is None else self.clips.state_dict(),
+            "pretrained": self.pretrained,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -113,6 +119,14 @@ class Learner:
             self.alignment.load_state_dict(state["alignment"])
         if self.clips is not None:
             self.clips.load_state_dict(state["clips"])
+        before = state.get("pretrained") or self.pretrained  # an older checkpoint has none
+        needed = self.unaligned or self.cfg.rehearse or is_moved(self.cfg)
+        if needed and self.pretrained not in (None, before):
+            raise ValueError(
+                f"the weights of pretrained={self.cfg.pretrained} are others than those that the "
+                f"run in {self.cfg.run} began with: bring them back, or start a new run"
+            )
+        self.pretrained = before
 
 
 def make_learner(
@@ -136,9 +150,8 @@ def make_learner(
             f"{agent.video_bonus.window} frames: raise it"
         )
     pretrained = read_pretrained_run(cfg)
-    parts = PRETRAINED_PARTS if cfg.load is None else cfg.load
     if pretrained and not cfg.resume:
-        copy_pretrained(agent.world_model, pretrained["model"], parts)
+        copy_pretrained(agent.world_model, pretrained["model"], cfg.load)
         if anew := added_inputs(agent.world_model):
             processes.say(f"not seen in {cfg.pretrained}, starts anew: {', '.join(anew)}")
     accelerate(agent.to(device).eval())
@@ -156,7 +169,7 @@ def make_learner(
         lr=cfg.lr,
         frozen_updates=cfg.frozen_updates if cfg.pretrained else None,
         pretrained_lr=cfg.pretrained_lr,
-        pretrained=parts,
+        pretrained=PRETRAINED_PARTS if cfg.load is None else cfg.load,
         clip=cfg.clip,
         precision=cfg.precision,
         rehearsal=rehearsal,
@@ -181,7 +194,13 @@ def make_learner(
         prepare_update(update, cfg.compile, processes)
     if alignment is not None:  # the model's update trains the action encoder, too
         prepare_update(alignment, "off", processes, overlap=False)
-    return Learner(cfg, agent, model_update, behavior_update, alignment, clips, watch)
+    weights = fingerprint(pretrained["model"]) if pretrained else None
+    return Learner(cfg, agent, model_update, behavior_update, alignment, clips, weights, watch)
+
+
+def is_moved(cfg: FinetuneConfig) -> bool:
+    """Whether the run that goes on names another place of the pre-trained one than before."""
+    return cfg.pretrained != RunFolder.load(cfg.run).config.get("pretrained")
 
 
 def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained:
@@ -193,10 +212,11 @@ def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained:
     for name in ("align_updates", "rehearse", "load", "pretrained_lr"):
         if getattr(cfg, name) not in (None, 0) and cfg.pretrained is None:
             raise ValueError(f"{name}={getattr(cfg, name)} needs a pre-training run: pretrained=")
-    if cfg.pretrained is None or (cfg.resume and not (cfg.align_updates or cfg.rehearse)):
+    needed = not cfg.resume or cfg.align_updates or cfg.rehearse or is_moved(cfg)
+    if cfg.pretrained is None or not needed:
         return {}
     if is_export(cfg.pretrained):
-        checkpoint = read_export(cfg.pretrained, trust_code=cfg.trust_code)
+        checkpoint = read_export(cfg.pretrained, trust_code=cfg.trust_code, typed=cfg.model)
         config = checkpoint["training"]
         if cfg.rehearse:
             raise ValueError(

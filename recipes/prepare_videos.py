@@ -59,11 +59,6 @@ ONLY_FOR = {  # settings, which are arguments of these kinds
 }
 
 
-def path(name: str) -> Path:
-    """A name with ``~`` for the home folder; ``~name`` is a name where there is no such user."""
-    return Path(os.path.expanduser(name))
-
-
 def detect(root: Path, lists: dict[str, str] | None, options: FrameOptions) -> str:
     """Which kind of source a folder is, by what most of its clips are."""
     if lists:
@@ -89,7 +84,7 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
     Raises:
         ValueError, FileNotFoundError, ImportError: bad settings, before any work.
     """
-    root = path(cfg.source)
+    root = Path(cfg.source)
     options = FrameOptions(
         size=cfg.pixels,
         resize=cfg.resize,
@@ -119,7 +114,7 @@ def make_source(cfg: PrepareVideosConfig) -> Source:
 def run(cfg: PrepareVideosConfig) -> ClipStore:
     """Prepares the store; see `prelar_trl.data.sources.prepare` for what it raises."""
     source = make_source(cfg)
-    data = path(cfg.data)
+    data = Path(cfg.data)
     bar: list[Progress] = []
 
     def show(done: int, total: int, frames: int) -> None:
@@ -141,7 +136,7 @@ def run(cfg: PrepareVideosConfig) -> ClipStore:
         each.close()
     write_lists(store, store.path / "lists")
     if cfg.export:
-        EXPORTS[cfg.export_as](store, path(cfg.export))
+        EXPORTS[cfg.export_as](store, Path(cfg.export))
     return store
 
 

@@ -20,7 +20,7 @@ import torch
 from tensordict import TensorDict
 
 from prelar_trl.checkpoint import kept_rng, rng_state, set_rng_state
-from prelar_trl.config import METHODS
+from prelar_trl.config import METHODS, model_settings
 from prelar_trl.data import VideoClips, shift_for_motion
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model, make_world_model_loss
@@ -28,10 +28,12 @@ from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.objectives import RSSMWorldModelLoss, total_loss
 from prelar_trl.pretrained import load_weights
 from prelar_trl.probes import action_usage
+from prelar_trl.recipes.base_config import overrides
 from prelar_trl.recipes.common import (
     choose_device,
     chosen_loggers,
     drop_unweighted,
+    note_continuation,
     open_logger,
     open_run,
     prepare_update,
@@ -41,7 +43,7 @@ from prelar_trl.recipes.common import (
 )
 from prelar_trl.recipes.guard import UpdateGuard
 from prelar_trl.recipes.processes import ALONE, Processes, joined
-from prelar_trl.recipes.resume import settle_preset, settle_resume
+from prelar_trl.recipes.resume import other_kind, settle_preset, settle_resume
 from prelar_trl.recipes.schema import PretrainConfig
 from prelar_trl.recipes.signals import Interruption
 from prelar_trl.record import (
@@ -74,6 +76,7 @@ def pretrain(cfg: PretrainConfig, processes: Processes = ALONE) -> None:
             done = f"its {update.count} updates already; raise updates to continue"
             processes.say(f"finished: {run.path} has {done}")
             return
+        note_continuation(cfg, run, checkpoint, processes)
     fixed = heldout.sample()  # the same held-out clips throughout
     usage = UsageGuard(cfg, world_model, fixed)
     guard = UpdateGuard(run, [update], cfg.max_skipped, processes.rank)
@@ -132,11 +135,15 @@ def settle_shift(cfg: PretrainConfig, processes: Processes) -> PretrainConfig:
         return cfg
     if cfg.resume:
         config = RunFolder.load(cfg.run).config
-        if config and "shift_by_motion" not in config:
+        if not other_kind(cfg, config) and "shift_by_motion" not in config:
             raise ValueError(
                 f"the run in {cfg.run} is of an older version, whose method={cfg.method} had other "
                 "losses: continue it with that version, or start a new run"
             )
+        return cfg
+    if model_settings(cfg.method, cfg.phase, cfg.size, overrides(cfg.model)).actions != "latent":
+        if cfg.shift_by_motion:
+            raise ValueError(f"shift_by_motion={times}: method={cfg.method} has no latent actions")
         return cfg
     split = "train" if cfg.heldout else "all"
     pairs = VideoClips(cfg.data, 2, MOTION_PAIRS, split=split, heldout=cfg.heldout).sample()

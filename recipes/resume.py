@@ -7,8 +7,10 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from prelar_trl.checkpoint import has_checkpoint
 from prelar_trl.config import METHODS, loss_settings, model_settings, named_modules
-from prelar_trl.recipes.schema import FinetuneConfig, RunConfig, overrides
+from prelar_trl.recipes.base_config import overrides, plain
+from prelar_trl.recipes.schema import FinetuneConfig, RunConfig
 from prelar_trl.record import RunFolder
 
 CHECKPOINT = "last.pt"
@@ -19,7 +21,8 @@ CHANGEABLE = {
     *("collector", "checkpoint_every", "eval_every", "eval_from", "eval_episodes"),
     *("keep", "keep_every", "max_skipped", "trust_code"),
 }
-MOVABLE = {"data", "pretrained"}  # the clip stores' contents are compared with the checkpoint
+MOVABLE = {"data", "pretrained"}  # clips and weights are compared with those of the checkpoint
+REPEAT = "repeat its command with resume=auto, or choose another folder"
 Run = TypeVar("Run", bound=RunConfig)
 
 
@@ -27,8 +30,8 @@ def settle_resume(cfg: Run) -> tuple[Run, bool]:
     """The configuration with ``resume`` true or false, and whether ``auto`` decided that."""
     if cfg.resume != "auto":
         return cfg, False
-    checkpoint = Path(cfg.run).expanduser() / "checkpoints" / CHECKPOINT
-    return replace(cfg, resume=checkpoint.is_file()), True
+    checkpoint = Path(cfg.run) / "checkpoints" / CHECKPOINT
+    return replace(cfg, resume=has_checkpoint(checkpoint)), True
 
 
 def settle_preset(cfg: Run, restart: bool = False) -> Run:
@@ -39,10 +42,10 @@ def settle_preset(cfg: Run, restart: bool = False) -> Run:
     must be given again.
     """
     began: Mapping[str, Any] = {}
-    there = (Path(cfg.run).expanduser() / "config.yaml").is_file()
+    there = (Path(cfg.run) / "config.yaml").is_file()
     if cfg.resume or (restart and there):
         began = RunFolder.load(cfg.run).config
-        if _other_kind(cfg, began):  # refused later
+        if other_kind(cfg, began):  # refused later
             began = {}
     settled = preset_of(cfg, began)
     if isinstance(cfg, FinetuneConfig) and cfg.align_updates is None:
@@ -82,15 +85,15 @@ def _settings(cfg: RunConfig, began: Mapping[str, Any], part: str) -> dict[str, 
     return dict(settings)
 
 
-def _other_kind(cfg: RunConfig, began: Mapping[str, Any]) -> str | None:
-    """What makes it another run altogether: phase, method or size."""
+def other_kind(cfg: RunConfig, began: Mapping[str, Any]) -> str | None:
+    """What makes it another run altogether: phase, method or size; None if nothing does."""
     if ("env_steps" in began) != isinstance(cfg, FinetuneConfig):
         return f"the run in {cfg.run} is of the other phase"
     for name in ("method", "size"):
         if began.get(name) != getattr(cfg, name):
             return (
                 f"{name}={getattr(cfg, name)} but the run in {cfg.run} was started with "
-                f"{name}={began.get(name)}; repeat its command with resume=true"
+                f"{name}={began.get(name)}; {REPEAT}"
             )
     return None
 
@@ -101,7 +104,7 @@ def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: one of them changes what the run computes.
     """
-    if other := _other_kind(cfg, run.config):
+    if other := other_kind(cfg, run.config):
         raise ValueError(f"resume: {other}")
     # What a run older than an option, or its folder, does not say.
     first: dict[str, Any] = {x.name: x.default for x in fields(cfg)}
@@ -119,14 +122,7 @@ def changed_settings(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
         if name not in CHANGEABLE and not moved:
             raise ValueError(
                 f"resume: {name}={given} but the run in {cfg.run} was started with "
-                f"{name}={began}; repeat its command with resume=true"
+                f"{name}={began}; {REPEAT}"
             )
         changed[name] = value
     return changed
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, throughout: what YAML gives back."""
-    if isinstance(value, Mapping):
-        return {key: plain(x) for key, x in value.items()}
-    return [plain(x) for x in value] if isinstance(value, (list, tuple)) else value

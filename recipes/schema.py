@@ -8,7 +8,7 @@ preset's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, get_args
 
 from hydra.core.config_store import ConfigStore
@@ -29,11 +29,10 @@ from prelar_trl.bounds import (
     SmallInt,
     above,
     at_least,
-    check_settings,
     one_of,
 )
-from prelar_trl.config import LossSettings, ModelSettings, Phase, model_settings
-from prelar_trl.recipes.command_line import FREE
+from prelar_trl.config import Phase, model_settings
+from prelar_trl.recipes.base_config import Config, free, overrides
 from prelar_trl.recipes.values import (
     Collector,
     Compile,
@@ -46,8 +45,11 @@ from prelar_trl.recipes.values import (
     Loggers,
     Method,
     Names,
+    OwnOrStores,
     Parts,
     Pixels,
+    Place,
+    Places,
     Precision,
     Quality,
     Resize,
@@ -63,29 +65,6 @@ from prelar_trl.schedules import Schedule
 from prelar_trl.utils import check_integers
 
 
-def overrides(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``model`` or ``loss`` that are set."""
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def free() -> Any:
-    """A field with a mapping of settings that the schema does not know."""
-    return field(default_factory=dict, metadata=FREE)
-
-
-class Config:
-    """A recipe's configuration: checked when it is made, ``model`` and ``loss`` with all keys."""
-
-    def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value != MISSING}
-        check_settings(type(self), given)
-        for name, settings in (("model", ModelSettings), ("loss", LossSettings)):
-            if name in given:
-                check_settings(settings, overrides(given[name]), prefix=f"{name}.")
-                unset = dict.fromkeys(f.name for f in fields(settings))
-                setattr(self, name, unset | given[name])
-
-
 @dataclass
 class RunConfig(Config):
     """What every training run has."""
@@ -94,7 +73,7 @@ class RunConfig(Config):
 
     method: Method = "prelar"
     size: Size = "full"
-    run: str = MISSING  # run folder
+    run: Place = MISSING  # run folder
     resume: Resume = False  # continue the run in that folder; auto: start it, or continue it
     seed: Seed = 0
     device: Device = "auto"  # auto, cpu, cuda, cuda:1
@@ -146,7 +125,7 @@ class FinetuneConfig(RunConfig):
 
     env: str = MISSING  # metaworld/<task>, gym/<id>, toy, ..., or <module>:<callable>
     # Run folder of pretrain.py, folder of export.py, or hf://owner/name; null: from scratch.
-    pretrained: str | None = None
+    pretrained: Place | None = None
     trust_code: bool = False  # may run modules that this folder names
     env_steps: PositiveInt = 256_000
     prefill: NonNegativeInt = 5_000  # environment steps of random actions
@@ -215,7 +194,7 @@ class FinetuneConfig(RunConfig):
 class EvaluateConfig(Config):
     """``evaluate.py``: episodes with a fine-tuned agent."""
 
-    run: str = MISSING
+    run: Place = MISSING
     episodes: PositiveInt = 10
     seed: Seed = 1_000
     device: Device = "auto"
@@ -231,8 +210,8 @@ class EvaluateConfig(Config):
 class ProbeConfig(Config):
     """``probe.py``: what a pre-training run has learned."""
 
-    run: str = MISSING  # run folder of pretrain.py
-    data: Stores = None  # clip store, as in pretrain.py; null: the run's own
+    run: Place = MISSING  # run folder of pretrain.py
+    data: OwnOrStores = None  # clip store, as in pretrain.py; null: the run's own
     clips: MediumInt = 128  # windows of held-out clips, and as many of training clips to fit on
     batch_size: MediumInt = 16
     clip_len: MediumInt | None = None  # null: the run's own, as in context and heldout
@@ -249,7 +228,7 @@ class ProbeConfig(Config):
 class CollectVideosConfig(Config):
     """``collect_videos.py``: episodes of scripted experts into a clip store."""
 
-    data: str = MISSING  # clip store folder; if it exists, collecting continues
+    data: Place = MISSING  # clip store folder; if it exists, collecting continues
     episodes: PositiveInt = 100  # how many the store holds in the end
     env: str = "metaworld"  # the tasks below, or one env: toy/shifted, <module>:<callable>, ...
     tasks: Texts = "evaluation"  # the six of the papers, all, or a list of Meta-world tasks
@@ -270,8 +249,8 @@ class CollectVideosConfig(Config):
 class PrepareVideosConfig(Config):
     """``prepare_videos.py``: videos of any kind into a clip store."""
 
-    source: str = MISSING  # the folder to read
-    data: str = MISSING  # clip store folder; run again to continue an interrupted one
+    source: Place = MISSING  # the folder to read
+    data: Place = MISSING  # clip store folder; run again to continue an interrupted one
     kind: Kind = "auto"  # videos: also folders of pictures
     pixels: Pixels = 64  # height and width of the stored frames
     resize: Resize = "squeeze"  # official, ignores the aspect ratio; or crop: the middle square
@@ -284,7 +263,7 @@ class PrepareVideosConfig(Config):
     lists: Lists = None  # frames: official text lists, {train: train.txt, heldout: validation.txt}
     actions: bool = False  # episodes, lerobot, torchrl: also keep the true actions, for probes
     camera: str | None = None  # lerobot, torchrl: which picture; null: the only one
-    export: str | None = None  # afterwards write the store into this folder as well
+    export: Place | None = None  # afterwards write the store into this folder as well
     export_as: Export = "npz"  # npz (DreamerV2 episodes) or jpeg (official folders and lists)
     workers: NonNegativeSmallInt | None = None  # decoding processes; null or 0: one a core
     shard_mib: PositiveInt = 256  # size of one file of the store
@@ -318,14 +297,14 @@ class SweepConfig(Config):
     launcher: Annotated[str, one_of(("local", "slurm", "ray"))] = "local"
     slurm: dict[str, Any] = free()  # of submitit: timeout_min, mem_gb, ...
     ray: dict[str, Any] = free()  # address of a cluster; of each program num_cpus, num_gpus, ...
-    root: str = "runs/sweep"  # runs, logs and states; also the code that runs
-    results: str = "results/curves"  # of finished runs: curves, tables, pictures
+    root: Place = "runs/sweep"  # runs, logs and states; also the code that runs
+    results: Place = "results/curves"  # of finished runs: curves, tables, pictures
     copy_code: bool | None = None  # run a clean copy of the commit; null: in a git checkout
     update_code: bool = False  # take the present commit for unfinished runs
     status: bool = False  # show the state of all, run nothing
     report: bool = False  # only make tables and pictures anew
     dry_run: bool = False  # only show the runs, GPU hours and disk that are left
-    update_times: str | None = None  # dry_run: gpu.json of make gpu, measured on your GPU
+    update_times: Place | None = None  # dry_run: gpu.json of make gpu, measured on your GPU
     tflops: Positive = 10.0  # dry_run: declared speed of the GPU where nothing is measured
     env_step_s: NonNegative = 0.01  # dry_run: declared, an environment step with rendering
 
@@ -334,12 +313,14 @@ class SweepConfig(Config):
 class PlotConfig(Config):
     """``plot.py``: a report from run folders, or a comparison of groups of them."""
 
-    runs: Texts = MISSING  # run folders, or folders in which such lie; one or a list
-    out: str = "report.html"
+    runs: Places = MISSING  # run folders, with compare also folders in which such lie; or a list
+    out: Place = "report.html"
     title: str | None = None  # null: Training report, or Learning curves
     # A config key, e.g. method or model.latent_action: its values are compared, with statistics.
     compare: str | None = None  # null: a report of each run
-    reference: str | None = None  # compare: CSV of others with method, task, seed, env_step, scores
+    reference: Place | None = (
+        None  # compare: CSV of others with method, task, seed, env_step, scores
+    )
     reference_name: str = "reference"  # goes after their methods
     at: list[int] | None = None  # compare: steps of the table; null: 105k, 205k, 245k or the last
     baseline: str | None = None  # compare: the group to be better than; null: dreamerv2, or first
@@ -354,8 +335,8 @@ class PlotConfig(Config):
 class ExportConfig(Config):
     """``export.py``: a run's model as a folder to hand on."""
 
-    run: str = MISSING
-    out: str = MISSING  # the new folder
+    run: Place = MISSING
+    out: Place = MISSING  # the new folder
     push: str | None = None  # hub id, owner/name: put it there as well
     private: bool = False  # there
     license: str = "mit"  # of the weights, as the hub names it
@@ -367,9 +348,9 @@ class ExportConfig(Config):
 class ImportOfficialConfig(Config):
     """``import_official.py``: the authors' checkpoint into a run folder, or the reverse."""
 
-    run: str = MISSING  # the new run folder; with export the run to read
-    official: str | None = None  # folder of variables.pt
-    export: str | None = None  # instead: write the run's weights into this folder
+    run: Place = MISSING  # the new run folder; with export the run to read
+    official: Place | None = None  # folder of variables.pt
+    export: Place | None = None  # instead: write the run's weights into this folder
     method: Method = "prelar"
     # pretrain, for finetune.py pretrained=; finetune, for evaluate.py
     phase: Annotated[str, one_of(get_args(Phase))] = "pretrain"

@@ -35,9 +35,9 @@ def are_texts(value: Any) -> bool:
 
 
 def are_stores(value: Any) -> bool:
-    """Whether it is None, a folder, a list of them, or a mapping of folders to weights."""
+    """Whether it is a folder, a list of them, or a mapping of folders to weights."""
     if not isinstance(value, Mapping):
-        return value is None or are_texts(value)
+        return are_texts(value)
     good = (isinstance(x, Real) and not isinstance(x, bool) for x in value.values())
     return all(good) and are_texts(list(value)) and all(0 < x <= LARGEST for x in value.values())
 
@@ -47,6 +47,9 @@ def are_loggers(value: Any) -> bool:
     names = [value] if isinstance(value, str) else value
     return isinstance(names, list | tuple) and all(name in get_args(Backend) for name in names)
 
+
+A_PATH = Rule(lambda place: place != "", "must be the name of a file or folder")
+Place = Annotated[str, A_PATH]
 
 # One of a few words: text to Hydra, which knows no ``Literal``; to a type checker it fits anywhere.
 if TYPE_CHECKING:
@@ -82,11 +85,12 @@ Scheduled = Annotated[Any, Rule(lambda x: is_schedule(x, LARGEST), f"must be at 
 ScheduledFraction = Annotated[
     Any, Rule(lambda x: is_schedule(x, 1.0), f"must lie between 0 and 1: {FORMS}")
 ]
-Stores = Annotated[
-    Any, Rule(are_stores, "must be a folder, a list of them, or {folder: weight above 0}")
-]
+STORES = "must be a folder, a list of them, or {folder: weight above 0}"
+Stores = Annotated[Any, A_PATH, Rule(are_stores, STORES)]
+OwnOrStores = Annotated[Any, A_PATH, Rule(lambda x: x is None or are_stores(x), STORES)]
 Lists = Annotated[
     Any,
+    A_PATH,
     Rule(
         lambda x: x is None or (isinstance(x, Mapping) and are_texts([*x, *x.values()])),
         "must be {train: <file>, heldout: <file>}",
@@ -99,7 +103,9 @@ Labels = Annotated[
         "must be a list of numbers and templates",
     ),
 ]
-Texts = Annotated[Any, Rule(are_texts, "must be text, or a list of at least one")]
+TEXTS = Rule(are_texts, "must be text, or a list of at least one")
+Texts = Annotated[Any, TEXTS]
+Places = Annotated[Any, A_PATH, TEXTS]
 Method = Annotated[Choice, one_of(METHODS)]
 Pixels = Annotated[int, at_least(8), at_most(4096)]
 Precision = Annotated[Choice, one_of(("32", "bf16"))]

@@ -12,6 +12,7 @@ import torch
 from prelar_trl.bounds import Rule, check_settings
 from prelar_trl.config import LossSettings, ModelSettings
 from prelar_trl.recipes import schema
+from prelar_trl.recipes.base_config import overrides
 from prelar_trl.recipes.entry import start
 from prelar_trl.recipes.schema import (
     CollectVideosConfig,
@@ -107,7 +108,7 @@ def test_a_configuration_made_in_python_is_checked_too() -> None:
         PretrainConfig(method="naive")
     cfg = PretrainConfig(model={"depth": 8})
     assert cfg.model.keys() == {f.name for f in fields(ModelSettings)}
-    assert schema.overrides(cfg.model) == {"depth": 8} and schema.overrides(cfg.loss) == {}
+    assert overrides(cfg.model) == {"depth": 8} and overrides(cfg.loss) == {}
 
 
 @pytest.mark.parametrize("settings", [*CONFIGS, ModelSettings, LossSettings])

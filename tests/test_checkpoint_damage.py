@@ -137,6 +137,22 @@ def test_a_save_that_fails_keeps_all_checkpoints(
     assert steps(tmp_path) == {"last.pt": 2, "last_1.pt": 1}
 
 
+def test_a_link_that_a_killed_save_has_left_is_replaced(tmp_path: Path) -> None:
+    path = saved(tmp_path / "last.pt", 2)
+    os.link(path, tmp_path / "last_1.part.pt")
+    save_checkpoint(path, {"step": 3}, keep=2)
+    assert steps(tmp_path) == {"last.pt": 3, "last_1.pt": 2}
+
+
+def test_fewer_to_keep_delete_those_that_are_too_many(tmp_path: Path) -> None:
+    path = saved(tmp_path / "last.pt", 4, keep=4)
+    (tmp_path / "last_mine.pt").write_bytes(path.read_bytes())
+    save_checkpoint(path, {"step": 5}, keep=2)
+    assert steps(tmp_path) == {"last.pt": 5, "last_1.pt": 4, "last_mine.pt": 4}
+    save_checkpoint(path, {"step": 6}, keep=None)
+    assert steps(tmp_path) == {"last.pt": 6, "last_1.pt": 4, "last_mine.pt": 4}
+
+
 def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint(tmp_path: Path) -> None:
     start = saved(tmp_path / "start" / "last.pt", 3, keep=3).parent
     for moment in range(4):

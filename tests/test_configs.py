@@ -6,7 +6,9 @@ import importlib
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import Any, get_type_hints
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -125,3 +127,69 @@ def test_hydra_writes_nothing_itself(recipe):
     assert config.hydra.output_subdir is None and config.hydra.run.dir == "."
     assert not {"handlers", "formatters"} & config.hydra.job_logging.keys()
     assert not config.hydra.job_logging.disable_existing_loggers
+
+
+# ---------------------------------------------------------------------- paths, and plain values
+
+PATHS = {
+    "pretrain": ("data", "run"),
+    "finetune": ("pretrained", "run"),
+    "evaluate": ("run",),
+    "probe": ("data", "run"),
+    "collect_videos": ("data",),
+    "prepare_videos": ("data", "export", "source"),
+    "sweep": ("results", "root", "update_times"),
+    "plot": ("out", "reference", "runs"),
+    "export": ("out", "run"),
+    "import_official": ("export", "official", "run"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_home_folder_is_understood_in_every_path_and_nowhere_else(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    texts = [
+        field.name
+        for field in fields(SCHEMAS[recipe])
+        if get_type_hints(SCHEMAS[recipe])[field.name] in (str, str | None, Any)
+    ]
+    needed = {name: GIVEN[name] for name in GIVEN if name in texts}
+    found = []
+    for name in texts:
+        try:
+            cfg = SCHEMAS[recipe](**needed | {name: "~/a"})
+        except ValueError:  # one of a few words
+            continue
+        if getattr(cfg, name) == "/home/someone/a":
+            found.append(name)
+    assert tuple(sorted(found)) == PATHS[recipe]
+
+
+def test_the_home_folder_is_understood_in_lists_and_mappings_but_not_in_addresses(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for given, expected in (
+        (["~/a", "b"], ["/home/someone/a", "b"]),
+        ({"~/a": 1, "b": 2.5}, {"/home/someone/a": 1, "b": 2.5}),
+        ("hf://me/~model", "hf://me/~model"),
+        ("~nobody-here/a", "~nobody-here/a"),
+    ):
+        assert schema.PretrainConfig(data=given, run="r").data == expected
+
+
+def test_paths_tuples_and_numpys_numbers_become_plain_values():
+    cfg = schema.PretrainConfig(
+        data={Path("a"): np.float64(2)},
+        run=Path("r"),
+        seed=np.int64(1),
+        logger=("csv", "tensorboard"),
+        model={"depth": np.int64(8)},
+    )
+    assert (cfg.data, cfg.run, cfg.logger) == ({"a": 2.0}, "r", ["csv", "tensorboard"])
+    for value in (cfg.seed, cfg.model["depth"]):
+        assert type(value) is int
+
+
+def test_a_run_needs_videos_to_learn_from():
+    with pytest.raises(ValueError, match="data=None must be a folder, a list of them, or"):
+        schema.PretrainConfig(data=None, run="r")
+    assert schema.ProbeConfig(run="r").data is None

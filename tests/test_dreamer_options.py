@@ -210,6 +210,18 @@ def test_only_the_parts_asked_for_are_loaded():
     assert changed == {"encoder", "rssm"}
 
 
+@pytest.mark.parametrize("part", ["context_encoder", "latent_actions"])
+def test_a_part_that_is_asked_for_and_not_there_is_refused(part):
+    trained, model = tiny_world_model("prelar"), tiny_world_model("prelar", "finetune")
+    before = copy.deepcopy(model.state_dict())
+    message = (
+        f"load={part}: this model and the .* do not share it; choose of encoder, decoder, rssm"
+    )
+    with pytest.raises(ValueError, match=message):
+        copy_pretrained(model, trained.state_dict(), ["encoder", part])
+    assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
+
+
 def test_the_pretrained_group_has_a_rate_of_its_own_and_holds_what_was_loaded():
     _, loss = tiny("prelar", "finetune")
     update = WorldModelUpdate(loss, lr=1e-3, pretrained_lr=1e-5, pretrained=["encoder", "decoder"])

@@ -10,9 +10,9 @@ from hydra.errors import HydraException
 
 from prelar_trl.config import model_settings
 from prelar_trl.models import make_world_model, make_world_model_loss
+from prelar_trl.recipes.base_config import overrides
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.pretrain import pretrain
-from prelar_trl.recipes.schema import overrides
 from tests.toy_runs import FINETUNE_ARGS, PRETRAIN_ARGS, ROOT, TINY, configured
 
 FOLDER = ROOT / "configs" / "experiment"

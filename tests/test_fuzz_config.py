@@ -18,7 +18,7 @@ from omegaconf import open_dict
 from prelar_trl.config import METHODS, LossSettings, ModelSettings
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
 from prelar_trl.recipes import schema
-from prelar_trl.recipes.command_line import as_typed
+from prelar_trl.recipes.command_line import FREE, as_typed
 from prelar_trl.recipes.entry import CONFIGS, describe, settings
 from tests.fuzz import ODD, WORDS, check_numbers, fuzz, run
 
@@ -55,7 +55,7 @@ def made(config: type, values: dict[str, Any]) -> Any:
     except Exception as error:
         return check_error(error)
     # Mappings that the schema does not know are checked by the recipe that they are for.
-    free = {f.name for f in fields(config) if f.metadata == schema.FREE}
+    free = {f.name for f in fields(config) if f.metadata == FREE}
     check_numbers({name: x for name, x in vars(cfg).items() if name not in free})
     return cfg
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from prelar_trl.hub import is_export, load_pretrained, push
+from prelar_trl.hub import is_export, load_pretrained, push, read_export
 from prelar_trl.models import Agent
 from prelar_trl.modules import RSSMWorldModel
 from prelar_trl.recipes.export import export
@@ -28,7 +28,8 @@ def made(clips, tmp_path_factory) -> SimpleNamespace:
     """A pre-training run with a probe, and its export."""
     folder = tmp_path_factory.mktemp("hub")
     pretrain(pretrain_config(clips, folder / "run"))
-    values = {"contrast/accuracy": 0.625, "action_r2/latent_action_0": 0.5, "x": float("nan")}
+    values = {"contrast/accuracy": 0.625, "x": float("nan")}
+    values |= dict.fromkeys(("action_r2/latent_action_0", "action_r2/latent_action_10"), 0.5)
     (folder / "run" / "probe.json").write_text(json.dumps({"values": values}))
     out = export(ExportConfig(run=str(folder / "run"), out=str(folder / "out")))
     return SimpleNamespace(folder=folder, run=folder / "run", out=out)
@@ -57,7 +58,7 @@ def test_the_card_says_what_it_is_what_it_learned_and_how_to_load_it(made):
     for text in ("`prelar`, size `tiny`", "3 updates, seed 0", "| data | clips |", "`latent_kl` 1"):
         assert text in card
     assert "| `contrast/accuracy` | 0.625 |" in card and "nan" not in card
-    assert "latent_action_0" not in card  # one dimension of many
+    assert "r2/latent_action_" not in card  # one dimension of many
     assert 'load_pretrained("out")' in card and "pretrained=out method=prelar size=tiny" in card
 
 
@@ -128,16 +129,54 @@ def test_weights_of_another_size_do_not_fit(made, tmp_path):
         load_pretrained(folder)
 
 
-def test_code_of_others_runs_only_when_it_is_trusted(made, tmp_path):
+def edited(made: SimpleNamespace, tmp_path: Path, **changes: object) -> Path:
+    """The export with other entries in its configuration; None takes one out."""
     folder = copy(made, tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    config["overrides"]["latent_action"] = "no_such_module:Kind"
+    config = {k: x for k, x in {**config, **changes}.items() if x is not None}
     del config["config_sha256"]
     (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "1"}, "format is '1'"),
+        ({"phase": ["pretrain"]}, r"phase is \['pretrain'\]"),
+        ({"inputs": [64]}, r"inputs is \[64\]"),
+        ({"training": None}, "KeyError.*training"),
+        ({"overrides": None}, "KeyError.*overrides"),
+    ],
+)
+def test_an_edited_configuration_is_refused_in_one_line(changes, message, made, tmp_path):
+    folder = edited(made, tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"is no exported model: config.json: .*{message}"):
+        load_pretrained(folder)
+
+
+def named(made: SimpleNamespace, tmp_path: Path) -> Path:
+    """The export with latent actions of a module that is not there."""
+    overrides = json.loads((made.out / "config.json").read_text())["overrides"]
+    overrides["latent_action"] = "no_such_module:Kind"
+    return edited(made, tmp_path, overrides=overrides)
+
+
+def test_code_of_others_runs_only_when_it_is_trusted(made, tmp_path):
+    folder = named(made, tmp_path)
     with pytest.raises(ValueError, match="runs the code of that module: if you trust"):
         load_pretrained(folder)
     with pytest.raises((ImportError, ValueError), match="no_such_module"):
         load_pretrained(folder, trust_code=True)
+
+
+def test_a_module_that_the_caller_names_itself_needs_no_trust(made, tmp_path):
+    folder = named(made, tmp_path)
+    assert (
+        read_export(folder, typed={"latent_action": "no_such_module:Kind"})["phase"] == "pretrain"
+    )
+    with pytest.raises(ValueError, match="runs the code of that module: if you trust"):
+        read_export(folder, typed={"latent_action": "another:Kind"})
 
 
 def test_a_missing_package_is_named_with_its_extra(made, monkeypatch):

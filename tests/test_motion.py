@@ -88,6 +88,12 @@ def test_frames_are_shifted_by_the_motion_of_the_videos_unless_told_otherwise(tm
     older.write_text("".join(x for x in lines if not x.startswith("shift_by_motion")))
     with pytest.raises(ValueError, match="is of an older version"):
         pretrain(pretrain_config(clips, tmp_path / "less", **options, resume=True))
+    older.write_text("env_steps: 60\n")
+    with pytest.raises(ValueError, match="resume: the run in .* is of the other phase"):
+        pretrain(pretrain_config(clips, tmp_path / "less", **options, resume=True))
+
+    with pytest.raises(ValueError, match="shift_by_motion=8: method=apv has no latent actions"):
+        pretrain(pretrain_config(clips, tmp_path / "apv", method="apv", shift_by_motion=8))
 
     run = tmp_path / "measured"
     pretrain(pretrain_config(clips, run, method="prelar_plus", updates=2, resume=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from prelar_trl.checkpoint import load_checkpoint
-from prelar_trl.recipes.evaluate import evaluate
+from prelar_trl.recipes.evaluate import evaluate, main
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Evaluation
 from prelar_trl.recipes.pretrain import pretrain
@@ -97,6 +98,18 @@ def test_the_best_evaluated_agent_is_kept_and_can_be_evaluated(tmp_path, monkeyp
     scores[80] = [0.5, 2.5]
     finetune(finetune_config(run, eval_every=20, env_steps=80, resume=True))
     assert steps(run)["best.pt"] == 40
+
+
+def test_a_checkpoint_that_stays_can_be_evaluated_by_its_step(made, tmp_path, capsys):
+    run = copy_run(made.fine, tmp_path / "fine")
+    (run / "checkpoints" / "last_1.pt").rename(run / "checkpoints" / "step_00000040.pt")
+    cfg = EvaluateConfig(run=str(run), episodes=1, device="cpu", video_episodes=0)
+    for name in ("step_40", "step_00000040"):
+        cfg.checkpoint = name
+        main(cfg)
+        assert json.loads((run / "evaluation.json").read_text())["step"] == 40
+    assert not (run / "videos" / "evaluation.mp4").exists()
+    assert "evaluation.mp4" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("phase", ["pre", "fine"])

@@ -113,6 +113,10 @@ def test_pretraining_refuses(argument, parts, pretrain_fails):
         ("capacity=5", ["capacity=5", "batch_length=6"]),
         ("method=prelar batch_length=4", ["batch_length=4", "window of 5"]),
         ("model.actions=imagined", ["actions='imagined'", "latent, encoded, real or none"]),
+        (
+            "method=dreamerv2 model.heads=[discount] loss.weights={reward:null,discount:5}",
+            ["model.heads=['discount'] leaves out reward"],
+        ),
         ("actor_gradient=magic", ["'magic'", "dynamics"]),
         ("env=metaworld/reach render_quality=best", ["'best'", "fast", "full"]),
     ],

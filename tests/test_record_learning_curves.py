@@ -227,6 +227,19 @@ def test_what_a_sweep_keeps_of_its_runs_is_read_too(tmp_path):
     assert run.scores["return"].values.tolist() == [1.5, 2.5]
 
 
+def test_probed_runs_and_checkouts_of_code_are_no_runs_to_compare(folders):
+    (folders / "pretrain" / "probe.csv").write_text("probe,name,horizon,value\npsnr,own,1,20.0\n")
+    (folders / "pretrain" / "probe.json").write_text('{"method": "prelar", "values": {}}')
+    (folders / "source" / ".git").mkdir(parents=True)  # a sweep's, which holds published results
+    write_run(folders / "source" / "runs" / "apv-0", "apv", 0, 0.5)
+    assert {run.group for run in read_runs([folders], "method")} == {"prelar", "dreamerv2"}
+
+
+def test_a_run_that_is_named_twice_counts_once(folders):
+    twice = [folders, folders / "dreamerv2-0", folders / "deep" / ".." / "dreamerv2-0"]
+    assert len(read_runs(twice, "method")) == len(read_runs([folders], "method")) == 4
+
+
 REFERENCE = "method,task,seed,env_step,success\napv,reach,0,15000,0.5\napv,reach,0,5000,0.1\n"
 
 

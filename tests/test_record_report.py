@@ -114,6 +114,15 @@ def test_report_shows_the_newest_videos_and_the_first_prediction(runs, tmp_path)
     assert read_video(tmp_path / "copy.mp4").shape == (2, 3, 256, 256)
 
 
+def test_a_number_that_is_no_step_tells_pictures_apart(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"method": "prelar", "updates": 2})
+    for name in ("probe_transfer_0", "probe_transfer_1", "strip_000001", "strip_1000000"):
+        write_picture(run.pictures / f"{name}.png", torch.zeros(3, 8, 8, dtype=torch.uint8))
+    html = html_report(tmp_path / "report.html", [run.path]).read_text()
+    captions = re.findall(r"<figcaption>([^<]*)", html)
+    assert captions == ["Probe transfer 0", "Probe transfer 1", "Strip, step 1,000,000"]
+
+
 def test_runs_of_one_phase_are_compared_and_told_apart_by_their_parents(tmp_path):
     paths = [tmp_path / f"seed{seed}" / "finetune" for seed in (1, 2)]
     for path in paths:

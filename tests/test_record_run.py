@@ -42,6 +42,12 @@ def test_a_file_in_the_way_is_named(tmp_path, below):
         RunFolder.create(tmp_path / "file" / below, {})
 
 
+def test_a_link_to_nothing_in_the_way_is_named(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(NotADirectoryError, match="link is a link to nothing; choose another path"):
+        RunFolder.create(tmp_path / "link", {})
+
+
 def test_a_place_that_cannot_be_written_is_one_line():
     with pytest.raises(OSError, match="cannot be written .* choose another folder") as error:
         RunFolder.create("/proc/run", {}, need_bytes=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Collection, Evaluation
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import EvaluateConfig
+from tests.files import contents
 from tests.toy_runs import (
     TINY,
     checkpoint,
@@ -193,12 +195,32 @@ def test_auto_starts_anew_what_was_killed_before_its_first_checkpoint(whole, tmp
     with pytest.raises(FileNotFoundError, match="before its first checkpoint.*resume=auto"):
         finetune(cfg)
     other = finetune_config(tmp_path / "run", **STEPS | {"prefill": 16}, resume="auto")
-    with pytest.raises(ValueError, match="prefill=16.*prefill=15"):
+    with pytest.raises(ValueError, match="prefill=16.*prefill=15; repeat .* resume=auto"):
         finetune(other)
     cfg.resume = "auto"
     finetune(cfg)
     same(tmp_path / "run", whole)
     assert (tmp_path / "run" / "job.out").read_text() == "a scheduler's"
+
+
+def test_auto_goes_on_at_the_one_before_a_checkpoint_that_is_gone(whole, tmp_path, monkeypatch):
+    cfg = finetune_config(tmp_path / "run", **STEPS, checkpoint_every=10)
+    stopped(cfg, monkeypatch, 9)
+    (tmp_path / "run" / "checkpoints" / "last.pt").unlink()
+    cfg.resume = "auto"
+    finetune(cfg)
+    versions = json.loads((tmp_path / "run" / "versions.json").read_text())
+    assert [session["step"] for session in versions["continued"]] == [30]
+    same(tmp_path / "run", whole)
+
+
+def test_auto_starts_nothing_anew_where_an_older_checkpoint_is_left(clips, tmp_path):
+    cfg = pretrain_config(clips, tmp_path / "run", updates=1, keep_every=1, resume="auto")
+    pretrain(cfg)
+    (tmp_path / "run" / "checkpoints" / "last.pt").unlink()
+    with pytest.raises(FileExistsError, match="copy step_00000001.pt to checkpoints/last.pt"):
+        pretrain(cfg)
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001.pt").is_file()
 
 
 def test_auto_after_a_kill_within_the_first_write(whole, tmp_path):
@@ -291,6 +313,39 @@ def test_a_run_that_does_not_say_its_settings_is_refused_by_name(tmp_path, monke
     cfg = EvaluateConfig(run=str(tmp_path / "run"), device="cpu")
     with pytest.raises(ValueError, match="run does not fit this version's model: 1 tensors differ"):
         evaluate(cfg)
+
+
+def test_a_finished_run_that_is_asked_for_less_stays_as_it_is(clips, tmp_path, capsys):
+    cfg = pretrain_config(clips, tmp_path / "run", updates=2, resume="auto")
+    pretrain(cfg)
+    before = contents(tmp_path / "run")
+    cfg.updates, cfg.log_every = 1, 7
+    pretrain(cfg)
+    assert "has its 2 updates already" in capsys.readouterr().out
+    assert contents(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("needed", [True, False], ids=["needed", "not-needed"])
+def test_moved_pretrained_weights_are_known_and_others_refused(needed, clips, tmp_path):
+    for seed in (0, 1):
+        pretrain(pretrain_config(clips, tmp_path / f"pre-{seed}", updates=1, seed=seed))
+    options = {"env_steps": 30, "eval_episodes": 0, "rehearse": 0.5 if needed else 0.0}
+
+    def run(pretrained, **changes):
+        given = {**options, "pretrained": str(pretrained), **changes}
+        finetune(finetune_config(tmp_path / "run", **given))
+
+    run(tmp_path / "pre-0")
+    state, last = checkpoint(tmp_path / "run"), tmp_path / "run" / "checkpoints" / "last.pt"
+    moved = shutil.move(tmp_path / "pre-0", tmp_path / "moved")
+    run(moved, env_steps=40, resume=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="weights of pretrained=.*pre-1 are others than"):
+            run(tmp_path / "pre-1", env_steps=50, resume=True)
+    run(moved, env_steps=50, resume=True)
+    assert checkpoint(tmp_path / "run")["pretrained"] == state.pop("pretrained")
+    save_checkpoint(last, state)  # as an older version wrote it
+    run(tmp_path / "pre-1", env_steps=60, resume=True)
 
 
 def test_moved_data_is_known_and_other_data_refused(clips, tmp_path, monkeypatch):

@@ -192,6 +192,7 @@ def test_a_variant_with_an_unknown_setting_is_refused():
 def test_overrides_are_written_as_hydra_reads_them():
     value = {"reward": 10.0, "kl": None, "names": ["a", 1, True]}
     assert as_override(value) == "{reward:10.0,kl:null,names:[a,1,true]}"
+    assert as_override(["~/a", "3", "b (1)", "c/d"]) == "['~/a','3','b (1)',c/d]"
 
 
 def test_progress_and_speed_are_read_from_the_log_of_a_run():

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from prelar_trl.recipes.collect_videos import EVALUATION_TASKS
-from prelar_trl.recipes.estimate import resolve, update_of, work_of
+from prelar_trl.recipes.estimate import checkpoints_of, resolve, update_of, work_of
 from prelar_trl.recipes.finetune import finetune
-from prelar_trl.recipes.schema import FinetuneConfig
+from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig
 from prelar_trl.recipes.sweep import check_settings, make_jobs, sweep
 from prelar_trl.record import read_metrics
 from tests.sweeps import sweep_config
@@ -104,6 +104,24 @@ def test_evaluations_are_those_that_a_run_makes():
     for env_steps, evaluations in ((1000, 5), (1050, 6), (550, 1)):
         cfg.env_steps = env_steps
         assert work_of(cfg)[1] == env_steps + evaluations * 10
+
+
+def test_a_limit_of_steps_is_counted_after_the_repeat_an_environments_own_before():
+    cfg = FinetuneConfig(run="x", env_steps=1000, prefill=500, eval_every=500, eval_episodes=1)
+    cfg.action_repeat = 2
+    for max_steps, episode in ((None, 500), (10, 20)):
+        cfg.max_steps = max_steps
+        assert work_of(cfg)[1] == 1000 + episode
+
+
+def test_checkpoints_that_stay_are_counted():
+    cfg = FinetuneConfig(run="x", env_steps=1000, prefill=500, checkpoint_every=100)
+    assert checkpoints_of(cfg) == 2 + 1  # the newest two and the best
+    for every, stay in ((50, 10), (100, 10), (300, 3)):
+        cfg.keep_every = every
+        assert checkpoints_of(cfg) == 2 + 1 + stay
+    cfg = PretrainConfig(data="x", run="x", updates=1000, checkpoint_every=100, keep_every=500)
+    assert checkpoints_of(cfg) == 2 + 2
 
 
 def test_measured_updates_take_the_place_of_declared_ones(capsys, tmp_path):

@@ -33,6 +33,7 @@ HEADLINES = (
 )
 ORDER = ("eval/", "train/", "psnr", "action_usage", "action_psnr_gap", "loss")  # of the curves
 CAPTIONS = {"openloop": "Open-loop prediction", "eval": "Evaluation episode"}
+STEP = re.compile(r"\d{6,}")  # of a training, in names of videos and pictures
 BOUNDS = ("_low", "_high")  # of an interval: in metrics.csv, but no curve of their own
 
 
@@ -226,7 +227,7 @@ def _newest(files: Iterable[Path]) -> list[tuple[Path, str]]:
     kinds: dict[str, list[tuple[int, Path]]] = {}
     for file in files:
         kind, _, step = file.stem.rpartition("_")
-        kind, number = (kind, int(step)) if step.isdecimal() else (file.stem, -1)
+        kind, number = (kind, int(step)) if STEP.fullmatch(step) else (file.stem, -1)
         kinds.setdefault(kind, []).append((number, file))
     shown = []
     for kind in sorted(kinds, key=lambda kind: (not kind.startswith("openloop"), kind)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import weakref
@@ -25,6 +26,7 @@ MEBIBYTE = 2**20
 CONTENTS = ("checkpoints", "videos", "pictures", "replay", "replay-*", "tensorboard", "wandb")
 CONTENTS += ("metrics.csv", "times.csv", "not_finite.pt", "not_finite-*.pt")
 CONTENTS += ("versions.json", "config.yaml")
+CHECKPOINT = re.compile(r"last|(last|step)_\d+")  # name of one that a run can go on from
 
 
 class RunFolder:
@@ -98,7 +100,7 @@ class RunFolder:
 
         Raises:
             FileExistsError: the folder holds a run or other files.
-            NotADirectoryError: the path, or one above it, is a file.
+            NotADirectoryError: the path, or one above it, is a file or a link to nothing.
             OSError: it cannot be written, or the disk has too little space.
             ValueError: the config holds something that YAML cannot.
         """
@@ -114,7 +116,16 @@ class RunFolder:
         """Make this folder that of a new run: what the run has put into it is deleted.
 
         What else lies there, such as a scheduler's log, stays.
+
+        Raises:
+            FileExistsError: the run has a checkpoint.
         """
+        kept = [x for x in self.checkpoints.glob("*.pt") if CHECKPOINT.fullmatch(x.stem)]
+        if kept:
+            raise FileExistsError(
+                f"run folder {self.path} holds checkpoints, so it is not started anew: copy "
+                f"{max(kept).name} to checkpoints/last.pt to continue there, or remove the folder"
+            )
         for place in [place for name in CONTENTS for place in self.path.glob(name)]:
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
         self._write(config)
@@ -220,8 +231,9 @@ def check_space(path: str | os.PathLike[str], need_bytes: int) -> None:
 
 def _check_free(path: Path) -> None:
     for place in (path, *path.absolute().parents):
-        if place.exists() and not place.is_dir():
-            raise NotADirectoryError(f"run folder {path}: {place} is a file; choose another path")
+        if os.path.lexists(place) and not place.is_dir():
+            what = "a file" if place.exists() else "a link to nothing"
+            raise NotADirectoryError(f"run folder {path}: {place} is {what}; choose another path")
     if (path / "config.yaml").exists():
         raise FileExistsError(f"run folder {path} already holds a run: choose another folder")
     if path.is_dir() and any(path.iterdir()):

@@ -14,6 +14,7 @@ from prelar_trl.record.run import RunFolder
 from prelar_trl.utils import read_json
 
 SCORES = ("success", "return")
+CONFIG = "config.yaml"  # of a run folder
 
 
 def read_runs(paths: Iterable[str | os.PathLike[str]], group: str) -> list[EvaluatedRun]:
@@ -22,7 +23,7 @@ def read_runs(paths: Iterable[str | os.PathLike[str]], group: str) -> list[Evalu
     Args:
         paths: run folders; or folders at any depth in which such lie, or the ``<run>.json`` and
             ``<run>.csv`` that a sweep keeps of finished ones. Runs without an evaluation, such as
-            those of pre-training, are left out.
+            those of pre-training, and what a checkout of code holds are left out.
         group: key of the configuration whose value says what a run is compared as, e.g. ``method``
             or ``model.latent_action``; ``variant`` for the runs of a sweep's results.
 
@@ -30,28 +31,38 @@ def read_runs(paths: Iterable[str | os.PathLike[str]], group: str) -> list[Evalu
         FileNotFoundError: a folder does not exist.
         ValueError: no run was evaluated, or one has no such key.
     """
-    runs = []
-    for path in map(Path, paths):
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path} is no folder")
-        for file in sorted([*path.rglob("config.yaml"), *path.rglob("*.csv")]):
-            if file.name == "config.yaml":
-                folder = RunFolder.load(file.parent)
-                metrics = read_metrics(folder.metrics) if folder.metrics.is_file() else {}
-                scores = {x: metrics[f"eval/{x}"] for x in SCORES if f"eval/{x}" in metrics}
-                config = folder.config
-            elif (made := file.with_suffix(".json")).is_file():
-                known = read_json(made)
-                config = {**known.get("config", {}), "variant": known.get("variant")}
-                scores = {x: y for x, y in read_metrics(file).items() if x in SCORES}
-            else:
-                continue
-            if scores:
-                task = str(config.get("env", "task")).rpartition("/")[2]
-                runs.append(EvaluatedRun(_value(config, group, file), task, scores))
+    runs, folders = [], [Path(path) for path in paths]
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder")
+    files = {file.resolve(): file for folder in folders for file in _run_files(folder)}
+    for file in files.values():
+        made = file.with_suffix(".json")
+        if file.name == CONFIG:
+            run = RunFolder.load(file.parent)
+            metrics = read_metrics(run.metrics) if run.metrics.is_file() else {}
+            scores = {x: metrics[f"eval/{x}"] for x in SCORES if f"eval/{x}" in metrics}
+            config = run.config
+        elif "config" in (known := read_json(made, missing_ok=True)):
+            config = {**known["config"], "variant": known.get("variant")}
+            scores = {x: y for x, y in read_metrics(file).items() if x in SCORES}
+        else:
+            continue
+        if scores:
+            task = str(config.get("env", "task")).rpartition("/")[2]
+            runs.append(EvaluatedRun(_value(config, group, file), task, scores))
     if not runs:
-        raise ValueError(f"no evaluated run in {', '.join(map(str, paths))}")
+        raise ValueError(f"no evaluated run in {', '.join(map(str, folders))}")
     return runs
+
+
+def _run_files(folder: Path) -> list[Path]:
+    """The ``config.yaml`` and CSV files in a folder, without those of checkouts that lie in it."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not Path(place, name, ".git").exists()]
+        found += [Path(place, name) for name in names if name == CONFIG or name.endswith(".csv")]
+    return sorted(found)
 
 
 def _value(config: Mapping[str, Any], key: str, file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -15,10 +16,11 @@ from typing import Any, Protocol
 from prelar_trl.sweep.jobs import Job
 from prelar_trl.sweep.launchers import Handle, Launcher, Program
 from prelar_trl.sweep.source import Source
-from prelar_trl.utils import STOPPED, read_json, write_json
+from prelar_trl.utils import STOPPED, map_paths, read_json, write_json
 
 GRACE = 10.0  # seconds from a signal to this process until those that did not get it are told
 TOLD = "stopped after"  # so begins the last line of a run that was told to stop, and has saved
+INPUTS = {"pretrain": "data", "finetune": "pretrained"}  # setting that names what is learned from
 PROGRESS = re.compile(r"(\d+)/(\d+) (\w+) after .*?([\d.]+) \3/s")
 
 
@@ -197,11 +199,12 @@ class Engine:
         else:
             settings = {"run": job.path, **self.runtime, **settings}
             resumes = "run" not in job.settings  # it makes the run that it works on
-        if job.recipe == "pretrain" and job.needs is None:  # the user's own videos
-            settings["data"] = str(Path(settings["data"]).expanduser().absolute())
-        environment = {}
-        if self.source is not None and self.source.path is not None:
-            environment["PYTHONPATH"] = str(self.source.path)
+        given = INPUTS.get(job.recipe, "")
+        if job.needs is None and given in settings:  # the user's own
+            settings[given] = map_paths(_absolute, settings[given])
+        code = [self.source.path] if self.source is not None and self.source.path else []
+        modules = [*code, Path.cwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {"PYTHONPATH": os.pathsep.join(map(str, modules))}
         if "threads" in self.runtime:
             threads = str(self.runtime["threads"])
             environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -296,6 +299,10 @@ class Engine:
         states = [row[1] for row in rows]
         counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
         return "\n".join([*lines, ", ".join(counts)])
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def module_command(recipe: str, overrides: Iterable[str]) -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from prelar_trl.checkpoint import has_checkpoint
 from prelar_trl.utils import STOPPED
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -45,7 +46,7 @@ class Program:
 
     @property
     def has_checkpoint(self) -> bool:
-        return (self.folder / "checkpoints" / "last.pt").is_file()
+        return has_checkpoint(self.folder / "checkpoints" / "last.pt")
 
     def start(self, lock: IO | None = None) -> subprocess.Popen:
         """Start it, holding ``lock`` open; a folder without a checkpoint is made anew."""
