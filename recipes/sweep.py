@@ -55,7 +55,7 @@ from prelar_trl.sweep.results import CurveResults
 
 
 def sweep(cfg: SweepConfig) -> int:
-    """What the configuration asks for; returns how many jobs failed or were stopped."""
+    """What the configuration asks for; returns how many jobs are not finished."""
     root, results = Path(cfg.root).absolute(), CurveResults(Path(cfg.results).absolute())
     suite, jobs = make_suite(cfg), make_jobs(cfg)
     chosen = [job for job in jobs if not job.run or re.search(cfg.only, job.path)]
