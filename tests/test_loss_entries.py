@@ -7,6 +7,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from prelar_trl.modules.latent_actions import GaussianActions
 from prelar_trl.modules.world_model import normalize_pixels
 from prelar_trl.objectives import (
     ActorLoss,
@@ -133,7 +134,8 @@ def test_an_empty_batch_has_no_loss() -> None:
 
 
 def test_labels_must_fit_the_actions() -> None:
-    loss = LatentActionLoss(nn.Identity(), weights={"action_label": 1.0}, action_dim=2)
+    options = {"weights": {"action_label": 1.0}, "action_dim": 2}
+    loss = LatentActionLoss(nn.Identity(), GaussianActions(size=3), **options)
     given = {
         "latent_action": torch.rand(3, 4, loss.latent_actions.dim),
         "latent_action_statistics": torch.rand(3, 4, 2),
