@@ -146,8 +146,10 @@ PATHS = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_home_folder_is_understood_in_every_path_and_nowhere_else(recipe, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+def test_the_home_folder_is_understood_in_every_path_and_nowhere_else(
+    recipe, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
     texts = [
         field.name
         for field in fields(SCHEMAS[recipe])
@@ -160,16 +162,18 @@ def test_the_home_folder_is_understood_in_every_path_and_nowhere_else(recipe, mo
             cfg = SCHEMAS[recipe](**needed | {name: "~/a"})
         except ValueError:  # one of a few words
             continue
-        if getattr(cfg, name) == "/home/someone/a":
+        if getattr(cfg, name) == str(tmp_path / "a"):
             found.append(name)
     assert tuple(sorted(found)) == PATHS[recipe]
 
 
-def test_the_home_folder_is_understood_in_lists_and_mappings_but_not_in_addresses(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/someone")
+def test_the_home_folder_is_understood_in_lists_and_mappings_but_not_in_addresses(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for given, expected in (
-        (["~/a", "b"], ["/home/someone/a", "b"]),
-        ({"~/a": 1, "b": 2.5}, {"/home/someone/a": 1, "b": 2.5}),
+        (["~/a", "b"], [f"{tmp_path}/a", "b"]),
+        ({"~/a": 1, "b": 2.5}, {f"{tmp_path}/a": 1, "b": 2.5}),
         ("hf://me/~model", "hf://me/~model"),
         ("~nobody-here/a", "~nobody-here/a"),
     ):

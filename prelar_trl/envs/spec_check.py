@@ -72,9 +72,8 @@ class SpecCheck(TransformedEnv):
         ends = {key: spec for key, spec in self._ends.items() if key in found.keys(True, True)}
         _check_given(found, {**specs, **ends}, given[:ahead], who)
         if "truncated" in ends and not {"done", "terminated"} & ends.keys():
-            found["terminated"] = torch.zeros_like(
-                found["truncated"]
-            )  # TorchRL derives done of two
+            # TorchRL tells done by both.
+            found["terminated"] = torch.zeros_like(found["truncated"])
         try:
             self.base_env._complete_done(self.base_env.full_done_spec, found)
         except RuntimeError as error:  # done and truncated alone do not say what is terminated
