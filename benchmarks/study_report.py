@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prelar_trl.recipes.sweep import say
-from prelar_trl.record import plot_bars, write_csv
+from prelar_trl.record import COLORS, plot_bars, write_csv
 
 Values = Mapping[str, float]
 Quantity = Callable[[Values], float]
@@ -85,13 +85,11 @@ QUANTITIES: dict[str, Quantity] = {
     "transfer, PSNR of transferred minus own (dB)": minus(MOVED, MOVED_OWN),
 }
 SHOWN = (  # in the picture and table.md, where there is a value
-    "PSNR, own actions (dB)",
+    "PSNR, own actions minus last frame (dB)",
     "PSNR, own minus other actions (dB)",
     "own action explains best (chance 0.2)",
     "R² (better), latent action",
     "R² (better), random encoder",
-    "R² (MLP), latent action and state",
-    "rank corr., latent and state distance",
     "transfer, PSNR of transferred minus own (dB)",
 )
 EXPLAINS, R2 = "own action explains best (chance 0.2)", "R² (better), latent action"
@@ -136,6 +134,8 @@ GOALS = (
         0.0,
     ),
 )
+
+OURS, OTHERS = COLORS[1], COLORS[0]
 
 # variant -> quantity -> one value a seed, numbers only
 Results = dict[str, dict[str, list[float]]]
@@ -183,7 +183,8 @@ def write_report(folder: Path, variants: Sequence[str]) -> None:
         lines += data_lines(data, found, [run for run in runs if run["data"] == data])
         shown = {name: {v: x[name] for v, x in found.items() if x[name]} for name in SHOWN}
         shown = {name: panel for name, panel in shown.items() if panel}
-        plot_bars(shown, folder / f"{data}.png", columns=4)
+        colors = {v: OURS if v.startswith("prelar_plus") else OTHERS for v in found}
+        plot_bars(shown, folder / f"{data}.png", colors=colors, lines={EXPLAINS: 0.2})
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     say(f"report: {folder}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from prelar_trl.recipes.entry import start
@@ -20,6 +21,7 @@ from prelar_trl.record import (
     html_report,
     plot_curves,
     plot_psnr_by_step,
+    plots,
     read_metrics,
     read_video,
     write_picture,
@@ -85,6 +87,22 @@ def test_curves_of_several_runs_have_their_own_colors(tmp_path):
     assert {(0, 114, 178), (213, 94, 0)} <= pixels
     path = plot_psnr_by_step({"a": [30, 20, 19], "b": [31, 25, 24]}, tmp_path / "p.png", context=1)
     assert imread(path).shape[2] == 4
+
+
+def test_bars_name_their_labels_once_a_row(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figure)
+    seeds = {"one": [1.0, 3.0], "two": [2.0]}
+    panels = {"a": seeds, "b": seeds, "c": {"other": [1.0]}, "d": {"other": [1.0]}}
+    figure = plots.plot_bars(panels, tmp_path / "a.png", colors={"two": "#123456"}, lines={"b": 2})
+    named = [
+        [x.get_text() for x in axis.get_yticklabels() if x.get_visible()]
+        for axis in figure.axes[:4]
+    ]
+    assert named == [["one", "two"], [], ["other"], ["other"]]  # d begins the next row
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [2, 2]
+    assert to_hex(figure.axes[0].patches[1].get_facecolor()) == "#123456"
+    dashed = [[x.get_xdata()[0] for x in a.lines if x.is_dashed()] for a in figure.axes[:4]]
+    assert dashed == [[], [2], [], []]
 
 
 def test_report_holds_figures_videos_settings_and_nothing_from_outside(runs, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -142,23 +143,39 @@ def plot_bars(
     path: str | os.PathLike[str],
     *,
     columns: int = 3,
+    colors: Mapping[str, str] | None = None,
+    lines: Mapping[str, float] | None = None,
 ) -> Path:
     """Draw one panel of horizontal bars for each quantity: means, and every value as a dot.
+
+    Panels with the labels of the one to their left do not repeat them.
 
     Args:
         panels: title -> label -> values, of several seeds or one.
         path: the picture, png or svg.
         columns: panels in a row. Default: 3.
+        colors: label -> color. Default: :data:`COLORS` in turn.
+        lines: title -> value that a dashed line marks, say that of chance. Default: none.
     """
+    colors, lines = colors or {}, lines or {}
     height = 0.7 + 0.25 * max(map(len, panels.values()))
-    figure, axes = new_figure(panels, columns, panel=(PANEL[0], height))
-    for axis, panel in zip(axes, panels.values(), strict=True):
-        for i, values in enumerate(panel.values()):
-            axis.barh(i, np.mean(values), color=COLORS[i % 7], alpha=0.45, height=0.7)
-            axis.plot(values, [i] * len(values), "o", color=COLORS[i % 7], ms=3)
-        axis.set_yticks(range(len(panel)), list(panel))
-        axis.invert_yaxis()
+    titles = [textwrap.fill(title, 44) for title in panels]
+    figure, axes = new_figure(titles, columns, panel=(PANEL[0], height))
+    left: list[str] = []
+    for i, (axis, (title, panel)) in enumerate(zip(axes, panels.items(), strict=True)):
+        for row, (label, values) in enumerate(panel.items()):
+            color = colors.get(label, COLORS[row % len(COLORS)])
+            axis.barh(row, np.mean(values), color=color, alpha=0.45, height=0.7)
+            axis.plot(values, [row] * len(values), "o", color=color, ms=3)
+        labels = list(panel)
+        axis.set_yticks(range(len(labels)), labels)
+        if i % columns and labels == left:
+            axis.tick_params(labelleft=False)
+        axis.set_ylim(len(labels) - 0.5, -0.5)
         axis.axvline(0, color="#444", lw=0.8)
+        if title in lines:
+            axis.axvline(lines[title], color="#666", lw=0.9, ls=(0, (4, 3)))
+        left = labels
     return save_figure(figure, path)
 
 
