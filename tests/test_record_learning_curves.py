@@ -19,12 +19,15 @@ from prelar_trl.record import (
     aggregate_curve,
     bootstrap_band,
     bootstrap_interval,
+    comparison_plots,
     interquartile_mean,
     performance_profile,
+    plot_learning_curves,
     read_reference,
     read_runs,
     write_learning_curves,
 )
+from prelar_trl.record.learning_curves import mean_band
 
 STEPS = np.arange(5_000.0, 246_000.0, 10_000.0)  # the authors' grid
 
@@ -55,6 +58,20 @@ def find(rows: list[dict[str, str]], **wanted: str) -> dict[str, str]:
 
 
 # Statistics
+
+
+@pytest.mark.parametrize(("runs", "tasks", "drawn"), [(4, 1, 4), (5, 1, 0), (4, 2, 0)])
+def test_few_runs_of_one_task_are_drawn_instead_of_their_interval(
+    monkeypatch, tmp_path, runs, tasks, drawn
+):
+    monkeypatch.setattr(comparison_plots, "save_figure", lambda figure, path: figure)
+    curves = np.random.default_rng(0).random((runs, tasks, 3))
+    band = mean_band(np.arange(3.0), curves)
+    figure = plot_learning_curves({"a task": {"mine": band}}, tmp_path / "a.png", score_name="x")
+    (axis,) = figure.axes
+    thin = [line.get_ydata() for line in axis.lines if line.get_linewidth() < 1]
+    assert len(thin) == drawn and len(axis.collections) == (not drawn)
+    assert all(np.array_equal(line, run) for line, run in zip(thin, curves[:, 0], strict=False))
 
 
 def test_an_aggregated_band_is_the_interval_of_each_of_its_points():

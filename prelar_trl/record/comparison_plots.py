@@ -22,12 +22,13 @@ LEGEND = 1.9  # inches beside the panels
 
 
 class Band(NamedTuple):
-    """A mean curve over runs and its interval, [n] each."""
+    """A mean curve over runs and its interval, [n] each; few runs [runs, n] are drawn instead."""
 
     steps: np.ndarray
     mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    runs: Sequence[np.ndarray] = ()
 
 
 class Dots(NamedTuple):
@@ -50,7 +51,7 @@ def plot_learning_curves(
     styles: Styles | None = None,
     columns: int = 2,
 ) -> Path:
-    """Draw one panel of mean curves and bands for each task, a legend beside them.
+    """Draw one panel of mean curves with bands, or few runs, for each task, a legend beside them.
 
     Args:
         panels: title -> label -> curve.
@@ -182,9 +183,12 @@ def _draw_bands(
     styles, handles = _styles(panels, styles), {}
     drawstyle = "default" if step is None else f"steps-{step}"
     for axis, bands in zip(axes, panels.values(), strict=True):
-        for label, (x, mean, low, high) in bands.items():
+        for label, (x, mean, low, high, runs) in bands.items():
             color, line = styles[label]
-            axis.fill_between(x, low, high, color=color, alpha=0.13, lw=0, step=step)
+            for run in runs:
+                axis.plot(x, run, color=color, lw=0.8, alpha=0.45, drawstyle=drawstyle)
+            if not runs:
+                axis.fill_between(x, low, high, color=color, alpha=0.13, lw=0, step=step)
             handles[label], *_ = axis.plot(
                 x, mean, line, color=color, lw=1.8, drawstyle=drawstyle, label=label
             )

@@ -33,6 +33,7 @@ ALL_TASKS = "all"
 PUBLISHED_STEPS = (105_000, 205_000, 245_000)
 THRESHOLDS = 101  # points of a profile
 FORMATS = (".png", ".svg")
+FEW_RUNS = 5  # of fewer the runs are drawn, and no interval
 Statistic = Literal["mean", "iqm"]
 STATISTICS: dict[Statistic, str] = {"mean": "mean", "iqm": "interquartile mean"}
 
@@ -158,7 +159,7 @@ def write_learning_curves(
         pictures = _draw(score, curves, steps, baseline, styles, folder)
         sections.append(Section(score, _rows(curves, steps, baseline), pictures))
         for x in curves:
-            values = (*x.bands["mean"][1:], *x.bands["iqm"][1:])
+            values = (*x.bands["mean"][1:4], *x.bands["iqm"][1:4])
             for step, *numbers in zip(map(int, x.steps), *values, strict=True):
                 points.append(Point(*x[:4], step, len(x.values), *numbers))
     table = [row for section in sections for row in section.rows]
@@ -206,9 +207,10 @@ def at_shared_steps(runs: Sequence[Sequence[Series]]) -> tuple[np.ndarray, np.nd
 
 
 def mean_band(steps: np.ndarray, curves: np.ndarray, statistic: Statistic = "mean") -> Band:
-    """Mean of curves [runs, tasks, points] and its interval."""
+    """Mean of curves [runs, tasks, points] and its interval; of one task the runs, if few."""
     middle = aggregate_curve(curves, statistic)
-    return Band(steps, middle, *bootstrap_band(curves, statistic=statistic))
+    runs = list(curves[:, 0]) if curves.shape[1] == 1 and len(curves) < FEW_RUNS else ()
+    return Band(steps, middle, *bootstrap_band(curves, statistic=statistic), runs)
 
 
 def _collect(runs: Sequence[EvaluatedRun], score: str) -> list[_Curves]:
@@ -258,7 +260,7 @@ def _rows(curves: Sequence[_Curves], steps: Sequence[int], baseline: str) -> lis
             if base is not None and (there := base.at(step)) is not None:
                 better = probability_of_improvement(scores, base.values[..., there])
             std = float(scores.std(ddof=1)) if scores.size > 1 else 0.0
-            iqm = (float(curve[place]) for curve in x.bands["iqm"][1:])
+            iqm = (float(curve[place]) for curve in x.bands["iqm"][1:4])
             mean = float(scores.mean())
             rows.append(Row(*x[:4], step, len(scores), mean, std, *iqm, *better))
     return rows
