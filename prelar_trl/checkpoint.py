@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from prelar_trl.checkpoint_files import all_before, before, has_checkpoint
 from prelar_trl.tensor_files import DamagedFileError, is_whole, read_tensors
 from prelar_trl.utils import atomic_write
 
@@ -45,7 +46,7 @@ def save_checkpoint(
     path: str | os.PathLike[str],
     state: dict[str, Any],
     *,
-    keep: int | None = 1,
+    keep: int | None = None,
     finite: bool = True,
 ) -> Path:
     """Write ``state`` so that ``path`` always holds a whole checkpoint, the old or the new one.
@@ -53,8 +54,9 @@ def save_checkpoint(
     Args:
         path: the file, e.g. ``last.pt``.
         state: tensors, numbers, strings, lists and dictionaries.
-        keep: how many stay: this one, and before it ``last_1.pt``, ``last_2.pt``, ... A damaged one
-            takes no whole one's place. None: it replaces the newest, those before stay. Default: 1.
+        keep: how many stay: this one, and before it ``last_1.pt``, ``last_2.pt``, ...; older ones
+            of these names are deleted. A damaged one takes no whole one's place. Default: it takes
+            the place of the newest, and no other file is touched.
         finite: refuse NaN and infinity. Default: True.
 
     Raises:
@@ -81,9 +83,10 @@ def save_checkpoint(
             f"checkpoint {path} was not written ({free:.0f} MiB free on the disk); "
             "the one before it is kept, free some space and continue"
         ) from error
-    for number, other in _all_before(path).items():
-        if keep is not None and number >= keep:
-            other.unlink(missing_ok=True)
+    if keep is not None:
+        for number, other in all_before(path).items():
+            if number >= keep:
+                other.unlink(missing_ok=True)
     return path
 
 
@@ -92,25 +95,14 @@ def _make_way(path: Path, keep: int) -> None:
     if keep < 2 or not path.is_file() or not is_whole(path):
         return
     for number in range(keep - 1, 1, -1):
-        if _before(path, number - 1).is_file():
-            os.replace(_before(path, number - 1), _before(path, number))
-    with atomic_write(_before(path, 1)) as link:
+        if before(path, number - 1).is_file():
+            os.replace(before(path, number - 1), before(path, number))
+    with atomic_write(before(path, 1)) as link:
         link.unlink(missing_ok=True)  # left by a process that was killed here
         try:
             os.link(path, link)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, link)
-
-
-def _before(path: Path, number: int) -> Path:
-    return path.with_stem(f"{path.stem}_{number}")
-
-
-def _all_before(path: Path) -> dict[int, Path]:
-    """Those that lie before ``path``, ``<stem>_<number>``, by their number: the newest first."""
-    beside = path.parent.glob(f"{path.stem}_*{path.suffix}")
-    numbers = {other.stem.removeprefix(f"{path.stem}_"): other for other in beside}
-    return dict(sorted((int(n), other) for n, other in numbers.items() if n.isdecimal()))
 
 
 def first_not_finite(state: Mapping[str, Any]) -> str | None:
@@ -150,7 +142,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}: the run has saved none yet")
+        older = next(iter(all_before(path).values()), None)
+        what = f"copy {older.name} there" if older else "the run has saved none yet"
+        raise FileNotFoundError(f"no checkpoint {path}: {what}")
     try:
         state = read_tensors(path)
     except DamagedFileError as error:
@@ -168,19 +162,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def has_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether there is one for :func:`load_newest_checkpoint`: at ``path``, or one before it."""
-    path = Path(path)
-    return path.is_file() or bool(_all_before(path))
-
-
 def load_newest_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """As :func:`load_checkpoint`; if that one is damaged or gone, the newest whole one before it.
 
     It is said by name, as a warning.
     """
     path = Path(path)
-    for other in _all_before(path).values():
+    for other in all_before(path).values():
         try:
             return load_checkpoint(path)
         except (DamagedFileError, FileNotFoundError) as error:

@@ -209,7 +209,9 @@ def make_agent(
     critic = _initialize(MLP(feat_dim, 1, s.head_layers, s.head_units))
     bonus = None
     if s.bonus_embed == "lower" and world_model.lower_rssm is None:
-        raise ValueError(f"method={method} has no lower RSSM: bonus_embed='lower' cannot be read")
+        raise ValueError(
+            f"method={method} has no lower RSSM for bonus_embed='lower': use embed or feat"
+        )
     if s.bonus_embed is not None:
         observing = world_model.lower_rssm or world_model.rssm  # what is given the embedding
         bonus = VideoBonus(

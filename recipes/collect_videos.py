@@ -156,7 +156,7 @@ def episode_stream(
         yield map(collect, numbers)
         return
     context = multiprocessing.get_context("spawn")
-    workers = min(workers, len(numbers))
+    workers, others = min(workers, len(numbers)), set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
     try:
         yield map_ahead(pool, collect, numbers, 2 * workers)
@@ -165,6 +165,10 @@ def episode_stream(
             "a process that rolls out episodes has died (killed, out of memory, or a crash of the "
             "simulation): the same command goes on where it stopped"
         ) from None
+    except BaseException:  # the episodes that they are in are not waited for
+        for child in set(multiprocessing.active_children()) - others:
+            child.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

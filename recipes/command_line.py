@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, cast, get_type_hints
@@ -57,18 +58,37 @@ def as_typed(arguments: Sequence[str], schema: type, groups: Sequence[str]) -> l
 
 
 def as_override(value: Any) -> str:
-    """A plain value in the form in which Hydra reads it from a command line."""
+    """A plain value in the form in which Hydra reads it from a command line.
+
+    Raises:
+        ValueError: Hydra can read no such key of a mapping.
+    """
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{as_override(x)}" for key, x in value.items()) + "}"
+        return "{" + ",".join(f"{_key(key)}:{as_override(x)}" for key, x in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(as_override, value)) + "]"
     if not isinstance(value, str):
         return json.dumps(value)
+    return value if value and _read(f"[{value},x]") == [value, "x"] else _quoted(value)
+
+
+def _key(name: Any) -> str:
+    """A key of a mapping, with a backslash before each special character."""
+    escaped = re.sub(r"[\\()\[\]{}:=, \t]", r"\\\g<0>", str(name))
+    if _read(f"{{{escaped}:1}}") != {str(name): 1}:
+        raise ValueError(
+            f"{name!r} cannot be a key on a command line: rename it, or make a link with another "
+            "name"
+        )
+    return escaped
+
+
+def _read(text: str) -> Any:
+    """What Hydra makes of a value; None if it cannot read it."""
     try:
-        unchanged = OverridesParser.create().parse_override(f"key={value}").value() == value
+        return OverridesParser.create().parse_override(f"key={text}").value()
     except HydraException:
-        unchanged = False
-    return value if unchanged else _quoted(value)
+        return None
 
 
 def _added(argument: str, free: set[str]) -> str:

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("finetune"))
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,16 +209,13 @@ def opened(
     )
     interruption = Interruption()
     evaluation = Evaluation(cfg, env_factory, state.learner.agent, device, interruption)
-    with (
-        closing(collection),
-        closing(evaluation),
-        run,
-        open_logger(run, loggers, checkpoint, processes) as logger,
-        interruption,
-        bar,
-    ):
-        state.start(checkpoint)
+    with ExitStack() as stack:
+        for resource in (closing(collection), closing(evaluation), run, interruption):
+            stack.enter_context(resource)
+        state.start(checkpoint)  # which refuses a checkpoint: before anything is written
         note_continuation(cfg, run, checkpoint, processes)
+        logger = stack.enter_context(open_logger(run, loggers, checkpoint, processes))
+        stack.enter_context(bar)
         startup = state.learner.watch.summary(state.step)["seconds"]
         logger.log_times({"startup_s": startup}, state.step)
         dropped = checkpoint["collection"]["dropped"] if checkpoint else 0

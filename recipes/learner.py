@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -200,7 +201,15 @@ def make_learner(
 
 def is_moved(cfg: FinetuneConfig) -> bool:
     """Whether the run that goes on names another place of the pre-trained one than before."""
-    return cfg.pretrained != RunFolder.load(cfg.run).config.get("pretrained")
+    before = RunFolder.load(cfg.run).config.get("pretrained")
+    return _whole_path(cfg.pretrained) != _whole_path(before)
+
+
+def _whole_path(place: str | None) -> str | None:
+    """One spelling for each place; a name on the hub stays."""
+    if place is None or "://" in place:
+        return place
+    return os.path.abspath(os.path.expanduser(place))
 
 
 def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained:

@@ -13,6 +13,7 @@ import torch
 
 from prelar_trl.checkpoint import (
     DamagedFileError,
+    has_checkpoint,
     load_checkpoint,
     load_newest_checkpoint,
     save_checkpoint,
@@ -151,6 +152,28 @@ def test_fewer_to_keep_delete_those_that_are_too_many(tmp_path: Path) -> None:
     assert steps(tmp_path) == {"last.pt": 5, "last_1.pt": 4, "last_mine.pt": 4}
     save_checkpoint(path, {"step": 6}, keep=None)
     assert steps(tmp_path) == {"last.pt": 6, "last_1.pt": 4, "last_mine.pt": 4}
+
+
+def test_copies_that_somebody_has_made_are_neither_deleted_nor_taken(tmp_path: Path) -> None:
+    path = saved(tmp_path / "last.pt", 2, keep=2)
+    for name in ("last_5000.pt", "best_1.pt"):
+        (tmp_path / name).write_bytes(path.read_bytes())
+    save_checkpoint(path, {"step": 3}, keep=1)
+    save_checkpoint(tmp_path / "best.pt", {"step": 4})
+    kept = {"last.pt": 3, "last_5000.pt": 2, "best.pt": 4, "best_1.pt": 2}
+    assert steps(tmp_path) == dict(sorted(kept.items()))
+    path.unlink()
+    assert not has_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="the run has saved none yet"):
+        load_newest_checkpoint(path)
+
+
+def test_a_checkpoint_that_is_gone_is_said_with_the_one_before_it(tmp_path: Path) -> None:
+    saved(tmp_path / "last.pt", 3, keep=3).unlink()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*last.pt: copy last_1.pt there"):
+        load_checkpoint(tmp_path / "last.pt")
+    (tmp_path / "last_1.pt").unlink()  # as a process that was killed while it moved them leaves it
+    assert load_newest_checkpoint(tmp_path / "last.pt")["step"] == 1
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_checkpoint(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,13 @@ from torchrl.envs import EnvBase
 
 from prelar_trl.data import StoreError, VideoClips
 from prelar_trl.envs import make_env
-from prelar_trl.recipes.collect_videos import collect, draw_sheet, env_names, summary
+from prelar_trl.recipes.collect_videos import (
+    collect,
+    draw_sheet,
+    env_names,
+    episode_stream,
+    summary,
+)
 from prelar_trl.recipes.schema import CollectVideosConfig
 from tests.files import contents
 
@@ -99,6 +106,19 @@ def test_a_process_that_dies_is_said_and_collecting_goes_on_later(tmp_path, monk
     (tmp_path / "deadly").unlink()
     collect(replace(cfg, workers=1))
     assert contents(tmp_path / "s") == whole
+
+
+def sleep(number: int) -> int:
+    time.sleep(number)
+    return number
+
+
+@pytest.mark.timeout(60)
+def test_ctrl_c_does_not_wait_for_running_episodes() -> None:
+    numbers = range(0, 500, 100)
+    with pytest.raises(KeyboardInterrupt), episode_stream(numbers, sleep, 2) as episodes:
+        assert next(episodes) == 0
+        raise KeyboardInterrupt
 
 
 def test_a_finished_store_is_left_alone_and_other_settings_are_refused(tmp_path) -> None:

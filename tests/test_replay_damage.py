@@ -212,9 +212,18 @@ def test_a_stream_that_is_none_is_named(spec: dict, tmp_path: Path) -> None:
 def test_a_flipped_bit_in_a_sealed_journal_is_named(tmp_path: Path) -> None:
     killed(filled(tmp_path, capacity=80))
     journal = tmp_path / "r" / "clips" / "000001.jsonl"
-    journal.write_bytes(journal.read_bytes().replace(b'"frames"', b'"fraMes"'))
+    whole = journal.read_bytes()
+    journal.write_bytes(whole.replace(b'"label": null', b'"label": 1234'))
+    assert journal.read_bytes() != whole
     with pytest.raises(StoreError, match=r"000001.jsonl' is damaged: restore that file"):
         opened(tmp_path, capacity=80)
+
+
+def test_a_copy_beside_a_shard_disturbs_nothing(tmp_path: Path) -> None:
+    killed(filled(tmp_path, capacity=80))
+    copy = tmp_path / "r" / "pixels" / "000001.bin.bak"
+    copy.touch()
+    assert sampled(opened(tmp_path, capacity=80)) and copy.exists()
 
 
 def test_what_a_crash_while_deleting_leaves_is_deleted_later(

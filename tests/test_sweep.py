@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from prelar_trl.recipes.collect_videos import env_names
 from prelar_trl.recipes.command_line import as_override
@@ -193,6 +194,27 @@ def test_overrides_are_written_as_hydra_reads_them():
     value = {"reward": 10.0, "kl": None, "names": ["a", 1, True]}
     assert as_override(value) == "{reward:10.0,kl:null,names:[a,1,true]}"
     assert as_override(["~/a", "3", "b (1)", "c/d"]) == "['~/a','3','b (1)',c/d]"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"Videos (1)": 1, "a,b": 2, "c:d": 3, "e=f": 4, "{g}": 5, "h\\i": 6},
+        ["", "a", "b\\", "c\\,d", "e'f", "null", "1e3", "~"],
+        {"names": ["Videos (1)", ""], "more": {"x y": None}},
+        "",
+        "a\\",
+    ],
+)
+def test_overrides_are_read_by_hydra_as_they_were(value):
+    override = OverridesParser.create().parse_override(f"key={as_override(value)}")
+    assert override.value() == value
+
+
+@pytest.mark.parametrize("key", ["a~b", "2024", "true", "\u00e4"])
+def test_a_key_that_hydra_cannot_read_is_named(key):
+    with pytest.raises(ValueError, match=f"'{key}' cannot be a key on a command line: rename it"):
+        as_override({key: 1})
 
 
 def test_progress_and_speed_are_read_from_the_log_of_a_run():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from prelar_trl.sweep import Engine, Job, Source
 from prelar_trl.sweep.launchers import Program
 from prelar_trl.sweep.results import CurveResults
 from tests.sweeps import sweep_config
-from tests.toy_runs import configured
+from tests.toy_runs import ROOT, configured
 
 
 def test_a_program_goes_on_at_the_one_before_a_checkpoint_that_is_gone(tmp_path):
@@ -27,6 +28,20 @@ def test_a_program_goes_on_at_the_one_before_a_checkpoint_that_is_gone(tmp_path)
     program = Program(["echo"], tmp_path / "run", tmp_path, tmp_path / "run.log")
     assert program.start().wait() == 0
     assert (tmp_path / "run.log").read_text() == "resume=true\n" and before.is_file()
+
+
+def test_a_program_deletes_no_checkpoint_that_is_kept(tmp_path):
+    kept = tmp_path / "run" / "checkpoints" / "step_00000040.pt"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    program = Program(["echo"], tmp_path / "run", tmp_path, tmp_path / "run.log")
+    assert program.start().wait() == 0 and kept.is_file()
+    assert (tmp_path / "run.log").read_text() == "resume=auto\n"  # which refuses to start anew
+
+
+def test_a_sweep_needs_no_torch():
+    code = "import sys, prelar_trl.sweep; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def programs(root: Path, *given: str, source: Source | None = None) -> dict[str, Program]:
@@ -98,6 +113,14 @@ def test_modules_beside_the_sweep_are_found_after_the_code_and_before_other_ones
     program.command = [sys.executable, "-P", "-c", "import my_envs"]
     program.resumes = False
     assert program.start().wait() == 0, program.log.read_text()
+
+
+def test_another_checkout_in_the_current_folder_is_not_what_runs(tmp_path, monkeypatch):
+    (tmp_path / "prelar_trl").mkdir()
+    (tmp_path / "prelar_trl" / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path)
+    program = programs(tmp_path / "root", "methods=[dreamerv2]")["finetune"]
+    assert program.environment["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(tmp_path)]
 
 
 def test_jobs_say_the_same_wherever_they_are_started(tmp_path, monkeypatch):

@@ -43,12 +43,12 @@ def test_a_stopped_sweep_saves_its_programs_and_the_next_goes_on(ray, tmp_path) 
     assert engine.state(job, alive=True)[0] == "running"
     engine.stopping = 0.0  # the grace is over: the programs did not get the signal
     thread.join(60)
-    assert log(tmp_path) == ["resume false", "saved"]
+    assert log(tmp_path) == ["resume auto", "saved"]
     engine, job = make_engine(tmp_path)
     assert engine.state(job, alive=False)[0] == "stopped"
     (tmp_path / "end").touch()
     assert engine.work(launcher, 1) == 0  # so what the first has taken is free again
-    assert log(tmp_path) == ["resume false", "saved", "resume true"]
+    assert log(tmp_path) == ["resume auto", "saved", "resume true"]
     assert engine.finished(job)
 
 
@@ -68,7 +68,7 @@ def test_a_program_whose_machine_is_lost_is_stopped_and_not_left_running(ray, tm
     os.kill(pids[0], signal.SIGKILL)
     thread.join(60)
     assert not thread.is_alive() and engine.state(job, alive=False)[0] == "stopped"
-    assert log(tmp_path) == ["resume false"]
+    assert log(tmp_path) == ["resume auto"]
 
 
 def test_a_program_that_fails_says_why(ray, tmp_path) -> None:

@@ -145,13 +145,13 @@ def started(cluster: SimpleNamespace, text: str) -> None:
 def test_a_preempted_job_saves_is_requeued_and_goes_on(cluster):
     engine, job = make_engine(cluster.root)
     thread = working(engine, SlurmLauncher(cluster.root / "slurm", {"timeout_min": 60}))
-    started(cluster, "resume false")
+    started(cluster, "resume auto")
     assert engine.state(job, alive=True)[0] == "running"
     preempt(cluster)
     started(cluster, "resume true")
     (cluster.root / "end").touch()
     thread.join(60)
-    assert cluster.log.read_text().splitlines() == ["resume false", "saved", "resume true"]
+    assert cluster.log.read_text().splitlines() == ["resume auto", "saved", "resume true"]
     assert engine.finished(job) and engine.state(job, alive=False)[0] == "finished"
     assert (cluster.folder / "last").read_text() == "101\n"  # one submission
 
@@ -159,7 +159,7 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(cluster):
 def test_a_sweep_that_was_stopped_finds_its_jobs_again(cluster):
     first, job = make_engine(cluster.root)
     thread = working(first, SlurmLauncher(cluster.root / "slurm", {}))
-    started(cluster, "resume false")
+    started(cluster, "resume auto")
     first._stop()
     thread.join(30)
     assert not thread.is_alive()
@@ -169,7 +169,7 @@ def test_a_sweep_that_was_stopped_finds_its_jobs_again(cluster):
     (cluster.root / "end").touch()
     thread.join(60)
     assert engine.finished(job)
-    assert cluster.log.read_text().splitlines() == ["resume false"]
+    assert cluster.log.read_text().splitlines() == ["resume auto"]
     assert (cluster.folder / "last").read_text() == "101\n"
 
 
@@ -178,7 +178,7 @@ def left_in_the_queue(cluster) -> SimpleNamespace:
     """A cluster whose job goes on after its sweep was stopped."""
     engine, _ = make_engine(cluster.root)
     thread = working(engine, SlurmLauncher(cluster.root / "slurm", {}))
-    started(cluster, "resume false")
+    started(cluster, "resume auto")
     engine._stop()
     thread.join(30)
     return cluster
@@ -196,7 +196,7 @@ def test_a_job_in_the_queue_with_other_settings_is_refused_until_it_has_ended(le
     (root / "end").touch()
     assert engine.work(launcher, 1) == 0
     assert json.loads(engine.results.path(job).read_text())["inputs"] == job.inputs
-    assert left_in_the_queue.log.read_text().splitlines() == ["resume false"]  # anew
+    assert left_in_the_queue.log.read_text().splitlines() == ["resume auto"]  # anew
 
 
 def test_a_job_in_the_queue_is_not_run_here_too(left_in_the_queue):

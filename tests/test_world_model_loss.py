@@ -268,6 +268,27 @@ def test_a_clip_over_the_border_of_episodes_counts_for_nothing() -> None:
     assert joined.filled == 24
 
 
+def test_a_bonus_beside_a_model_of_ones_own_needs_no_is_first() -> None:
+    _, reference = tiny("apv", "finetune")
+    bonus, known = reference.video_bonus, reference.tensor_keys
+    whole = reference.world_model(batch(2, 6))
+    out = whole.select(known.stoch, known.deter, known.posterior, known.prior, "prediction")
+    out["embed"] = torch.randn(2, 6, len(bonus.projection))
+
+    class Recorded(nn.Module):
+        in_keys = ("pixels",)
+        latent = "categorical"
+
+        def forward(self, data: TensorDict) -> TensorDict:
+            return data.update(out.clone())
+
+    loss = RSSMWorldModelLoss(Recorded(), weights={"reward": 1.0}, video_bonus=bonus).eval()
+    loss.set_keys(bonus_embed="embed")
+    data = batch(2, 6).exclude("is_first")
+    once = torch.arange(6).expand(2, 6).unsqueeze(-1) == 0
+    torch.testing.assert_close(loss(data), loss(data.copy().set("is_first", once)))
+
+
 def test_the_reward_beside_a_bonus_is_learned_where_there_is_one() -> None:
     _, loss = tiny("apv", "finetune")
     window = loss.video_bonus.window

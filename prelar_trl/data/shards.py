@@ -236,7 +236,7 @@ class Shards:
             return False
         for name in (CLIPS, *self.streams):  # what a crash in `evict` may have left
             for file in (self.path / name).glob("[0-9]*"):
-                if int(file.stem) < first:
+                if file.stem.isdecimal() and int(file.stem) < first:
                     file.unlink()
         if meta["complete"]:  # the last shard may take further clips
             self._seals = self._seals[:-1]

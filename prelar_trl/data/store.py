@@ -67,7 +67,7 @@ class Stream:
                 f"stream name {self.name!r} must be a word other than {CLIPS} and {SPOOL}"
             )
         if self.dtype not in DTYPES:
-            raise ValueError(f"stream {self.name} has dtype {self.dtype!r}: none of numbers")
+            raise ValueError(f"stream {self.name} has dtype {self.dtype!r}: use numbers or bool")
         sizes = {f"stream {self.name}: shape[{i}]": size for i, size in enumerate(self.shape)}
         check_integers(0, **sizes)
 

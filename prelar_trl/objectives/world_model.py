@@ -196,10 +196,11 @@ class RSSMWorldModelLoss(LossModule):
         if "reward" in self.weights:
             target, counts = self.clip_rewards(out[keys.reward]), 1.0
             if self.video_bonus is not None:
-                is_first = out[keys.is_first]
+                is_first = out.get(keys.is_first, None)
                 bonus = self.video_bonus(out[keys.bonus_embed], is_first)  # [B, T-window+1]
-                counts = self.video_bonus.within_episodes(is_first).to(bonus.dtype)
-                counts = counts / self._mean(counts).clamp_min(1e-6)
+                if is_first is not None:
+                    counts = self.video_bonus.within_episodes(is_first).to(bonus.dtype)
+                    counts = counts / self._mean(counts).clamp_min(1e-6)
                 values["bonus"] = (bonus * counts).mean()
                 target = target[:, : bonus.shape[1]] + self.bonus_scale * bonus.unsqueeze(-1)
             prediction = self._prediction(out, "reward")[:, : target.shape[1]]

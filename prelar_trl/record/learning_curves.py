@@ -234,7 +234,10 @@ def _collect(runs: Sequence[EvaluatedRun], score: str) -> list[_Curves]:
 def _table_steps(curves: Sequence[_Curves], at: Sequence[int] | None, score: str) -> list[int]:
     own = [x.steps for x in curves if not x.reference]
     if not own:
-        raise ValueError(f"no step at which {score} was evaluated in all runs of a group")
+        raise ValueError(
+            f"no step at which {score} was evaluated in all runs of a group: compare runs of one "
+            "eval_every, or leave some out"
+        )
     known = {int(step) for steps in own for step in steps}
     if at is None:
         shared = reduce(np.intersect1d, own).tolist() or known

@@ -161,7 +161,8 @@ class Engine:
         if handle is None:
             raise ValueError(
                 f"{job.path} is job {number} of SLURM's queue: go on with launcher=slurm, also "
-                f"after scancel {number}"
+                f"after scancel {number}; or, once it has ended, remove "
+                f"{self.root / f'{job.path}.json'}"
             )
         if record["inputs"] == job.inputs:
             return handle
@@ -202,8 +203,9 @@ class Engine:
         given = INPUTS.get(job.recipe, "")
         if job.needs is None and given in settings:  # the user's own
             settings[given] = map_paths(_absolute, settings[given])
-        code = [self.source.path] if self.source is not None and self.source.path else []
-        modules = [*code, Path.cwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+        code = self.source.path if self.source is not None else None
+        code = code or Path(__file__).parents[2]  # and no other that lies in the current folder
+        modules = [code, Path.cwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {"PYTHONPATH": os.pathsep.join(map(str, modules))}
         if "threads" in self.runtime:
             threads = str(self.runtime["threads"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from prelar_trl.checkpoint import has_checkpoint
+from prelar_trl.checkpoint_files import has_checkpoint
 from prelar_trl.utils import STOPPED
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -49,12 +48,10 @@ class Program:
         return has_checkpoint(self.folder / "checkpoints" / "last.pt")
 
     def start(self, lock: IO | None = None) -> subprocess.Popen:
-        """Start it, holding ``lock`` open; a folder without a checkpoint is made anew."""
+        """Start it, holding ``lock`` open; a run without any checkpoint starts anew."""
         command, resume = list(self.command), self.has_checkpoint
         if self.resumes:
-            command.append(f"resume={'true' if resume else 'false'}")
-            if not resume:
-                shutil.rmtree(self.folder, ignore_errors=True)
+            command.append(f"resume={'true' if resume else 'auto'}")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a" if resume else "w", encoding="utf-8") as log:
             return subprocess.Popen(

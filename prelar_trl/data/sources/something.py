@@ -173,7 +173,9 @@ def export_frames(store: ClipStore, folder: str | Path, *, quality: int = 95) ->
         ValueError: a clip's name leads out of the folder; nothing has been written then.
     """
     if outside := [name for name in store.names if ".." in Path(name).parts]:
-        raise ValueError(f"clip {outside[0]!r} of {str(store.path)!r} would not lie in {folder}")
+        raise ValueError(
+            f"clip {outside[0]!r} of {str(store.path)!r} would not lie in {folder}: rename it"
+        )
     written = 0
     for clip, name in enumerate(store.names):
         place = Path(folder, name.strip("/"))
