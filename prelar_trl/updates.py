@@ -255,7 +255,7 @@ class Alignment(Update):
 
         Returns:
             ``align_error``, the mean squared error, and ``align_r2``, the share of the latent
-            actions' variance that the true actions explain.
+            actions' variance that the true actions explain: both of the batch that it learns from.
         """
         losses = self.forward_backward(batch)
         self.step_optimizers(total_loss(losses))
