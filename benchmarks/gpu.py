@@ -89,7 +89,7 @@ def look_at_waits(device: str) -> Iterator[Result]:
         def step(batch=batch, update=update, behavior=behavior) -> None:  # noqa: ANN001
             losses = update(batch)
             if behavior is not None:
-                behavior(losses["state"].update(batch.select("terminated", "action")))
+                behavior(losses["state"].update(batch.select("terminated", "action", "is_first")))
 
         result = {"method": method, "phase": phase, "waits": False}
         for _ in range(2):

@@ -48,7 +48,7 @@ def count(method: str, phase: str, length: int, size: str = "mini") -> dict[str,
             losses = update(batch)
         counts["world model"] = counter.counts
         if behavior is not None:
-            state = losses["state"].update(batch.select("terminated", "action"))
+            state = losses["state"].update(batch.select("terminated", "action", "is_first"))
             with OperatorCounter() as counter:
                 behavior(state)
             counts["behavior"] = counter.counts

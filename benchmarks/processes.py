@@ -53,7 +53,9 @@ def make_step(config: dict[str, Any], rows: int) -> Callable[[], None]:
     def step() -> None:
         losses = model_update(batch)
         if behavior_update is not None:
-            behavior_update(losses["state"].update(batch.select("terminated", "action")))
+            behavior_update(
+                losses["state"].update(batch.select("terminated", "action", "is_first"))
+            )
 
     return step
 

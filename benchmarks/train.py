@@ -145,7 +145,7 @@ def stepper(
         with watch("world_model"):
             losses = update(batch)
         if behavior_update is not None:
-            start = losses["state"].update(batch.select("terminated", "action"))
+            start = losses["state"].update(batch.select("terminated", "action", "is_first"))
             with watch("behavior"):
                 behavior_update(start)
 

@@ -304,7 +304,7 @@ def agent_settings(
     """:func:`model_settings` of fine-tuning, whose world model must predict the reward.
 
     Raises:
-        ValueError: it does not, or see there.
+        ValueError: it does not, or as :func:`model_settings`.
     """
     settings = model_settings(method, "finetune", size, overrides)
     if "reward" not in settings.heads:

@@ -205,7 +205,7 @@ def without_null(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def hold_signals(numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """These signals wait until the end; for processes that start inside, until they take them."""
+    """These signals wait until the end; a process that starts inside begins by holding them too."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield

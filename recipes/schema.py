@@ -318,9 +318,8 @@ class PlotConfig(Config):
     title: str | None = None  # null: Training report, or Learning curves
     # A config key, e.g. method or model.latent_action: its values are compared, with statistics.
     compare: str | None = None  # null: a report of each run
-    reference: Place | None = (
-        None  # compare: CSV of others with method, task, seed, env_step, scores
-    )
+    # compare: a CSV of others with method, task, seed, env_step, scores
+    reference: Place | None = None
     reference_name: str = "reference"  # goes after their methods
     at: list[int] | None = None  # compare: steps of the table; null: 105k, 205k, 245k or the last
     baseline: str | None = None  # compare: the group to be better than; null: dreamerv2, or first

@@ -48,6 +48,7 @@ def are_loggers(value: Any) -> bool:
     return isinstance(names, list | tuple) and all(name in get_args(Backend) for name in names)
 
 
+# Also marks a setting as a path, in which ``~`` is the home folder, see base_config.py.
 A_PATH = Rule(lambda place: place != "", "must be the name of a file or folder")
 Place = Annotated[str, A_PATH]
 

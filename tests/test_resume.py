@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -12,11 +13,14 @@ import yaml
 from prelar_trl.checkpoint import save_checkpoint
 from prelar_trl.config import METHODS
 from prelar_trl.envs import ToyEnv
+from prelar_trl.recipes import finetune as finetune_module
 from prelar_trl.recipes.evaluate import evaluate
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.interaction import Collection, Evaluation
+from prelar_trl.recipes.learner import is_moved
 from prelar_trl.recipes.pretrain import pretrain
 from prelar_trl.recipes.schema import EvaluateConfig
+from prelar_trl.record import RunFolder
 from tests.files import contents
 from tests.toy_runs import (
     TINY,
@@ -236,11 +240,19 @@ def test_a_moved_run_continues_with_settings_that_change_no_number(whole, tmp_pa
     shutil.move(tmp_path / "run", tmp_path / "elsewhere")
     monkeypatch.chdir(tmp_path)
     changes = {"checkpoint_every": 7, "eval_episodes": 2, "eval_every": 35, "log_every": 5}
+    logged, open_logger = [], finetune_module.open_logger
+
+    def note(run, *rest):
+        logged.append(run.config["log_every"])
+        return open_logger(run, *rest)
+
+    monkeypatch.setattr(finetune_module, "open_logger", note)
     finetune(finetune_config("elsewhere", **STEPS | changes, resume="auto"))
     names = ("agent", "model_update", "behavior_update", "collection", "rng")
     ours, theirs = checkpoint(tmp_path / "elsewhere"), checkpoint(whole)
     assert different({k: ours[k] for k in names}, {k: theirs[k] for k in names}) == []
     assert yaml.safe_load((tmp_path / "elsewhere/config.yaml").read_text())["log_every"] == 5
+    assert logged == [5]  # wandb gets the settings of now, too
 
 
 def test_a_run_keeps_its_settings_when_its_method_has_changed(clips, tmp_path, monkeypatch):
@@ -346,6 +358,26 @@ def test_moved_pretrained_weights_are_known_and_others_refused(needed, clips, tm
     assert checkpoint(tmp_path / "run")["pretrained"] == state.pop("pretrained")
     save_checkpoint(last, state)  # as an older version wrote it
     run(tmp_path / "pre-1", env_steps=60, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "moved"),
+    [
+        ("~/a", "{home}/a", False),
+        ("a", "{here}/a", False),
+        ("hf://me/a", "hf://me/a", False),
+        ("a", "b", True),
+        ("a", None, True),
+    ],
+)
+def test_another_spelling_of_a_pretrained_run_is_no_other_place(
+    before, now, moved, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    now = now and now.format(home=tmp_path / "home", here=tmp_path)
+    RunFolder.create(tmp_path / "run", {"pretrained": before}).unlock()
+    assert is_moved(SimpleNamespace(run=str(tmp_path / "run"), pretrained=now)) == moved
 
 
 def test_moved_data_is_known_and_other_data_refused(clips, tmp_path, monkeypatch):

@@ -288,8 +288,8 @@ class RSSMWorldModel(TensorDictModuleBase):
             actor: features ``[N, F]`` -> a distribution of actions, :class:`TruncatedNormal` or
                 :class:`OneHot`; reads detached features.
             start: ``stoch, deter`` and optionally ``terminated``, any batch shape (``[B, T]``
-                becomes N = B*T). An action window also needs ``action`` ``[B, T, A]``, or what
-                :meth:`flatten_start_states` made of it.
+                becomes N = B*T). An action window also needs ``action`` ``[B, T, A]``, and reads
+                ``is_first`` ``[B, T, 1]``, or what :meth:`flatten_start_states` made of them.
             horizon: number of steps H. Default: 15.
             sample: draw latents and actions; otherwise take modes. Default: True.
 

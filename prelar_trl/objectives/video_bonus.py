@@ -101,9 +101,7 @@ class VideoBonus(nn.Module):
         newest = points[torch.argsort(~whole, stable=True)]
         place = torch.arange(len(self.memory), device=points.device)
         count = whole.sum()
-        new, old = (
-            newest[place.clamp_max(len(newest) - 1)],
-            self.memory[(place - count).clamp_min(0)],
-        )
+        new = newest[place.clamp_max(len(newest) - 1)]
+        old = self.memory[(place - count).clamp_min(0)]
         self.memory.copy_(torch.where((place < count).unsqueeze(-1), new, old))
         self.filled.copy_((self.filled + count).clamp_max(len(self.memory)))
