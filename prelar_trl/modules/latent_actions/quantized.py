@@ -32,7 +32,8 @@ class FSQActions(LatentActions):
 
     ``z = h tanh(raw + s) - o`` lies within the levels' range, ``action = round(z) / floor(L / 2)``
     in [-1, 1], with straight-through gradients (Mentzer et al., 2023, section 3.1 and appendix A).
-    No codebook, no loss, no collapse.
+    No codebook and no loss, but no promise either: where the network's output varies by less than a
+    level all become one code, whose ``code_perplexity`` is 1.
 
     Args:
         size: not used: the width U is the number of ``levels``.
