@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,13 @@ def test_a_program_deletes_no_checkpoint_that_is_kept(tmp_path):
     program = Program(["echo"], tmp_path / "run", tmp_path, tmp_path / "run.log")
     assert program.start().wait() == 0 and kept.is_file()
     assert (tmp_path / "run.log").read_text() == "resume=auto\n"  # which refuses to start anew
+
+
+def test_a_program_that_was_killed_before_its_first_checkpoint_starts_with_any_settings(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("precision: bf16")
+    program = Program(["echo"], tmp_path / "run", tmp_path, tmp_path / "run.log")
+    assert program.start().wait() == 0 and not (tmp_path / "run").exists()
 
 
 def test_a_sweep_needs_no_torch():
@@ -121,6 +129,9 @@ def test_another_checkout_in_the_current_folder_is_not_what_runs(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     program = programs(tmp_path / "root", "methods=[dreamerv2]")["finetune"]
     assert program.environment["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(tmp_path)]
+    shutil.rmtree(tmp_path / "prelar_trl")
+    program = programs(tmp_path / "root", "methods=[dreamerv2]")["finetune"]
+    assert program.environment["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
 
 
 def test_jobs_say_the_same_wherever_they_are_started(tmp_path, monkeypatch):

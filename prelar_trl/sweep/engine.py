@@ -204,9 +204,10 @@ class Engine:
         if job.needs is None and given in settings:  # the user's own
             settings[given] = map_paths(_absolute, settings[given])
         code = self.source.path if self.source is not None else None
-        code = code or Path(__file__).parents[2]  # and no other that lies in the current folder
-        modules = [code, Path.cwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {"PYTHONPATH": os.pathsep.join(map(str, modules))}
+        if code is None and Path("prelar_trl").exists():  # another checkout lies here: not that
+            code = Path(__file__).parents[2]
+        modules = [code, Path.cwd(), os.environ.get("PYTHONPATH")]
+        environment = {"PYTHONPATH": os.pathsep.join(map(str, filter(None, modules)))}
         if "threads" in self.runtime:
             threads = str(self.runtime["threads"])
             environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}

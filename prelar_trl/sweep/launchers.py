@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,10 +49,14 @@ class Program:
         return has_checkpoint(self.folder / "checkpoints" / "last.pt")
 
     def start(self, lock: IO | None = None) -> subprocess.Popen:
-        """Start it, holding ``lock`` open; a run without any checkpoint starts anew."""
+        """Start it, holding ``lock`` open; a folder without any checkpoint is made anew."""
         command, resume = list(self.command), self.has_checkpoint
         if self.resumes:
             command.append(f"resume={'true' if resume else 'auto'}")
+            if not resume and not any(self.folder.glob("checkpoints/*_*.pt")):
+                shutil.rmtree(
+                    self.folder, ignore_errors=True
+                )  # other settings may go on from there
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a" if resume else "w", encoding="utf-8") as log:
             return subprocess.Popen(
