@@ -54,9 +54,7 @@ class Program:
         if self.resumes:
             command.append(f"resume={'true' if resume else 'auto'}")
             if not resume and not any(self.folder.glob("checkpoints/*_*.pt")):
-                shutil.rmtree(
-                    self.folder, ignore_errors=True
-                )  # other settings may go on from there
+                shutil.rmtree(self.folder, ignore_errors=True)  # it may be of other settings
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a" if resume else "w", encoding="utf-8") as log:
             return subprocess.Popen(
