@@ -92,7 +92,10 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=800)
     args = parser.parse_args()
     run = RunFolder.load(args.run)
-    pretrained = RunFolder.load(args.pretrained or run.config["pretrained"])
+    place = args.pretrained or run.config["pretrained"]
+    if place is None:
+        parser.error(f"{args.run} was trained from scratch: there is nothing to align with")
+    pretrained = RunFolder.load(place)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     inverse_model = make_inverse_model(load_checkpoint(pretrained.checkpoints / "last.pt"))

@@ -77,10 +77,10 @@ def test_the_users_videos_are_found_from_where_the_sweep_was_started(
     given, data, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     program = programs(tmp_path / "root", "methods=[apv]", f"pretrain.data={given}")["pretrain"]
     given = as_typed([x for x in program.command if "=" in x], PretrainConfig, [])
-    places = {"here": str(tmp_path), "home": "/home/someone"}
+    places = {"here": str(tmp_path), "home": str(tmp_path / "home")}
     expected = re.sub("{(here|home)}", lambda name: places[name[1]], json.dumps(data))
     assert json.dumps(configured("pretrain", *given).data) == expected
 
