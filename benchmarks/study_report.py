@@ -51,7 +51,9 @@ def usage(values: Values) -> float:
 OWN, OTHER, LAST = (
     probed(f"openloop_psnr/{name}_mean") for name in ("own_actions", "other_actions", "last_frame")
 )
-MOVED, MOVED_OWN = probed("transfer_psnr/transferred"), probed("transfer_psnr/own")
+MOVED, MOVED_OWN, NOT_MOVED = (
+    probed(f"transfer_psnr/{name}") for name in ("transferred", "own", "own_played")
+)
 QUANTITIES: dict[str, Quantity] = {
     "PSNR, own actions (dB)": OWN,
     "PSNR, other actions (dB)": OTHER,
@@ -71,6 +73,7 @@ QUANTITIES: dict[str, Quantity] = {
     "R² (MLP), latent action and state": probed("action_r2_mlp/latent_action_and_state"),
     "R² (better), latent action": better("latent_action"),
     "R² (better), random encoder": better("random_encoder"),
+    "R² (better), frame difference": better("frame_difference"),
     "R² (better), latent action minus random encoder": minus(
         better("latent_action"), better("random_encoder")
     ),
@@ -81,8 +84,10 @@ QUANTITIES: dict[str, Quantity] = {
     "action usage (0 ignored, 1 perfect)": usage,
     "transfer, PSNR of transferred actions (dB)": MOVED,
     "transfer, PSNR of own actions (dB)": MOVED_OWN,
-    "transfer, PSNR of own actions for the transferred (dB)": probed("transfer_psnr/own_played"),
+    "transfer, PSNR of own actions for the transferred (dB)": NOT_MOVED,
     "transfer, PSNR of transferred minus own (dB)": minus(MOVED, MOVED_OWN),
+    "transfer, PSNR of transferred minus no transfer (dB)": minus(MOVED, NOT_MOVED),
+    "transfer, PSNR of own minus no transfer (dB)": minus(MOVED_OWN, NOT_MOVED),
 }
 SHOWN = (  # in the picture and table.md, where there is a value
     "PSNR, own actions minus last frame (dB)",
@@ -90,7 +95,8 @@ SHOWN = (  # in the picture and table.md, where there is a value
     "own action explains best (chance 0.2)",
     "R² (better), latent action",
     "R² (better), random encoder",
-    "transfer, PSNR of transferred minus own (dB)",
+    # Not minus own actions: that is near 0 too where actions are ignored.
+    "transfer, PSNR of transferred minus no transfer (dB)",
 )
 EXPLAINS, R2 = "own action explains best (chance 0.2)", "R² (better), latent action"
 GOALS = (
@@ -184,7 +190,9 @@ def write_report(folder: Path, variants: Sequence[str]) -> None:
         shown = {name: {v: x[name] for v, x in found.items() if x[name]} for name in SHOWN}
         shown = {name: panel for name, panel in shown.items() if panel}
         colors = {v: OURS if v.startswith("prelar_plus") else OTHERS for v in found}
-        plot_bars(shown, folder / f"{data}.png", colors=colors, lines={EXPLAINS: 0.2})
+        difference = [y for x in found.values() for y in x["R² (better), frame difference"]]
+        lines_at = {EXPLAINS: 0.2} | ({R2: mean(difference)} if difference else {})
+        plot_bars(shown, folder / f"{data}.png", colors=colors, lines=lines_at)
     (folder / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     say(f"report: {folder}")

@@ -130,18 +130,27 @@ def transfer_quality(
 
 @torch.no_grad()
 def latent_action_features(
-    encoder: LatentActionEncoder, images: Tensor, flow: Tensor | None = None
+    encoder: LatentActionEncoder,
+    images: Tensor,
+    flow: Tensor | None = None,
+    *,
+    sample: bool = False,
 ) -> Tensor:
-    """Latent actions without noise, as their kind wants them read.
+    """Latent actions as their kind wants them read, without noise, or as the dynamics gets them.
+
+    What is read without noise may be far below the noise: where the latent KL has won, the means of
+    Gaussian latent actions differ by far less than their deviation of 1, and none of that gets
+    through.
 
     Args:
         images: ``[B, T, 3, H, W]`` in [-0.5, 0.5]; flow: alike, for encoders of optical flow.
+        sample: as the dynamics gets them. Default: False.
 
     Returns:
         ``[B, T-1, X]``; index t is the transition from frame t to frame t+1.
     """
-    action, params = encoder(images, flow, sample=False)
-    return encoder.latent_actions.features(action[:, 1:], params)
+    action, params = encoder(images, flow, sample=sample)
+    return action[:, 1:] if sample else encoder.latent_actions.features(action[:, 1:], params)
 
 
 def frame_difference(images: Tensor, size: int = 8) -> Tensor:

@@ -63,6 +63,7 @@ CALIBRATION = 8  # batches that give the random encoder's norm layers their stat
 SHOWN_POINTS = 2_000
 FEATURES = (
     "latent_action",
+    "latent_action_sampled",
     "state",
     "latent_action_and_state",
     "random_encoder",
@@ -168,6 +169,12 @@ def open_clips(
         raise ValueError(f"context={context} must lie below clip_len={chosen['clip_len']}")
     if not heldout:
         raise ValueError(f"the run in {cfg.run} held no clips out: add heldout= and other data=")
+    own_share, own_data = run.config.get("heldout") or 0, run.config.get("data")
+    if heldout > own_share and chosen["data"] == own_data:
+        raise ValueError(
+            f"heldout={heldout:g} would probe on clips that the run in {cfg.run} has learned from: "
+            f"it held {own_share:g} of them out; lower heldout, or give other data="
+        )
     streams = ["pixels"] + (["flow"] if "flow" in world_model.in_keys else [])
     path = chosen.pop("data")
     chosen |= {"batch_size": cfg.batch_size, "seed": cfg.seed, "device": device}
@@ -210,7 +217,8 @@ def features(
     for name, model in (("latent_action", world_model), ("random_encoder", untrained)):
         if model.latent_action_encoder is not None:
             found[name] = latent_action_features(model.latent_action_encoder, images, flow)
-    if "latent_action" in found:
+    if (encoder := world_model.latent_action_encoder) is not None:
+        found["latent_action_sampled"] = latent_action_features(encoder, images, flow, sample=True)
         found["latent_action_and_state"] = torch.cat([found["latent_action"], found["state"]], -1)
     return {name: x.flatten(0, 1).cpu() for name, x in found.items()}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -51,15 +53,19 @@ def test_methods_without_latent_actions_are_not_looked_at(clips, tmp_path) -> No
     assert not NAMES & rows(tmp_path / "a")[0].keys()
 
 
-def guard(monkeypatch, usage: float, updates: int = 100, warmup: int | None = None) -> UsageGuard:
-    found = {"action_usage": usage, "action_psnr_gap": 0.1}
-    monkeypatch.setattr(pretrain_recipe, "action_usage", lambda *_: found)
+def guard(
+    monkeypatch, *usages: float, updates: int = 100, warmup: int | None = None, clips: int = 50
+) -> UsageGuard:
+    """Sees the usages one after the other, and then the last one again and again."""
+    seen = itertools.chain(usages, itertools.repeat(usages[-1]))
+    look = lambda *_: {"action_usage": next(seen), "action_psnr_gap": 0.1}  # noqa: E731
+    monkeypatch.setattr(pretrain_recipe, "action_usage", look)
     loss = {"latent_warmup": warmup}
     cfg = pretrain_config("none", "none", updates=updates, loss=loss)
-    return UsageGuard(cfg, tiny_world_model(images="cnn"), batch())
+    return UsageGuard(cfg, tiny_world_model(images="cnn"), batch(), clips)
 
 
-@pytest.mark.parametrize(("warmup", "first"), [(None, 10), (50, 50)])
+@pytest.mark.parametrize(("warmup", "first"), [(None, 15), (50, 55)])
 def test_one_warning_once_the_warm_up_is_over(monkeypatch, capsys, warmup, first) -> None:
     look = guard(monkeypatch, 0.05, warmup=warmup)
     said = {}
@@ -77,4 +83,19 @@ def test_one_warning_once_the_warm_up_is_over(monkeypatch, capsys, warmup, first
 def test_no_warning_where_the_actions_are_used(monkeypatch, capsys) -> None:
     look = guard(monkeypatch, 0.3)
     assert [look(step)["action_usage"] for step in (10, 50, 100)] == [0.3] * 3
+    assert capsys.readouterr().err == ""
+
+
+def test_one_low_look_is_noise_unless_it_is_the_last(monkeypatch, capsys) -> None:
+    look = guard(monkeypatch, 0.05, 0.3, 0.05, 0.3, 0.05)
+    for step in (20, 40, 60, 80):
+        look(step)
+        assert capsys.readouterr().err == ""
+    look(100)
+    assert capsys.readouterr().err.startswith("warning: after 100 updates")
+
+
+def test_no_warning_where_few_clips_are_exchanged_for_themselves(monkeypatch, capsys) -> None:
+    look = guard(monkeypatch, 0.0, clips=batch().shape[0] - 1)
+    assert [look(step)["action_usage"] for step in (50, 100)] == [0.0, 0.0]
     assert capsys.readouterr().err == ""

@@ -243,6 +243,17 @@ def test_features_are_means_or_probabilities():
             torch.testing.assert_close(sums, torch.ones(2, 4, 3))
 
 
+def test_what_lies_below_the_noise_is_read_from_the_mean_alone():
+    model = world_model()
+    encoder = model.latent_action_encoder
+    images = model.preprocess(batch()["pixels"])
+    mean = latent_action_features(encoder, images)
+    sampled = [latent_action_features(encoder, images, sample=True) for _ in range(2)]
+    assert mean.equal(latent_action_features(encoder, images))
+    assert not sampled[0].equal(sampled[1]) and sampled[0].shape == mean.shape
+    assert (sampled[0] - sampled[1]).std() > mean.std()  # an untrained encoder's means are small
+
+
 def test_frame_difference_is_that_of_the_means_of_patches():
     images = torch.rand(2, 3, 3, 64, 64)
     x = frame_difference(images, 8)
@@ -284,7 +295,7 @@ def test_the_recipe_writes_numbers_and_pictures_into_the_run(trained):
     seen = CLIPS["context"]
     assert horizons == list(range(1 - seen, CLIPS["clip_len"] - seen + 1))
     values = {f"{r['probe']}/{r['name']}": float(r["value"]) for r in table if not r["horizon"]}
-    for name in ("latent_action", "random_encoder", "frame_difference"):
+    for name in ("latent_action", "latent_action_sampled", "random_encoder", "frame_difference"):
         dims = [values[f"action_r2/{name}_{i}"] for i in range(2)]
         assert values[f"action_r2/{name}"] == pytest.approx(sum(dims) / 2, rel=1e-3)
     assert {"rank_correlation/latent_state", "rank_correlation/true_state"} <= set(values)
@@ -324,7 +335,12 @@ def test_clips_without_actions_leave_out_what_needs_them(trained, monkeypatch):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"batch_size": 4}, "batch_size=4"), ({"clips": 0}, "clips=0"), ({"context": 6}, "context=6")],
+    [
+        ({"batch_size": 4}, "batch_size=4"),
+        ({"clips": 0}, "clips=0"),
+        ({"context": 6}, "context=6"),
+        ({"heldout": 0.5}, "heldout=0.5 would probe on clips that the run .* held 0.25"),
+    ],
 )
 def test_settings_that_cannot_work_are_refused(trained, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -33,7 +33,8 @@ class FSQActions(LatentActions):
     ``z = h tanh(raw + s) - o`` lies within the levels' range, ``action = round(z) / floor(L / 2)``
     in [-1, 1], with straight-through gradients (Mentzer et al., 2023, section 3.1 and appendix A).
     No codebook and no loss, but no promise either: where the network's output varies by less than a
-    level all become one code, whose ``code_perplexity`` is 1.
+    level, or lies beyond the outermost one, all become one code: ``code_perplexity`` is 1, and
+    stays so. Frame differences (``frames=diff``) lie around 0 and do not drift there.
 
     Args:
         size: not used: the width U is the number of ``levels``.
