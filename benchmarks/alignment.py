@@ -100,6 +100,8 @@ def main() -> None:
     torch.manual_seed(0)
     inverse_model = make_inverse_model(load_checkpoint(pretrained.checkpoints / "last.pt"))
     episodes = prefill(run, accelerate(inverse_model))
+    if len(episodes) < FOLDS:
+        parser.error(f"{args.run} has {len(episodes)} random episodes, and {FOLDS} are needed")
     scores = []
     for fold in range(FOLDS):
         learned = [episode for i, episode in enumerate(episodes) if i % FOLDS != fold]
