@@ -58,7 +58,10 @@ def guard(
 ) -> UsageGuard:
     """Sees the usages one after the other, and then the last one again and again."""
     seen = itertools.chain(usages, itertools.repeat(usages[-1]))
-    look = lambda *_: {"action_usage": next(seen), "action_psnr_gap": 0.1}  # noqa: E731
+
+    def look(*_) -> dict[str, float]:
+        return {"action_usage": next(seen), "action_psnr_gap": 0.1}
+
     monkeypatch.setattr(pretrain_recipe, "action_usage", look)
     loss = {"latent_warmup": warmup}
     cfg = pretrain_config("none", "none", updates=updates, loss=loss)

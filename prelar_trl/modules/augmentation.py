@@ -50,7 +50,7 @@ def random_shift(images: Tensor, pad: int) -> Tensor:
     padded = F.pad(images, (pad, pad, 0, 0), mode="replicate").permute(0, 2, 3, 1)
     offset = torch.randint(2 * pad + 1, (2, batch, 1), device=images.device)
     rows = (offset[0] + torch.arange(height, device=images.device) - pad).clamp(0, height - 1)
-    # Whole rows of pixels are copied, which takes half of the time of picking each pixel.
+    # Whole rows are copied, which is faster than picking each pixel.
     windows = padded.flatten(2).unfold(2, width * channels, channels)  # [B, H, 2 pad + 1, W C]
     sequence = torch.arange(batch, device=images.device)[:, None]
     cropped = windows[sequence, rows, offset[1]]  # [B, H, W C]

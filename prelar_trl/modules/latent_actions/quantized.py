@@ -34,7 +34,7 @@ class FSQActions(LatentActions):
     in [-1, 1], with straight-through gradients (Mentzer et al., 2023, section 3.1 and appendix A).
     No codebook and no loss, but no promise either: where the network's output varies by less than a
     level, or lies beyond the outermost one, all become one code: ``code_perplexity`` is 1, and
-    stays so. Frame differences (``frames=diff``) lie around 0 and do not drift there.
+    may stay so. Of frame differences (``frames=diff``) no run here did.
 
     Args:
         size: not used: the width U is the number of ``levels``.
