@@ -41,6 +41,7 @@ import torch
 from benchmarks.exchange import BATCH, cases
 from benchmarks.train import make_updates, measure, random_batch, total_ms
 from prelar_trl.fast import use_tensor_cores
+from prelar_trl.utils import one_line
 
 ROOT = Path(__file__).parents[1]
 PHASES = list(cases())
@@ -99,7 +100,7 @@ def look_at_waits(device: str) -> Iterator[Result]:
                 torch.cuda.set_sync_debug_mode("error")
             step()
         except RuntimeError as error:
-            result |= {"waits": True, "error": one_line(error)}
+            result |= {"waits": True, "error": failure(error)}
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
@@ -185,11 +186,11 @@ def guarded(function: Callable[[Result], Result], config: Result) -> Result:
             torch.cuda.empty_cache()
         return function(config)
     except Exception as error:  # the others go on
-        return config | {"error": one_line(error)}
+        return config | {"error": failure(error)}
 
 
-def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def failure(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)[:300]}"
 
 
 # ------------------------------------------------------------------ the whole

@@ -17,7 +17,7 @@ from tensordict import TensorDict
 from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.data import ClipStore
 from prelar_trl.envs import make_env
-from prelar_trl.envs.toy import toy_dynamics, toy_expert
+from prelar_trl.envs.toy import draw_start, toy_dynamics, toy_expert
 from prelar_trl.models import Agent, make_model
 from prelar_trl.record import RunFolder
 
@@ -34,7 +34,7 @@ def chance(steps: int, prefill: int) -> tuple[float, float, float]:
     def uniform() -> torch.Tensor:
         return torch.rand(EPISODES, 2, generator=generator) * 2 - 1
 
-    position, target = uniform(), 0.6 * uniform().sign()
+    position, target = draw_start((EPISODES, 2), generator)
     best = torch.zeros(EPISODES, 1)
     for _ in range(steps):
         position, reward, _ = toy_dynamics(position, target, uniform())

@@ -21,7 +21,7 @@ from prelar_trl.config import named_modules
 from prelar_trl.models import Agent, make_model
 from prelar_trl.modules.world_model import RSSMWorldModel
 from prelar_trl.pretrained import load_weights
-from prelar_trl.utils import atomic_write
+from prelar_trl.utils import atomic_write, one_line, sha256
 
 __all__ = ["is_export", "load_pretrained", "push", "read_export", "write_export"]
 
@@ -61,7 +61,7 @@ def load_pretrained(
         model = make_model(state)
         load_weights(model, state[STATE[state["phase"]]], str(name))
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{name}: {one_line(error)}") from None
     return model.eval()
 
 
@@ -101,7 +101,7 @@ def write_export(
         whole = {name: x.detach().cpu().contiguous().clone() for name, x in weights.items()}
         save_file(whole, part / WEIGHTS, metadata={"format": "pt"})
         (part / WEIGHTS).chmod(0o644)  # it makes a file for its owner alone
-        config["sha256"] = _sha256(part / WEIGHTS)
+        config["sha256"] = sha256(part / WEIGHTS)
         config["training"] = dict(training)
         config["config_sha256"] = _config_sha256(config)
         text = json.dumps(config, indent=2)
@@ -148,7 +148,7 @@ def read_export(
             "config_sha256)"
         )
     file = folder / WEIGHTS
-    if file.is_file() and config.get("sha256") not in (None, _sha256(file)):  # safetensors has none
+    if file.is_file() and config.get("sha256") not in (None, sha256(file)):  # safetensors has none
         raise ValueError(f"{name} is no exported model: {WEIGHTS}: its checksum differs")
     try:
         weights = load_file(file)
@@ -198,11 +198,6 @@ def _config_sha256(config: Mapping[str, Any]) -> str:
     """Of all that it holds beside this checksum, in any order."""
     content = {name: value for name, value in config.items() if name != "config_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _import(name: str) -> ModuleType:

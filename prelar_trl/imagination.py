@@ -91,8 +91,7 @@ class ImaginationEnv(ModelBasedEnvBase):
             batch_size=batch,
         )
         self.decode, self.sample = decode, sample
-        rssm, encoder = world_model.rssm, world_model.action_encoder
-        latent = world_model.latent_action_encoder
+        rssm, latent = world_model.rssm, world_model.latent_action_encoder
         if latent is not None:
             if action_spec is not None:
                 raise ValueError("action_spec: this world model takes latent actions, any numbers")
@@ -102,7 +101,7 @@ class ImaginationEnv(ModelBasedEnvBase):
             action_spec = Bounded(-1, 1, torch.Size([size]))
         else:
             _check_action_spec(action_spec, world_model)
-        window = 1 if encoder is None else encoder.window
+        window = world_model.action_window
         self.history_shape = torch.Size([window - 1, action_spec.shape[-1]])
         state: dict[str, TensorSpec] = {
             "stoch": Unbounded(torch.Size(rssm.latent.shape)),

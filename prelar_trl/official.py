@@ -235,5 +235,4 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _action_window(model: nn.Module) -> int:
-    encoder = getattr(getattr(model, "world_model", model), "action_encoder", None)
-    return 1 if encoder is None else encoder.window
+    return getattr(getattr(model, "world_model", model), "action_window", 1)

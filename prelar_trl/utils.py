@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,10 +22,12 @@ from typing import Any, TypeVar
 
 __all__ = [
     "STOPPED",
+    "absolute",
     "atomic_write",
     "check_choice",
     "check_integers",
     "check_range",
+    "dotted",
     "end_with_parent",
     "git_state",
     "hold_signals",
@@ -32,7 +35,9 @@ __all__ = [
     "lock_folder",
     "map_ahead",
     "map_paths",
+    "one_line",
     "read_json",
+    "sha256",
     "write_json",
 ]
 
@@ -97,10 +102,30 @@ def read_json(path: str | os.PathLike[str], *, missing_ok: bool = False) -> dict
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: it holds no mapping, but {type(content).__name__}")
     return content
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = prefix + key
+        flat |= dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split())
 
 
 def lock_folder(path: str | os.PathLike[str]) -> int:
@@ -128,6 +153,11 @@ def map_paths(change: Callable[[str], str], paths: Any) -> Any:
     if isinstance(paths, list | tuple):
         return [map_paths(change, x) for x in paths]
     return change(paths) if isinstance(paths, str) and "://" not in paths else paths
+
+
+def absolute(path: str) -> str:
+    """One spelling for each place."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:

@@ -22,7 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from prelar_trl.allocator import with_tcmalloc
 from prelar_trl.recipes.command_line import as_typed
 from prelar_trl.recipes.schema import RunConfig, register
-from prelar_trl.utils import STOPPED, listed
+from prelar_trl.utils import STOPPED, listed, one_line
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -134,7 +134,7 @@ def describe(error: Exception) -> str | None:
         text = ": ".join(line.removesuffix(".") for line in said)
         return f"{text.removeprefix('Error merging override ')} (--cfg job shows all keys)"
     if isinstance(error, OSError | ValueError | ImportError):
-        return " ".join(str(error).split())
+        return one_line(error)
     if isinstance(error, RuntimeError) and "\n" not in str(error):
         return str(error)
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,6 +31,7 @@ from prelar_trl.record import RunFolder
 from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.stopwatch import Stopwatch
 from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate
+from prelar_trl.utils import absolute, map_paths
 
 Pretrained = dict[str, Any]  # a checkpoint, and under "config" the configuration of its run
 
@@ -202,14 +202,7 @@ def make_learner(
 def is_moved(cfg: FinetuneConfig) -> bool:
     """Whether the run that goes on names another place of the pre-trained one than before."""
     before = RunFolder.load(cfg.run).config.get("pretrained")
-    return _whole_path(cfg.pretrained) != _whole_path(before)
-
-
-def _whole_path(place: str | None) -> str | None:
-    """One spelling for each place; a name on the hub stays."""
-    if place is None or "://" in place:
-        return place
-    return os.path.abspath(os.path.expanduser(place))
+    return map_paths(absolute, cfg.pretrained) != map_paths(absolute, before)
 
 
 def read_pretrained_run(cfg: FinetuneConfig) -> Pretrained:

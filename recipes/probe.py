@@ -27,7 +27,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from prelar_trl.data import VideoClips
-from prelar_trl.envs import play_toy
+from prelar_trl.envs.toy import draw_start, play_toy
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_model
 from prelar_trl.modules import RSSMWorldModel
@@ -276,8 +276,7 @@ def toy_transfer(
     count, steps = cfg.batch_size, clips.clip_len
     values = defaultdict(list)
     for _ in range(math.ceil(cfg.clips / count)):
-        position = torch.rand(2, count, 2, generator=generator) * 2 - 1
-        target = 0.6 * (torch.rand(2, count, 2, generator=generator) * 2 - 1).sign()
+        position, target = draw_start((2, count, 2), generator)
         actions = torch.rand(2, count, steps - 1, 2, generator=generator) * 2 - 1
         frames, path = zip(
             *(play_toy(*x, envs[0][0]) for x in zip(position, target, actions, strict=True)),

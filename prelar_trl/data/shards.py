@@ -19,10 +19,10 @@ from prelar_trl.data.store import (
     Stream,
     evicted_of,
     read_records,
-    sha256,
     shard_file,
     streams_of,
 )
+from prelar_trl.utils import sha256
 
 Buffer = bytes | memoryview
 BLOCK_BYTES = 2**20

@@ -21,7 +21,6 @@ beside the actions. It deletes its oldest shards; ``store.json`` counts them und
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 import re
@@ -32,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from prelar_trl.utils import check_integers
+from prelar_trl.utils import check_integers, sha256
 
 FORMAT = "prelar-clips"
 VERSION = 1
@@ -135,21 +134,6 @@ def read_records(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except ValueError as error:
         raise StoreError(f"{str(file)!r} is damaged ({error}): restore that file") from None
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = prefix + key
-        flat |= dotted(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 class MappedShards:

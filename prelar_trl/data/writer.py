@@ -24,11 +24,10 @@ from prelar_trl.data.store import (
     VERSION,
     StoreError,
     Stream,
-    dotted,
     read_meta,
     read_records,
 )
-from prelar_trl.utils import atomic_write, lock_folder
+from prelar_trl.utils import atomic_write, dotted, lock_folder
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray | torch.Tensor

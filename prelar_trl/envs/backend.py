@@ -8,6 +8,8 @@ import importlib
 import os
 import sys
 
+from prelar_trl.utils import one_line
+
 
 def select_backend() -> None:
     """Set ``MUJOCO_GL`` to ``egl``, else ``osmesa``, where it is unset and Linux has the library.
@@ -32,7 +34,7 @@ def rendering_error(error: BaseException) -> RuntimeError:
     packages = "libosmesa6" if backend == "osmesa" else "libegl1 libgl1"
     other = "" if backend == "osmesa" else " (or libosmesa6, with MUJOCO_GL=osmesa)"
     sudo = "" if os.geteuid() == 0 else "sudo "
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = one_line(error) or type(error).__name__
     return RuntimeError(
         f"MuJoCo cannot render off-screen with MUJOCO_GL={backend} ({reason[:120]}); "
         f"on Debian run: {sudo}apt-get install -y {packages}{other}"

@@ -83,7 +83,7 @@ def toy_return(
     With the defaults: expert 47.8 of at most 50, random 10.4.
     """
     generator = torch.Generator().manual_seed(seed)
-    position, target = _draw_start((episodes, 2), generator)
+    position, target = draw_start((episodes, 2), generator)
     total = torch.zeros(episodes, 1)
     for _ in range(steps):
         if policy == "expert":
@@ -95,10 +95,10 @@ def toy_return(
     return total.mean().item()
 
 
-def _draw_start(
+def draw_start(
     shape: tuple[int, ...], generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position and target, both of ``shape`` [..., 2]."""
+    """Where an episode starts: position and target, both of ``shape`` [..., 2]."""
     return _uniform(shape, generator), TARGET * _uniform(shape, generator).sign()
 
 
@@ -157,7 +157,7 @@ class ToyEnv(EnvBase):
             self._generator.manual_seed(seed)
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs) -> TensorDictBase:
-        self._position, self._target = _draw_start((2,), self._generator)
+        self._position, self._target = draw_start((2,), self._generator)
         return TensorDict({**self._observe(), "success": torch.zeros(1, dtype=torch.bool)})
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:

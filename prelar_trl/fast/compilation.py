@@ -12,7 +12,7 @@ from tensordict import TensorDict
 
 from prelar_trl.objectives import total_loss
 from prelar_trl.updates import Update
-from prelar_trl.utils import check_choice
+from prelar_trl.utils import check_choice, one_line
 
 __all__ = ["CompileMode", "compile_update"]
 
@@ -64,7 +64,7 @@ def compile_update(update: U, mode: CompileMode = "auto") -> U:
             total_loss(losses).backward()
             return losses.detach().clone()  # the next replay of a CUDA graph overwrites its outputs
         except Exception as error:
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            failure = f"{type(error).__name__}: {one_line(error)[:200]}"
             if mode == "on":
                 raise RuntimeError(f"compile=on failed ({failure}); use compile=off") from error
         # Only here the failed call's tensors are free.

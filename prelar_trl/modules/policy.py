@@ -55,8 +55,7 @@ class WorldModelPolicy(TensorDictModuleBase):
         self.noise = noise
         self.sample_state = world_model.sample if sample_state is None else sample_state
         self.action_dim = actor.action_dim
-        encoder = world_model.action_encoder
-        self.window = encoder.window if encoder is not None else 1
+        self.window = world_model.action_window
         vector = [] if world_model.vector_encoder is None else ["vector"]
         self.in_keys = ["pixels", "is_first", *vector, "belief"]
         out_keys: list[Any] = ["action", ("next", "belief")]

@@ -298,7 +298,7 @@ class RSSMWorldModel(TensorDictModuleBase):
             ``discount``, ``weight`` (product of the discounts before).
         """
         start = (self.flatten_start_states(start) if start.dim() != 1 else start).detach()
-        history = start["action_history"] if self._window > 1 else None
+        history = start["action_history"] if self.action_window > 1 else None
         state = State(start["stoch"], start["deter"])
         feats, actions, policies = [self.rssm.feat(state)], [], []
         for _ in range(horizon):
@@ -333,14 +333,15 @@ class RSSMWorldModel(TensorDictModuleBase):
         ``action_history`` ``[B*T, window-1, A]``.
         """
         starts = cast(TensorDictBase, states.flatten())
-        if self._window > 1:
+        if self.action_window > 1:
             is_first = states.get("is_first", None)
-            history = recent_actions(states["action"], self._window - 1, is_first)
+            history = recent_actions(states["action"], self.action_window - 1, is_first)
             starts["action_history"] = history.flatten(0, 1)
         return starts
 
     @property
-    def _window(self) -> int:
+    def action_window(self) -> int:
+        """How many actions, the newest last, the action encoder sees."""
         return 1 if self.action_encoder is None else self.action_encoder.window
 
     def imagined_discount(self, feat: Tensor, terminated: Tensor | None) -> Tensor:

@@ -170,9 +170,6 @@ class ActorLoss(LossModule):
             in_keys += [keys.value, keys.log_prob]
         self.in_keys = in_keys
 
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        self._set_in_keys()
-
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys
@@ -246,9 +243,6 @@ class CriticLoss(LossModule):
         keys = self.tensor_keys
         in_keys: list[Any] = [keys.feat, keys.value_target, keys.weight]
         self.in_keys = in_keys
-
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        self._set_in_keys()
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:

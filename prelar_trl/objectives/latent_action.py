@@ -211,9 +211,6 @@ class LatentActionLoss(LossModule):
             in_keys += [keys.action, keys.labeled]
         self.in_keys = in_keys
 
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        self._set_in_keys()
-
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         self._check(tensordict)

@@ -158,9 +158,6 @@ class RSSMWorldModelLoss(LossModule):
             keys.append(self.tensor_keys.terminated)
         self.in_keys = list(dict.fromkeys(keys))
 
-    def _forward_value_estimator_keys(self, **kwargs: NestedKey) -> None:
-        self._set_in_keys()
-
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         keys = self.tensor_keys

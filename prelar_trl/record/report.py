@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from prelar_trl.record.learning_curves import EvaluatedRun, write_learning_curves
 from prelar_trl.record.plots import Series, plot_curves, read_metrics
 from prelar_trl.record.run import RunFolder
-from prelar_trl.utils import atomic_write, read_json
+from prelar_trl.utils import atomic_write, dotted, read_json
 
 MAX_EMBED_MEBIBYTES = 24
 # Metrics shown large at the top of a section, by the first name that a run has.
@@ -158,7 +158,7 @@ def _run(label: str, folder: RunFolder) -> dict[str, Any]:
         "not_finite": [name for name, x in metrics.items() if not np.isfinite(x.values).all()],
         "cards": _cards(metrics, evaluation),
         "media": _media(folder),
-        "tables": {name: _flatten(table) for name, table in tables.items()},
+        "tables": {name: list(dotted(table).items()) for name, table in tables.items()},
     }
 
 
@@ -189,16 +189,6 @@ def _media(folder: RunFolder) -> list[tuple[Path, str]]:
     sheet = Path(str(data)) / "contact_sheet.png"
     shown = [(sheet, "Videos it learned from")] if data and sheet.is_file() else []
     return shown + _newest(folder.videos.glob("*.mp4")) + _newest(folder.pictures.glob("*.png"))
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            rows += _flatten(item, f"{prefix}{key}.")
-        else:
-            rows.append((f"{prefix}{key}", item))
-    return rows
 
 
 def _phase(config: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from prelar_trl.utils import atomic_write, git_state, lock_folder, read_json, write_json
+from prelar_trl.utils import atomic_write, git_state, lock_folder, one_line, read_json, write_json
 
 PACKAGES = ("prelar_trl", "torch", "torchrl", "tensordict", "numpy", "gymnasium", "metaworld")
 PACKAGES += ("mujoco", "dm_control", "hydra-core", "wandb")
@@ -137,7 +137,7 @@ class RunFolder:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
         except yaml.YAMLError as error:
             raise ValueError(
-                f"config of run {path} holds a value that is not plain: {_one_line(error)}"
+                f"config of run {path} holds a value that is not plain: {one_line(error)}"
             ) from None
         record = describe_session(self.config.get("seed") if seed is None else seed)
         try:
@@ -172,7 +172,7 @@ class RunFolder:
         try:
             config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path / 'config.yaml'} is damaged: {_one_line(error)}") from None
+            raise ValueError(f"{path / 'config.yaml'} is damaged: {one_line(error)}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{path / 'config.yaml'} is no configuration: it must be a mapping")
         return cls(path, config)
@@ -238,7 +238,3 @@ def _check_free(path: Path) -> None:
         raise FileExistsError(f"run folder {path} already holds a run: choose another folder")
     if path.is_dir() and any(path.iterdir()):
         raise FileExistsError(f"folder {path} holds files of something else: choose another one")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

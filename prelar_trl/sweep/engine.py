@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from prelar_trl.sweep.jobs import Job
 from prelar_trl.sweep.launchers import Handle, Launcher, Program
 from prelar_trl.sweep.source import Source
-from prelar_trl.utils import STOPPED, map_paths, read_json, write_json
+from prelar_trl.utils import STOPPED, absolute, map_paths, read_json, write_json
 
 GRACE = 10.0  # seconds from a signal to this process until those that did not get it are told
 TOLD = "stopped after"  # so begins the last line of a run that was told to stop, and has saved
@@ -202,7 +202,7 @@ class Engine:
             resumes = "run" not in job.settings  # it makes the run that it works on
         given = INPUTS.get(job.recipe, "")
         if job.needs is None and given in settings:  # the user's own
-            settings[given] = map_paths(_absolute, settings[given])
+            settings[given] = map_paths(absolute, settings[given])
         code = self.source.path if self.source is not None else None
         if code is None and Path("prelar_trl").exists():  # another checkout lies here: not that
             code = Path(__file__).parents[2]
@@ -302,10 +302,6 @@ class Engine:
         states = [row[1] for row in rows]
         counts = [f"{states.count(state)} {state}" for state in dict.fromkeys(states)]
         return "\n".join([*lines, ", ".join(counts)])
-
-
-def _absolute(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
 
 
 def module_command(recipe: str, overrides: Iterable[str]) -> list[str]:

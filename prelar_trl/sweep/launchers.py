@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from prelar_trl.checkpoint_files import has_checkpoint
-from prelar_trl.utils import STOPPED
+from prelar_trl.utils import STOPPED, one_line
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
@@ -174,7 +174,7 @@ class SlurmLauncher(Launcher):
         try:
             self.executor.update_parameters(**options)
         except (NameError, TypeError) as error:
-            raise ValueError(f"slurm: {' '.join(str(error).split())}") from None
+            raise ValueError(f"slurm: {one_line(error)}") from None
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
         self.executor.update_parameters(name=name)
@@ -231,7 +231,7 @@ class RayLauncher(Launcher):
             self.actor = ray.remote(Program).options(**actor)
             ray.init(address, log_to_driver=False, ignore_reinit_error=True)
         except (ConnectionError, TypeError, ValueError) as error:
-            raise ValueError(f"ray: {' '.join(str(error).split())}") from None
+            raise ValueError(f"ray: {one_line(error)}") from None
         self.ray = ray
 
     def start(self, program: Program, name: str) -> tuple[Handle, dict[str, Any]]:
