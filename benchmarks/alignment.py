@@ -22,7 +22,7 @@ from prelar_trl.data import ClipStore
 from prelar_trl.fast import accelerate
 from prelar_trl.models import Agent, make_inverse_model, make_model
 from prelar_trl.modules import ActionEncoder
-from prelar_trl.modules.world_model import normalize_pixels
+from prelar_trl.modules.pixels import normalize_pixels
 from prelar_trl.record import RunFolder
 from prelar_trl.updates import make_adam
 

@@ -77,7 +77,7 @@ def copy_pretrained(
     if problems:
         raise ValueError(
             f"the pre-trained run does not fit: {_listed(problems)}; use the size and model "
-            "options it was trained with"
+            "options it was trained with, and an action_code as wide as its latent actions"
         )
     for name, module in modules.items():
         module.load_state_dict(loaded[name])

@@ -150,7 +150,10 @@ def latent_action_features(
         ``[B, T-1, X]``; index t is the transition from frame t to frame t+1.
     """
     action, params = encoder(images, flow, sample=sample)
-    return action[:, 1:] if sample else encoder.latent_actions.features(action[:, 1:], params)
+    if sample:
+        return action[:, 1:]
+    params = None if params is None else params[:, 1:]
+    return encoder.latent_actions.features(action[:, 1:], params)
 
 
 def frame_difference(images: Tensor, size: int = 8) -> Tensor:
@@ -203,7 +206,9 @@ def mlp_r2(
     steps: int = 1000,
     seed: int = 0,
 ) -> Tensor:
-    """As :func:`linear_r2`, by a small MLP: what is in the features, in whatever form.
+    """As :func:`linear_r2`, by a small MLP: also what is in the features in another form.
+
+    No upper bound: where a linear map is what it takes, the MLP may fit worse.
 
     Two hidden layers, Adam with weight decay and a falling learning rate, mini-batches of 256; the
     weights are the average over the second half of the steps. Shapes as there; float64 ``[A]``.
@@ -263,7 +268,8 @@ def action_usage(
 
     Returns:
         - ``action_usage``: how often the own action explains the transition better than four
-          others, minus chance, over one minus chance: 0 ignored, 1 perfect;
+          others, minus chance, over one minus chance: 0 chance, 1 perfect, -0.25 where
+          exchanged actions change nothing at all;
         - ``action_psnr_gap``: PSNR of the open-loop prediction under the own actions minus that
           under another clip's, in dB.
     """

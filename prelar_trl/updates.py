@@ -17,7 +17,8 @@ from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.config import PRETRAINED_PARTS
 from prelar_trl.models import Agent, pretrained_modules
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder
-from prelar_trl.modules.world_model import RSSMWorldModel, normalize_pixels
+from prelar_trl.modules.pixels import normalize_pixels
+from prelar_trl.modules.world_model import RSSMWorldModel
 from prelar_trl.objectives import (
     ActorLoss,
     CriticLoss,
@@ -68,7 +69,7 @@ class Update:
     One whose loss or gradient is not finite is skipped: no optimizer steps.
 
     Args:
-        module: has all parameters and buffers that :meth:`losses` uses.
+        module: has the parameters that are trained.
         precision: ``32``, or ``bf16`` for autocast.
         clip: largest global gradient norm of an optimizer's parameters.
 

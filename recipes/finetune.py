@@ -80,6 +80,7 @@ def finetune(
     if checkpoint is not None and state.is_finished(checkpoint):
         done = f"its {checkpoint['step']} steps already; raise env_steps to continue"
         processes.say(f"finished: {run.path} has {done}")
+        state.collection.close()
         return
     learner, collection = state.learner, state.collection
     with opened(state, run, checkpoint, loggers, env_factory) as session:

@@ -64,17 +64,17 @@ class Learner:
         return [update for update in updates if update is not None]
 
     def update(
-        self, batch: TensorDictBase, watch: Callable[..., None] = lambda *batches: None
+        self, batch: TensorDictBase, note: Callable[..., None] = lambda *batches: None
     ) -> TensorDictBase:
         """One update of the world model, and of the behavior from the states that it infers.
 
-        ``watch`` is shown all that goes into it. Returns the losses, scalars.
+        ``note`` is shown all that goes into it. Returns the losses, scalars.
         """
         batches = [batch]
         if self.clips is not None:
             with self.watch("replay"):
                 batches.append(self.clips.sample())
-        watch(*batches)
+        note(*batches)
         with self.watch("world_model"):
             losses = self.model_update(*batches)
         state = losses.pop("state")

@@ -24,14 +24,14 @@ from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from prelar_trl.data import VideoClips
 from prelar_trl.envs.toy import draw_start, play_toy
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_model
 from prelar_trl.modules import RSSMWorldModel
-from prelar_trl.modules.world_model import normalize_pixels
+from prelar_trl.modules.pixels import normalize_pixels
 from prelar_trl.pretrained import load_weights
 from prelar_trl.probes import (
     action_effects,
@@ -56,7 +56,7 @@ from prelar_trl.record import (
     write_csv,
     write_picture,
 )
-from prelar_trl.utils import write_json
+from prelar_trl.utils import absolute, write_json
 
 EXCHANGES = 4  # other actions that each transition's own is compared with
 CALIBRATION = 8  # batches that give the random encoder's norm layers their statistics
@@ -169,8 +169,8 @@ def open_clips(
         raise ValueError(f"context={context} must lie below clip_len={chosen['clip_len']}")
     if not heldout:
         raise ValueError(f"the run in {cfg.run} held no clips out: add heldout= and other data=")
-    own_share, own_data = run.config.get("heldout") or 0, run.config.get("data")
-    if heldout > own_share and chosen["data"] == own_data:
+    own_share = run.config.get("heldout") or 0
+    if heldout > own_share and stores(chosen["data"]) & stores(run.config.get("data")):
         raise ValueError(
             f"heldout={heldout:g} would probe on clips that the run in {cfg.run} has learned from: "
             f"it held {own_share:g} of them out; lower heldout, or give other data="
@@ -185,6 +185,11 @@ def open_clips(
     return fitting, held, context
 
 
+def stores(data: Any) -> set[str]:
+    """The places of one or several clip stores, each in one spelling."""
+    return {absolute(path) for path in ([data] if isinstance(data, str) else data or ())}
+
+
 def draw(clips: VideoClips, count: int, with_actions: bool) -> Any:
     """At least ``count`` windows, in batches."""
     for _ in range(math.ceil(count / clips.batch_size)):
@@ -195,6 +200,9 @@ def draw(clips: VideoClips, count: int, with_actions: bool) -> Any:
 def calibrate(untrained: RSSMWorldModel, clips: VideoClips) -> None:
     """Norm layers of the random encoder get statistics, so that it is not at a disadvantage."""
     if untrained.latent_action_encoder is not None:
+        for layer in untrained.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = None  # those of all batches, nothing of the initial ones
         untrained.train()
         for _ in range(CALIBRATION):
             batch = clips.sample()
@@ -268,10 +276,15 @@ def draw_transfers(
 def toy_transfer(
     cfg: ProbeConfig, world_model: RSSMWorldModel, clips: VideoClips, context: int
 ) -> list[Row]:
-    """Transfer measured against the simulator, where all clips are the toy's; no rows elsewhere."""
-    envs = [(store.meta.get("info") or {}).get("envs") for store in clips.stores]
-    if envs[0] not in (["toy"], ["toy/shifted"]) or any(env != envs[0] for env in envs):
+    """Transfer measured against the simulator, where all clips are the toy's; no rows elsewhere.
+
+    Nor where a frame comes after several steps of it.
+    """
+    infos = [store.meta.get("info") or {} for store in clips.stores]
+    made = [(info.get("envs"), info.get("action_repeat")) for info in infos]
+    if made[0] not in ((["toy"], 1), (["toy/shifted"], 1)) or any(x != made[0] for x in made):
         return []
+    env, size = infos[0]["envs"][0], clips.stores[0].size[0]
     generator = torch.Generator().manual_seed(cfg.seed)
     count, steps = cfg.batch_size, clips.clip_len
     values = defaultdict(list)
@@ -279,7 +292,7 @@ def toy_transfer(
         position, target = draw_start((2, count, 2), generator)
         actions = torch.rand(2, count, steps - 1, 2, generator=generator) * 2 - 1
         frames, path = zip(
-            *(play_toy(*x, envs[0][0]) for x in zip(position, target, actions, strict=True)),
+            *(play_toy(*x, env, size) for x in zip(position, target, actions, strict=True)),
             strict=True,
         )
         is_first = torch.zeros(count, steps, 1, dtype=torch.bool)
@@ -289,7 +302,7 @@ def toy_transfer(
             for x in frames
         )
         rest = actions[0][:, context - 1 :]  # the source's, from the target's last seen frame on
-        played, _ = play_toy(path[1][:, context - 1], target[1], rest, envs[0][0])
+        played, _ = play_toy(path[1][:, context - 1], target[1], rest, env, size)
         played = played[:, 1:].to(clips.device)
         add(values, transfer_quality(world_model, source, goal, played, context))
     return [("transfer_psnr", name, None, float(x.mean())) for name, x in join(values).items()]

@@ -53,7 +53,7 @@ def test_latent_actions_have_one_row_per_frame_and_are_zero_at_the_first(name, f
     assert not action[:, 0].any()
     assert kind == "fsq" or action[:, 1:].any(-1).all()  # whose middle level is zero
     assert params_shape == (None if params is None else params.shape[2:])
-    assert params is None or params.shape[:2] == (B, T - 1)
+    assert params is None or (params.shape[:2] == (B, T) and not params[:, 0].any())
 
 
 @pytest.mark.parametrize("frames", FRAMES)

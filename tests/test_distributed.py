@@ -19,7 +19,7 @@ from prelar_trl.distributed import distribute
 from prelar_trl.fast import accelerate
 from prelar_trl.models import make_world_model_loss
 from prelar_trl.modules import actions, context
-from prelar_trl.modules.world_model import normalize_pixels
+from prelar_trl.modules.pixels import normalize_pixels
 from prelar_trl.objectives import LatentActionLoss
 from prelar_trl.rehearsal import Rehearsal
 from prelar_trl.updates import Alignment, BehaviorUpdate, Update, WorldModelUpdate

@@ -325,10 +325,9 @@ def test_what_a_kind_of_latent_actions_gives(budget: Any) -> None:
         weights = {"latent_kl": 1.0, "action_state_consistency": 1.0}
         loss = LatentActionLoss(dynamics, kind, weights=weights)
         action, params = encoder(images)
-        padded = torch.cat([params[:, :1], params], 1) if params is not None else None
         data = TensorDict({**states, "latent_action": action}, [2, 4])
-        if padded is not None:
-            data["latent_action_statistics"] = padded
+        if params is not None:
+            data["latent_action_statistics"] = params
         return total_loss(loss(data))
 
     expected = found(Kind()).detach()

@@ -22,7 +22,7 @@ from prelar_trl.modules import (
     ResNetEncoder,
     WorldModelPolicy,
 )
-from prelar_trl.modules.world_model import normalize_pixels, to_gray
+from prelar_trl.modules.pixels import normalize_pixels, to_gray
 from prelar_trl.objectives import total_loss
 from prelar_trl.pretrained import added_inputs
 from prelar_trl.recipes.evaluate import evaluate

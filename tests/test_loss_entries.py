@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from prelar_trl.modules.latent_actions import GaussianActions
-from prelar_trl.modules.world_model import normalize_pixels
+from prelar_trl.modules.pixels import normalize_pixels
 from prelar_trl.objectives import (
     ActorLoss,
     CriticLoss,

@@ -117,6 +117,28 @@ def test_a_policy_that_keeps_its_belief_acts_as_in_a_rollout_of_torchrl(name: st
     assert torch.equal(rollouts[0]["pixels"], rollouts[1]["pixels"])
 
 
+def test_a_policy_that_begins_within_an_episode_begins_as_at_its_start() -> None:
+    policy = make_policy("window", mode="mode")
+    encoder = policy.world_model.action_encoder
+    assert encoder is not None
+    torch.nn.init.normal_(encoder.out.bias)  # no action is none that the dynamics is given at first
+    td = make_env("toy").reset()
+    fresh = StatefulPolicy(policy, "cpu")(td.clone())["action"]
+    td["is_first"] = torch.zeros_like(td["is_first"])
+    act = StatefulPolicy(policy, "cpu")
+    assert torch.equal(act(td.clone())["action"], fresh)
+    assert not td["is_first"].any()
+    assert not torch.equal(act(td.clone())["action"], fresh)  # now it remembers
+
+
+@pytest.mark.parametrize("size", [48, 128])
+def test_frames_of_another_size_are_refused(size: int) -> None:
+    policy = make_policy("prelar")
+    td = make_env("toy", pixels=size).reset().set("belief", policy.zero_belief())
+    with pytest.raises(ValueError, match=rf"pixels is uint8 .*{size}, {size}\]; its shape must"):
+        policy(td)
+
+
 @pytest.mark.parametrize("name", AGENTS)
 def test_the_policy_never_asks_for_a_value(name: str) -> None:
     """Which is a wait for the GPU, and an error on the meta device."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from tensordict import TensorDict
+from torch import nn
 
 from prelar_trl.data import VideoClips
 from prelar_trl.models import make_world_model
@@ -26,10 +27,10 @@ from prelar_trl.probes import (
     transfer,
 )
 from prelar_trl.recipes.pretrain import pretrain
-from prelar_trl.recipes.probe import probe
+from prelar_trl.recipes.probe import calibrate, probe
 from prelar_trl.recipes.schema import ProbeConfig
 from prelar_trl.record import ssim
-from tests.toy_runs import CLIPS, TINY, pretrain_config, rows, shorten_mlp_probe
+from tests.toy_runs import CLIPS, TINY, make_clips, pretrain_config, rows, shorten_mlp_probe
 
 
 def world_model(method: str = "prelar", **changes):
@@ -345,3 +346,37 @@ def test_clips_without_actions_leave_out_what_needs_them(trained, monkeypatch):
 def test_settings_that_cannot_work_are_refused(trained, changes, message):
     with pytest.raises(ValueError, match=message):
         probe(config(trained, **changes))
+
+
+@pytest.mark.parametrize("spelled", ["{}/", "[{}]", "{}/../clips", "[{}, other]"])
+def test_clips_that_were_learned_from_are_known_by_every_spelling(trained, clips, spelled):
+    path = str(clips)
+    data = {"{}/": f"{path}/", "[{}]": [path], "{}/../clips": f"{path}/../{clips.name}"}
+    data["[{}, other]"] = [path, f"{path}_other"]
+    with pytest.raises(ValueError, match=r"heldout=0\.5 would probe on clips"):
+        probe(config(trained, data=data[spelled], heldout=0.5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured"), [({"pixels": 96}, True), ({"action_repeat": 2}, False)]
+)
+def test_transfer_on_the_toy_is_measured_where_the_simulator_tells(tmp_path, changes, measured):
+    data = make_clips(tmp_path / "clips", **changes)
+    run = tmp_path / "run"
+    pixels = changes.get("pixels", 64)
+    pretrain(pretrain_config(data, run, updates=1, pixels=pixels))
+    values = probe(config(run, transfers=1))["values"]
+    assert ("transfer_psnr/transferred" in values) == measured
+
+
+def test_norm_layers_of_the_random_encoder_have_the_statistics_of_its_frames(clips):
+    model = world_model()
+    data = VideoClips(clips, 6, 5, split="all")
+    calibrate(model, data)
+    norm = next(x for x in model.latent_action_encoder.modules() if isinstance(x, nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    pixels = data.sample()["pixels"]
+    with torch.no_grad():
+        model.latent_action_encoder(model.preprocess(pixels))
+    assert float(seen[0].var((0, 2, 3)).mean()) == pytest.approx(1, abs=0.3)

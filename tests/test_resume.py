@@ -30,6 +30,7 @@ from tests.toy_runs import (
     interrupt_after,
     make_clips,
     pretrain_config,
+    rows,
     two_at_once,
 )
 
@@ -185,6 +186,9 @@ def test_auto_starts_continues_and_says_finished(whole, tmp_path, monkeypatch, c
     same(tmp_path / "run", whole)
     finetune(cfg)
     assert "finished: " in capsys.readouterr().out
+    cfg.env_steps += 10
+    finetune(cfg)  # nothing of the run is still open in this process
+    assert rows(tmp_path / "run", "times.csv")[-1]["step"] == str(cfg.env_steps)
 
 
 def test_auto_starts_anew_what_was_killed_before_its_first_checkpoint(whole, tmp_path, monkeypatch):

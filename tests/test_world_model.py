@@ -197,6 +197,16 @@ def test_imagination_with_an_action_window_remembers_the_actions_before() -> Non
     torch.testing.assert_close(chosen["feat"], imagined["feat"][[5, 1]])
 
 
+def test_imagination_with_an_action_window_encodes_each_action_once() -> None:
+    agent, data = tiny_agent("prelar", action_window=3).eval(), batch(2, 4)
+    rows = []
+    agent.world_model.action_encoder.out.register_forward_hook(
+        lambda layer, inputs, output: rows.append(output.shape[:-1].numel())
+    )
+    agent.world_model.imagine(agent.actor, starts(agent.world_model, data), horizon=2)
+    assert rows[-2:] == [2 * 4] * 2
+
+
 def test_starts_of_imagination_get_no_gradient_and_the_actor_gets_it_through_the_dynamics() -> None:
     agent = tiny_agent("dreamerv2").eval()
     start = starts(agent.world_model, batch())

@@ -10,8 +10,9 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
+from prelar_trl.models import make_world_model_loss
 from prelar_trl.objectives import RSSMWorldModelLoss, VideoBonus, functional, total_loss
-from tests.tiny import PHASES, batch, same, seeded, tiny, tiny_agent
+from tests.tiny import ACTION_DIM, PHASES, batch, same, seeded, tiny, tiny_agent, tiny_world_model
 
 S, K = 2, 3
 
@@ -31,6 +32,15 @@ def test_world_model_loss_reads_and_writes_its_keys_and_changes_no_input(
     assert total_loss(out).isfinite() and total_loss(out).requires_grad
     assert out["state"].batch_size == (2, 4)
     assert not any(x.requires_grad for x in out["state"].values())
+
+
+def test_true_actions_of_a_few_clips_are_keys_of_the_whole_loss() -> None:
+    model = tiny_world_model("prelar", "pretrain")
+    loss = make_world_model_loss(
+        "prelar", "pretrain", model, weights={"action_label": 1.0}, action_dim=ACTION_DIM
+    )
+    data = batch(labeled=torch.ones(2, 4, 1, dtype=torch.bool))
+    assert "loss_action_label" in loss(data.select(*loss.in_keys)).keys()
 
 
 def test_world_model_loss_takes_keyword_arguments() -> None:

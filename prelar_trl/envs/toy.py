@@ -201,7 +201,11 @@ def _as_image(color: ArrayLike) -> np.ndarray:
 
 
 def play_toy(
-    position: torch.Tensor, target: torch.Tensor, actions: torch.Tensor, env: str = "toy"
+    position: torch.Tensor,
+    target: torch.Tensor,
+    actions: torch.Tensor,
+    env: str = "toy",
+    size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What comes when ``actions`` are played, frame by frame: the toy tells what no video does.
 
@@ -209,12 +213,13 @@ def play_toy(
         position, target: of the disc and the square at first, float32 ``[B, 2]``.
         actions: ``[B, T, 2]``.
         env: ``toy`` or ``toy/shifted``.
+        size: height and width of the frames. Default: 64.
 
     Returns:
-        The first frame and those after each action, uint8 ``[B, T+1, 3, 64, 64]``, and the disc's
-        positions, ``[B, T+1, 2]``.
+        The first frame and those after each action, uint8 ``[B, T+1, 3, size, size]``, and the
+        disc's positions, ``[B, T+1, 2]``.
     """
-    painter = ToyEnv(**VARIANTS[env])
+    painter = ToyEnv(size, **VARIANTS[env])
     positions = [position]
     for action in actions.unbind(1):
         positions.append(toy_dynamics(positions[-1], target, action)[0])

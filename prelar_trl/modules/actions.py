@@ -80,8 +80,8 @@ class LatentActionEncoder(nn.Module):
             sample: draw the stochastic part; otherwise take its mode. Default: True.
 
         Returns:
-            Latent actions ``[B, T, U]`` (zero at t = 0), and the parameters of the transitions
-            ``[B, T-1, ...]`` (None for kinds without).
+            Latent actions ``[B, T, U]`` and their parameters ``[B, T, ...]`` (None for kinds
+            without), both zero at t = 0.
         """
         before, after = images[:, :-1], images[:, 1:]
         match self.frames:
@@ -104,6 +104,8 @@ class LatentActionEncoder(nn.Module):
         raw = self.head(embed).unflatten(0, x.shape[:2])
         action, params = self.latent_actions(raw, sample)
         check_entry("latent action", action, "float", (*x.shape[:2], self.latent_actions.dim))
+        if params is not None:
+            params = F.pad(params, (0, 0) * (params.dim() - 2) + (1, 0))
         return F.pad(action, (0, 0, 1, 0)), params
 
 
@@ -160,10 +162,18 @@ class ActionEncoder(nn.Module):
         episodes that begin where ``is_first`` ``[B, T, 1]`` says so. Default: nowhere.
         """
         if self.window == 1:
-            x = self.hidden(action)
+            return self.encode(action.unsqueeze(-2), sample)
+        return self.encode(recent_actions(action, self.window, is_first), sample)
+
+    def encode(self, recent: Tensor, sample: bool = True) -> tuple[Tensor, Tensor | None]:
+        """The last actions ``[..., window, A]`` -> the newest's latent action ``[..., U]``.
+
+        Its parameters come second, or None.
+        """
+        if self.window == 1:
+            x = self.hidden(recent.squeeze(-2))
         else:
-            recent = recent_actions(action, self.window, is_first)  # [B, T, window, A]
-            x = self.hidden(recent.flatten(0, 1).transpose(1, 2)).view(*action.shape[:2], -1)
+            x = self.hidden(recent.flatten(0, -3).transpose(1, 2)).view(*recent.shape[:-2], -1)
         code, params = self.latent_actions(self.out(self.act(x)), sample)
         check_entry("latent action", code, "float", (*x.shape[:-1], self.latent_actions.dim))
         return code, params

@@ -8,7 +8,7 @@ Source: ContextWM (Wu et al., NeurIPS 2023), section 3.2.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from prelar_trl.modules.convnets import (
     make_norm,
     make_skip,
 )
+from prelar_trl.utils import check_choice
 
 __all__ = ["ContextDecoder", "ContextEncoder"]
 
@@ -53,8 +54,8 @@ class ContextEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.net = ResNetEncoder(in_channels, depth, stages, layers, norm, image_size)
+        check_choice("augmentation", augmentation, get_args(Augmentation))
         self.augmentation: Augmentation = augmentation
-        augment(torch.zeros(1, 3, 8, 8), augmentation)  # rejects an unknown name
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """``[B, T, 3, 64, 64]`` -> maps ``[B, C, 32, 32], [B, 2C, 16, 16], [B, 4C, 8, 8]``."""

@@ -154,7 +154,7 @@ class DecoderLayers(nn.Module):
 
     Args:
         in_features: size of the feature vector.
-        depth: channels of the last encoder-side stage; the first map has ``depth * 2**(stages-1)``.
+        depth: channels of the encoder's first stage; the first map has ``depth * 2**(stages-1)``.
         stages, layers, norm, image_size: as in :class:`ResNetEncoder`.
         out_channels: of the image. Default: 3.
     """

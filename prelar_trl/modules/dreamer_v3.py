@@ -9,7 +9,6 @@ dynamics that it steps, :class:`InferredActions` writes the latent actions that
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torchrl.modules import RSSMPriorV3
 
 from prelar_trl.modules.actions import LatentActionEncoder
-from prelar_trl.modules.world_model import normalize_pixels
+from prelar_trl.modules.pixels import normalize_pixels
 
 __all__ = ["V3_KEYS", "InferredActions", "PriorV3Logits"]
 
@@ -72,6 +71,5 @@ class InferredActions(TensorDictModuleBase):
         action, params = self.encoder(normalize_pixels(tensordict["next", "pixels"]))
         tensordict["latent_action"] = action
         if params is not None:
-            padding = (0, 0) * (params.dim() - 2) + (1, 0)
-            tensordict["latent_action_statistics"] = F.pad(params, padding)
+            tensordict["latent_action_statistics"] = params
         return tensordict

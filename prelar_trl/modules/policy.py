@@ -131,7 +131,7 @@ class WorldModelPolicy(TensorDictModuleBase):
         encoder = self.world_model.action_encoder
         if encoder is None:
             return history[:, -1:]
-        return encoder(history, self.sample_state)[0][:, -1:]
+        return encoder.encode(history, self.sample_state)[0].unsqueeze(1)
 
 
 class StatefulPolicy:
@@ -145,7 +145,8 @@ class StatefulPolicy:
         device: theirs.
 
     Attributes:
-        belief: after the last step, of all environments. None: no step was made.
+        belief: after the last step, of all environments. None: no step was made; the next one is
+            then a first one, also in the middle of an episode.
     """
 
     def __init__(self, policy: WorldModelPolicy, device: torch.device | str) -> None:
@@ -158,6 +159,7 @@ class StatefulPolicy:
         seen = tensordict.select(*keys).to(self.device, non_blocking=True)
         if self.belief is None:
             self.belief = self.policy.zero_belief(tensordict.batch_size).to(self.device)
+            seen["is_first"] = torch.ones_like(seen["is_first"])
         out = self.policy(seen.set("belief", self.belief))
         self.belief = out["next", "belief"]
         return tensordict.set("action", out["action"].cpu())

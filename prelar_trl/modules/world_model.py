@@ -19,26 +19,10 @@ from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder, recen
 from prelar_trl.modules.checks import check_entry, check_output
 from prelar_trl.modules.context import ContextEncoder
 from prelar_trl.modules.heads import Actor, OneHotActor
+from prelar_trl.modules.pixels import normalize_pixels, to_gray
 from prelar_trl.modules.rssm import RSSM, State
 
-__all__ = ["RSSMWorldModel", "normalize_pixels", "to_gray"]
-
-LUMA = (0.299, 0.587, 0.114)  # of red, green and blue (ITU-R BT.601)
-
-
-def normalize_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 pixels -> images in [-0.5, 0.5]."""
-    if pixels.dtype != torch.uint8:
-        raise TypeError(f"pixels have dtype {pixels.dtype}; store frames as uint8 in [0, 255]")
-    if pixels.dim() < 3 or pixels.shape[-1] <= 4 < pixels.shape[-3]:
-        raise ValueError(f"pixels have shape {list(pixels.shape)}; it must be [..., C, H, W]")
-    return pixels.to(dtype).div_(255).sub_(0.5)
-
-
-def to_gray(images: Tensor) -> Tensor:
-    """Colored images ``[..., 3 V, H, W]`` of V views -> their brightness ``[..., V, H, W]``."""
-    colors = images.unflatten(-3, (-1, 3)).unbind(-3)
-    return torch.stack([x * weight for x, weight in zip(colors, LUMA, strict=True)]).sum(0)
+__all__ = ["RSSMWorldModel"]
 
 
 class RSSMWorldModel(TensorDictModuleBase):
@@ -143,8 +127,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         """Raise KeyError, TypeError or ValueError where a batch ``[B, T]`` cannot be read."""
         weight = self.rssm.input_layer.weight
         size = self._image_size
-        pictures = (3 * (1 + len(self.view_encoders)), size, size)
-        check_entry("pixels", batch["pixels"], "uint8", ("B", "T", *pictures), weight)
+        check_entry("pixels", batch["pixels"], "uint8", ("B", "T", *self._pictures), weight)
         entries: dict[str, tuple[Any, tuple[int | str, ...]]] = {
             "is_first": ("bool", (1,)),
             "action": ("float", (self.action_dim or "A",)),
@@ -171,8 +154,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         if self.latent_action_encoder is not None:
             out["latent_action"] = action
             if statistics is not None:
-                padding = (0, 0) * (statistics.dim() - 2) + (1, 0)
-                out["latent_action_statistics"] = F.pad(statistics, padding)  # [B, T, ...]
+                out["latent_action_statistics"] = statistics
         context = None
         if self.context_encoder is not None:
             context = self.context_encoder(self.first_view(images))
@@ -188,9 +170,19 @@ class RSSMWorldModel(TensorDictModuleBase):
         """uint8 ``[..., 3 V, H, W]`` -> images ``[..., C V, H, W]`` in [-0.5, 0.5].
 
         They are in the precision of the weights.
+
+        Raises:
+            TypeError, ValueError: ``pixels`` have another type, size or number of views.
         """
-        images = normalize_pixels(pixels, self.rssm.input_layer.weight.dtype)
+        weight = self.rssm.input_layer.weight
+        check_entry("pixels", pixels, "uint8", (*pixels.shape[:-3], *self._pictures), weight)
+        images = normalize_pixels(pixels, weight.dtype)
         return to_gray(images) if self.gray else images
+
+    @property
+    def _pictures(self) -> tuple[int | str, ...]:
+        """Shape of a frame with all its views."""
+        return (3 * (1 + len(self.view_encoders)), self._image_size, self._image_size)
 
     def first_view(self, images: Tensor) -> Tensor:
         """``[..., C V, H, W]`` -> the first picture, ``[..., C, H, W]``."""
@@ -223,7 +215,10 @@ class RSSMWorldModel(TensorDictModuleBase):
     def dynamics_actions(
         self, tensordict: TensorDictBase, images: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What the RSSM is given as actions, ``[B, T, U]``, and its statistics, or None."""
+        """What the RSSM is given as actions ``[B, T, U]``, and their parameters ``[B, T, ...]``.
+
+        Either may be None.
+        """
         if self.action_free:
             return None, None
         if self.latent_action_encoder is not None:
@@ -360,10 +355,11 @@ class RSSMWorldModel(TensorDictModuleBase):
         """Action ``[N, A]`` -> that of the dynamics ``[N, U]``; ``history`` moves on by one."""
         if self.action_encoder is None:
             return action, None
-        if history is None:
-            return self.action_encoder(action, sample)[0], None
-        recent = torch.cat([history, action.unsqueeze(1)], 1)  # [N, window, A]
-        return self.action_encoder(recent, sample)[0][:, -1], recent[:, 1:]
+        recent = action.unsqueeze(1)
+        if history is not None:
+            recent = torch.cat([history, recent], 1)  # [N, window, A]
+            history = recent[:, 1:]
+        return self.action_encoder.encode(recent, sample)[0], history
 
     # ------------------------------------------------------------------ prediction
 

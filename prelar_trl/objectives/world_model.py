@@ -16,7 +16,7 @@ from torchrl.objectives import LossModule
 
 from prelar_trl.collectives import ProcessGroup, joint_mean
 from prelar_trl.modules.checks import check_entry
-from prelar_trl.modules.world_model import normalize_pixels, to_gray
+from prelar_trl.modules.pixels import normalize_pixels, to_gray
 from prelar_trl.objectives.common import (
     check_range,
     check_weights,
@@ -156,6 +156,8 @@ class RSSMWorldModelLoss(LossModule):
             keys.append(self.tensor_keys.reward)
         if "discount" in self.weights:
             keys.append(self.tensor_keys.terminated)
+        if self.latent_action is not None:  # what the world model does not write: labels
+            keys += [x for x in self.latent_action.in_keys if x not in self.world_model.out_keys]
         self.in_keys = list(dict.fromkeys(keys))
 
     @dispatch
