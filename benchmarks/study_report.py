@@ -211,6 +211,8 @@ def goal_lines(results: Mapping[str, Results]) -> list[str]:
             values = found[best]
             shown = f"{spread(values)} ({len(values)})"
             verdict = "met" if mean(values) >= goal.least else "missed"
+            if abs(mean(values) - goal.least) < deviation(values):
+                verdict += ", by less than the deviation"
         variant = goal.variant or f"the best: {best or ''}".rstrip(": ")
         lines.append(f"| {goal.data} | {variant} | {goal.text} | {shown} | {verdict} |")
     return lines
