@@ -16,6 +16,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder, recent_actions
+from prelar_trl.modules.augmentation import recolor
 from prelar_trl.modules.checks import check_entry, check_output
 from prelar_trl.modules.context import ContextEncoder
 from prelar_trl.modules.heads import Actor, OneHotActor
@@ -56,6 +57,9 @@ class RSSMWorldModel(TensorDictModuleBase):
         vector_encoder, vector_decoder: ``[N, size]`` -> ``[N, E]`` with the attribute
             ``embed_dim``, and features -> ``[N, size]``. Default: none.
         gray: networks see and predict brightness, C = 1. Default: False.
+        recolor: in training the encoder sees that share of the sequences in other colors, see
+            :func:`prelar_trl.modules.augmentation.recolor`; what is predicted, and what latent
+            actions are inferred from, stays as it is. Default: 0.
         sample: draw latents while observing; False takes modes. Default: True.
         action_dim: size A of the real action. Default: the action encoder's, else any that the RSSM
             takes.
@@ -81,6 +85,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         vector_encoder: nn.Module | None = None,
         vector_decoder: nn.Module | None = None,
         gray: bool = False,
+        recolor: float = 0.0,
         sample: bool = True,
         action_dim: int | None = None,
     ) -> None:
@@ -97,9 +102,10 @@ class RSSMWorldModel(TensorDictModuleBase):
         self.view_encoders = nn.ModuleList(view_encoders)
         self.view_decoders = nn.ModuleList(view_decoders)
         self.vector_encoder, self.vector_decoder = vector_encoder, vector_decoder
-        self.gray, self.discount, self.sample = gray, discount, sample
+        self.gray, self.recolor, self.discount, self.sample = gray, recolor, discount, sample
         size = getattr(decoder, "image_size", None)  # a user's decoder may not tell
         self._image_size: int | str = size if isinstance(size, int) else "S"
+        self._frame = (3 * (1 + len(self.view_encoders)), self._image_size, self._image_size)
 
         self.in_keys = ["pixels", "is_first"]
         if vector_encoder is not None:
@@ -126,13 +132,12 @@ class RSSMWorldModel(TensorDictModuleBase):
     def check_batch(self, batch: TensorDictBase) -> None:
         """Raise KeyError, TypeError or ValueError where a batch ``[B, T]`` cannot be read."""
         weight = self.rssm.input_layer.weight
-        size = self._image_size
-        check_entry("pixels", batch["pixels"], "uint8", ("B", "T", *self._pictures), weight)
+        check_entry("pixels", batch["pixels"], "uint8", ("B", "T", *self._frame), weight)
         entries: dict[str, tuple[Any, tuple[int | str, ...]]] = {
             "is_first": ("bool", (1,)),
             "action": ("float", (self.action_dim or "A",)),
             "vector": ("float", (getattr(self.vector_encoder, "in_features", "V"),)),
-            "flow": ("uint8", (3, size, size)),
+            "flow": ("uint8", (3, *self._frame[1:])),
         }
         steps = cast(Tensor, batch["pixels"]).shape[:2]
         for key, (dtype, shape) in entries.items():
@@ -148,7 +153,10 @@ class RSSMWorldModel(TensorDictModuleBase):
         """
         self.check_batch(tensordict)
         images = self.preprocess(tensordict["pixels"])
-        embed = self.encode(images, tensordict.get("vector", None))
+        seen = images
+        if self.recolor and self.training:
+            seen = recolor(images, self.recolor, 1 if self.gray else 3)
+        embed = self.encode(seen, tensordict.get("vector", None))
         action, statistics = self.dynamics_actions(tensordict, images)
         out = self.observe(embed, action, tensordict["is_first"])
         if self.latent_action_encoder is not None:
@@ -175,14 +183,9 @@ class RSSMWorldModel(TensorDictModuleBase):
             TypeError, ValueError: ``pixels`` have another type, size or number of views.
         """
         weight = self.rssm.input_layer.weight
-        check_entry("pixels", pixels, "uint8", (*pixels.shape[:-3], *self._pictures), weight)
+        check_entry("pixels", pixels, "uint8", (*pixels.shape[:-3], *self._frame), weight)
         images = normalize_pixels(pixels, weight.dtype)
         return to_gray(images) if self.gray else images
-
-    @property
-    def _pictures(self) -> tuple[int | str, ...]:
-        """Shape of a frame with all its views."""
-        return (3 * (1 + len(self.view_encoders)), self._image_size, self._image_size)
 
     def first_view(self, images: Tensor) -> Tensor:
         """``[..., C V, H, W]`` -> the first picture, ``[..., C, H, W]``."""
