@@ -43,7 +43,7 @@ def minus(a: Quantity, b: Quantity) -> Quantity:
 
 
 def usage(values: Values) -> float:
-    """How much more often than by chance the own action explains best: 0 ignored, 1 perfect."""
+    """How much more often than by chance the own action explains best: 0 chance, 1 perfect."""
     chance = probed("contrast/chance")(values)
     return (probed("contrast/accuracy")(values) - chance) / (1 - chance)
 

@@ -75,9 +75,10 @@ def copy_pretrained(
         problems += _differences(part, own, prefix)
         loaded[name] = part
     if problems:
+        wide = "" if world_model.action_encoder is None else ", an action_code as wide as its own"
         raise ValueError(
             f"the pre-trained run does not fit: {_listed(problems)}; use the size and model "
-            "options it was trained with, and an action_code as wide as its latent actions"
+            f"options it was trained with{wide}"
         )
     for name, module in modules.items():
         module.load_state_dict(loaded[name])

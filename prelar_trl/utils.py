@@ -118,7 +118,7 @@ def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        name = prefix + key
+        name = f"{prefix}{key}"
         flat |= dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return flat
 

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the imports that take seconds
     sys.exit(start("probe"))
 
 import math
+import os
 from collections import defaultdict
 from typing import Any, cast
 
@@ -187,7 +188,10 @@ def open_clips(
 
 def stores(data: Any) -> set[str]:
     """The places of one or several clip stores, each in one spelling."""
-    return {absolute(path) for path in ([data] if isinstance(data, str) else data or ())}
+    return {
+        os.path.realpath(absolute(path))
+        for path in ([data] if isinstance(data, str) else data or ())
+    }
 
 
 def draw(clips: VideoClips, count: int, with_actions: bool) -> Any:
@@ -281,7 +285,7 @@ def toy_transfer(
     Nor where a frame comes after several steps of it.
     """
     infos = [store.meta.get("info") or {} for store in clips.stores]
-    made = [(info.get("envs"), info.get("action_repeat")) for info in infos]
+    made = [(info.get("envs"), info.get("action_repeat", 1)) for info in infos]
     if made[0] not in ((["toy"], 1), (["toy/shifted"], 1)) or any(x != made[0] for x in made):
         return []
     env, size = infos[0]["envs"][0], clips.stores[0].size[0]

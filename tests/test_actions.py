@@ -157,6 +157,20 @@ def test_a_kind_of_latent_action_keeps_its_own_initialization() -> None:
     assert torch.equal(model.latent_action_encoder.latent_actions.own.weight, torch.eye(2))
 
 
+@pytest.mark.parametrize("window", [1, 3])
+def test_the_last_actions_alone_give_what_a_sequence_of_them_does(window: int) -> None:
+    encoder, action = action_encoder(window=window), torch.randn(2, 5, 3)
+    nn.init.normal_(encoder.hidden.weight)
+    whole = encoder(action)[0]
+    last = action[:, -window:]
+    torch.testing.assert_close(encoder.encode(last)[0], whole[:, -1])
+    torch.testing.assert_close(encoder.encode(last[None])[0], whole[None, :, -1])
+    assert encoder.encode(last[0])[0].shape == whole.shape[-1:]
+    for wrong in (torch.randn(2, window + 1, 3), torch.randn(2, window, 4)):
+        with pytest.raises(ValueError, match=f"the window {window} and the action's size 3"):
+            encoder.encode(wrong)
+
+
 def test_action_encoder_without_a_window_takes_any_leading_shape() -> None:
     encoder, action = action_encoder(), torch.randn(2, 4, 3)
     torch.testing.assert_close(encoder(action)[0][1, 2], encoder(action[1, 2])[0])

@@ -349,7 +349,7 @@ def test_settings_that_cannot_work_are_refused(trained, changes, message):
 
 
 @pytest.mark.parametrize("spelled", ["{}/", "[{}]", "{}/../clips", "[{}, other]"])
-def test_clips_that_were_learned_from_are_known_by_every_spelling(trained, clips, spelled):
+def test_clips_that_were_learned_from_are_known_by_other_spellings(trained, clips, spelled):
     path = str(clips)
     data = {"{}/": f"{path}/", "[{}]": [path], "{}/../clips": f"{path}/../{clips.name}"}
     data["[{}, other]"] = [path, f"{path}_other"]

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from prelar_trl.utils import atomic_write, check_choice, map_ahead, read_json
+from prelar_trl.utils import atomic_write, check_choice, dotted, map_ahead, read_json
 
 
 def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path) -> None:
@@ -57,3 +57,7 @@ def test_a_pool_gives_results_in_order_and_runs_ahead_of_them_by_so_many() -> No
             assert result == str(taken)
             assert items.__length_hint__() == max(0, 20 - (taken + 3))
     assert taken == 19
+
+
+def test_nested_settings_have_dotted_keys_of_any_kind() -> None:
+    assert dotted({"a": 1, "b": {"c": {}, 2: {"d": [3]}}}) == {"a": 1, "b.2.d": [3]}

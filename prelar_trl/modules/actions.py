@@ -168,12 +168,19 @@ class ActionEncoder(nn.Module):
     def encode(self, recent: Tensor, sample: bool = True) -> tuple[Tensor, Tensor | None]:
         """The last actions ``[..., window, A]`` -> the newest's latent action ``[..., U]``.
 
-        Its parameters come second, or None.
+        Its parameters come second, or None. :meth:`forward`, imagination and acting all end here.
         """
-        if self.window == 1:
-            x = self.hidden(recent.squeeze(-2))
+        *batch, window, size = recent.shape
+        if (window, size) != (self.window, self.action_dim):
+            raise ValueError(
+                f"actions {list(recent.shape)}: the last dimensions must be the window "
+                f"{self.window} and the action's size {self.action_dim}"
+            )
+        if window == 1:
+            x = self.hidden(recent[..., 0, :])
         else:
-            x = self.hidden(recent.flatten(0, -3).transpose(1, 2)).view(*recent.shape[:-2], -1)
+            x = self.hidden(recent.reshape(-1, window, size).transpose(1, 2))
+            x = x.reshape(*batch, self.out.in_features)
         code, params = self.latent_actions(self.out(self.act(x)), sample)
         check_entry("latent action", code, "float", (*x.shape[:-1], self.latent_actions.dim))
         return code, params

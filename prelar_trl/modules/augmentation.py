@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prelar_trl.types import Augmentation
+from prelar_trl.utils import check_choice
 
 __all__ = ["Augmentation", "augment", "random_shift", "recolor"]
 
 
 def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
     """Augment each image ``[B, C, H, W]`` in [-0.5, 0.5] by its own random draw."""
+    check_choice("augmentation", augmentation, get_args(Augmentation))
     match augmentation:
         case "none":
             return images
@@ -26,7 +30,6 @@ def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
             return _resized_crop(images)
         case "erasing":
             return _erase(images)
-    raise ValueError(f"augmentation={augmentation!r} is unknown")
 
 
 def _coin(images: Tensor) -> Tensor:

@@ -180,7 +180,8 @@ class RSSMWorldModel(TensorDictModuleBase):
         They are in the precision of the weights.
 
         Raises:
-            TypeError, ValueError: ``pixels`` have another type, size or number of views.
+            TypeError, ValueError: ``pixels`` have another type, size, number of views or device,
+                or are empty.
         """
         weight = self.rssm.input_layer.weight
         check_entry("pixels", pixels, "uint8", (*pixels.shape[:-3], *self._frame), weight)
@@ -358,10 +359,10 @@ class RSSMWorldModel(TensorDictModuleBase):
         """Action ``[N, A]`` -> that of the dynamics ``[N, U]``; ``history`` moves on by one."""
         if self.action_encoder is None:
             return action, None
-        recent = action.unsqueeze(1)
+        recent = action.unsqueeze(-2)
         if history is not None:
-            recent = torch.cat([history, recent], 1)  # [N, window, A]
-            history = recent[:, 1:]
+            recent = torch.cat([history, recent], -2)  # [N, window, A]
+            history = recent[..., 1:, :]
         return self.action_encoder.encode(recent, sample)[0], history
 
     # ------------------------------------------------------------------ prediction

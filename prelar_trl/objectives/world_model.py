@@ -157,7 +157,8 @@ class RSSMWorldModelLoss(LossModule):
         if "discount" in self.weights:
             keys.append(self.tensor_keys.terminated)
         if self.latent_action is not None:  # what the world model does not write: labels
-            keys += [x for x in self.latent_action.in_keys if x not in self.world_model.out_keys]
+            written = getattr(self.world_model, "out_keys", ())
+            keys += [x for x in self.latent_action.in_keys if x not in written]
         self.in_keys = list(dict.fromkeys(keys))
 
     @dispatch
