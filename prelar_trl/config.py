@@ -73,7 +73,6 @@ class ModelSettings:
     norm: Norm = "batch"
     patches: bool = False  # cnn: 4x4 kernels that do not overlap
     gray: bool = False  # networks see and predict brightness alone
-    recolor: Fraction = 0.0  # share of sequences that the encoder sees in other colors in training
     augmentation: Augmentation = "none"  # of the context
     context_mask: Annotated[float, between(0, 0.98)] = 0.75  # leaves at least one of 8x8
     context_dropout: Fraction = 0.1

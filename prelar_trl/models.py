@@ -168,7 +168,6 @@ def make_world_model(
         vector_encoder=vector_encoder,
         vector_decoder=vector_decoder,
         gray=s.gray,
-        recolor=s.recolor,
         sample=sample,
         action_dim=action_dim if s.actions in ("real", "encoded") else None,
     )

@@ -19,7 +19,6 @@ OFF = {
     "model": {
         "gray": False,
         "patches": False,
-        "recolor": 0.0,
         "latent_action_options": {},
         "latent_action_shift": 0,
     },

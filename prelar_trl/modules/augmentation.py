@@ -1,4 +1,4 @@
-"""Random augmentations of images and sequences of them, by draws of fixed shapes."""
+"""Random augmentations of images ``[B, C, H, W]``, by draws of fixed shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from prelar_trl.types import Augmentation
 from prelar_trl.utils import check_choice
 
-__all__ = ["Augmentation", "augment", "random_shift", "recolor"]
+__all__ = ["Augmentation", "augment", "random_shift"]
 
 
 def augment(images: Tensor, augmentation: Augmentation) -> Tensor:
@@ -55,34 +55,6 @@ def random_shift(images: Tensor, pad: int) -> Tensor:
     sequence = torch.arange(batch, device=images.device)[:, None]
     cropped = windows[sequence, rows, offset[1]]  # [B, H, W C]
     return cropped.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
-
-
-def recolor(images: Tensor, share: float, channels: int = 3) -> Tensor:
-    """Show sequences ``[B, T, V C, H, W]`` in [-0.5, 0.5] in other colors, each by its own draw.
-
-    With probability ``share`` a sequence's colors are turned and mirrored about their mean, moved
-    0.5 to 1.3 times as far from it, and the mean to anywhere; all frames and views alike, and what
-    leaves the range is cut off (domain randomization, Tobin et al., 2017).
-    """
-    views = images.unflatten(2, (-1, channels))  # [B, T, V, C, H, W]
-    batch, each = len(images), (1, 1, 1, 1, 1)
-    turn = _reflections(images, channels) @ _reflections(images, channels)  # a rotation
-    mirror = torch.where(_coin(images), 1.0, -1.0).view(-1, 1, 1)
-    turn = turn * mirror * _uniform(images, 0.5, 1.3).view(-1, 1, 1)
-    center = torch.stack([_uniform(images, -0.4, 0.4) for _ in range(channels)], 1)
-    mean = views.mean((1, 2, 4, 5))  # [B, C]
-    color = (batch, 1, 1, channels, 1, 1)
-    moved = torch.einsum("bdc,btvchw->btvdhw", turn, views - mean.view(color))
-    moved = (moved + center.view(color)).clamp(-0.5, 0.5)
-    chosen = (_uniform(images, 0, 1) < share).view(-1, *each)
-    return torch.where(chosen, moved, views).flatten(2, 3)
-
-
-def _reflections(images: Tensor, size: int) -> Tensor:
-    """A random reflection ``[size, size]`` for each of ``images``, by Householder."""
-    normal = torch.randn(len(images), size, 1, dtype=images.dtype, device=images.device)
-    normal = normal / normal.norm(dim=1, keepdim=True).clamp_min(1e-6)
-    return torch.eye(size, dtype=images.dtype, device=images.device) - 2 * normal @ normal.mT
 
 
 def _rectangle(images: Tensor, area: tuple[float, float], log_ratio: float) -> tuple[Tensor, ...]:

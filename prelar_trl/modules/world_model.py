@@ -16,7 +16,6 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from prelar_trl.modules.actions import ActionEncoder, LatentActionEncoder, recent_actions
-from prelar_trl.modules.augmentation import recolor
 from prelar_trl.modules.checks import check_entry, check_output
 from prelar_trl.modules.context import ContextEncoder
 from prelar_trl.modules.heads import Actor, OneHotActor
@@ -57,9 +56,6 @@ class RSSMWorldModel(TensorDictModuleBase):
         vector_encoder, vector_decoder: ``[N, size]`` -> ``[N, E]`` with the attribute
             ``embed_dim``, and features -> ``[N, size]``. Default: none.
         gray: networks see and predict brightness, C = 1. Default: False.
-        recolor: in training the encoder sees that share of the sequences in other colors, see
-            :func:`prelar_trl.modules.augmentation.recolor`; what is predicted, and what latent
-            actions are inferred from, stays as it is. Default: 0.
         sample: draw latents while observing; False takes modes. Default: True.
         action_dim: size A of the real action. Default: the action encoder's, else any that the RSSM
             takes.
@@ -85,7 +81,6 @@ class RSSMWorldModel(TensorDictModuleBase):
         vector_encoder: nn.Module | None = None,
         vector_decoder: nn.Module | None = None,
         gray: bool = False,
-        recolor: float = 0.0,
         sample: bool = True,
         action_dim: int | None = None,
     ) -> None:
@@ -102,7 +97,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         self.view_encoders = nn.ModuleList(view_encoders)
         self.view_decoders = nn.ModuleList(view_decoders)
         self.vector_encoder, self.vector_decoder = vector_encoder, vector_decoder
-        self.gray, self.recolor, self.discount, self.sample = gray, recolor, discount, sample
+        self.gray, self.discount, self.sample = gray, discount, sample
         size = getattr(decoder, "image_size", None)  # a user's decoder may not tell
         self._image_size: int | str = size if isinstance(size, int) else "S"
         self._frame = (3 * (1 + len(self.view_encoders)), self._image_size, self._image_size)
@@ -153,10 +148,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         """
         self.check_batch(tensordict)
         images = self.preprocess(tensordict["pixels"])
-        seen = images
-        if self.recolor and self.training:
-            seen = recolor(images, self.recolor, 1 if self.gray else 3)
-        embed = self.encode(seen, tensordict.get("vector", None))
+        embed = self.encode(images, tensordict.get("vector", None))
         action, statistics = self.dynamics_actions(tensordict, images)
         out = self.observe(embed, action, tensordict["is_first"])
         if self.latent_action_encoder is not None:
