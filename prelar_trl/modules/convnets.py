@@ -18,7 +18,6 @@ patches, smallest map   4x4     6x6     6x6     8x8
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import get_args
 
 import torch.nn.functional as F
@@ -30,6 +29,7 @@ from prelar_trl.utils import check_choice
 __all__ = ["IMAGE_SIZE", "CNNDecoder", "CNNEncoder", "ResNetDecoder", "ResNetEncoder"]
 
 IMAGE_SIZE = 64
+CNN_DOWN, CNN_UP = (4, 4, 4, 4), (5, 5, 6, 6)  # DreamerV2's kernels, all of stride 2
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -223,17 +223,16 @@ class CNNEncoder(nn.Module):
         self,
         in_channels: int = 3,
         depth: int = 48,
-        kernels: Sequence[int] = (4,) * 4,
         image_size: int = IMAGE_SIZE,
     ) -> None:
         super().__init__()
-        channels = [in_channels, *(depth * 2**i for i in range(len(kernels)))]
+        channels = [in_channels, *(depth * 2**i for i in range(len(CNN_DOWN)))]
         self.convs = nn.ModuleList(
             nn.Conv2d(c_in, c_out, kernel, stride=2)
-            for c_in, c_out, kernel in zip(channels, channels[1:], kernels, strict=False)
+            for c_in, c_out, kernel in zip(channels, channels[1:], CNN_DOWN, strict=False)
         )
         size = image_size
-        for kernel in kernels:
+        for kernel in CNN_DOWN:
             size = (size - kernel) // 2 + 1
         self.embed_dim = channels[-1] * size**2
 
@@ -254,22 +253,21 @@ class CNNDecoder(nn.Module):
         self,
         in_features: int,
         depth: int = 48,
-        kernels: Sequence[int] = (5, 5, 6, 6),
         image_size: int = IMAGE_SIZE,
         out_channels: int = 3,
     ) -> None:
         super().__init__()
         self.image_size, size = image_size, 1
-        while decoded_size(size, kernels) < image_size:
+        while decoded_size(size) < image_size:
             size += 1
-        last = len(kernels) - 1
+        last = len(CNN_UP) - 1
         first = 32 * depth if size == 1 else 8 * depth
         channels = [first, *(depth * 2 ** (last - 1 - i) for i in range(last)), out_channels]
         self.first_map = (first, size, size)
         self.linear_in = nn.Linear(in_features, first * size**2)
         self.convs = nn.ModuleList(
             nn.ConvTranspose2d(c_in, c_out, kernel, stride=2)
-            for c_in, c_out, kernel in zip(channels, channels[1:], kernels, strict=False)
+            for c_in, c_out, kernel in zip(channels, channels[1:], CNN_UP, strict=False)
         )
 
     def forward(self, feat: Tensor) -> Tensor:
@@ -281,8 +279,8 @@ class CNNDecoder(nn.Module):
         return crop_images(x, self.image_size)
 
 
-def decoded_size(size: int, kernels: Sequence[int]) -> int:
-    """Side of what transposed convolutions of stride 2 make of a map."""
-    for kernel in kernels:
+def decoded_size(size: int) -> int:
+    """Side of what the decoder's transposed convolutions make of a map."""
+    for kernel in CNN_UP:
         size = 2 * (size - 1) + kernel
     return size

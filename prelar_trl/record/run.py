@@ -87,7 +87,6 @@ class RunFolder:
         path: str | os.PathLike[str],
         config: Mapping[str, Any],
         *,
-        seed: int | None = None,
         need_bytes: int = 256 * MEBIBYTE,
     ) -> RunFolder:
         """Make a new run folder, lock it, and write what identifies the run.
@@ -95,7 +94,6 @@ class RunFolder:
         Args:
             path: the folder; it must not exist or be empty.
             config: plain values only (numbers, strings, lists, dicts), fully resolved.
-            seed: noted in ``versions.json``; default: ``config["seed"]`` if there is one.
             need_bytes: free space that the run will need. Default: 256 MiB.
 
         Raises:
@@ -108,7 +106,7 @@ class RunFolder:
         _check_free(path)
         check_space(path, need_bytes)
         run = cls(path, {})
-        run._write(config, seed)
+        run._write(config)
         run.lock()
         return run
 
@@ -130,7 +128,7 @@ class RunFolder:
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
         self._write(config)
 
-    def _write(self, config: Mapping[str, Any], seed: int | None = None) -> None:
+    def _write(self, config: Mapping[str, Any]) -> None:
         """What identifies a run; see `create`."""
         path, self.config = self.path, dict(config)
         try:
@@ -139,7 +137,7 @@ class RunFolder:
             raise ValueError(
                 f"config of run {path} holds a value that is not plain: {one_line(error)}"
             ) from None
-        record = describe_session(self.config.get("seed") if seed is None else seed)
+        record = describe_session(self.config.get("seed"))
         try:
             path.mkdir(parents=True, exist_ok=True)
             with open(path / "config.yaml", "x", encoding="utf-8") as file:
