@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.checkpoint_files import LAST
 from prelar_trl.data import ClipStore
 from prelar_trl.fast import accelerate
 from prelar_trl.models import Agent, make_inverse_model, make_model
@@ -73,7 +74,7 @@ def r2(encoder: ActionEncoder, episodes: list[Episode], mean: Tensor) -> float:
 
 def aligned(run: RunFolder, episodes: list[Episode], updates: int) -> ActionEncoder:
     """An action encoder like the run's, trained on the episodes from random weights on."""
-    agent = cast(Agent, make_model(load_checkpoint(run.checkpoints / "last.pt")))
+    agent = cast(Agent, make_model(load_checkpoint(run.checkpoints / LAST)))
     encoder = cast(ActionEncoder, agent.world_model.action_encoder)
     optimizer = make_adam(encoder.parameters(), run.config["align_lr"])
     for _ in range(updates):
@@ -98,7 +99,7 @@ def main() -> None:
     pretrained = RunFolder.load(place)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    inverse_model = make_inverse_model(load_checkpoint(pretrained.checkpoints / "last.pt"))
+    inverse_model = make_inverse_model(load_checkpoint(pretrained.checkpoints / LAST))
     episodes = prefill(run, accelerate(inverse_model))
     if len(episodes) < FOLDS:
         parser.error(f"{args.run} has {len(episodes)} random episodes, and {FOLDS} are needed")

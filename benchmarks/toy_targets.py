@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDict
 
 from prelar_trl.checkpoint import load_checkpoint
+from prelar_trl.checkpoint_files import LAST
 from prelar_trl.data import ClipStore
 from prelar_trl.envs import make_env
 from prelar_trl.envs.toy import draw_start, toy_dynamics, toy_expert
@@ -104,7 +105,7 @@ def main() -> None:
     if args.run is None:
         return
     run = RunFolder.load(args.run)
-    agent = cast(Agent, make_model(state := load_checkpoint(run.checkpoints / "last.pt"))).eval()
+    agent = cast(Agent, make_model(state := load_checkpoint(run.checkpoints / LAST))).eval()
     agent.load_state_dict(state["agent"])
     prefill = run.config["prefill"]
     for name, episodes, head in zip(CORNERS, best_rewards(run), predicted(agent), strict=True):

@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+LAST = "last.pt"  # the newest, from which a run goes on
+BEST = "best.pt"  # of what was evaluated while fine-tuning
+
 
 def before(path: Path, number: int) -> Path:
     """The place of the checkpoint that is ``number`` older than the one at ``path``."""

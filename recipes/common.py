@@ -23,12 +23,13 @@ from prelar_trl.checkpoint import (
     load_newest_checkpoint,
     save_checkpoint,
 )
+from prelar_trl.checkpoint_files import LAST
 from prelar_trl.config import named_modules
 from prelar_trl.distributed import distribute
 from prelar_trl.fast import CompileMode, compile_update, skip_on_device, use_tensor_cores
 from prelar_trl.recipes.base_config import plain
 from prelar_trl.recipes.processes import ALONE, Processes
-from prelar_trl.recipes.resume import CHECKPOINT, changed_settings
+from prelar_trl.recipes.resume import changed_settings
 from prelar_trl.recipes.schema import RunConfig
 from prelar_trl.recipes.signals import GROUP_SIGNALS
 from prelar_trl.record import Logger, RunFolder, check_backends, wilson_interval
@@ -36,7 +37,6 @@ from prelar_trl.types import Backend
 from prelar_trl.updates import Update
 from prelar_trl.utils import atomic_write, hold_signals
 
-BEST = "best.pt"  # evaluated, while fine-tuning
 FILM_FRAMES = 2_000  # of one episode in memory, 25 MB; an episode may have no end
 MARGIN_BYTES = 64 * 2**20  # metrics, videos, pictures
 
@@ -94,7 +94,7 @@ def open_run(
     if not processes.first:
         processes.wait()
         run = RunFolder.load(cfg.run)
-        return run, load_newest_checkpoint(run.checkpoints / CHECKPOINT) if cfg.resume else None
+        return run, load_newest_checkpoint(run.checkpoints / LAST) if cfg.resume else None
     opened = continue_run(cfg) if cfg.resume else make_run(cfg, module, data_bytes, restart)
     processes.wait()
     return opened
@@ -127,12 +127,12 @@ def continue_run(cfg: RunConfig) -> tuple[RunFolder, dict[str, Any]]:
     run = RunFolder.load(cfg.run)
     with locked(run):
         changed_settings(run, cfg)
-        if not has_checkpoint(run.checkpoints / CHECKPOINT):
+        if not has_checkpoint(run.checkpoints / LAST):
             raise FileNotFoundError(
                 f"the run in {cfg.run} was stopped before its first checkpoint: start it anew "
                 "with resume=auto"
             )
-        return run, load_newest_checkpoint(run.checkpoints / CHECKPOINT)
+        return run, load_newest_checkpoint(run.checkpoints / LAST)
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def read_run(
     path: str,
     *,
     trust_code: bool,
-    checkpoint: str = CHECKPOINT,
+    checkpoint: str = LAST,
     typed: Mapping[str, Any] | None = None,
 ) -> tuple[RunFolder, dict[str, Any]]:
     """A run folder that may come from anybody, and a checkpoint of it.
@@ -184,7 +184,7 @@ def save_run(cfg: Any, run: RunFolder, state: dict[str, Any], before: int) -> No
     ``before`` is the step of the checkpoint before it; the state's own is ``state["step"]``.
     """
     keep = cfg.keep if state["step"] > before else None  # the same step again takes its own place
-    path = save_checkpoint(run.checkpoints / CHECKPOINT, state, keep=keep)
+    path = save_checkpoint(run.checkpoints / LAST, state, keep=keep)
     if cfg.keep_every and crossed(before, state["step"], cfg.keep_every):
         place = path.with_name(checkpoint_file(f"step_{state['step']}"))
         with atomic_write(place, sync=True) as part:

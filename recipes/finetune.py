@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from prelar_trl.checkpoint import save_checkpoint
+from prelar_trl.checkpoint_files import BEST
 from prelar_trl.envs import make_env
 from prelar_trl.envs.workers import WorkerError
 from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.async_collection import collect_async
 from prelar_trl.recipes.common import (
-    BEST,
     choose_device,
     chosen_loggers,
     drop_unweighted,

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import cast
 
 from prelar_trl.checkpoint import save_checkpoint
+from prelar_trl.checkpoint_files import LAST
 from prelar_trl.config import Phase, model_settings
 from prelar_trl.hub import STATE
 from prelar_trl.models import make_model
@@ -30,7 +31,6 @@ from prelar_trl.official import (
 from prelar_trl.pretrained import load_weights
 from prelar_trl.recipes.base_config import overrides, plain
 from prelar_trl.recipes.common import read_run
-from prelar_trl.recipes.resume import CHECKPOINT
 from prelar_trl.recipes.schema import ImportOfficialConfig
 from prelar_trl.record import RunFolder
 
@@ -64,7 +64,7 @@ def import_official(cfg: ImportOfficialConfig) -> RunFolder:
     run = RunFolder.create(cfg.run, config)
     state[STATE[cfg.phase]] = model.state_dict()
     with run:
-        save_checkpoint(run.checkpoints / CHECKPOINT, state)
+        save_checkpoint(run.checkpoints / LAST, state)
     return run
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prelar_trl.checkpoint import has_checkpoint
+from prelar_trl.checkpoint_files import LAST
 from prelar_trl.config import METHODS, loss_settings, model_settings, named_modules
 from prelar_trl.recipes.base_config import overrides, plain
 from prelar_trl.recipes.schema import FinetuneConfig, RunConfig
 from prelar_trl.record import RunFolder
 
-CHECKPOINT = "last.pt"
 # What a run may continue with another value of: it changes no number that was not to come.
 CHANGEABLE = {
     *("run", "updates", "env_steps", "device", "threads", "compile", "num_workers", "prefetch"),
@@ -30,7 +30,7 @@ def settle_resume(cfg: Run) -> tuple[Run, bool]:
     """The configuration with ``resume`` true or false, and whether ``auto`` decided that."""
     if cfg.resume != "auto":
         return cfg, False
-    checkpoint = Path(cfg.run) / "checkpoints" / CHECKPOINT
+    checkpoint = Path(cfg.run) / "checkpoints" / LAST
     return replace(cfg, resume=has_checkpoint(checkpoint)), True
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from prelar_trl.checkpoint_files import has_checkpoint
+from prelar_trl.checkpoint_files import LAST, has_checkpoint
 from prelar_trl.utils import STOPPED, one_line
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -46,7 +46,7 @@ class Program:
 
     @property
     def has_checkpoint(self) -> bool:
-        return has_checkpoint(self.folder / "checkpoints" / "last.pt")
+        return has_checkpoint(self.folder / "checkpoints" / LAST)
 
     def start(self, lock: IO | None = None) -> subprocess.Popen:
         """Start it, holding ``lock`` open; a folder without any checkpoint is made anew."""
