@@ -353,11 +353,7 @@ def _make_latent_actions(s: ModelSettings) -> LatentActions:
 
 
 def _make_action_code(s: ModelSettings) -> LatentActions:
-    """The kind that the action encoder gives.
-
-    It is as wide as the latent actions of pre-training where it is the same, or its ``size`` is its
-    width.
-    """
+    """The kind that the action encoder gives, of pre-training's width where it can choose one."""
     latent_actions = _make_latent_actions(s)
     if s.action_code == s.latent_action:
         return latent_actions
