@@ -57,7 +57,7 @@ from prelar_trl.record import (
     write_csv,
     write_picture,
 )
-from prelar_trl.utils import absolute, write_json
+from prelar_trl.utils import write_json
 
 EXCHANGES = 4  # other actions that each transition's own is compared with
 CALIBRATION = 8  # batches that give the random encoder's norm layers their statistics
@@ -188,10 +188,8 @@ def open_clips(
 
 def stores(data: Any) -> set[str]:
     """The places of one or several clip stores, each in one spelling."""
-    return {
-        os.path.realpath(absolute(path))
-        for path in ([data] if isinstance(data, str) else data or ())
-    }
+    places = [data] if isinstance(data, str) else data or ()
+    return {os.path.realpath(os.path.expanduser(place)) for place in places}
 
 
 def draw(clips: VideoClips, count: int, with_actions: bool) -> Any:
