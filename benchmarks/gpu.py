@@ -9,11 +9,11 @@ up is named, never left out. Writes ``gpu.json`` after each part, and ``gpu.md``
 
     device      what it is, and the versions
     waits       does an update of a method and phase wait for the GPU (``set_sync_debug_mode``)?
-    times       ms and peak memory of updates at full size, eager, float32 (TF32) and bf16
-    tests       those marked ``gpu``; on a CPU the others of the same file
+    times       ms and peak memory of updates at full size, float32 (TF32) and bf16, eager and
+                recorded as a CUDA graph (compile=off, auto)
+    tests       those marked ``gpu``; on a CPU the others of the same files
     rendering   frames a second of MuJoCo, 64x64, by EGL
     baseline    another program's updates, against those above
-    compiled    eager = compiled with CUDA graphs? ms of the compiled update
 
 A baseline is any shell command that prints lines of JSON with ``world_model_ms``, ``behavior_ms``
 and ``peak_mib``. Where it also says which ``method, phase, size, batch, length, precision`` a line
@@ -49,7 +49,8 @@ FIRST = [("prelar", "pretrain"), ("prelar", "finetune"), ("apv", "finetune")]
 FIRST += [("dreamerv2", "finetune"), ("contextwm", "finetune")]  # each has a part of its own
 CASES = FIRST + [case for case in PHASES if case not in FIRST]
 FRAMES = 200  # drawn
-SHARES = {"waits": 3, "times": 8, "tests": 4, "rendering": 1, "baseline": 5, "compiled": 6}
+TESTS = ["tests/test_devices.py", "tests/fast/test_cuda_graphs.py"]
+SHARES = {"waits": 3, "times": 14, "tests": 4, "rendering": 1, "baseline": 5}
 SAME = ("method", "phase", "size", "batch", "length", "precision")  # of two updates to compare
 SCENE = """<mujoco><worldbody>
 <light pos="0 0 3"/><camera name="c" pos="0 -3 1" xyaxes="1 0 0 0 0 1"/>
@@ -70,9 +71,9 @@ def settings(method: str, phase: str, precision: str, device: str) -> Result:
         "batch": batch,
         "length": length,
         "threads": torch.get_num_threads(),
-        "warmup": 3 if device == "cuda" else 1,
+        "warmup": 5 if device == "cuda" else 1,  # the fourth update is recorded
         "updates": 5 if device == "cuda" else 1,
-        "compile": False,
+        "compile": "off",
         "plain": False,
     }
 
@@ -110,38 +111,9 @@ def look_at_waits(device: str) -> Iterator[Result]:
 def take_times(device: str) -> Iterator[Result]:
     for method, phase in CASES:
         for precision in ("32", "bf16"):
-            yield guarded(measure, settings(method, phase, precision, device))
-
-
-def take_compiled_times(device: str) -> Iterator[Result]:
-    """Compiled updates: their time, and whether they give what eager ones give."""
-    for method, phase in FIRST:
-        for precision in ("32", "bf16"):
             config = settings(method, phase, precision, device)
-            yield guarded(compare_compiled, config)
-
-
-def compare_compiled(config: Result) -> Result:
-    """Losses of five eager and five compiled updates from the same weights and draws."""
-    losses = []
-    start = time.perf_counter()
-    small = config | {"batch": 2, "length": 6}
-    can_compile = config["device"] == "cuda"  # minutes on a CPU
-    for compiled in (False, can_compile):
-        torch.manual_seed(0)
-        update, _ = make_updates(small | {"compile": compiled})
-        losses.append([])
-        for _ in range(5):
-            out = update(random_batch(2, 6, config["device"]))
-            losses[-1].append({k: float(x) for k, x in out.items() if k.startswith("loss_")})
-    worst = max(
-        abs(b[name] - a[name]) / max(abs(a[name]), 1e-3)
-        for a, b in zip(*losses, strict=True)
-        for name in a
-    )
-    result = {"compiled": can_compile, "largest_difference": worst}
-    timed = measure(config | {"compile": can_compile, "warmup": 4})
-    return timed | result | {"seconds_in_all": time.perf_counter() - start}
+            for mode in ("off", "auto") if device == "cuda" else ("off",):
+                yield guarded(measure, config | {"compile": mode})
 
 
 def render(_: str) -> Iterator[Result]:
@@ -167,7 +139,6 @@ PARTS: dict[str, Callable[[str], Iterator[Result]]] = {
     "waits": look_at_waits,
     "times": take_times,
     "rendering": render,
-    "compiled": take_compiled_times,
 }
 
 
@@ -291,7 +262,7 @@ def main() -> None:
     me = [sys.executable, "-m", "benchmarks.gpu", "--device", options.device, "--part"]
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     marked = "gpu" if options.device == "cuda" else "not gpu"
-    others = {"tests": [*pytest, "tests/test_devices.py", "-m", marked]}
+    others = {"tests": [*pytest, *TESTS, "-m", marked]}
     others["baseline"] = ["bash", "-c", options.baseline or ""]
     commands = {name: others.get(name, [*me, name]) for name in SHARES}
     if not options.baseline:

@@ -41,7 +41,7 @@ def count(method: str, phase: str, length: int, size: str = "mini") -> dict[str,
     """Operators of the world model's update, and of the behavior's if there is one."""
     config = {"method": method, "phase": phase, "size": size, "device": "cpu", "precision": "32"}
     torch.manual_seed(0)
-    update, behavior = make_updates(config | {"compile": False, "plain": False})
+    update, behavior = make_updates(config | {"compile": "off", "plain": False})
     batch, counts = random_batch(2, length, "cpu"), {}
     for _ in range(2):  # the first also makes the optimizers' moments
         with OperatorCounter() as counter:

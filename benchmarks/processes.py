@@ -121,7 +121,7 @@ def main() -> None:
         parser.error(f"--batch {batch} must be a multiple of --processes {many}, at least 2")
     chosen = [phase for phase in options.phase if getattr(METHODS[options.method], phase)]
     shared = {"method": options.method, "size": options.size, "length": options.length}
-    shared |= {"device": "cpu", "precision": "32", "compile": False, "plain": False}
+    shared |= {"device": "cpu", "precision": "32", "compile": "off", "plain": False}
     configs = [shared | {"phase": phase} for phase in chosen]
     cases = [Case(1, many, batch), Case(1, 1, batch), Case(many, 1, batch)]
     cases.append(Case(many, 1, many * batch))

@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.allocator import keep_freed_memory, tcmalloc_environment
 from prelar_trl.config import METHODS, SIZES
-from prelar_trl.fast import accelerate, compile_update, skip_on_device
+from prelar_trl.fast import CompileMode, accelerate, compile_update, skip_on_device
 from prelar_trl.fast.linear import linear
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
 from prelar_trl.stopwatch import Stopwatch
@@ -98,7 +98,7 @@ def make_updates(config: dict[str, Any]) -> tuple[WorldModelUpdate, BehaviorUpda
         if each is not None and not config["plain"]:
             accelerate(each.module)
             skip_on_device(each)
-            compile_update(each, "on" if config["compile"] else "off")
+            compile_update(each, config["compile"])
     return update, behavior_update
 
 
@@ -109,14 +109,14 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     device = config["device"]
     if device == "cpu":
         keep_freed_memory()
+    else:
+        torch.cuda.reset_peak_memory_stats()  # a graph's memory is taken in the warm-up
     update, behavior_update = make_updates(config)
     watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
     step = stepper(config, update, behavior_update, watch)
     for _ in range(config["warmup"]):
         step()
     watch.times.clear()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     for _ in range(config["updates"]):
         step()
     trained = update.loss if behavior_update is None else behavior_update.agent
@@ -160,7 +160,7 @@ def count_gflop(config: dict[str, Any]) -> dict[str, float]:
 
 @cache
 def _count_gflop(text: str) -> dict[str, float]:
-    config = json.loads(text) | {"device": "meta", "precision": "32", "compile": False}
+    config = json.loads(text) | {"device": "meta", "precision": "32", "compile": "off"}
     with FlopCounterMode(display=False) as counter:
         stepper(config, *make_updates(config), Stopwatch())()
     counts = counter.get_flop_counts()["Global"]
@@ -277,7 +277,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"{row['method']:<12} {row['phase']:<8} {row['size']:<5} "
             f"{row['batch']:>2}x{row['length']:<3} {row['precision']:>4} "
-            f"{'on' if row['compile'] else 'off':>4}   {sections[0]:<22} {sections[1]:<22} "
+            f"{row['compile']:>4}   {sections[0]:<22} {sections[1]:<22} "
             f"{row['frames_per_s']:>6.0f}  {row['peak_mib']:>8.0f}  "
             f"{(row['conv_gflop'] + row['matmul_gflop']) / 1e3:5.2f}  {row['share_of_peak']:5.0%}"
         )
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--length", type=int, nargs="+", default=[25])
     parser.add_argument("--precision", nargs="+", default=["32"], choices=list(DTYPES))
-    parser.add_argument("--compile", nargs="+", default=["off"], choices=["off", "on"])
+    parser.add_argument("--compile", nargs="+", default=["off"], choices=get_args(CompileMode))
     parser.add_argument("--plain", action="store_true", help="without prelar_trl.fast")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if getattr(METHODS[method], phase) is None:
             continue
         config = {"method": method, "phase": phase, "size": size, "batch": batch, "length": length}
-        config |= {"precision": precision, "compile": compiled == "on", **shared}
+        config |= {"precision": precision, "compile": compiled, **shared}
         command = [sys.executable, __file__, "--worker", json.dumps(config)]
         ours, theirs = [], []
         for _ in range(args.rounds or (2 if args.baseline else 1)):

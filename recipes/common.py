@@ -215,7 +215,7 @@ def prepare_update(
     skip_on_device(update)
     if processes.group is None:
         compile_update(update, mode)
-        if "forward_backward" in vars(update):  # a compiled one; the first Ctrl-C waits, too
+        if mode == "on":  # the first Ctrl-C waits, too
             name = type(update).__name__
             print(f"compiling {name}: its first two calls take minutes; compile=off starts at once")
     elif mode == "on":

@@ -146,11 +146,11 @@ class Clock:
                 ) from None
 
     def seconds(self, cfg: PretrainConfig | FinetuneConfig, flop: float) -> float:
-        """Of an update of ``flop`` operations: compiled if the run is and that was measured."""
+        """Of an update of ``flop`` operations: compiled as the run is, if that was measured."""
         wanted = {"method": cfg.method, "phase": cfg.phase, "size": cfg.size}
         wanted |= {"batch": cfg.batch_size, "length": length_of(cfg), "precision": cfg.precision}
         rows = [row for row in self.rows if wanted.items() <= row.items()]
-        rows.sort(key=lambda row: row.get("compile", False) == (cfg.compile == "off"))
+        rows.sort(key=lambda row: row.get("compile") != cfg.compile)
         if rows:
             self.measured += 1
             return (rows[0]["world_model_ms"] + rows[0]["behavior_ms"]) / 1e3
@@ -179,8 +179,7 @@ def read_report(report: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """
     if "rows" in report:  # benchmarks/train.py
         return report["rows"], report["gpu"] or report["machine"]
-    parts = [report.get(name, {}).get("results", []) for name in ("times", "compiled")]
-    rows = [row for part in parts for row in part if "world_model_ms" in row]
+    rows = [row for row in report["times"]["results"] if "world_model_ms" in row]
     about = report["device"]
     return rows, about.get("name", about["device"])
 

@@ -78,7 +78,7 @@ class RunConfig(Config):
     seed: Seed = 0
     device: Device = "auto"  # auto, cpu, cuda, cuda:1
     precision: Precision = "32"
-    compile: Compile = "auto"  # auto: on CUDA; eager where that fails
+    compile: Compile = "auto"  # auto: a CUDA graph on CUDA; on: torch.compile
     threads: SmallInt | None = None  # CPU threads; null: torch's choice
     logger: Loggers = "csv"  # csv, tensorboard, wandb, or a list
     model: dict[str, Any] = field(default_factory=dict)

@@ -20,4 +20,5 @@ if ! "$python" -c "$needed" 2>/dev/null; then
     "$python" -c "$needed"
 fi
 export MUJOCO_GL=${MUJOCO_GL:-egl}
+"$python" -c 'import mujoco' 2>/dev/null || export MUJOCO_GL=off # without its library all but rendering
 exec "$python" -m benchmarks.gpu --device "$device" --out "$out" "$@"

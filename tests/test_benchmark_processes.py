@@ -11,7 +11,7 @@ from benchmarks import processes
 
 def test_two_processes_share_a_batch_and_measure_the_same() -> None:
     config = {"method": "prelar", "phase": "finetune", "size": "mini", "length": 6}
-    config |= {"device": "cpu", "precision": "32", "compile": False, "plain": False}
+    config |= {"device": "cpu", "precision": "32", "compile": "off", "plain": False}
     (seconds,) = processes.measure(processes.Case(2, 1, 2), [config], 0.1)
     assert seconds > 0
 

@@ -70,4 +70,4 @@ def test_a_step_of_acting_waits_for_the_gpu_once(method: str) -> None:
             act(now)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) == 1
+    assert len([wait for wait in waits if "called a synchroniz" in str(wait.message)]) == 1

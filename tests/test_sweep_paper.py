@@ -140,7 +140,7 @@ def test_measured_updates_take_the_place_of_declared_ones(capsys, tmp_path):
 
 def test_a_report_of_make_gpu_gives_the_hours(capsys, tmp_path):
     row = {"method": "apv", "phase": "pretrain", "size": "tiny", "batch": 2, "length": 5}
-    row |= {"precision": "32", "compile": False, "world_model_ms": 3_600_000.0, "behavior_ms": 0.0}
+    row |= {"precision": "32", "compile": "off", "world_model_ms": 3_600_000.0, "behavior_ms": 0.0}
     failed = {name: row[name] for name in ("method", "phase")} | {"error": "out of memory"}
     device = {"device": "cuda", "name": "GPU X"}
     report = {"device": device, "times": {"results": [failed, row]}, "rendering": {"seconds": 1}}
@@ -153,8 +153,8 @@ def test_a_report_of_make_gpu_gives_the_hours(capsys, tmp_path):
         return next(line for line in out.splitlines() if line.startswith("apv ")).split()[2]
 
     assert hours() == "20.0"
-    fast = row | {"compile": True, "world_model_ms": 1_800_000.0}
-    report["compiled"] = {"results": [fast], "error": "cut off after 9 s"}
+    fast = row | {"compile": "auto", "world_model_ms": 1_800_000.0}
+    report["times"] = {"results": [failed, row, fast], "error": "cut off after 9 s"}
     assert hours() == "10.0"
     assert hours("pretrain.compile=off") == "20.0"
 

@@ -40,7 +40,7 @@ def gaussian_nll(mean: Tensor, target: Tensor, event_dims: int = 1) -> Tensor:
     check_integers(0, event_dims=event_dims)
     check_equal_shapes(event_dims, mean=mean, target=target)
     mean, target = to_float32(mean), to_float32(target)
-    error = F.mse_loss(mean, target, reduction="none")
+    error = F.mse_loss(mean, target.to(mean.dtype), reduction="none")
     return 0.5 * (error.flatten(-event_dims).sum(-1) if event_dims else error)
 
 

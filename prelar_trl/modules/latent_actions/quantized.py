@@ -132,7 +132,8 @@ class VQActions(LatentActions):
     @torch.no_grad()
     def _move_codebook(self, raw: Tensor, index: Tensor) -> None:
         raw, index = gather(raw, self.process_group), gather(index, self.process_group)
-        assigned = F.one_hot(index, len(self.codebook)).to(raw.dtype)  # [N, codes]
+        codes = torch.arange(len(self.codebook), device=index.device)
+        assigned = (index.unsqueeze(-1) == codes).to(raw.dtype)  # [N, codes]
         self.usage.lerp_(assigned.sum(0), 1 - self.decay)
         with torch.autocast(raw.device.type, enabled=False):
             self.sums.lerp_(assigned.T @ raw, 1 - self.decay)
