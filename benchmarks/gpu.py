@@ -26,6 +26,7 @@ is of, the ratios ours / baseline are given. An older state of this package is o
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -154,6 +155,7 @@ def guarded(function: Callable[[Result], Result], config: Result) -> Result:
     """The result, or the configuration with an ``error``."""
     try:
         if config["device"] == "cuda":
+            gc.collect()  # an update and its recording refer to each other
             torch.cuda.empty_cache()
         return function(config)
     except Exception as error:  # the others go on

@@ -71,9 +71,9 @@ def random_batch(sequences: int, steps: int, device: str) -> TensorDict:
 
 
 def peak_mib(device: str) -> float:
-    """The most memory this process, or its tensors on the GPU, took so far."""
+    """The most memory this process, or its allocator on the GPU, took so far."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_reserved() / 2**20
     # Not getrusage, which starts from the memory of the process that started this one.
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 2**10
@@ -109,14 +109,15 @@ def measure(config: dict[str, Any]) -> dict[str, Any]:
     device = config["device"]
     if device == "cpu":
         keep_freed_memory()
-    else:
-        torch.cuda.reset_peak_memory_stats()  # a graph's memory is taken in the warm-up
     update, behavior_update = make_updates(config)
     watch = Stopwatch(torch.cuda.synchronize if device == "cuda" else lambda: None)
     step = stepper(config, update, behavior_update, watch)
     for _ in range(config["warmup"]):
         step()
     watch.times.clear()
+    if device == "cuda":
+        torch.cuda.empty_cache()  # what cuDNN's trials took
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(config["updates"]):
         step()
     trained = update.loss if behavior_update is None else behavior_update.agent
@@ -306,7 +307,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--plain", action="store_true", help="without prelar_trl.fast")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--warmup", type=int, default=2, help="updates before the clock starts")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=2,
+        help="updates before the clock starts; recorded ones: 4 at least",
+    )
     parser.add_argument("--updates", type=int, default=5, help="timed updates of a process")
     parser.add_argument("--rounds", type=int, help="processes a configuration; default 1, or 2")
     parser.add_argument("--baseline", help="command to compare with")

@@ -332,7 +332,7 @@ class BehaviorUpdate(Update):
         self.target = LambdaTarget(agent.slow_critic, lmbda)
         schedules = {"entropy_scale": entropy_scale, "mix": gradient_mix}
         self.schedules = {name: Schedule.parse(value) for name, value in schedules.items()}
-        # What changes is a tensor, which a compiled update reads anew.
+        # What changes is a tensor, which a recorded or compiled update reads anew.
         values: dict[str, Any] = {
             name: schedule(0) if schedule.is_constant else torch.tensor(schedule(0), device=device)
             for name, schedule in self.schedules.items()

@@ -179,7 +179,7 @@ def read_report(report: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     """
     if "rows" in report:  # benchmarks/train.py
         return report["rows"], report["gpu"] or report["machine"]
-    rows = [row for row in report["times"]["results"] if "world_model_ms" in row]
+    rows = [row for row in report.get("times", {}).get("results", []) if "world_model_ms" in row]
     about = report["device"]
     return rows, about.get("name", about["device"])
 

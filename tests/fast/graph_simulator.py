@@ -16,6 +16,8 @@ class SimulatedGraph:
     def __init__(self) -> None:
         self.operations: list[tuple[Any, tuple, dict, list[Tensor]]] = []
 
+    def pool(self) -> None: ...
+
     def replay(self) -> None:
         with torch.no_grad():
             for operation, args, kwargs, outputs in self.operations:
@@ -31,14 +33,15 @@ class Capture(TorchDispatchMode):
     Here they are computed too, and what they changed is put back at the end.
     """
 
-    def __init__(self, graph: SimulatedGraph, capture_error_mode: str) -> None:
+    def __init__(self, graph: SimulatedGraph, **how: Any) -> None:
         super().__init__()
         self.graph, self.rng = graph, torch.get_rng_state()
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
+        lifted = func is torch.ops.aten.lift_fresh.default and args[0].dim() > 0
+        if lifted or func is torch.ops.aten._local_scalar_dense.default:  # a copy here or from here
             raise RuntimeError("operation not permitted when stream is capturing")
         for place, argument in enumerate(func._schema.arguments):
             written = argument.alias_info is not None and argument.alias_info.is_write

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from prelar_trl.fast import accelerate, compile_update, record_update, skip_on_device
-from prelar_trl.fast.cuda_graphs import EAGER
+from prelar_trl.fast.cuda_graphs import EAGER, WAIT
 from prelar_trl.models import Agent
 from prelar_trl.updates import BehaviorUpdate, Update, WorldModelUpdate
 from tests.fast.graph_simulator import Capture, SimulatedGraph
@@ -21,6 +22,7 @@ from tests.tiny import PHASES, batch, same, tiny, train_in_float64
 OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("contextwm", "pretrain", {"augmentation": "scale"}),
     ("prelar_no_cl", "pretrain", {"latent_action": "vq"}),
+    ("prelar_no_cl", "pretrain", {"latent_action": "fsq"}),
     ("prelar", "finetune", {"action_window": 3}),
 ]
 
@@ -30,6 +32,11 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA graphs and parameters that say they are on CUDA, on the CPU."""
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimulatedGraph)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda of: nullcontext())
+    for name in ("Stream", "current_stream", "get_sync_debug_mode", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(nn.Parameter, "is_cuda", True)
 
 
@@ -157,6 +164,21 @@ def test_where_recording_fails_it_goes_on_eagerly_with_one_warning(simulated: No
 @pytest.mark.gpu
 def test_where_recording_fails_on_a_gpu_it_goes_on_eagerly_with_one_warning() -> None:
     check_that_it_goes_on_eagerly("cuda")
+
+
+def test_an_update_that_waits_for_the_gpu_is_not_recorded(simulated: None) -> None:
+    class Synchronizing(Noisy):
+        def losses(self, batch: TensorDict) -> TensorDict:
+            warnings.warn(f"{WAIT} (Triggered internally)", stacklevel=1)
+            return super().losses(batch)
+
+    update = record_update(Synchronizing())
+    with pytest.warns(UserWarning) as caught:
+        for _ in range(EAGER + 2):
+            update(noise())
+    told = [str(warning.message) for warning in caught if "compile=auto" in str(warning.message)]
+    assert told == ["compile=auto failed (it waits for the GPU); goes on as compile=off"]
+    assert update.calls == EAGER + 2
 
 
 def test_the_failed_recording_s_tensors_are_free_when_the_eager_one_begins(simulated) -> None:

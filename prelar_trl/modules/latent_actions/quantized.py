@@ -41,6 +41,8 @@ class FSQActions(LatentActions):
         levels: levels L of each variable, at least 3 each. Default: 8, 5, 5 (200 actions).
     """
 
+    counts: Tensor  # levels [U]
+
     def __init__(self, *, size: int = 0, levels: Sequence[int] = (8, 5, 5)) -> None:
         super().__init__(size=size)
         levels = tuple(levels)
@@ -49,20 +51,21 @@ class FSQActions(LatentActions):
                 f"levels={list(levels)}: FSQ needs at least 3 levels for each variable"
             )
         self.levels = levels
+        counts = torch.tensor(levels, dtype=torch.float32)  # beside: a copy to the GPU would wait
+        self.register_buffer("counts", counts, persistent=False)
         self.num_outputs = self.dim = len(levels)
 
     def forward(self, raw: Tensor, sample: bool = True) -> tuple[Tensor, None]:
         raw = raw.float() if raw.dtype != torch.float64 else raw
-        levels = raw.new_tensor(self.levels)
-        half = (levels - 1) * (1 - 1e-3) / 2
-        offset = torch.where(levels % 2 == 0, 0.5, 0.0)
+        half = (self.counts - 1) * (1 - 1e-3) / 2
+        offset = torch.where(self.counts % 2 == 0, 0.5, 0.0)
         z = half * torch.tanh(raw + torch.atanh(offset / half)) - offset
-        return straight_through(z.round(), z) / (levels / 2).floor(), None
+        return straight_through(z.round(), z) / (self.counts / 2).floor(), None
 
     def metrics(self, action: Tensor, params: None) -> dict[str, Tensor]:
         """``code_perplexity``: in effect, how many of the actions a batch uses."""
         levels = [int(x) for x in self.levels]
-        digits = (action.detach() * (action.new_tensor(levels) / 2).floor()).round().long()
+        digits = (action.detach() * (self.counts / 2).floor()).round().long()
         index = torch.zeros_like(digits[..., 0])
         for digit, level in zip(digits.unbind(-1), levels, strict=True):
             index = index * level + digit + level // 2
