@@ -51,7 +51,7 @@ class FSQActions(LatentActions):
                 f"levels={list(levels)}: FSQ needs at least 3 levels for each variable"
             )
         self.levels = levels
-        counts = torch.tensor(levels, dtype=torch.float32)  # beside: a copy to the GPU would wait
+        counts = torch.tensor(levels, dtype=torch.float32)  # to copy it anew would wait
         self.register_buffer("counts", counts, persistent=False)
         self.num_outputs = self.dim = len(levels)
 
