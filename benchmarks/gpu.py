@@ -210,6 +210,7 @@ def add_ratios(baseline: list[Result], ours: list[Result]) -> None:
     def which(row: Result) -> str:
         return str([row.get(name) for name in SAME])
 
+    # Of an eager and a recorded one the later, which is recorded.
     measured = {which(row): row for row in ours if "world_model_ms" in row}
     for row in baseline:
         our = measured.get(which(row))
