@@ -12,8 +12,8 @@ combined. A baseline is any command that prints, as its last line, JSON with ``w
 ratio ours / baseline is that of the medians, its spread that of the rounds.
 
 Memory is the process's high-water mark (CPU; libraries take about 450 MiB of it) or the most that
-the allocator reserved after the warm-up (CUDA). The share is the time that the update's matrix products and convolutions would
-take at the rates measured for them, divided by the time it takes.
+the allocator reserved after the warm-up (CUDA). The share is the time that the update's matrix
+products and convolutions would take at the rates measured for them, divided by the time it takes.
 """
 
 from __future__ import annotations
