@@ -61,6 +61,7 @@ QUANTITIES: dict[str, Quantity] = {
     "PSNR, own minus other actions (dB)": minus(OWN, OTHER),
     "PSNR, own actions minus last frame (dB)": minus(OWN, LAST),
     "SSIM, own actions": probed("openloop_ssim/own_actions_mean"),
+    "SSIM, last frame": probed("openloop_ssim/last_frame_mean"),
     "R², latent action": probed("action_r2/latent_action"),
     "R², random encoder": probed("action_r2/random_encoder"),
     "R², frame difference": probed("action_r2/frame_difference"),
