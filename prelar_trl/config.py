@@ -125,7 +125,7 @@ class LossSettings:
     latent_warmup: NonNegativeInt = 0  # updates over which latent_kl rises to its weight
     latent_warmup_start: Annotated[Fraction, above(0)] = 0.01  # share of the weight at the start
     negatives: SmallInt = 4
-    temperature: Positive | None = 1.0
+    temperature: Positive | Literal["learned"] = 1.0  # of action_contrast
     contrast_dynamics: bool = True
     bonus_scale: NonNegative = 1.0
     clip_rewards: ClipRewards = "identity"  # what the reward heads learn

@@ -250,14 +250,7 @@ def posterior_states(world_model: RSSMWorldModel, frames: TensorDictBase) -> Ten
     model = world_model.eval()
     if not isinstance(frames, TensorDictBase):
         raise TypeError(f"frames is {type(frames).__name__}; it must be a TensorDict [B, T]")
-    model.check_batch(frames)
-    images = model.preprocess(frames["pixels"])
-    action, _ = model.dynamics_actions(frames, images)
-    embed = model.encode(images, frames.get("vector", None))
-    states = model.observe(embed, action, frames["is_first"])
-    states = states.select("stoch", "deter")
-    if model.latent_action_encoder is not None:
-        states["latent_action"] = action
+    states = model.infer(frames).select("stoch", "deter", "latent_action", strict=False)
     if "action" in model.in_keys:
         states.update(frames.select("action", "is_first"))
         states = model.flatten_start_states(states).exclude("action", "is_first")

@@ -243,6 +243,9 @@ def make_world_model_loss(
         weights: weights that replace the preset's one by one; ``None`` as a weight removes a term.
         action_dim: size of the true actions that ``action_label`` reads from latent ones.
         overrides: further fields of :class:`LossSettings`, before the preset's.
+
+    Raises:
+        ValueError: terms that the world model cannot have.
     """
     s = loss_settings(method, phase, {**overrides, "weights": weights or {}})
     merged = dict(s.weights)
@@ -272,6 +275,12 @@ def make_world_model_loss(
             f"so it cannot weigh {', '.join(latent_weights)}"
         )
     if kind is not None:
+        heads = len(world_model.rssm.prior_heads)
+        if heads > 1 and latent_weights.get("action_state_consistency") is not None:
+            raise ValueError(
+                f"model.ensemble={heads}: the consistency would compare heads that are drawn at "
+                "random, not actions; use loss.weights={action_state_consistency: null}, or one"
+            )
         latent_action_loss = LatentActionLoss(
             world_model.rssm,
             kind,
@@ -281,7 +290,7 @@ def make_world_model_loss(
             warmup=s.latent_warmup,
             warmup_start=s.latent_warmup_start,
             negatives=s.negatives,
-            temperature=s.temperature,
+            temperature=None if s.temperature == "learned" else s.temperature,
             contrast_dynamics=s.contrast_dynamics,
             action_dim=action_dim,
         )

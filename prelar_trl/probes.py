@@ -253,7 +253,7 @@ def _standardize(x: Tensor, test_x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def states_before(world_model: RSSMWorldModel, batch: TensorDictBase) -> Tensor:
     """Features of the posterior state before each transition, ``[B, T-1, F]``."""
-    return world_model(batch.select(*world_model.in_keys))["feat"][:, :-1].float()
+    return world_model.infer(batch)["feat"][:, :-1].float()
 
 
 @torch.no_grad()
@@ -314,7 +314,7 @@ def action_effects(
         raise ValueError("this world model has no actions to exchange")
     if batch.shape[0] <= exchanges:
         raise ValueError(f"{exchanges} exchanges need more than {batch.shape[0]} sequences")
-    out = world_model(batch.select(*world_model.in_keys))
+    out = world_model.infer(batch)
     rssm, encoder = world_model.rssm, world_model.latent_action_encoder
     stoch, deter = out["stoch"][:, :-1], out["deter"][:, :-1]
     if encoder is None:
@@ -325,13 +325,14 @@ def action_effects(
     posterior, action = out["posterior"][:, 1:], cast(Tensor, action)[:, 1:]  # [B, T-1, U]
     params = out.get("latent_action_statistics", None)
     params = None if params is None else params[:, 1:]
-    prior = rssm(stoch, deter, action)  # anew, so that a tie with another action is exact
+    # Anew, and by one head of an ensemble, so that a tie with another action is exact.
+    prior = rssm(stoch, deter, action, head=0)
     own = rssm.latent.kl(posterior, prior)  # [B, T-1]
     explained = torch.ones_like(own, dtype=torch.bool)
     distances: dict[str, list[Tensor]] = {"state": [], "latent": [], "true": []}
     for shift in range(1, exchanges + 1):
         other = action.roll(shift, 0)
-        shuffled = rssm(stoch, deter, other)
+        shuffled = rssm(stoch, deter, other, head=0)
         explained &= own < rssm.latent.kl(posterior, shuffled)
         distances["state"].append(rssm.latent.kl(prior, shuffled))
         if encoder is not None:

@@ -36,8 +36,9 @@ class Rehearsal(nn.Module):
     """Pre-training video beside an environment's batch, so that what it taught is not forgotten.
 
     The terms that video can give, ``image`` and ``kl``, become those of the joint batch: their mean
-    over the environment's rows and over the video's, by ``share``. Batch norms normalize each part
-    by itself; their running statistics, with which the agent acts, are the environment's alone.
+    over the environment's rows and over the video's, by ``share``; free nats are each part's own.
+    Batch norms normalize each part by itself; their running statistics, with which the agent acts,
+    are the environment's alone.
 
     Args:
         loss: of the world model that is fine-tuned. Encoder, decoder and RSSM are shared, and so

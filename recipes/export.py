@@ -33,7 +33,13 @@ from prelar_trl.recipes.schema import ExportConfig
 from prelar_trl.record import RunFolder, read_metrics
 from prelar_trl.utils import read_json, without_null
 
-PLACES = ("run", "data", "pretrained", "resume")  # of the machine, and of no use elsewhere
+PLACES = (
+    "run",
+    "data",
+    "pretrained",
+    "official",
+    "resume",
+)  # of the machine, and of no use elsewhere
 USE = """```python
 from prelar_trl.hub import load_pretrained
 
@@ -67,17 +73,12 @@ def model_card(cfg: ExportConfig, run: RunFolder, checkpoint: Mapping[str, Any])
     kind = "world model, pre-trained on video without actions"
     if phase == "finetune":
         kind = f"agent (world model, actor, critic), fine-tuned on {config.get('env')}"
-    weights = loss_settings(method, phase, overrides(config.get("loss") or {})).weights
-    commit = (run.versions.get("git") or {}).get("commit", "unknown")
     source = cfg.push or Path(cfg.out).name
     place = f"{HUB}{cfg.push}" if cfg.push else source
     facts = {
         "method": f"`{method}`, size `{checkpoint['size']}`",
-        "trained": f"{checkpoint['step']:,} {'updates' if phase == 'pretrain' else 'steps'}, "
-        f"seed {config.get('seed')}",
         "data": cfg.videos or data_names(config),
-        "losses": ", ".join(f"`{k}` {v:g}" for k, v in weights.items() if v is not None),
-        "code": f"prelar_trl {prelar_trl.__version__}, commit {commit[:12]}",
+        **training_facts(run, checkpoint),
     }
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
@@ -102,6 +103,22 @@ def model_card(cfg: ExportConfig, run: RunFolder, checkpoint: Mapping[str, Any])
     if values:
         parts += ["## Probes", table(("probe", "value"), values)]
     return "\n\n".join(parts) + "\n"
+
+
+def training_facts(run: RunFolder, checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """How long it was trained, by what; an imported run does not know."""
+    config, phase = run.config, checkpoint["phase"]
+    if config.get("official") is not None:
+        return {"trained": "by the authors' code, imported"}
+    settings = loss_settings(checkpoint["method"], phase, overrides(config.get("loss") or {}))
+    weights = {name: x for name, x in settings.weights.items() if x is not None}
+    commit = (run.versions.get("git") or {}).get("commit", "unknown")
+    count = f"{checkpoint['step']:,} {'updates' if phase == 'pretrain' else 'steps'}"
+    return {
+        "trained": f"{count}, seed {config.get('seed')}",
+        "losses": ", ".join(f"`{name}` {x:g}" for name, x in weights.items()),
+        "code": f"prelar_trl {prelar_trl.__version__}, commit {commit[:12]}",
+    }
 
 
 def data_names(config: Mapping[str, Any]) -> str:

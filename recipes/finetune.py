@@ -97,7 +97,10 @@ def finetune(
             state.check_episodes()
             if state.can_train:
                 while learner.unaligned and not session.stopping():
-                    aligned = learner.align(collection.sample())
+                    batch = collection.sample()
+                    guard.watch(batch)
+                    aligned = learner.align(batch)
+                    guard.check(aligned, state.step)
                     if not learner.unaligned:
                         logger.log(aligned, state.step)
                 while state.updates_due >= 1 and not session.stopping():

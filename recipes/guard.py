@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from prelar_trl.checkpoint import rng_state, save_checkpoint
 from prelar_trl.record import RunFolder
@@ -36,7 +37,9 @@ class UpdateGuard:
         """Before an update: note what goes into it."""
         self._batches, self._rng = batches, rng_state()
 
-    def check(self, losses: TensorDictBase, step: int, *, last: bool = False) -> None:
+    def check(
+        self, losses: TensorDictBase | Mapping[str, Tensor], step: int, *, last: bool = False
+    ) -> None:
         """After the update at ``step`` of the run: count what was skipped.
 
         Raises:

@@ -104,14 +104,19 @@ class EpisodeCollector:
             The step, for the replay, and a record of each episode that ended with it: return,
             success, length.
         """
+        belief = self.act.belief
         with self.watch("policy"):
             if random:
                 td = self.env.rand_action(self._now)
             else:
                 td = self.act(self._now)
-        with self.watch("env"):
-            td = self.env.step(td)
-            self._now = self._begin(step_mdp(td))
+        try:
+            with self.watch("env"):
+                td = self.env.step(td)
+                self._now = self._begin(step_mdp(td))
+        except BaseException:  # no step was made: what is saved now goes on before it
+            self.act.belief = belief
+            raise
         if "dropped" in td["next"].keys():
             self.dropped += int(td["next", "dropped"].sum())
         return td, self._tracker.update(td["next"])

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from prelar_trl.checkpoint import load_checkpoint
 from prelar_trl.models import copy_pretrained, make_world_model_loss
 from prelar_trl.modules import ActionEncoder, make_latent_actions
 from prelar_trl.recipes.finetune import finetune
@@ -217,6 +218,33 @@ def test_alignment_comes_before_the_first_update_and_is_logged(made, tmp_path, m
     logged = [row for row in rows(tmp_path / "a") if row["align_error"]]
     assert [row["step"] for row in logged] == ["20"]
     assert float(logged[0]["align_error"]) > 0 and logged[0]["align_r2"]
+
+
+def spoiled_alignment(monkeypatch, first):
+    """Its error is NaN from that update on."""
+    real = Alignment.losses
+
+    def losses(self, batch):
+        losses = real(self, batch)
+        return losses * float("nan") if self.count + 1 >= first else losses
+
+    monkeypatch.setattr(Alignment, "losses", losses)
+
+
+def test_an_alignment_that_diverges_stops_the_run_with_its_own_batch(made, tmp_path, monkeypatch):
+    spoiled_alignment(monkeypatch, 2)
+    with pytest.raises(RuntimeError, match="is nan at step 20, and the last 2 updates"):
+        finetune(aligned_config(tmp_path / "a", made, max_skipped=2))
+    assert len(load_checkpoint(tmp_path / "a" / "not_finite.pt")["batches"]) == 1
+
+
+def test_an_alignment_whose_last_update_was_skipped_does_not_fail_the_run(
+    made, tmp_path, monkeypatch
+):
+    spoiled_alignment(monkeypatch, 4)
+    finetune(aligned_config(tmp_path / "a", made))
+    state = checkpoint(tmp_path / "a")
+    assert (state["step"], state["alignment"]["skipped"]) == (40, 1)
 
 
 def test_an_interrupted_alignment_is_finished_after_the_continuation(made, tmp_path, monkeypatch):

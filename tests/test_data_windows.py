@@ -54,8 +54,8 @@ def test_prioritize_ends_folds_the_last_starts_onto_the_end() -> None:
     assert_close_to(Counter(draw("prioritize_ends")), expected)
 
 
-def test_prioritize_ends_lengths_lie_above_maxlen_minus_minlen() -> None:
-    made = WindowSampler(8, strategy="prioritize_ends", min_length=3, max_length=8)
+def test_prioritize_ends_lengths_lie_above_length_minus_minlen() -> None:
+    made = WindowSampler(8, strategy="prioritize_ends", min_length=3)
     made.set_episodes(torch.tensor([30]))
     _, start, frames = first_in_rows(made)
     assert_close_to(Counter(frames.tolist()), dict.fromkeys((6, 7, 8), 1 / 3))  # 8 - {0, 1, 2}

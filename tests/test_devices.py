@@ -21,7 +21,7 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("contextwm", "pretrain", {"augmentation": "scale"}),
     ("contextwm", "pretrain", {"augmentation": "erasing"}),
     ("prelar", "pretrain", {"latent_action": "categorical", "latent_action_classes": 4}),
-    ("prelar", "pretrain", {"weights": {"action_contrast": 1.0}, "ensemble": 2}),
+    ("prelar_no_cl", "pretrain", {"weights": {"action_contrast": 1.0}, "ensemble": 2}),
     ("prelar", "finetune", {"action_window": 3, "classes": 0}),
 ]
 CASES = [(method, phase, {}) for method, phase in PHASES] + OPTIONS

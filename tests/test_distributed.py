@@ -30,7 +30,7 @@ ROWS = 4  # of the joint batch
 Case = tuple[str, str, dict[str, Any]]
 ALL_TERMS = {"latent_kl": 1.0, "action_state_consistency": 1.0, "action_contrast": 1.0}
 OPTIONS: dict[str, Case] = {
-    "contrast": ("prelar", "pretrain", {"loss": {"weights": ALL_TERMS, "temperature": None}}),
+    "contrast": ("prelar", "pretrain", {"loss": {"weights": ALL_TERMS, "temperature": "learned"}}),
     "labels": ("prelar", "pretrain", {"loss": {"weights": {"action_label": 1.0}}}),
     "free nats": ("prelar", "pretrain", {"loss": {"free_nats": 0.4, "latent_free_nats": 0.1}}),
     "vq": ("prelar", "pretrain", {"latent_action": "vq"}),

@@ -165,7 +165,7 @@ def test_window_samplers(budget: Any) -> None:
     whole = st.sampled_from([1, 2, 3, 4]) | st.sampled_from([0, -1, 2.5, None, "a", True, 10**20])
     strategy = st.sampled_from(["episodes", "frames", "epoch", "prioritize_ends", "x", None])
     options = st.fixed_dictionaries(
-        {}, optional={k: whole for k in ("seed", "min_length", "max_length", "world_size", "rank")}
+        {}, optional={k: whole for k in ("seed", "min_length", "world_size", "rank")}
     )
     lengths = st.lists(st.sampled_from([0, 1, 3, 5, 9, -1]), max_size=4)
 

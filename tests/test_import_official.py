@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from prelar_trl.official import official_action_dim, read_official
+from prelar_trl.recipes.export import export
 from prelar_trl.recipes.finetune import finetune
 from prelar_trl.recipes.import_official import export_official, import_official
-from prelar_trl.recipes.schema import FinetuneConfig, ImportOfficialConfig
+from prelar_trl.recipes.schema import ExportConfig, FinetuneConfig, ImportOfficialConfig
 from tests.parity import Fixture, fixtures
 from tests.toy_runs import STEPS, checkpoint
 
@@ -47,6 +48,18 @@ def test_import_then_export_gives_the_same_weights(fixture, tmp_path):
     assert not missing, sorted(missing)[:5]
     for name, tensor in theirs.items():
         assert torch.equal(back[name], tensor.to(back[name].dtype)), name
+
+
+def test_what_is_handed_on_says_that_it_was_imported_and_not_from_where(fixture, tmp_path):
+    official = official_folder(fixture, tmp_path / "official")
+    run = import_official(config(fixture, official, tmp_path / "run"))
+    out = export(ExportConfig(run=str(run.path), out=str(tmp_path / "out")))
+    card = (out / "README.md").read_text()
+    assert "| trained | by the authors' code, imported |" in card
+    assert "losses" not in card and "0 updates" not in card
+    assert not any(
+        str(tmp_path) in (out / name).read_text() for name in ("config.json", "README.md")
+    )
 
 
 @pytest.mark.parametrize("method", ["prelar", "apv", "contextwm"])

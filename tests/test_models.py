@@ -116,13 +116,19 @@ def test_methods_have_their_published_losses() -> None:
         {"frames": "diff"},
         {"frames": "catdiff"},
         {"classes": 0},
-        {"ensemble": 3},
         {"images": "context", "augmentation": "erasing"},
     ],
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
 )
 def test_options_combine_with_all_losses(options: dict) -> None:
     _, loss = tiny("prelar", "pretrain", weights={"action_contrast": 0.5}, **options)
+    assert total_loss(WorldModelUpdate(loss)(batch())).isfinite()
+
+
+def test_heads_that_are_drawn_at_random_are_not_compared_as_actions() -> None:
+    with pytest.raises(ValueError, match=r"ensemble=3: the consistency would compare heads"):
+        tiny("prelar", "pretrain", ensemble=3)
+    _, loss = tiny("prelar_no_cl", "pretrain", weights={"action_contrast": 0.5}, ensemble=3)
     assert total_loss(WorldModelUpdate(loss)(batch())).isfinite()
 
 

@@ -155,6 +155,15 @@ def test_equal_clips_have_no_distances_between_them():
     assert not effects["explained"].any()
 
 
+def test_where_the_dynamics_ignores_actions_exchanging_them_changes_nothing():
+    """Also with an ensemble, whose heads would differ."""
+    for options in ({}, {"ensemble": 3}):
+        model = world_model(**options)
+        model.rssm.input_layer.weight.data[:, model.rssm.latent.flat_size :] = 0
+        effects = action_effects(model, batch())
+        assert effects["state"].abs().max() < 1e-4 and not effects["explained"].any()
+
+
 def test_true_distances_are_between_the_actions_that_led_to_the_frames():
     td = batch(3, 4)
     effects = action_effects(world_model(), td, exchanges=1)

@@ -63,7 +63,7 @@ def test_pretrained_parts_stay_during_the_first_updates_and_move_after(method: s
 
 
 def test_a_learnable_temperature_is_trained() -> None:
-    options = {"weights": {"action_contrast": 1.0}, "temperature": None}
+    options = {"weights": {"action_contrast": 1.0}, "temperature": "learned"}
     loss = make_world_model_loss("prelar", "pretrain", tiny_world_model(), **options)
     WorldModelUpdate(loss)(batch())
     assert loss.latent_action.log_temperature.item() != 0

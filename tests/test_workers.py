@@ -13,13 +13,18 @@ from multiprocessing.connection import Connection
 import cloudpickle
 import pytest
 import torch
+from tensordict import TensorDict
 
 from prelar_trl.data import EpisodeReplay
 from prelar_trl.envs import ToyEnv, make_env, workers
 from prelar_trl.envs.episodes import begin_episode, repeat_episode
 from prelar_trl.envs.workers import WorkerEnv, WorkerError
+from prelar_trl.modules import WorldModelPolicy
 from prelar_trl.recipes.finetune import finetune
+from prelar_trl.recipes.interaction import EpisodeCollector
+from prelar_trl.stopwatch import Stopwatch
 from tests.test_resume import STEPS, same, stopped
+from tests.tiny import tiny_agent
 from tests.toy_runs import checkpoint, finetune_config, rows
 
 DIE, HANG, RAISE, GOOD, STALL = 0.125, 0.25, 0.375, 0.5, 0.625  # what the first action does
@@ -165,6 +170,22 @@ def test_finetuning_stops_saved_when_workers_fail_again_and_again(tmp_path):
     with pytest.raises(WorkerError, match="2 times in a row.*the run is saved, resume=auto"):
         finetune(cfg, env_factory=lambda: Dies())
     assert checkpoint(cfg.run)["step"] < 15
+
+
+def test_what_is_saved_when_a_step_fails_lies_before_it(monkeypatch):
+    env = make_env("toy")
+    agent = tiny_agent("dreamerv2").eval()
+    policy = WorldModelPolicy(agent.world_model, agent.actor)
+    collector = EpisodeCollector(env, policy, torch.device("cpu"), Stopwatch(), seed=0)
+    collector.reset()
+    collector.step(random=False)
+    before = collector.state_dict()
+    monkeypatch.setattr(env, "step", lambda td: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        collector.step(random=False)
+    after = collector.state_dict()
+    for name in ("now", "belief"):
+        assert (TensorDict(before[name]) == TensorDict(after[name])).all(), name
 
 
 @pytest.mark.slow

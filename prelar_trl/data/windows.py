@@ -9,7 +9,7 @@ Strategies, for an episode of ``L`` frames and a window of ``T``::
     epoch            every episode once in a shuffled order, then the next order; start uniform;
                      where other episodes are declared, the next order begins
     prioritize_ends  the official replay's: an episode uniformly; a length uniform in
-                     (M - m, M], at least m, where M = min(L, max_length), m = min_length;
+                     (M - m, M], at least m, where M = min(L, T), m = min_length;
                      start = min(uniform{0 .. L - length + m}, L - length), so that the last
                      start has m + 1 times the probability of another
 
@@ -79,7 +79,7 @@ class WindowSampler(StatefulSampler):
         length: frames T of a row.
         strategy: see the module docstring.
         seed: seed of the generator.
-        min_length, max_length: for ``prioritize_ends`` only; both default to ``length``.
+        min_length: for ``prioritize_ends`` only. Default: ``length``.
         pack: for ``prioritize_ends`` only: draw shorter episodes too, of two frames at least, and
             pack them into rows. The official replay leaves them out.
         rank, world_size: this process's share of one global stream. Row ``k`` of the stream goes to
@@ -96,7 +96,6 @@ class WindowSampler(StatefulSampler):
         strategy: Strategy = "episodes",
         seed: int = 0,
         min_length: int | None = None,
-        max_length: int | None = None,
         pack: bool = False,
         rank: int = 0,
         world_size: int = 1,
@@ -108,21 +107,15 @@ class WindowSampler(StatefulSampler):
         check_integers(1, 2**16, world_size=world_size)
         check_integers(0, rank=rank)
         check_integers(-(2**63), 2**63 - 1, seed=seed)
-        given = min_length is not None or max_length is not None or pack
-        if strategy != "prioritize_ends" and given:
-            raise ValueError(
-                f"min_length, max_length and pack belong to prioritize_ends, not to {strategy!r}"
-            )
+        if strategy != "prioritize_ends" and (min_length is not None or pack):
+            raise ValueError(f"min_length and pack belong to prioritize_ends, not to {strategy!r}")
         if rank >= world_size:
             raise ValueError(f"rank={rank} must lie in 0..{world_size - 1} (world_size - 1)")
         self.length, self.strategy, self.pack = length, strategy, pack
         self.min_length = length if min_length is None else min_length
-        self.max_length = length if max_length is None else max_length
-        if not 1 <= self.min_length <= self.max_length:
-            raise ValueError(
-                f"min_length={self.min_length} must lie in 1..max_length={self.max_length}"
-            )
-        check_integers(min_length=self.min_length, max_length=self.max_length)
+        check_integers(min_length=self.min_length)
+        if self.min_length > length:
+            raise ValueError(f"min_length={self.min_length} must not exceed the length {length}")
         self.rank, self.world_size = rank, world_size
         self.generator = torch.Generator().manual_seed(seed)
         self._shuffler = torch.Generator()
@@ -188,7 +181,7 @@ class WindowSampler(StatefulSampler):
     @property
     def shortest(self) -> int:
         """Frames that an episode needs to be drawn from."""
-        return 2 if self.pack else min(self.length, self.min_length)
+        return 2 if self.pack else self.min_length
 
     @property
     def num_eligible(self) -> int:
@@ -295,7 +288,7 @@ class WindowSampler(StatefulSampler):
         episode = self._weighted(count)
         total = self._lengths[episode]
         least = total.clamp(max=self.min_length)
-        frames = torch.maximum(total.clamp(max=self.max_length) - self._uniform(least), least)
+        frames = torch.maximum(total.clamp(max=self.length) - self._uniform(least), least)
         last = total - frames
         start = torch.minimum(self._uniform(last + 1 + least), last)
         return episode, start, frames

@@ -95,6 +95,7 @@ class TimeBatchedRSSM(RSSM):
         batch, steps = embed.shape[:2]
         if steps == 1:  # acting
             return super().observe(embed, action, is_first, state, sample)
+        self._check_observed(embed, action, is_first)
         state = state or self.initial_state(batch)
         first = is_first.unsqueeze(-1)  # [B, T, 1]
         stoch_weight, action_bias = self._input_terms(action, first)

@@ -126,14 +126,15 @@ class RSSM(nn.Module):
             )
         return F.pad(action, (0, missing))
 
-    def prior(self, deter: Tensor) -> Tensor:
-        """Parameters of ``p(z_t | h_t)``, ``[..., S, K]``: one random head of the ensemble a step.
+    def prior(self, deter: Tensor, head: int | None = None) -> Tensor:
+        """Parameters of ``p(z_t | h_t)``, ``[..., S, K]``: by that head of the ensemble.
 
-        A step is an index of the second axis of a sequence ``[B, T, D]``, or the whole call.
+        Without ``head`` one is drawn for each step, which is an index of the second axis of a
+        sequence ``[B, T, D]``, or the whole call.
         """
+        if head is not None or len(self.prior_heads) == 1:
+            return self.latent.params(self.prior_heads[head or 0](deter))
         raw = [head(deter) for head in self.prior_heads]
-        if len(raw) == 1:
-            return self.latent.params(raw[0])
         steps = deter.shape[1] if deter.dim() == 3 else 1
         index = torch.randint(len(raw), (steps, 1), device=deter.device)
         stacked = torch.stack(raw)  # [ensemble, ..., num_outputs]
@@ -195,17 +196,9 @@ class RSSM(nn.Module):
             Posterior states ``[B, T, ...]``, parameters of the posterior and of the prior, each
             ``[B, T, S, K]`` (Gaussian: ``[B, T, S, 2]``).
         """
-        if embed.dim() != 3 or is_first.shape != embed.shape[:2] or not is_first.numel():
-            raise ValueError(
-                f"embed {list(embed.shape)} and is_first {list(is_first.shape)} must be [B, T, E] "
-                "and [B, T], and not empty"
-            )
-        check_input("embed", embed, self.input_layer.weight, self.embed_dim)
-        if is_first.dtype != torch.bool:
-            raise TypeError(f"is_first is {is_first.dtype}; it must be bool")
+        self._check_observed(embed, action, is_first)
         batch, steps = embed.shape[:2]
         state = state or self.initial_state(batch)
-        self._check_actions(action, (batch, steps))
         states, posteriors = [], []
         for t, a in enumerate(_steps(action, steps)):
             state, posterior = self.observe_step(state, a, embed[:, t], is_first[:, t], sample)
@@ -239,6 +232,18 @@ class RSSM(nn.Module):
             priors.append(prior)
         return _stack(states), torch.stack(priors, 1)
 
+    def _check_observed(self, embed: Tensor, action: Tensor | None, is_first: Tensor) -> None:
+        """Raise where they are not what :meth:`observe` takes."""
+        if embed.dim() != 3 or is_first.shape != embed.shape[:2] or not is_first.numel():
+            raise ValueError(
+                f"embed {list(embed.shape)} and is_first {list(is_first.shape)} must be [B, T, E] "
+                "and [B, T], and not empty"
+            )
+        check_input("embed", embed, self.input_layer.weight, self.embed_dim)
+        if is_first.dtype != torch.bool:
+            raise TypeError(f"is_first is {is_first.dtype}; it must be bool")
+        self._check_actions(action, tuple(embed.shape[:2]))
+
     def _check_actions(self, action: Tensor | None, batch: tuple[int, ...]) -> None:
         """Raise where they are not ``[B, T, A]`` of the batch; they would broadcast."""
         if action is None:
@@ -256,15 +261,20 @@ class RSSM(nn.Module):
             asked = [*deter.shape[:-1], *self.latent.shape]
             raise ValueError(f"stoch {list(stoch.shape)} must be {asked}")
 
-    def forward(self, stoch: Tensor, deter: Tensor, action: Tensor | None) -> Tensor:
-        """The prior's parameters ``[..., S, K]`` one step after the state under ``action``."""
+    def forward(
+        self, stoch: Tensor, deter: Tensor, action: Tensor | None, head: int | None = None
+    ) -> Tensor:
+        """The prior's parameters ``[..., S, K]`` one step after the state under ``action``.
+
+        ``head``: see :meth:`prior`.
+        """
         self._check_state(State(stoch, deter))
         if action is not None:
             check_input("action", action, self.input_layer.weight)
             if action.shape[:-1] != deter.shape[:-1]:
                 batch = [*deter.shape[:-1], "A"]
                 raise ValueError(f"action {list(action.shape)} must be {batch}")
-        return self.prior(self.transition(State(stoch, deter), action))
+        return self.prior(self.transition(State(stoch, deter), action), head)
 
 
 def _zero_where(mask: Tensor, x: Tensor) -> Tensor:

@@ -148,13 +148,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         """
         self.check_batch(tensordict)
         images = self.preprocess(tensordict["pixels"])
-        embed = self.encode(images, tensordict.get("vector", None))
-        action, statistics = self.dynamics_actions(tensordict, images)
-        out = self.observe(embed, action, tensordict["is_first"])
-        if self.latent_action_encoder is not None:
-            out["latent_action"] = action
-            if statistics is not None:
-                out["latent_action_statistics"] = statistics
+        out = self._infer(tensordict, images)
         context = None
         if self.context_encoder is not None:
             context = self.context_encoder(self.first_view(images))
@@ -165,6 +159,30 @@ class RSSMWorldModel(TensorDictModuleBase):
         for name, head in self.heads.items():
             out["prediction", name] = head(feat if name in self.grad_heads else feat.detach())
         return tensordict.update(out)
+
+    def infer(self, tensordict: TensorDictBase) -> TensorDict:
+        """What :meth:`forward` infers from a batch ``[B, T]``, without its predictions.
+
+        Returns:
+            The states ``stoch, deter, feat, posterior, prior`` and ``embed``; ``lower`` of a
+            stacked model; ``latent_action`` and its ``latent_action_statistics`` of one with latent
+            actions.
+
+        Raises:
+            KeyError, TypeError, ValueError: see :meth:`check_batch`.
+        """
+        self.check_batch(tensordict)
+        return self._infer(tensordict, self.preprocess(tensordict["pixels"]))
+
+    def _infer(self, tensordict: TensorDictBase, images: Tensor) -> TensorDict:
+        embed = self.encode(images, tensordict.get("vector", None))
+        action, statistics = self.dynamics_actions(tensordict, images)
+        out = self.observe(embed, action, tensordict["is_first"])
+        if self.latent_action_encoder is not None:
+            out["latent_action"] = action
+            if statistics is not None:
+                out["latent_action_statistics"] = statistics
+        return out
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """uint8 ``[..., 3 V, H, W]`` -> images ``[..., C V, H, W]`` in [-0.5, 0.5].

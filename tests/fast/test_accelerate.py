@@ -19,7 +19,7 @@ from prelar_trl.updates import BehaviorUpdate, Update, WorldModelUpdate, frozen
 from tests.tiny import PHASES, batch, tiny, tiny_agent, tiny_world_model, train_in_float64
 
 OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
-    ("prelar", "pretrain", {"ensemble": 3, "norm": "none", "layers": 2}),
+    ("prelar_no_cl", "pretrain", {"ensemble": 3, "norm": "none", "layers": 2}),
     ("prelar", "pretrain", {"weights": {"action_contrast": 1.0}}),
     ("prelar", "finetune", {"action_window": 3, "classes": 0}),
     ("prelar", "finetune", {"images": "cnn", "patches": True}),
@@ -34,6 +34,17 @@ def build(method: str, phase: str, fast: bool, **options: Any) -> tuple[nn.Modul
     torch.manual_seed(3)
     model, loss = tiny(method, phase, **options)
     return (accelerate(model) if fast else model), loss
+
+
+def test_the_fast_rssm_refuses_what_the_plain_one_does() -> None:
+    model = accelerate(tiny_world_model("dreamerv2", "finetune"))
+    embed, action = torch.randn(2, 4, model.rssm.embed_dim), torch.randn(2, 4, 2)
+    first = torch.zeros(2, 4, dtype=torch.bool)
+    for wrong in (action[:1], action[:, :1]):  # they would broadcast
+        with pytest.raises(ValueError, match=r"must be \[B, T, A\] of batch"):
+            model.rssm.observe(embed, wrong, first)
+    with pytest.raises(TypeError, match="it must be bool"):
+        model.rssm.observe(embed, action, first.float())
 
 
 def updates(model: nn.Module, loss: nn.Module, **options: Any) -> list[Update]:
