@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelar_trl.models import make_agent, make_world_model, make_world_model_loss
-from prelar_trl.recipes.base_config import overrides
 from prelar_trl.recipes.command_line import as_override
 from prelar_trl.recipes.entry import CONFIGS, settings
+from prelar_trl.recipes.pretrain import make_loss
+from prelar_trl.recipes.resume import settle_preset
 from prelar_trl.recipes.schema import FinetuneConfig, PretrainConfig, SweepConfig
 from prelar_trl.sweep import Job
 from prelar_trl.types import Inputs
@@ -78,21 +79,23 @@ def length_of(cfg: PretrainConfig | FinetuneConfig) -> int:
 def update_of(cfg: PretrainConfig | FinetuneConfig) -> Update:
     """The cost of one update: counted on the meta device, which has shapes and computes nothing.
 
-    Of the operations those forward and backward, without the optimizer's.
+    Of the operations those forward and backward, without the optimizer's and those of ``vectors``.
     """
-    inputs = Inputs(cfg.pixels)
-    options: dict[str, Any] = {"size": cfg.size, "inputs": inputs, **overrides(cfg.model)}
-    behavior_update = bonus = None
+    cfg = settle_preset(replace(cfg, resume=False))
+    inputs = Inputs(cfg.pixels, views_of(cfg))
+    options: dict[str, Any] = {"size": cfg.size, "inputs": inputs, **cfg.model}
+    behavior_update = None
     with torch.device("meta"):
         if isinstance(cfg, PretrainConfig):
             module = world_model = make_world_model(cfg.method, cfg.phase, action_dim=0, **options)
+            loss = make_loss(cfg, world_model, ACTION_DIM if cfg.labels else None)
         else:
             module = agent = make_agent(cfg.method, action_dim=ACTION_DIM, **options)
             world_model, bonus = agent.world_model, agent.video_bonus
             behavior_update = BehaviorUpdate(agent, horizon=cfg.horizon, imag_batch=cfg.imag_batch)
-        loss = make_world_model_loss(
-            cfg.method, cfg.phase, world_model, video_bonus=bonus, **overrides(cfg.loss)
-        )
+            loss = make_world_model_loss(
+                cfg.method, cfg.phase, world_model, video_bonus=bonus, **cfg.loss
+            )
         update = WorldModelUpdate(loss)
         batch = make_batch(cfg.batch_size, length_of(cfg), inputs)
         with FlopCounterMode(display=False) as counter:
@@ -108,15 +111,24 @@ def update_of(cfg: PretrainConfig | FinetuneConfig) -> Update:
     return Update(float(counter.get_total_flops()), state_bytes)
 
 
+def views_of(cfg: PretrainConfig | FinetuneConfig) -> int:
+    """Pictures of a step."""
+    cameras = cfg.cameras if isinstance(cfg, FinetuneConfig) else None
+    return len(cameras) if cameras else 1
+
+
 def make_batch(sequences: int, steps: int, inputs: Inputs) -> TensorDict:
     """A training batch ``[B, T]`` of zeros; on the meta device if that is the default."""
     shape = (sequences, steps)
+    picture = (inputs.size, inputs.size)
     entries = {
-        "pixels": torch.zeros(*shape, 3, inputs.size, inputs.size, dtype=torch.uint8),
+        "pixels": torch.zeros(*shape, 3 * inputs.views, *picture, dtype=torch.uint8),
+        "flow": torch.zeros(*shape, 3, *picture, dtype=torch.uint8),
         "action": torch.zeros(*shape, ACTION_DIM),
         "reward": torch.zeros(*shape, 1),
         "is_first": torch.zeros(*shape, 1, dtype=torch.bool),
         "terminated": torch.zeros(*shape, 1, dtype=torch.bool),
+        "labeled": torch.ones(*shape, 1, dtype=torch.bool),
     }
     return TensorDict(entries, batch_size=shape)
 
@@ -211,7 +223,8 @@ def estimate(jobs: Iterable[Job], cfg: SweepConfig) -> tuple[dict[str, Estimate]
             own.update_hours += updates * seconds / 3600
             own.env_hours += steps * cfg.env_step_s / 3600
             frames = min(resolved.capacity, resolved.env_steps // resolved.action_repeat)
-            own.replay_bytes = max(own.replay_bytes, frames * 3 * resolved.pixels**2)
+            picture_bytes = 3 * views_of(resolved) * resolved.pixels**2
+            own.replay_bytes = max(own.replay_bytes, frames * picture_bytes)
     return estimates, clock.label()
 
 

@@ -167,7 +167,8 @@ def build(cfg: PretrainConfig, processes: Processes) -> tuple[PretrainState, Vid
         cfg.method, "pretrain", action_dim=0, inputs=inputs, size=cfg.size, **cfg.model
     )
     clips, heldout = open_clips(cfg, world_model, device, processes)
-    loss = accelerate(make_loss(cfg, world_model, clips).to(device))
+    loss = make_loss(cfg, world_model, clips.action_dim if cfg.labels else None)
+    loss = accelerate(loss.to(device))
     update = WorldModelUpdate(loss, lr=cfg.lr, clip=cfg.clip, precision=cfg.precision)
     prepare_update(update, cfg.compile, processes)
     return PretrainState(cfg, world_model, update, clips, processes), heldout
@@ -222,9 +223,9 @@ class PretrainState:
 
 
 def make_loss(
-    cfg: PretrainConfig, world_model: RSSMWorldModel, clips: VideoClips
+    cfg: PretrainConfig, world_model: RSSMWorldModel, action_dim: int | None
 ) -> RSSMWorldModelLoss:
-    """The method's loss, with a term for the labels if there are any."""
+    """The method's loss, with a term for the labels, of that size, if there are any."""
     settings = dict(cfg.loss)
     weights = dict(settings.pop("weights", {}))
     if cfg.labels:
@@ -236,7 +237,7 @@ def make_loss(
         "pretrain",
         world_model,
         weights=weights,
-        action_dim=clips.action_dim if cfg.labels else None,
+        action_dim=action_dim,
         **settings,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,22 @@ def test_a_dry_run_lists_runs_and_declared_hours_and_disk(capsys, tmp_path):
     apv = next(line for line in out.splitlines() if line.startswith("apv ")).split()
     assert apv[1] == "2" and apv[3:5] == ["2", "1,200"]  # 100 + 500 updates each
     assert re.search(r"disk: \d+ GiB of checkpoints stay", out)
+
+
+@pytest.mark.parametrize(
+    "options", [{"model": {"frames": "flow"}}, {"labels": 0.5}], ids=["flow", "labels"]
+)
+def test_a_pretraining_update_with_further_entries_is_counted(options):
+    plain = PretrainConfig(data="x", run="x", size="tiny", batch_size=2, clip_len=3)
+    cost = update_of(replace(plain, **options))
+    assert cost.flop > 0 and cost != update_of(plain)
+
+
+def test_two_cameras_cost_more_than_one():
+    one = FinetuneConfig(run="x", size="tiny", batch_size=2, batch_length=5)
+    two = update_of(replace(one, cameras=["corner", "gripperPOV"]))
+    cost = update_of(one)
+    assert two.flop > cost.flop and two.state_bytes > cost.state_bytes
 
 
 def test_evaluations_are_those_that_a_run_makes():
