@@ -51,9 +51,8 @@ def trained(
     loss.to(device).double()
     updates: list[Update] = [WorldModelUpdate(loss)]
     if isinstance(model, Agent):
-        updates.append(
-            BehaviorUpdate(model, horizon=3, imag_batch=4, entropy_scale="linear(1e-3,1e-4,10)")
-        )
+        schedule = {"entropy_scale": "linear(1e-3,1e-4,10)", "slow_every": 2}
+        updates.append(BehaviorUpdate(model, horizon=3, imag_batch=4, **schedule))
     for update in updates:
         if device == "cuda":
             skip_on_device(update)
