@@ -77,10 +77,12 @@ class Update:
         count: updates so far, skipped ones among them.
         skipped, skipped_in_a_row: how many, on the loss's device: only who reads them waits.
         step_unless: of an optimizer; see :func:`prelar_trl.fast.skip_on_device`.
+        cure: settings that may help where all are skipped.
     """
 
     step_unless: Callable[[Tensor, Optimizer], None] = staticmethod(step_unless)
     process_group: ProcessGroup | None = None  # whose processes share the batch
+    cure = "a lower lr, or precision=32"
 
     def __init__(self, module: nn.Module, precision: Precision, clip: float) -> None:
         check_choice("precision", precision, get_args(Precision))
@@ -238,6 +240,8 @@ class Alignment(Update):
         lr: learning rate of Adam. Default: 1e-3.
         preprocess: pixels -> what the inverse model sees. Default: in [-0.5, 0.5].
     """
+
+    cure = "a lower align_lr"
 
     def __init__(
         self,

@@ -100,7 +100,7 @@ def finetune(
                     batch = collection.sample()
                     guard.watch(batch)
                     aligned = learner.align(batch)
-                    guard.check(aligned, state.step)
+                    guard.check(aligned, state.step, last=not learner.unaligned)
                     if not learner.unaligned:
                         logger.log(aligned, state.step)
                 while state.updates_due >= 1 and not session.stopping():

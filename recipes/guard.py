@@ -29,7 +29,8 @@ class UpdateGuard:
         self.file = run.path / (f"not_finite-{rank}.pt" if rank else "not_finite.pt")
         self.updates, self.most = updates, most
         self.on_cpu = not next(updates[0].module.parameters()).is_cuda
-        self.skipped = self._count()  # as of the last check
+        self.skipped = self._count()  # as of the last look
+        self._checks = 0
         self._batches: Sequence[TensorDictBase] = ()
         self._rng = rng_state()
 
@@ -45,11 +46,12 @@ class UpdateGuard:
         Raises:
             RuntimeError: too many in a row; one is, if no update follows: ``last``.
         """
-        # A GPU is not waited for at each update.
-        if not (self.on_cpu or last or self.updates[0].count % self.most == 0):
+        self._checks += 1  # a GPU is not waited for at each update
+        if not (self.on_cpu or last or self._checks % self.most == 0):
             return
         self.skipped = self._count()
-        in_a_row = max(int(update.skipped_in_a_row) for update in self.updates)
+        worst = max(self.updates, key=lambda update: int(update.skipped_in_a_row))
+        in_a_row = int(worst.skipped_in_a_row)
         if in_a_row < (1 if last else self.most):
             return
         batches = [batch.cpu().to_dict() for batch in self._batches]
@@ -62,7 +64,7 @@ class UpdateGuard:
         raise RuntimeError(
             f"{reason} at step {step}, and the last {in_a_row} updates were skipped: training has "
             f"diverged; the checkpoint saved before is kept, and {self.file} holds the batch and "
-            "the random state. Start a new run with a lower lr, or precision=32"
+            f"the random state. Start a new run with {worst.cure}"
         )
 
     def _count(self) -> int:

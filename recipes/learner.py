@@ -100,10 +100,7 @@ class Learner:
         """One update of the action encoder towards the pre-trained latent actions."""
         assert self.alignment is not None
         with self.watch("alignment"):
-            losses = self.alignment(batch)
-        if not self.unaligned:  # a last one that was skipped begins no row: none follows
-            self.alignment.skipped_in_a_row = torch.zeros_like(self.alignment.skipped)
-        return losses
+            return self.alignment(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -231,20 +231,16 @@ def spoiled_alignment(monkeypatch, first):
     monkeypatch.setattr(Alignment, "losses", losses)
 
 
-def test_an_alignment_that_diverges_stops_the_run_with_its_own_batch(made, tmp_path, monkeypatch):
-    spoiled_alignment(monkeypatch, 2)
-    with pytest.raises(RuntimeError, match="is nan at step 20, and the last 2 updates"):
-        finetune(aligned_config(tmp_path / "a", made, max_skipped=2))
-    assert len(load_checkpoint(tmp_path / "a" / "not_finite.pt")["batches"]) == 1
-
-
-def test_an_alignment_whose_last_update_was_skipped_does_not_fail_the_run(
-    made, tmp_path, monkeypatch
+@pytest.mark.parametrize(("first", "most", "skipped"), [(2, 2, 2), (1, 10, 4), (4, 10, 1)])
+def test_an_alignment_that_diverges_stops_the_run_with_its_own_batch(
+    first, most, skipped, made, tmp_path, monkeypatch
 ):
-    spoiled_alignment(monkeypatch, 4)
-    finetune(aligned_config(tmp_path / "a", made))
-    state = checkpoint(tmp_path / "a")
-    assert (state["step"], state["alignment"]["skipped"]) == (40, 1)
+    """After ``most`` in a row, or if its last update was skipped."""
+    spoiled_alignment(monkeypatch, first)
+    match = f"is nan at step 20, and the last {skipped} updates .* a lower align_lr"
+    with pytest.raises(RuntimeError, match=match):
+        finetune(aligned_config(tmp_path / "a", made, max_skipped=most))
+    assert len(load_checkpoint(tmp_path / "a" / "not_finite.pt")["batches"]) == 1
 
 
 def test_an_interrupted_alignment_is_finished_after_the_continuation(made, tmp_path, monkeypatch):
