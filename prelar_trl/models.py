@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from prelar_trl.config import ModelSettings, Phase, agent_settings, loss_settings, model_settings
@@ -15,6 +14,7 @@ from prelar_trl.modules.checks import embed_width
 from prelar_trl.modules.context import ContextDecoder, ContextEncoder
 from prelar_trl.modules.convnets import CNNDecoder, CNNEncoder, ResNetDecoder, ResNetEncoder
 from prelar_trl.modules.heads import MLP, Actor, OneHotActor, VectorEncoder
+from prelar_trl.modules.initialization import initialize
 from prelar_trl.modules.latent_actions import LatentActions, make_latent_actions
 from prelar_trl.modules.own_networks import try_networks
 from prelar_trl.modules.patchnets import PatchDecoder, PatchEncoder
@@ -172,7 +172,7 @@ def make_world_model(
         action_dim=action_dim if s.actions in ("real", "encoded") else None,
     )
     try_networks(world_model, inputs.size, **own)
-    return _initialize(world_model, kept=own.values())
+    return initialize(world_model, kept=own.values())
 
 
 def make_agent(
@@ -205,8 +205,8 @@ def make_agent(
     )
     feat_dim = world_model.rssm.feat_dim
     policy = OneHotActor if discrete else Actor
-    actor = _initialize(policy(feat_dim, action_dim, s.head_layers, s.head_units))
-    critic = _initialize(MLP(feat_dim, 1, s.head_layers, s.head_units))
+    actor = initialize(policy(feat_dim, action_dim, s.head_layers, s.head_units))
+    critic = initialize(MLP(feat_dim, 1, s.head_layers, s.head_units))
     bonus = None
     if s.bonus_embed == "lower" and world_model.lower_rssm is None:
         raise ValueError(
@@ -385,25 +385,3 @@ def _make_decoder(
                 feat_dim, **network, mask=s.context_mask, dropout=s.context_dropout
             )
     raise ValueError(f"images={images!r} is unknown; choose resnet, cnn or context")
-
-
-@torch.no_grad()
-def _initialize(module: nn.Module, kept: Iterable[nn.Module | None] = ()) -> Any:
-    """Xavier-uniform weights and zero biases of linear and convolution layers.
-
-    Those of ``kept`` and of kinds of latent action stay. Of an action window the last one's weights
-    alone are not zero, see :class:`ActionEncoder`.
-    """
-    kinds = [layer for layer in module.modules() if isinstance(layer, LatentActions)]
-    own = {layer for each in (*kept, *kinds) if each is not None for layer in each.modules()}
-    for layer in module.modules():
-        if layer in own:
-            continue
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)):
-            weight = layer.weight
-            if isinstance(layer, nn.Conv1d):
-                weight = nn.init.zeros_(layer.weight)[..., -1]
-            nn.init.xavier_uniform_(weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-    return module

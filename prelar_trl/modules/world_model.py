@@ -118,8 +118,7 @@ class RSSMWorldModel(TensorDictModuleBase):
             if latent_action_encoder.latent_actions.outputs().has_params:
                 out_keys.append("latent_action_statistics")
         if lower_rssm is not None:
-            lower_keys = ("stoch", "deter", "feat", "posterior", "prior")
-            out_keys += [("lower", key) for key in lower_keys]
+            out_keys += [("lower", key) for key in ("stoch", "deter", "feat", "posterior", "prior")]
         self.out_keys = out_keys
 
     # ------------------------------------------------------------------ training
@@ -148,7 +147,7 @@ class RSSMWorldModel(TensorDictModuleBase):
         """
         self.check_batch(tensordict)
         images = self.preprocess(tensordict["pixels"])
-        out = self._infer(tensordict, images)
+        out = self.infer(tensordict, images)
         context = None
         if self.context_encoder is not None:
             context = self.context_encoder(self.first_view(images))
@@ -160,21 +159,14 @@ class RSSMWorldModel(TensorDictModuleBase):
             out["prediction", name] = head(feat if name in self.grad_heads else feat.detach())
         return tensordict.update(out)
 
-    def infer(self, tensordict: TensorDictBase) -> TensorDict:
+    def infer(self, tensordict: TensorDictBase, images: Tensor | None = None) -> TensorDict:
         """What :meth:`forward` infers from a batch ``[B, T]``, without its predictions.
 
-        Returns:
-            The states ``stoch, deter, feat, posterior, prior`` and ``embed``; ``lower`` of a
-            stacked model; ``latent_action`` and its ``latent_action_statistics`` of one with latent
-            actions.
-
-        Raises:
-            KeyError, TypeError, ValueError: see :meth:`check_batch`.
+        ``images`` are its preprocessed pixels, where it is checked already.
         """
-        self.check_batch(tensordict)
-        return self._infer(tensordict, self.preprocess(tensordict["pixels"]))
-
-    def _infer(self, tensordict: TensorDictBase, images: Tensor) -> TensorDict:
+        if images is None:
+            self.check_batch(tensordict)
+            images = self.preprocess(tensordict["pixels"])
         embed = self.encode(images, tensordict.get("vector", None))
         action, statistics = self.dynamics_actions(tensordict, images)
         out = self.observe(embed, action, tensordict["is_first"])
@@ -360,8 +352,8 @@ class RSSMWorldModel(TensorDictModuleBase):
         discount = torch.sigmoid(self.heads["discount"](feat))
         if terminated is None:
             return discount
-        true_first = self.discount * (~terminated).float()
-        return torch.cat([true_first.unsqueeze(1), discount[:, 1:]], 1)
+        known = self.discount * (~terminated).float().unsqueeze(1)
+        return torch.cat([known, discount[:, 1:]], 1)
 
     def next_latent_action(
         self, action: Tensor, history: Tensor | None, sample: bool
@@ -394,15 +386,12 @@ class RSSMWorldModel(TensorDictModuleBase):
         if action is None:
             action, _ = self.dynamics_actions(tensordict, images)
         seen = None if action is None else action[:, :context]
-        is_first = tensordict["is_first"]
         vector = None if self.vector_encoder is None else tensordict["vector"][:, :context]
         embed = self.encode(images[:, :context], vector)
-        out = self.observe(embed, seen, is_first[:, :context])
+        out = self.observe(embed, seen, tensordict["is_first"][:, :context])
         last = State(out["stoch"][:, -1], out["deter"][:, -1])
-        rest = images.shape[1] - context
-        ahead, _ = self.rssm.imagine(
-            None if action is None else action[:, context:], last, self.sample, steps=rest
-        )
+        later = None if action is None else action[:, context:]
+        ahead, _ = self.rssm.imagine(later, last, self.sample, images.shape[1] - context)
         feat = torch.cat([out["feat"], self.rssm.feat(ahead)], 1)
         maps = None
         if self.context_encoder is not None:  # never a frame that is to be predicted
